@@ -1,0 +1,64 @@
+//! What a sandbox has used, read from the kernel's files.
+
+use std::{io, os::fd::BorrowedFd};
+
+use super::{Group, read};
+use crate::protocol::CgroupMode;
+
+/// Totals since the group was made, init's share included.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Counters {
+    pub(crate) cpu_us: u64,
+    pub(crate) memory_peak_bytes: u64,
+    pub(crate) oom_kills: u64,
+    pub(crate) pids_peak: u64,
+    /// How often a fork was refused by the pids limit.
+    pub(crate) pids_refused: u64,
+    pub(crate) throttled_us: u64,
+}
+
+impl Group {
+    /// All counters at once.
+    pub(crate) fn counters(&self) -> io::Result<Counters> {
+        let (memory_peak, throttled_us) = match self.tree.0.mode {
+            CgroupMode::V2 => ("memory.peak", field(self.cpu(), "cpu.stat", "throttled_usec")?),
+            CgroupMode::V1 | CgroupMode::Hybrid => ("memory.max_usage_in_bytes", field(self.cpu(), "cpu.stat", "throttled_time")? / 1000),
+        };
+        Ok(Counters {
+            cpu_us: self.cpu_us()?,
+            memory_peak_bytes: number(self.memory(), memory_peak)?,
+            oom_kills: self.oom_kills()?,
+            pids_peak: number(self.pids(), "pids.peak")?,
+            pids_refused: field(self.pids(), "pids.events", "max")?,
+            throttled_us,
+        })
+    }
+
+    /// CPU time of all its processes, living and dead, in microseconds.
+    pub(crate) fn cpu_us(&self) -> io::Result<u64> {
+        match self.tree.0.mode {
+            CgroupMode::V2 => field(self.cpu(), "cpu.stat", "usage_usec"),
+            CgroupMode::V1 | CgroupMode::Hybrid => Ok(number(self.cpuacct(), "cpuacct.usage")? / 1000),
+        }
+    }
+
+    /// Processes that the kernel has killed because the group was out of memory.
+    pub(crate) fn oom_kills(&self) -> io::Result<u64> {
+        match self.tree.0.mode {
+            CgroupMode::V2 => field(self.memory(), "memory.events", "oom_kill"),
+            CgroupMode::V1 | CgroupMode::Hybrid => field(self.memory(), "memory.oom_control", "oom_kill"),
+        }
+    }
+}
+
+fn number(folder: BorrowedFd<'_>, name: &str) -> io::Result<u64> {
+    let text = read(folder, name)?;
+    text.trim_end().parse().map_err(|_| io::Error::other(format!("{name} says {:?}", text.trim_end())))
+}
+
+/// The value behind `key` in a file of lines `key value`.
+fn field(folder: BorrowedFd<'_>, name: &str, key: &str) -> io::Result<u64> {
+    let text = read(folder, name)?;
+    let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
+    value.and_then(|value| value.trim().parse().ok()).ok_or_else(|| io::Error::other(format!("{name} has no {key}")))
+}

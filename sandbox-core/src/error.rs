@@ -1,0 +1,53 @@
+//! Why a step of a launch failed, and what a caller can do about it.
+
+use std::{fmt, io};
+
+use serde::{Deserialize, Serialize};
+
+/// Whether another try can work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    /// The request can never work: it names something that the image does not have, or more than its limits hold.
+    Spec,
+    /// This machine could not do it. It may work elsewhere, or later.
+    Host,
+}
+
+/// A step of a launch that failed: `mounting the overlay failed on /work: No space left on device`.
+#[derive(Debug, thiserror::Error)]
+pub struct LaunchError {
+    pub kind: Kind,
+    pub step: &'static str,
+    pub target: String,
+    #[source]
+    pub source: io::Error,
+}
+
+impl fmt::Display for LaunchError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { step, target, source, .. } = self;
+        if target.is_empty() { write!(f, "{step} failed: {source}") } else { write!(f, "{step} failed on {target}: {source}") }
+    }
+}
+
+/// Names the step at which an [`io::Result`] failed.
+pub trait Step<T> {
+    /// The machine failed at `step`.
+    fn step(self, step: &'static str) -> Result<T, LaunchError>;
+    /// The machine failed at `step`, with what it was doing it to.
+    fn step_on(self, step: &'static str, target: impl fmt::Display) -> Result<T, LaunchError>;
+    /// What the request asks for cannot be had.
+    fn spec(self, step: &'static str, target: impl fmt::Display) -> Result<T, LaunchError>;
+}
+
+impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
+    fn step(self, step: &'static str) -> Result<T, LaunchError> {
+        self.step_on(step, "")
+    }
+    fn step_on(self, step: &'static str, target: impl fmt::Display) -> Result<T, LaunchError> {
+        self.map_err(|e| LaunchError { kind: Kind::Host, step, target: target.to_string(), source: e.into() })
+    }
+    fn spec(self, step: &'static str, target: impl fmt::Display) -> Result<T, LaunchError> {
+        self.map_err(|e| LaunchError { kind: Kind::Spec, step, target: target.to_string(), source: e.into() })
+    }
+}

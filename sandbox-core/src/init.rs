@@ -1,0 +1,150 @@
+//! PID 1 of a sandbox: builds it, gives up privilege, starts the payload, reaps, reports.
+//!
+//! It is a program of its own, started afresh for each sandbox, so its memory holds nothing of another one. Payloads cannot trace or
+//! signal it: it is not dumpable, runs as an id of its own, and the kernel shields PID 1 from signals of its own namespace.
+
+mod payload;
+mod setup;
+
+use std::{
+    collections::VecDeque,
+    io,
+    os::fd::{AsFd, OwnedFd},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    time::{ClockId, clock_gettime},
+};
+
+use crate::{
+    error::{Kind, LaunchError, Step},
+    protocol::init::{Order, Report, WaitStatus},
+    sys, transport,
+};
+
+/// The number of the descriptor that init gets its orders on.
+pub const CONTROL: i32 = 3;
+
+/// The whole life of an init. Returns when the keeper is gone or the sandbox could not be started; the process then ends,
+/// and with it everything in the sandbox (pid_namespaces(7)).
+pub fn run() -> io::Result<()> {
+    let control = sys::inherited(CONTROL)?;
+    sys::close_on_exec_from(3)?;
+    let mut descriptors = VecDeque::new();
+    let failure = match live(&control, &mut descriptors) {
+        Ok(()) => return Ok(()),
+        Err(failure) => failure,
+    };
+    let report = Report::Failed { kind: failure.kind, message: failure.to_string() };
+    transport::send(control.as_fd(), &report, &[])?;
+    // The keeper reads the report and then kills this process; leaving first would race with the report.
+    receive(&control, &mut descriptors).map(drop)
+}
+
+fn live(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<(), LaunchError> {
+    let Some(Order::Setup(setup)) = receive(control, descriptors).step("reading the orders")? else {
+        return Err(unexpected()).step("reading the orders");
+    };
+    let joined_at_us = setup::join_cgroups(setup.cgroup_hierarchies, descriptors)?;
+    let writable = setup::enter(setup, descriptors)?;
+    let Some(Order::Start(start)) = receive(control, descriptors).step("reading the orders")? else {
+        return Err(unexpected()).step("reading the orders");
+    };
+    let payload = payload::start(&start, std::mem::take(descriptors))?;
+    let started_cpu_us = own_cpu_us();
+    let started = Report::Started { at_ns: payload.started_at_ns, own_cpu_us: started_cpu_us.saturating_sub(joined_at_us) };
+    transport::send(control.as_fd(), &started, &[]).step("reporting the start")?;
+    let (status, at_ns) = supervise(control, payload.pid, descriptors).step("supervising")?;
+    let space = rustix::fs::fstatfs(&writable).step("reading the use of the writable layer")?;
+    let ended = Report::Ended {
+        status,
+        at_ns,
+        own_cpu_us: own_cpu_us().saturating_sub(started_cpu_us),
+        is_disk_full: space.f_bfree == 0,
+        are_inodes_used_up: space.f_ffree == 0,
+    };
+    transport::send(control.as_fd(), &ended, &[]).step("reporting the end")?;
+    // Nothing is left to do but to hold the namespaces until the keeper has read the counters and kills this process.
+    receive(control, descriptors).step("waiting for the end").map(drop)
+}
+
+/// Waits until the payload has ended and everything else in the sandbox is dead too.
+///
+/// What outlives the payload — daemons that left its session, processes stopped or traced — becomes init's child and is killed.
+fn supervise(control: &OwnedFd, payload: libc::pid_t, descriptors: &mut VecDeque<OwnedFd>) -> io::Result<(WaitStatus, u64)> {
+    let children = setup::child_signals()?;
+    let mut ended = None;
+    loop {
+        loop {
+            match sys::reap(-1, false) {
+                Ok(Some((pid, status))) if pid == payload => {
+                    ended = Some((status, monotonic_ns()));
+                    kill_all()?;
+                }
+                Ok(Some(_)) => {}
+                Ok(None) => break,
+                Err(error) if error.raw_os_error() == Some(libc::ECHILD) => {
+                    return ended.ok_or_else(|| io::Error::other("the payload vanished"));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let mut ready = [PollFd::new(control, PollFlags::IN), PollFd::new(&children, PollFlags::IN)];
+        rustix::io::retry_on_intr(|| poll(&mut ready, None))?;
+        if !ready[1].revents().is_empty() {
+            while children.read_signal()?.is_some() {}
+        }
+        if !ready[0].revents().is_empty() {
+            match receive(control, descriptors)? {
+                Some(Order::Kill) => kill_all()?,
+                // The keeper is gone. Without it nothing holds this sandbox to its limits.
+                None => std::process::exit(1),
+                Some(Order::Setup(_) | Order::Start(_)) => return Err(unexpected()),
+            }
+        }
+    }
+}
+
+/// SIGKILL to everything in the pid namespace but this process; the kernel walks its list under a lock, so no fork escapes (kill(2)).
+fn kill_all() -> io::Result<()> {
+    match nix::sys::signal::kill(nix::unistd::Pid::from_raw(-1), nix::sys::signal::Signal::SIGKILL) {
+        Ok(()) | Err(nix::Error::ESRCH) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The next order; its descriptors join the queue. `None`: the keeper closed its end.
+fn receive(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> io::Result<Option<Order>> {
+    Ok(transport::recv(control.as_fd())?.map(|datagram| {
+        descriptors.extend(datagram.descriptors);
+        datagram.message
+    }))
+}
+
+fn unexpected() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "an order came out of order")
+}
+
+/// Takes the next descriptor that came with the orders.
+fn next(descriptors: &mut VecDeque<OwnedFd>, what: &'static str) -> Result<OwnedFd, LaunchError> {
+    descriptors.pop_front().ok_or_else(unexpected).step_on("reading the orders", what)
+}
+
+fn monotonic_ns() -> u64 {
+    nanoseconds(ClockId::Monotonic)
+}
+
+fn own_cpu_us() -> u64 {
+    nanoseconds(ClockId::ProcessCPUTime) / 1000
+}
+
+fn nanoseconds(clock: ClockId) -> u64 {
+    let now = clock_gettime(clock);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+/// An error of a request that can never work, in words of our own.
+fn never(step: &'static str, target: impl std::fmt::Display, why: impl Into<String>) -> LaunchError {
+    LaunchError { kind: Kind::Spec, step, target: target.to_string(), source: io::Error::other(why.into()) }
+}

@@ -1,0 +1,257 @@
+//! Starting the payload: its folder, its files, its user, its program.
+
+use std::{
+    collections::VecDeque,
+    ffi::{CString, NulError},
+    fs::File,
+    io::{self, Read, Write},
+    os::fd::{AsFd, OwnedFd},
+};
+
+use nix::{
+    sched::CloneFlags,
+    unistd::{Gid, Uid},
+};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, mkdirat, openat2};
+
+use super::{never, next};
+use crate::{
+    error::{Kind, LaunchError, Step},
+    files,
+    protocol::init::{Program, Start},
+    sys::{self, Cloned},
+};
+
+mod user;
+
+use user::Identity;
+
+/// The payload, running.
+#[derive(Debug)]
+pub(super) struct Payload {
+    pub(super) pid: libc::pid_t,
+    /// `CLOCK_MONOTONIC` when execve returned, in nanoseconds.
+    pub(super) started_at_ns: u64,
+}
+
+/// Where programs are looked for when the environment does not say.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Prepares the working folder and the files, then starts the program. When this returns, it runs.
+pub(super) fn start(start: &Start, mut descriptors: VecDeque<OwnedFd>) -> Result<Payload, LaunchError> {
+    let stdin = if start.has_stdin { next(&mut descriptors, "stdin")? } else { File::open("/dev/null").step_on("opening", "/dev/null")?.into() };
+    let stdio = [stdin, next(&mut descriptors, "stdout")?, next(&mut descriptors, "stderr")?];
+    let files = if start.has_files { Some(next(&mut descriptors, "files")?) } else { None };
+    let inherited: Vec<OwnedFd> = descriptors.drain(..).collect();
+    let identity = Identity::find(&start.user)?;
+    let cwd = make_folder(&start.cwd, &identity)?;
+    let exec = Exec::new(start, &identity)?;
+
+    // The pipe closes by itself at a successful execve and carries the reason of a failed one.
+    let (failed, report) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).step("making a pipe")?;
+    let report = rustix::io::fcntl_dupfd_cloexec(&report, first_free(&inherited)).step("making a pipe")?;
+    // With CLONE_VFORK this process sleeps until the child has called execve or ended: no wake-up in between, no second message.
+    let child = match sys::clone3(CloneFlags::empty(), true, None).step("cloning the payload")? {
+        Cloned::Parent(child) => child,
+        Cloned::Child => {
+            let failure = become_payload(start, &identity, &exec, &cwd, &stdio, files, &inherited);
+            // The parent reads it from the pipe; there is nobody else to tell.
+            let text = postcard::to_stdvec(&(failure.kind, failure.to_string())).unwrap_or_default();
+            let is_told = File::from(report).write_all(&text).is_ok();
+            std::process::exit(if is_told { 0 } else { 1 });
+        }
+    };
+    let started_at_ns = super::monotonic_ns();
+    drop(report);
+    let mut text = Vec::new();
+    File::from(failed).read_to_end(&mut text).step("reading how execve went")?;
+    if text.is_empty() {
+        return Ok(Payload { pid: child.pid, started_at_ns });
+    }
+    let (kind, message): (Kind, String) = postcard::from_bytes(&text).map_err(io::Error::other).step("reading how execve went")?;
+    Err(LaunchError { kind, step: "starting the payload", target: String::new(), source: io::Error::other(message) })
+}
+
+/// Turns the freshly cloned child into the payload. Comes back only with a failure.
+fn become_payload(
+    start: &Start,
+    identity: &Identity,
+    exec: &Exec,
+    cwd: &OwnedFd,
+    stdio: &[OwnedFd; 3],
+    files: Option<OwnedFd>,
+    inherited: &[OwnedFd],
+) -> LaunchError {
+    let never_returns = || -> Result<std::convert::Infallible, LaunchError> {
+        nix::unistd::setsid().step("making a session")?;
+        identity.assume()?;
+        nix::unistd::fchdir(cwd).spec("entering the working folder", &start.cwd)?;
+        if let Some(files) = files {
+            write_files(File::from(files))?;
+        }
+        for (resource, value) in &start.rlimits {
+            sys::set_rlimit(*resource, *value).step_on("setting a resource limit", resource)?;
+        }
+        for (number, descriptor) in (0..).zip(stdio) {
+            sys::place_at(descriptor.as_fd(), number).step("placing the standard streams")?;
+        }
+        exec.run(inherited)
+    };
+    match never_returns() {
+        Ok(never) => match never {},
+        Err(failure) => failure,
+    }
+}
+
+/// Opens the working folder, and makes it first, owned by the payload's user, if the image lacks it (as `docker run -w` does).
+fn make_folder(path: &str, identity: &Identity) -> Result<OwnedFd, LaunchError> {
+    if !path.starts_with('/') {
+        return Err(never("entering the working folder", path, "it must be an absolute path"));
+    }
+    make_folders(CWD_ROOT, path, Some(identity)).spec("making the working folder", path)?;
+    open_folder(path).spec("entering the working folder", path)
+}
+
+const CWD_ROOT: &str = "/";
+
+/// What this process opens while it still has capabilities never leads through `/proc/self/fd` and its like (CVE-2024-21626).
+const SAFE: ResolveFlags = ResolveFlags::NO_MAGICLINKS;
+
+fn open_folder(path: &str) -> rustix::io::Result<OwnedFd> {
+    openat2(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty(), SAFE)
+}
+
+/// Makes every missing folder of `path`, below `from` if it is relative; new ones belong to `owner` if one is given.
+fn make_folders(from: &str, path: &str, owner: Option<&Identity>) -> rustix::io::Result<()> {
+    let mut at = open_folder(if path.starts_with('/') { "/" } else { from })?;
+    for name in path.split('/').filter(|name| !name.is_empty() && *name != ".") {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        at = match openat2(&at, name, flags, Mode::empty(), SAFE) {
+            Err(rustix::io::Errno::NOENT) => {
+                mkdirat(&at, name, Mode::from_raw_mode(0o755))?;
+                if let Some(owner) = owner {
+                    let (uid, gid) = (rustix::fs::Uid::from_raw(owner.uid), rustix::fs::Gid::from_raw(owner.gid));
+                    rustix::fs::chownat(&at, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+                }
+                openat2(&at, name, flags, Mode::empty(), SAFE)?
+            }
+            other => other?,
+        };
+    }
+    Ok(())
+}
+
+/// Writes the request's files, as the payload's user, from the working folder.
+fn write_files(stream: File) -> Result<(), LaunchError> {
+    let mut stream = io::BufReader::new(stream);
+    while let Some(entry) = files::read_entry(&mut stream).step("reading the files of the request")? {
+        let path = &entry.path;
+        if let Some((folder, _)) = path.rsplit_once('/') {
+            make_folders(".", folder, None).spec("making the folder of a file", path)?;
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
+        let file = openat2(CWD, path.as_str(), flags, Mode::from_raw_mode(entry.mode), SAFE).spec("writing a file", path)?;
+        let mut file = File::from(file);
+        io::copy(&mut (&mut stream).take(entry.content_bytes), &mut file).spec("writing a file", path)?;
+        // The mode is what was asked for, whatever the umask says.
+        rustix::fs::fchmod(&file, Mode::from_raw_mode(entry.mode)).spec("writing a file", path)?;
+    }
+    Ok(())
+}
+
+/// Everything for execve, allocated before the clone.
+#[derive(Debug)]
+struct Exec {
+    program: Program,
+    /// Where the program may be, in the order of `PATH`.
+    candidates: Vec<CString>,
+    args: Vec<CString>,
+    env: Vec<CString>,
+}
+
+impl Exec {
+    fn new(start: &Start, identity: &Identity) -> Result<Self, LaunchError> {
+        let name = start.args.first().ok_or_else(|| never("starting the payload", "", "the command is empty"))?;
+        let mut env = start.env.clone();
+        let has = |name: &str, env: &[String]| env.iter().any(|line| line.split_once('=').is_some_and(|(n, _)| n == name));
+        if !has("PATH", &env) {
+            env.push(format!("PATH={DEFAULT_PATH}"));
+        }
+        if !has("HOME", &env) {
+            env.push(format!("HOME={}", identity.home));
+        }
+        let path = env.iter().rev().find_map(|line| line.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH);
+        let candidates: Vec<String> = if name.contains('/') {
+            vec![name.clone()]
+        } else {
+            path.split(':').map(|folder| if folder.is_empty() { name.clone() } else { format!("{folder}/{name}") }).collect()
+        };
+        let c_strings = |lines: &[String]| lines.iter().map(|line| CString::new(line.as_bytes())).collect::<Result<Vec<_>, NulError>>();
+        let nul = |e: NulError| never("starting the payload", name, e.to_string());
+        Ok(Self {
+            program: start.program,
+            candidates: c_strings(&candidates).map_err(nul)?,
+            args: c_strings(&start.args).map_err(nul)?,
+            env: c_strings(&env).map_err(nul)?,
+        })
+    }
+
+    /// execve(2) on the first candidate that exists. Errors are those of execvp(3): a program that may not be executed is reported, unless
+    /// a later folder has one that may.
+    fn run(&self, inherited: &[OwnedFd]) -> Result<std::convert::Infallible, LaunchError> {
+        let name = self.args.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let parked = pass_on(inherited).step("passing on descriptors")?;
+        // Nothing of init's but these numbers crosses the execve (CVE-2024-21626).
+        sys::close_on_exec_from(first_free(inherited).unsigned_abs()).step("closing descriptors")?;
+        if matches!(self.program, Program::Descriptor) {
+            let program = parked.last().ok_or_else(super::unexpected).step("starting the payload")?;
+            let failed = nix::unistd::fexecve(program, &self.args, &self.env);
+            return failed.spec("executing", name);
+        }
+        let mut refused = nix::Error::ENOENT;
+        for candidate in &self.candidates {
+            match nix::unistd::execve(candidate, &self.args, &self.env) {
+                Err(error @ (nix::Error::ENOENT | nix::Error::ENOTDIR)) if refused == nix::Error::ENOENT => refused = error,
+                Err(nix::Error::ENOENT | nix::Error::ENOTDIR) => {}
+                Err(nix::Error::EACCES) => refused = nix::Error::EACCES,
+                Err(error) => return Err(error).spec("executing", name),
+                Ok(never) => match never {},
+            }
+        }
+        match refused {
+            nix::Error::ENOENT | nix::Error::ENOTDIR if self.args.first().is_some_and(|name| name.to_bytes().contains(&b'/')) => {
+                Err(never("executing", name, "no such file in the image"))
+            }
+            nix::Error::ENOENT | nix::Error::ENOTDIR => Err(never("executing", name, "no such program in the PATH of the image")),
+            error => Err(error).spec("executing", name),
+        }
+    }
+}
+
+/// The first number behind those that the payload inherits.
+fn first_free(inherited: &[OwnedFd]) -> i32 {
+    3 + i32::try_from(inherited.len()).expect("a message brings at most 253 descriptors")
+}
+
+/// Puts `inherited` at the numbers from 3 up, where the payload finds them; the returned ones are the same, out of the way of those numbers.
+fn pass_on(inherited: &[OwnedFd]) -> io::Result<Vec<OwnedFd>> {
+    let floor = first_free(inherited);
+    let parked: Vec<OwnedFd> =
+        inherited.iter().map(|descriptor| rustix::io::fcntl_dupfd_cloexec(descriptor, floor)).collect::<Result<_, _>>()?;
+    for (number, descriptor) in (3..).zip(&parked) {
+        sys::place_at(descriptor.as_fd(), number)?;
+    }
+    Ok(parked)
+}
+
+impl Identity {
+    /// Becomes this user, for good, with no capability beyond those of the bounding set.
+    fn assume(&self) -> Result<(), LaunchError> {
+        let groups: Vec<Gid> = self.groups.iter().copied().map(Gid::from_raw).collect();
+        nix::unistd::setgroups(&groups).step("setting the groups")?;
+        let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
+        nix::unistd::setresgid(gid, gid, gid).step_on("becoming the group", self.gid)?;
+        nix::unistd::setresuid(uid, uid, uid).step_on("becoming the user", self.uid)?;
+        sys::set_capabilities(0).step("dropping capabilities")
+    }
+}

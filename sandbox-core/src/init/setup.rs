@@ -1,0 +1,110 @@
+//! From a fresh process of root's to the unprivileged PID 1 of a finished sandbox.
+
+use std::{
+    collections::VecDeque,
+    io::Write,
+    os::fd::{AsFd, OwnedFd},
+};
+
+use nix::{
+    sched::{CloneFlags, setns, unshare},
+    sys::{
+        signal::{SaFlags, SigAction, SigHandler, SigSet, Signal},
+        signalfd::{SfdFlags, SignalFd},
+    },
+    unistd::{Gid, Uid, setgroups, setresgid, setresuid},
+};
+
+use super::{next, own_cpu_us};
+use crate::{
+    error::{LaunchError, Step},
+    ids,
+    privileges::{self, disarm_root, limit_bounding_set},
+    protocol::init::Setup,
+    rootfs::{self, Layout, Parts},
+    sys,
+};
+
+/// How readily the kernel kills a sandbox when the whole machine runs out of memory: before anything of the host (proc_pid_oom_score_adj(5)).
+const OOM_SCORE_ADJ: &str = "500";
+
+/// Puts this process, and so all that it starts, under the limits. Returns the CPU time it had used before, in microseconds.
+///
+/// Descriptors in front: user namespace, image, base layer, then the `tasks` files. A process of one thread that writes 0 into `tasks` moves
+/// itself without waiting for a grace period of the whole machine, which a parent that writes a pid has to.
+pub(super) fn join_cgroups(hierarchies: u32, descriptors: &mut VecDeque<OwnedFd>) -> Result<u64, LaunchError> {
+    let first = 3;
+    for n in 0..hierarchies {
+        let tasks = descriptors.remove(first).ok_or_else(super::unexpected).step_on("joining the cgroups", format_args!("hierarchy {n}"))?;
+        std::fs::File::from(tasks).write_all(b"0").step_on("joining the cgroups", format_args!("hierarchy {n}"))?;
+    }
+    let before_us = own_cpu_us();
+    // From here on the sandbox's own cgroups are the root that it sees in /proc/self/cgroup.
+    unshare(CloneFlags::CLONE_NEWCGROUP).step("making the cgroup namespace")?;
+    Ok(before_us)
+}
+
+/// Builds the sandbox around this process and gives up all privilege but [`privileges::OF_INIT`] over the sandbox's own ids.
+///
+/// The order is the kernel's: what needs the host's root first, the user namespace after the last mount, ids after the namespace,
+/// capabilities after the ids, the filter last. Returns the file system of the writable layer.
+pub(super) fn enter(setup: Setup, descriptors: &mut VecDeque<OwnedFd>) -> Result<OwnedFd, LaunchError> {
+    let user_namespace = next(descriptors, "user namespace")?;
+    let parts = Parts {
+        image: next(descriptors, "image")?,
+        base: next(descriptors, "base layer")?,
+        target: if setup.has_target { Some(next(descriptors, "target")?) } else { None },
+    };
+    std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ).step("raising oom_score_adj")?;
+    nix::unistd::sethostname(&setup.hostname).step("setting the host name")?;
+    let layout =
+        Layout { id_base: setup.id_base, disk_bytes: setup.disk_bytes, inodes: setup.inodes, shm_bytes: setup.shm_bytes };
+    let writable = rootfs::enter(layout, parts)?;
+    take_null()?;
+
+    setns(user_namespace.as_fd(), CloneFlags::CLONE_NEWUSER).step("entering the user namespace")?;
+    drop(user_namespace);
+    limit_bounding_set(setup.payload_capabilities).step("limiting the bounding set")?;
+    if setup.payload_capabilities == 0 {
+        disarm_root().step("taking root's privileges from user id 0")?;
+    }
+    setgroups(&[]).step("leaving all groups")?;
+    let (uid, gid) = (Uid::from_raw(ids::OF_INIT), Gid::from_raw(ids::OF_INIT));
+    setresgid(gid, gid, gid).step("becoming init's group")?;
+    setresuid(uid, uid, uid).step("becoming init's user")?;
+    sys::set_capabilities(privileges::OF_INIT | setup.payload_capabilities).step("dropping capabilities")?;
+    rustix::thread::set_no_new_privs(true).step("setting no_new_privs")?;
+    // Both are reset by the change of ids above (PR_SET_PDEATHSIG(2const), PR_SET_DUMPABLE(2const)).
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).step("binding this life to the keeper's")?;
+    nix::sys::prctl::set_dumpable(false).step("forbidding traces")?;
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    default_signals().step("resetting signals")?;
+    let program: Vec<libc::sock_filter> =
+        setup.seccomp.iter().map(|&(code, jt, jf, k)| libc::sock_filter { code, jt, jf, k }).collect();
+    sys::set_seccomp_filter(&program).step("loading the seccomp filter")?;
+    Ok(writable)
+}
+
+/// Standard input, output and error become the sandbox's own `/dev/null`: those of the keeper are the host's.
+fn take_null() -> Result<(), LaunchError> {
+    let null = std::fs::File::options().read(true).write(true).open("/dev/null").step_on("opening", "/dev/null")?;
+    for number in 0..=2 {
+        sys::place_at(null.as_fd(), number).step_on("opening", "/dev/null")?;
+    }
+    Ok(())
+}
+
+/// The keeper's blocked and ignored signals are not the payload's: execve(2) would hand both on.
+fn default_signals() -> nix::Result<()> {
+    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    sys::set_signal_action(Signal::SIGPIPE, &default)?;
+    SigSet::all().thread_unblock()
+}
+
+/// A descriptor that is readable when a child has died.
+pub(super) fn child_signals() -> std::io::Result<SignalFd> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGCHLD);
+    signals.thread_block()?;
+    Ok(SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)
+}

@@ -1,0 +1,688 @@
+//! The one privileged process of a node: one thread, one loop, owner of every sandbox.
+//!
+//! It launches, limits, supervises and records. It knows no HTTP and no SQL, and believes neither the service nor a sandbox: requests are held
+//! against [`crate::policy`], and what comes from inside a sandbox is data.
+
+mod connection;
+mod launch;
+mod output;
+mod sandbox;
+mod slot;
+mod store;
+mod timer;
+
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
+};
+
+use nix::sys::{
+    signal::{SigSet, Signal},
+    signalfd::{SfdFlags, SignalFd},
+};
+use rustix::{
+    buffer::spare_capacity,
+    event::epoll::{self, EventData, EventFlags},
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with},
+    process::pidfd_send_signal,
+    time::{ClockId, clock_gettime},
+};
+
+use connection::{Asker, Connection, failed};
+use output::Pumped;
+use sandbox::{Decision, Ended, Evidence, Purpose, Sandbox};
+use slot::Slots;
+use store::Store;
+use timer::{Due, Timer};
+
+use crate::{
+    cgroup::Tree,
+    ids::{self, Ranges},
+    log::{self, Kind},
+    protocol::{
+        Answer, Call, Cause, FailureKind, Hello, Launched, Record, Request, SandboxId, VERSION,
+        init::{Order, Report},
+    },
+    sys, transport,
+};
+
+/// How a keeper is started.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where it listens.
+    pub socket: PathBuf,
+    /// The folder of unpacked images. Its file system must take idmapped mounts.
+    pub images: PathBuf,
+    /// The folder of log files.
+    pub logs: PathBuf,
+    /// The group id that may connect and read logs.
+    pub group: u32,
+    /// The programs that run inside sandboxes.
+    pub init: PathBuf,
+    pub unpack: PathBuf,
+    /// Where locks of this machine's keepers lie.
+    pub run: PathBuf,
+}
+
+/// Sandboxes of one keeper at a time. Each has an id range of its own.
+const SANDBOXES_MAX: u32 = 2048;
+
+/// The first host id that is handed out: above what distributions give to users and container engines (systemd's UIDS-GIDS document).
+const FIRST_ID: u32 = 0x7000_0000;
+
+/// How many keepers fit beside each other on one machine.
+const KEEPERS_MAX: u32 = 16;
+
+/// How long init has for a kill of its own before all of it is killed from outside.
+const FORCE_AFTER_NS: u64 = 50_000_000;
+/// How long the payload may take to start.
+const START_WITHIN_NS: u64 = 30_000_000_000;
+/// The time between two looks at a counter or a group that is not ready yet.
+const AGAIN_AFTER_NS: u64 = 1_000_000;
+/// How long nothing must happen before slots are made ahead, in milliseconds.
+const IDLE_MS: i64 = 2;
+
+/// What an event is about: the lowest byte of its number. The rest is the sandbox's or connection's serial number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Listener,
+    Signals,
+    Timer,
+    Connection,
+    Control,
+    Init,
+    Stdout,
+    Stderr,
+    OutOfMemory,
+}
+
+impl Source {
+    const ALL: [Self; 9] = [
+        Self::Listener,
+        Self::Signals,
+        Self::Timer,
+        Self::Connection,
+        Self::Control,
+        Self::Init,
+        Self::Stdout,
+        Self::Stderr,
+        Self::OutOfMemory,
+    ];
+
+    fn number(self, serial: u64) -> u64 {
+        let place = Self::ALL.iter().position(|source| *source == self).expect("every source is in ALL");
+        serial << 8 | place as u64
+    }
+
+    fn of(number: u64) -> Option<(Self, u64)> {
+        let place = usize::try_from(number & 0xff).ok()?;
+        Self::ALL.get(place).map(|source| (*source, number >> 8))
+    }
+}
+
+/// The keeper and all that it owns.
+#[derive(Debug)]
+pub struct Keeper {
+    epoll: OwnedFd,
+    listener: OwnedFd,
+    signals: SignalFd,
+    timer: Timer,
+    connections: HashMap<u64, Connection>,
+    sandboxes: HashMap<u64, Sandbox>,
+    by_id: HashMap<SandboxId, u64>,
+    next_serial: u64,
+    slots: Slots,
+    store: Store,
+    programs: launch::Programs,
+    seccomp: Vec<(u16, u8, u8, u32)>,
+    logs: PathBuf,
+    group: u32,
+    hello: Hello,
+    buffer: Vec<u8>,
+    shutdown: Option<Vec<Asker>>,
+    /// Held as long as this keeper lives: its name and its id ranges are its own.
+    _lock: OwnedFd,
+}
+
+/// Runs a keeper until it is told to stop. Needs root.
+pub fn run(options: &Options, on_ready: impl FnOnce()) -> io::Result<()> {
+    let mut keeper = Keeper::start(options)?;
+    on_ready();
+    keeper.serve()
+}
+
+impl Keeper {
+    fn start(options: &Options) -> io::Result<Self> {
+        let (number, lock) = claim_number(&options.run)?;
+        launch::settle(&options.run.join(format!("stage-{number}")))?;
+        let tree = Tree::open(&format!("k{number}"))?;
+        let mode = tree.mode();
+        let ranges = Ranges::new(FIRST_ID + number * SANDBOXES_MAX * ids::RANGE, SANDBOXES_MAX);
+        let hello = Hello {
+            version: VERSION,
+            pid: std::process::id(),
+            started_at_us: unix_us(),
+            cgroup: mode,
+            sandboxes_max: SANDBOXES_MAX,
+            fences: ["user_namespace", "mount_namespace", "pid_namespace", "network_namespace", "cgroup", "seccomp", "no_new_privs"]
+                .map(str::to_owned)
+                .to_vec(),
+        };
+        let mut signals = SigSet::empty();
+        for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD] {
+            signals.add(signal);
+        }
+        signals.thread_block()?;
+        let program = crate::seccomp::program();
+        let keeper = Self {
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            listener: listen_at(options)?,
+            signals: SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?,
+            timer: Timer::new()?,
+            connections: HashMap::new(),
+            sandboxes: HashMap::new(),
+            by_id: HashMap::new(),
+            next_serial: 1,
+            slots: Slots::new(tree, ranges)?,
+            store: Store::open(&options.images)?,
+            programs: launch::Programs::load(options)?,
+            seccomp: program.iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect(),
+            logs: options.logs.clone(),
+            group: options.group,
+            hello,
+            buffer: vec![0; log::DATA_BYTES_MAX],
+            shutdown: None,
+            _lock: lock,
+        };
+        keeper.watch(keeper.listener.as_fd(), Source::Listener, 0)?;
+        keeper.watch(keeper.signals.as_fd(), Source::Signals, 0)?;
+        keeper.watch(keeper.timer.descriptor(), Source::Timer, 0)?;
+        Ok(keeper)
+    }
+
+    fn watch(&self, descriptor: BorrowedFd<'_>, source: Source, serial: u64) -> io::Result<()> {
+        Ok(epoll::add(&self.epoll, descriptor, EventData::new_u64(source.number(serial)), EventFlags::IN)?)
+    }
+
+    /// The loop. One turn handles what is ready, sandboxes before new requests.
+    fn serve(&mut self) -> io::Result<()> {
+        let mut events = Vec::with_capacity(256);
+        let mut may_refill = true;
+        loop {
+            if self.is_done()? {
+                return Ok(());
+            }
+            events.clear();
+            let idle = rustix::time::Timespec { tv_sec: 0, tv_nsec: IDLE_MS * 1_000_000 };
+            let timeout = may_refill.then_some(&idle);
+            rustix::io::retry_on_intr(|| epoll::wait(&self.epoll, spare_capacity(&mut events), timeout))?;
+            if events.is_empty() {
+                may_refill = self.shutdown.is_none() && self.slots.refill()?;
+                continue;
+            }
+            for event in &events {
+                if let Some((source, serial)) = Source::of(event.data.u64()) {
+                    self.handle(source, serial, event.flags)?;
+                    may_refill = true;
+                }
+            }
+        }
+    }
+
+    fn handle(&mut self, source: Source, serial: u64, flags: EventFlags) -> io::Result<()> {
+        match source {
+            Source::Listener => self.accept(),
+            Source::Signals => self.on_signals(),
+            Source::Timer => self.on_timer(),
+            Source::Connection => self.on_connection(serial, flags),
+            Source::Control => self.on_report(serial),
+            Source::Init => self.on_init_death(serial),
+            Source::Stdout => self.on_output(serial, Kind::Stdout),
+            Source::Stderr => self.on_output(serial, Kind::Stderr),
+            Source::OutOfMemory => self.on_out_of_memory(serial),
+        }
+    }
+
+    fn accept(&mut self) -> io::Result<()> {
+        let socket = match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(socket) => socket,
+            // The other side left again, or descriptors are short for the moment.
+            Err(_) => return Ok(()),
+        };
+        transport::enlarge(&socket)?;
+        let serial = self.serial();
+        self.watch(socket.as_fd(), Source::Connection, serial)?;
+        self.connections.insert(serial, Connection::new(socket));
+        Ok(())
+    }
+
+    fn serial(&mut self) -> u64 {
+        self.next_serial += 1;
+        self.next_serial
+    }
+
+    fn on_signals(&mut self) -> io::Result<()> {
+        while let Some(signal) = self.signals.read_signal()? {
+            if signal.ssi_signo.cast_signed() != libc::SIGCHLD {
+                self.stop(None)?;
+            }
+        }
+        // Inits are watched by their pidfds, which stay valid; whatever else was started is simply reaped.
+        while let Ok(Some(_)) = sys::reap(-1, false) {}
+        Ok(())
+    }
+
+    fn on_connection(&mut self, serial: u64, flags: EventFlags) -> io::Result<()> {
+        if flags.contains(EventFlags::OUT) {
+            self.flush(serial)?;
+        }
+        // A bounded number at once, so that one busy client does not hold up the sandboxes.
+        for _ in 0..16 {
+            let Some(connection) = self.connections.get(&serial) else { return Ok(()) };
+            match connection.receive() {
+                Ok(Some(datagram)) => {
+                    let Call { tag, request } = datagram.message;
+                    self.on_request(Asker { connection: serial, tag }, request, datagram.descriptors)?;
+                }
+                Ok(None) => return Ok(()),
+                Err(error) => {
+                    if error.kind() != io::ErrorKind::ConnectionReset {
+                        eprintln!("sandbox-keeper: disconnecting a client: {error}");
+                    }
+                    self.disconnect(serial);
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn on_request(&mut self, asker: Asker, request: Request, descriptors: Vec<OwnedFd>) -> io::Result<()> {
+        let answer = match request {
+            Request::Hello { version } if version != VERSION => {
+                failed(FailureKind::Refused, format!("this keeper speaks version {VERSION} of its protocol, not {version}"))
+            }
+            Request::Hello { .. } => Answer::Hello(self.hello.clone()),
+            Request::Launch(_) | Request::Unpack { .. } if self.shutdown.is_some() => failed(FailureKind::Busy, "the keeper is stopping"),
+            Request::Launch(launch) => return self.launch(asker, *launch, descriptors),
+            Request::Unpack { image, layers, limits } => return self.unpack(asker, image, layers, limits, descriptors),
+            Request::Wait { id } => match self.by_id.get(&id).and_then(|serial| self.sandboxes.get_mut(serial)) {
+                None => failed(FailureKind::Gone, format!("no sandbox {id}")),
+                Some(Sandbox { ending: Some(ending), .. }) => Answer::Ended(Box::new(ending.clone())),
+                Some(sandbox) => {
+                    sandbox.waiters.push(asker);
+                    return Ok(());
+                }
+            },
+            Request::Kill { id, reason } => match self.by_id.get(&id) {
+                None => failed(FailureKind::Gone, format!("no sandbox {id}")),
+                Some(&serial) => {
+                    self.decide(serial, Decision::Killed(reason))?;
+                    Answer::Done
+                }
+            },
+            Request::List => Answer::Records(self.records()),
+            Request::Forget { id } => self.forget(id),
+            Request::Images => match self.store.images() {
+                Ok(images) => Answer::Images(images),
+                Err(error) => failed(FailureKind::Host, format!("listing the images failed: {error}")),
+            },
+            Request::RemoveImage { image } if self.sandboxes.values().any(|s| s.body.is_some() && s.image.as_ref() == Some(&image)) => {
+                failed(FailureKind::Busy, "a sandbox runs on this image")
+            }
+            Request::RemoveImage { image } => match self.store.remove(&image) {
+                Ok(()) => Answer::Done,
+                Err(error) => failed(FailureKind::Host, format!("removing the image failed: {error}")),
+            },
+            Request::Shutdown => return self.stop(Some(asker)),
+        };
+        self.answer(asker, answer)
+    }
+
+    fn records(&self) -> Vec<Record> {
+        let record = |sandbox: &Sandbox| match &sandbox.purpose {
+            Purpose::Payload { id } => Some(Record { id: *id, launched: sandbox.launched, is_ended: sandbox.ending.is_some() }),
+            Purpose::Unpack { .. } => None,
+        };
+        self.sandboxes.values().filter_map(record).collect()
+    }
+
+    fn forget(&mut self, id: SandboxId) -> Answer {
+        let Some(&serial) = self.by_id.get(&id) else { return Answer::Done };
+        if self.sandboxes.get(&serial).is_some_and(|sandbox| sandbox.ending.is_none()) {
+            return failed(FailureKind::Busy, "the sandbox has not ended");
+        }
+        match std::fs::remove_file(log::path(&self.logs, id)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return failed(FailureKind::Host, format!("removing the log failed: {error}")),
+            _ => {}
+        }
+        self.by_id.remove(&id);
+        // One that is still being dismantled is dropped when it is done (`clean_up`).
+        if self.sandboxes.get(&serial).is_some_and(|sandbox| sandbox.body.is_none()) {
+            self.sandboxes.remove(&serial);
+        }
+        Answer::Done
+    }
+
+    fn answer(&mut self, asker: Asker, answer: Answer) -> io::Result<()> {
+        let Some(connection) = self.connections.get_mut(&asker.connection) else { return Ok(()) };
+        match connection.answer(asker.tag, answer) {
+            Ok(false) => Ok(()),
+            Ok(true) => self.wait_for(asker.connection, EventFlags::IN | EventFlags::OUT),
+            Err(error) => {
+                eprintln!("sandbox-keeper: disconnecting a client that does not read: {error}");
+                self.disconnect(asker.connection);
+                Ok(())
+            }
+        }
+    }
+
+    fn flush(&mut self, serial: u64) -> io::Result<()> {
+        match self.connections.get_mut(&serial).map(Connection::flush) {
+            Some(Ok(false)) => self.wait_for(serial, EventFlags::IN),
+            Some(Ok(true)) | None => Ok(()),
+            Some(Err(_)) => {
+                self.disconnect(serial);
+                Ok(())
+            }
+        }
+    }
+
+    fn wait_for(&self, serial: u64, flags: EventFlags) -> io::Result<()> {
+        let Some(connection) = self.connections.get(&serial) else { return Ok(()) };
+        Ok(epoll::modify(&self.epoll, connection.socket.as_fd(), EventData::new_u64(Source::Connection.number(serial)), flags)?)
+    }
+
+    fn disconnect(&mut self, serial: u64) {
+        self.connections.remove(&serial);
+        for sandbox in self.sandboxes.values_mut() {
+            sandbox.waiters.retain(|asker| asker.connection != serial);
+            sandbox.launch_asker = sandbox.launch_asker.filter(|asker| asker.connection != serial);
+        }
+    }
+
+    fn on_report(&mut self, serial: u64) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
+        let Some(body) = &sandbox.body else { return Ok(()) };
+        let report = match body.init.control.recv::<Report>() {
+            Ok(Some(datagram)) => datagram.message,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            // Init is dead or talks nonsense; its pidfd tells the rest.
+            Ok(None) | Err(_) => {
+                epoll::delete(&self.epoll, body.init.control.as_fd())?;
+                return kill_init(body);
+            }
+        };
+        match report {
+            Report::Failed { kind, message } => {
+                let cause = match kind {
+                    crate::error::Kind::Spec => Cause::StartFailed { message },
+                    crate::error::Kind::Host => Cause::InfraError { message },
+                };
+                self.end(serial, None, Some(cause))
+            }
+            Report::Started { at_ns, own_cpu_us } => self.on_started(serial, at_ns, own_cpu_us),
+            Report::Ended { status, at_ns, own_cpu_us, is_disk_full, are_inodes_used_up } => {
+                self.end(serial, Some(Ended { status, at_ns, own_cpu_us, is_disk_full, are_inodes_used_up }), None)
+            }
+        }
+    }
+
+    fn on_started(&mut self, serial: u64, at_ns: u64, own_cpu_us: u64) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return Ok(()) };
+        let since_us = monotonic_ns().saturating_sub(at_ns) / 1000;
+        let launched = Launched {
+            started_at_us: unix_us().saturating_sub(since_us),
+            launch_us: at_ns.saturating_sub(sandbox.received_at_ns) / 1000,
+            start: sandbox.start,
+        };
+        sandbox.launched = Some(launched);
+        sandbox.started_at_ns = Some(at_ns);
+        sandbox.init_cpu_us = own_cpu_us;
+        let limits = sandbox.supervision;
+        let asker = sandbox.launch_asker.take();
+        if let Some(wall_ms) = limits.wall_ms {
+            self.timer.set(at_ns.saturating_add(wall_ms.saturating_mul(1_000_000)), serial, Due::Wall)?;
+        }
+        if limits.cpu_ms.is_some() {
+            self.check_cpu(serial)?;
+        }
+        match asker {
+            Some(asker) => self.answer(asker, Answer::Launched(launched)),
+            None => Ok(()),
+        }
+    }
+
+    fn on_output(&mut self, serial: u64, kind: Kind) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
+        match sandbox.output.pump(kind, &mut self.buffer, unix_us()) {
+            Ok(Pumped::More | Pumped::Empty | Pumped::Closed) if sandbox.output.is_over_limit() => self.decide(serial, Decision::OutputLimit),
+            Ok(_) => Ok(()),
+            Err(error) => self.decide(serial, Decision::LogFailed(error.raw_os_error().unwrap_or(libc::EIO))),
+        }
+    }
+
+    /// The kernel announces an OOM before it kills, so the counter may still be on its way.
+    fn on_out_of_memory(&mut self, serial: u64) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return Ok(()) };
+        let Some(body) = &sandbox.body else { return Ok(()) };
+        if let Some(notice) = &body.oom_notice {
+            match rustix::io::read(notice, &mut [0; 8]) {
+                Ok(_) | Err(rustix::io::Errno::AGAIN) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if body.slot.group.oom_kills()? > 0 {
+            return self.decide(serial, Decision::OutOfMemory);
+        }
+        self.timer.set(monotonic_ns() + AGAIN_AFTER_NS, serial, Due::Oom)
+    }
+
+    fn on_timer(&mut self) -> io::Result<()> {
+        while let Some((serial, due)) = self.timer.next(monotonic_ns())? {
+            let is_over = self.sandboxes.get(&serial).is_none_or(|sandbox| sandbox.ending.is_some());
+            match due {
+                Due::Remove => self.clean_up(serial)?,
+                Due::Force => self.kill_by_force(serial)?,
+                _ if is_over => {}
+                Due::Start => {
+                    if self.sandboxes.get(&serial).is_some_and(|sandbox| sandbox.launched.is_none()) {
+                        self.kill_by_force(serial)?;
+                    }
+                }
+                Due::Wall => self.decide(serial, Decision::WallTimeout)?,
+                Due::Cpu => self.check_cpu(serial)?,
+                Due::Oom => self.on_out_of_memory(serial)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends a sandbox that has used up its CPU time, or comes back when it could have: sooner the closer it is.
+    fn check_cpu(&mut self, serial: u64) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
+        let (Some(limit_ms), Some(body)) = (sandbox.supervision.cpu_ms, &sandbox.body) else { return Ok(()) };
+        let used_us = body.slot.group.cpu_us()?.saturating_sub(sandbox.init_cpu_us);
+        let left_us = limit_ms.saturating_mul(1000).saturating_sub(used_us);
+        if left_us == 0 {
+            return self.decide(serial, Decision::CpuTimeout);
+        }
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+        let speed_millis = sandbox.cpu_millis.clamp(1, cores * 1000);
+        // A full quota can be spent at once at the start of a period, on all cores, so a slow group is looked at as if it were not.
+        let wait_ns = (left_us * 1_000_000 / speed_millis.max(1000)).max(AGAIN_AFTER_NS);
+        self.timer.set(monotonic_ns() + wait_ns, serial, Due::Cpu)
+    }
+
+    /// Notes why, then kills. The first reason stands.
+    fn decide(&mut self, serial: u64, decision: Decision) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
+        if sandbox.ending.is_some() || sandbox.decision.is_some() {
+            return Ok(());
+        }
+        sandbox.decision = Some(decision);
+        let Some(body) = &sandbox.body else { return Ok(()) };
+        body.slot.group.lift_cpu_limit()?;
+        // Init kills from inside and reports when all are dead, which is sooner than its namespaces are dismantled.
+        if sandbox.launched.is_some() && body.init.control.send(&Order::Kill, &[]).is_ok() {
+            return self.timer.set(monotonic_ns() + FORCE_AFTER_NS, serial, Due::Force);
+        }
+        self.kill_by_force(serial)
+    }
+
+    /// Kills init, and with it the whole pid namespace (pid_namespaces(7)).
+    fn kill_by_force(&mut self, serial: u64) -> io::Result<()> {
+        match self.sandboxes.get(&serial).and_then(|sandbox| sandbox.body.as_ref()) {
+            Some(body) => kill_init(body),
+            None => Ok(()),
+        }
+    }
+
+    /// The sandbox is over: reads the last output and the counters, notes the verdict, answers, and only then takes it apart.
+    fn end(&mut self, serial: u64, ended: Option<Ended>, failure: Option<Cause>) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return Ok(()) };
+        let Some(body) = &sandbox.body else { return Ok(()) };
+        let mut failure = failure;
+        for kind in [Kind::Stdout, Kind::Stderr] {
+            // Every writer is dead, so this ends at what is in the pipe.
+            loop {
+                match sandbox.output.pump(kind, &mut self.buffer, unix_us()) {
+                    Ok(Pumped::More) => {}
+                    Ok(Pumped::Empty | Pumped::Closed) => break,
+                    Err(error) => {
+                        failure = Some(Cause::InfraError { message: format!("writing the log failed: {error}") });
+                        break;
+                    }
+                }
+            }
+        }
+        let counters = body.slot.group.counters()?;
+        let evidence = Evidence { ended, counters, now_ns: monotonic_ns(), now_us: unix_us(), failure };
+        let ending = sandbox.judge(evidence);
+        if let Err(error) = sandbox.output.finish(ending.ended_at_us) {
+            eprintln!("sandbox-keeper: ending a log failed: {error}");
+        }
+        sandbox.ending = Some(ending.clone());
+        let askers = sandbox.take_askers();
+        if let Purpose::Payload { .. } = sandbox.purpose {
+            for asker in askers {
+                self.answer(asker, Answer::Ended(Box::new(ending.clone())))?;
+            }
+        } else {
+            self.unpacked(serial)?;
+        }
+        self.kill_by_force(serial)
+    }
+
+    fn on_init_death(&mut self, serial: u64) -> io::Result<()> {
+        self.on_report(serial)?;
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
+        let Some(body) = &mut sandbox.body else { return Ok(()) };
+        epoll::delete(&self.epoll, body.init.child.pidfd.as_fd())?;
+        body.init.is_dead = true;
+        if sandbox.ending.is_none() {
+            let is_started = sandbox.launched.is_some() || sandbox.decision.is_some();
+            let never = || Cause::InfraError { message: "the sandbox's init ended before the payload started".to_owned() };
+            self.end(serial, None, (!is_started).then(never))?;
+        }
+        self.clean_up(serial)
+    }
+
+    /// Takes apart what is left, off the reply path, again and again until the kernel has let go of all of it.
+    fn clean_up(&mut self, serial: u64) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
+        let Some(body) = &mut sandbox.body else { return Ok(()) };
+        if !body.init.is_dead {
+            return Ok(());
+        }
+        if !body.slot.group.remove()? {
+            body.slot.group.kill()?;
+            return self.timer.set(monotonic_ns() + AGAIN_AFTER_NS, serial, Due::Remove);
+        }
+        let id_base = body.slot.id_base;
+        sandbox.body = None;
+        self.slots.give_back(id_base);
+        let is_forgotten = match &sandbox.purpose {
+            Purpose::Payload { id } => !self.by_id.contains_key(id),
+            Purpose::Unpack { .. } => true,
+        };
+        if is_forgotten {
+            self.sandboxes.remove(&serial);
+        }
+        Ok(())
+    }
+
+    /// Kills every sandbox; the loop ends when all are gone.
+    fn stop(&mut self, asker: Option<Asker>) -> io::Result<()> {
+        self.shutdown.get_or_insert_default().extend(asker);
+        let serials: Vec<u64> = self.sandboxes.keys().copied().collect();
+        serials.into_iter().try_for_each(|serial| self.decide(serial, Decision::Killed(crate::protocol::KillReason::StoppedByAdmin)))
+    }
+
+    fn is_done(&mut self) -> io::Result<bool> {
+        let is_empty = self.sandboxes.values().all(|sandbox| sandbox.body.is_none());
+        let Some(askers) = self.shutdown.take_if(|_| is_empty) else { return Ok(false) };
+        self.slots.drain()?;
+        for asker in askers {
+            self.answer(asker, Answer::Done)?;
+        }
+        Ok(true)
+    }
+}
+
+fn kill_init(body: &sandbox::Body) -> io::Result<()> {
+    if body.init.is_dead {
+        return Ok(());
+    }
+    match pidfd_send_signal(&body.init.child.pidfd, rustix::process::Signal::KILL) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The lowest number that no living keeper of this machine has. The lock goes with the process.
+fn claim_number(run: &std::path::Path) -> io::Result<(u32, OwnedFd)> {
+    std::fs::create_dir_all(run)?;
+    for number in 0..KEEPERS_MAX {
+        let file = std::fs::File::options().create(true).append(true).open(run.join(format!("keeper-{number}.lock")))?;
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok((number, file.into())),
+            Err(rustix::io::Errno::WOULDBLOCK) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(io::Error::other(format!("{KEEPERS_MAX} keepers run on this machine already")))
+}
+
+/// A listening socket that root and the service's group may connect to. One that a dead keeper left is replaced.
+fn listen_at(options: &Options) -> io::Result<OwnedFd> {
+    match std::fs::remove_file(&options.socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    let old = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
+    let bound = bind(&socket, &SocketAddrUnix::new(&options.socket)?);
+    rustix::process::umask(old);
+    bound?;
+    std::os::unix::fs::chown(&options.socket, None, Some(options.group))?;
+    std::fs::set_permissions(&options.socket, std::os::unix::fs::PermissionsExt::from_mode(0o660))?;
+    listen(&socket, 64)?;
+    Ok(socket)
+}
+
+fn monotonic_ns() -> u64 {
+    nanoseconds(ClockId::Monotonic)
+}
+
+fn unix_us() -> u64 {
+    nanoseconds(ClockId::Realtime) / 1000
+}
+
+fn nanoseconds(clock: ClockId) -> u64 {
+    let now = clock_gettime(clock);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}

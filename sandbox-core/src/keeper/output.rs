@@ -1,0 +1,218 @@
+//! What payloads write: from the pipe, under the output limit, into the log file.
+
+use std::{
+    fs::File,
+    io::{self, IoSlice, Write},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::Path,
+};
+
+use crate::{
+    log::{self, Kind, Record},
+    protocol::{OutputPolicy, SandboxId},
+};
+
+/// Where output goes.
+#[derive(Debug)]
+pub(super) enum Sink {
+    /// The log file of a sandbox, with the number of the next record and the file's length.
+    Log { file: File, next_seq: u64, len: u64 },
+    /// A program of our own: what it says is for the keeper. Standard output and error.
+    Memory { stdout: Vec<u8>, stderr: Vec<u8> },
+}
+
+/// The two streams of one sandbox.
+#[derive(Debug)]
+pub(super) struct Output {
+    sink: Sink,
+    limit_bytes: u64,
+    policy: OutputPolicy,
+    stdout: Stream,
+    stderr: Stream,
+}
+
+#[derive(Debug)]
+struct Stream {
+    /// `None` once every writer has closed it.
+    pipe: Option<OwnedFd>,
+    written_bytes: u64,
+    kept_bytes: u64,
+}
+
+/// How far [`Output::pump`] came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pumped {
+    /// There may be more.
+    More,
+    /// The pipe is empty for now.
+    Empty,
+    /// Every writer has closed it.
+    Closed,
+}
+
+/// Reads of one stream before the others get their turn.
+const READS_PER_TURN: usize = 8;
+
+impl Sink {
+    /// Makes the log file of a sandbox, readable by `group`.
+    pub(super) fn log(folder: &Path, id: SandboxId, group: u32) -> io::Result<Self> {
+        let file = File::options().append(true).create_new(true).mode(0o640).open(log::path(folder, id))?;
+        std::os::unix::fs::fchown(&file, None, Some(group))?;
+        Ok(Self::Log { file, next_seq: 0, len: 0 })
+    }
+}
+
+impl Output {
+    /// Reads from `stdout` and `stderr`, the reading ends of pipes, which must not block.
+    pub(super) fn new(sink: Sink, limit_bytes: u64, policy: OutputPolicy, stdout: OwnedFd, stderr: OwnedFd) -> Self {
+        let stream = |pipe| Stream { pipe: Some(pipe), written_bytes: 0, kept_bytes: 0 };
+        Self { sink, limit_bytes, policy, stdout: stream(stdout), stderr: stream(stderr) }
+    }
+
+    pub(super) fn pipe(&self, kind: Kind) -> Option<BorrowedFd<'_>> {
+        self.stream(kind).pipe.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Bytes that the payload wrote to a stream, kept or not.
+    pub(super) fn written_bytes(&self, kind: Kind) -> u64 {
+        self.stream(kind).written_bytes
+    }
+
+    /// Whether something of a stream was not kept.
+    pub(super) fn is_truncated(&self, kind: Kind) -> bool {
+        let stream = self.stream(kind);
+        stream.written_bytes > stream.kept_bytes
+    }
+
+    /// Whether the payload wrote more than it may and is to be ended for it.
+    pub(super) fn is_over_limit(&self) -> bool {
+        self.policy == OutputPolicy::Kill && (self.is_truncated(Kind::Stdout) || self.is_truncated(Kind::Stderr))
+    }
+
+    /// What was written to [`Sink::Memory`].
+    pub(super) fn memory(&self) -> Option<(&[u8], &[u8])> {
+        match &self.sink {
+            Sink::Memory { stdout, stderr } => Some((stdout, stderr)),
+            Sink::Log { .. } => None,
+        }
+    }
+
+    /// Moves what is in the pipe to the sink, for one turn. `buffer` holds at most [`log::DATA_BYTES_MAX`] bytes.
+    pub(super) fn pump(&mut self, kind: Kind, buffer: &mut [u8], at_us: u64) -> io::Result<Pumped> {
+        for _ in 0..READS_PER_TURN {
+            let Some(pipe) = &self.stream(kind).pipe else { return Ok(Pumped::Closed) };
+            match rustix::io::retry_on_intr(|| rustix::io::read(pipe, &mut *buffer)) {
+                Ok(0) => {
+                    self.stream_mut(kind).pipe = None;
+                    return Ok(Pumped::Closed);
+                }
+                Ok(len) => self.keep(kind, &buffer[..len], at_us)?,
+                Err(rustix::io::Errno::AGAIN) => return Ok(Pumped::Empty),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(Pumped::More)
+    }
+
+    fn keep(&mut self, kind: Kind, data: &[u8], at_us: u64) -> io::Result<()> {
+        let limit_bytes = if self.policy == OutputPolicy::Discard { 0 } else { self.limit_bytes };
+        let stream = self.stream_mut(kind);
+        stream.written_bytes += data.len() as u64;
+        let room = usize::try_from(limit_bytes.saturating_sub(stream.kept_bytes)).unwrap_or(usize::MAX);
+        let kept = &data[..data.len().min(room)];
+        if kept.is_empty() {
+            return Ok(());
+        }
+        stream.kept_bytes += kept.len() as u64;
+        self.sink.append(kind, kept, at_us)
+    }
+
+    /// Says that nothing follows. Both streams are closed from here on.
+    pub(super) fn finish(&mut self, at_us: u64) -> io::Result<()> {
+        self.stdout.pipe = None;
+        self.stderr.pipe = None;
+        self.sink.append(Kind::End, &[], at_us)
+    }
+
+    fn stream(&self, kind: Kind) -> &Stream {
+        if kind == Kind::Stderr { &self.stderr } else { &self.stdout }
+    }
+
+    fn stream_mut(&mut self, kind: Kind) -> &mut Stream {
+        if kind == Kind::Stderr { &mut self.stderr } else { &mut self.stdout }
+    }
+}
+
+impl Sink {
+    fn append(&mut self, kind: Kind, data: &[u8], at_us: u64) -> io::Result<()> {
+        match self {
+            Self::Memory { stdout, .. } if kind == Kind::Stdout => stdout.extend_from_slice(data),
+            Self::Memory { stderr, .. } => stderr.extend_from_slice(data),
+            Self::Log { file, next_seq, len } => {
+                let record = Record { kind, seq: *next_seq, at_us, data };
+                let header = record.header();
+                let whole = header.len() + data.len();
+                match file.write_vectored(&[IoSlice::new(&header), IoSlice::new(data)]) {
+                    Ok(written) if written == whole => {}
+                    // A full disk takes a part. Readers must never see half a record with others behind it.
+                    Ok(_) => {
+                        file.set_len(*len)?;
+                        return Err(io::ErrorKind::StorageFull.into());
+                    }
+                    Err(error) => return Err(error),
+                }
+                *next_seq += 1;
+                *len += whole as u64;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn output(limit_bytes: u64, policy: OutputPolicy) -> (Output, File, File) {
+        let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::NONBLOCK).unwrap();
+        let ((stdout, stdout_writer), (stderr, stderr_writer)) = (pipe(), pipe());
+        let sink = Sink::Memory { stdout: Vec::new(), stderr: Vec::new() };
+        (Output::new(sink, limit_bytes, policy, stdout, stderr), stdout_writer.into(), stderr_writer.into())
+    }
+
+    #[test]
+    fn the_limit_keeps_exactly_its_bytes_of_each_stream_and_counts_the_rest() {
+        let (mut output, mut stdout, mut stderr) = output(4, OutputPolicy::Truncate);
+        stdout.write_all(b"abcdef").unwrap();
+        stderr.write_all(b"xyz").unwrap();
+        output.pump(Kind::Stdout, &mut [0; 3], 0).unwrap();
+        output.pump(Kind::Stderr, &mut [0; 3], 0).unwrap();
+        assert_eq!(output.memory(), Some((b"abcd".as_slice(), b"xyz".as_slice())));
+        assert_eq!(output.written_bytes(Kind::Stdout), 6);
+        assert!(output.is_truncated(Kind::Stdout) && !output.is_truncated(Kind::Stderr));
+        assert!(!output.is_over_limit());
+    }
+
+    #[test]
+    fn the_policy_kill_says_so_with_the_first_byte_too_many() {
+        let (mut output, mut stdout, _stderr) = output(4, OutputPolicy::Kill);
+        stdout.write_all(b"abcd").unwrap();
+        output.pump(Kind::Stdout, &mut [0; 8], 0).unwrap();
+        assert!(!output.is_over_limit());
+        stdout.write_all(b"e").unwrap();
+        output.pump(Kind::Stdout, &mut [0; 8], 0).unwrap();
+        assert!(output.is_over_limit());
+    }
+
+    #[test]
+    fn the_policy_discard_counts_only() {
+        let (mut output, mut stdout, _stderr) = output(100, OutputPolicy::Discard);
+        stdout.write_all(b"abcd").unwrap();
+        output.pump(Kind::Stdout, &mut [0; 8], 0).unwrap();
+        assert_eq!(output.memory(), Some((b"".as_slice(), b"".as_slice())));
+        assert_eq!(output.written_bytes(Kind::Stdout), 4);
+    }
+}

@@ -1,0 +1,189 @@
+//! One sandbox in the keeper: what it is, what was decided about it, and how it ended.
+
+use std::{collections::VecDeque, io, os::fd::OwnedFd};
+
+use super::{connection::Asker, output::Output, slot::Slot};
+use crate::{
+    cgroup::Counters,
+    log::Kind,
+    protocol::{
+        Cause, Ending, ImageId, KillReason, Launched, Limit, SandboxId, Supervision, Unpacked, Usage,
+        init::WaitStatus,
+    },
+    sys::Child,
+    transport::Socket,
+};
+
+/// Whom a sandbox is for.
+#[derive(Debug)]
+pub(super) enum Purpose {
+    /// A request's payload, kept in the records until it is forgotten.
+    Payload { id: SandboxId },
+    /// The keeper's own unpacker, making the image `image` in the store's folder `folder`.
+    Unpack { image: ImageId, folder: String, asker: Asker },
+}
+
+/// What the keeper decided to do to a sandbox, noted before it is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Decision {
+    CpuTimeout,
+    WallTimeout,
+    OutputLimit,
+    OutOfMemory,
+    Killed(KillReason),
+    /// The log could not be written: going on would lose output.
+    LogFailed(i32),
+}
+
+/// The life of a sandbox, from the request to the forgetting.
+#[derive(Debug)]
+pub(super) struct Sandbox {
+    pub(super) purpose: Purpose,
+    pub(super) image: Option<ImageId>,
+    pub(super) supervision: Supervision,
+    /// CPU time that it can use in a second of real time, in thousandths of a CPU.
+    pub(super) cpu_millis: u64,
+    /// `CLOCK_MONOTONIC` at the receipt of the request, in nanoseconds.
+    pub(super) received_at_ns: u64,
+    pub(super) start: crate::protocol::Start,
+    pub(super) output: Output,
+    pub(super) decision: Option<Decision>,
+    pub(super) launched: Option<Launched>,
+    /// `CLOCK_MONOTONIC` of the payload's execve, in nanoseconds.
+    pub(super) started_at_ns: Option<u64>,
+    /// CPU time of init in the group before the payload, in microseconds.
+    pub(super) init_cpu_us: u64,
+    pub(super) ending: Option<Ending>,
+    pub(super) launch_asker: Option<Asker>,
+    pub(super) waiters: Vec<Asker>,
+    /// `None` once everything of it is gone but the record.
+    pub(super) body: Option<Body>,
+}
+
+/// What exists in the kernel for a sandbox.
+#[derive(Debug)]
+pub(super) struct Body {
+    pub(super) slot: Slot,
+    pub(super) init: Init,
+    /// Readable when the group is out of memory (v1).
+    pub(super) oom_notice: Option<OwnedFd>,
+}
+
+#[derive(Debug)]
+pub(super) struct Init {
+    pub(super) child: Child,
+    pub(super) control: Socket,
+    pub(super) is_dead: bool,
+}
+
+/// What init said of the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Ended {
+    pub(super) status: WaitStatus,
+    pub(super) at_ns: u64,
+    pub(super) own_cpu_us: u64,
+    pub(super) is_disk_full: bool,
+    pub(super) are_inodes_used_up: bool,
+}
+
+/// Everything that the verdict is made of.
+#[derive(Debug)]
+pub(super) struct Evidence {
+    pub(super) ended: Option<Ended>,
+    pub(super) counters: Counters,
+    /// `CLOCK_MONOTONIC` now, in nanoseconds: when the end is known, if init did not say.
+    pub(super) now_ns: u64,
+    /// Unix time now, in microseconds.
+    pub(super) now_us: u64,
+    /// Why it never started, if it did not.
+    pub(super) failure: Option<Cause>,
+}
+
+impl Sandbox {
+    /// The final word on a sandbox, from what the kernel counted and what was decided.
+    ///
+    /// In order: it never started; the kernel killed for memory; a limit was exceeded, whether or not our kill came first; somebody ended it;
+    /// it ended by itself.
+    pub(super) fn judge(&self, evidence: Evidence) -> Ending {
+        let Evidence { ended, counters, now_ns, now_us, failure } = evidence;
+        let ended_at_ns = ended.map_or(now_ns, |ended| ended.at_ns);
+        let wall_us = self.started_at_ns.map_or(0, |started| ended_at_ns.saturating_sub(started) / 1000);
+        let own_cpu_us = self.init_cpu_us + ended.map_or(0, |ended| ended.own_cpu_us);
+        let usage = Usage {
+            wall_us,
+            cpu_us: if self.launched.is_some() { counters.cpu_us.saturating_sub(own_cpu_us) } else { 0 },
+            memory_peak_bytes: counters.memory_peak_bytes,
+            pids_peak: counters.pids_peak.saturating_sub(1),
+            throttled_us: counters.throttled_us,
+            stdout_bytes: self.output.written_bytes(Kind::Stdout),
+            stderr_bytes: self.output.written_bytes(Kind::Stderr),
+        };
+        let is_over_wall = self.launched.is_some() && self.supervision.wall_ms.is_some_and(|limit| wall_us > limit.saturating_mul(1000));
+        let is_over_cpu = self.supervision.cpu_ms.is_some_and(|limit| usage.cpu_us > limit.saturating_mul(1000));
+        let by_itself = ended.filter(|ended| ended.status != WaitStatus::Signaled { signal: libc::SIGKILL });
+        let cause = match (failure, self.decision) {
+            (_, Some(Decision::Killed(reason))) if self.launched.is_none() => Cause::Killed(reason),
+            (Some(failure), _) => failure,
+            _ if counters.oom_kills > 0 || self.decision == Some(Decision::OutOfMemory) => Cause::OomKilled,
+            (_, Some(Decision::LogFailed(errno))) => {
+                Cause::InfraError { message: format!("writing the log failed: {}", io::Error::from_raw_os_error(errno)) }
+            }
+            _ if self.output.is_over_limit() => Cause::OutputLimit,
+            _ if is_over_cpu => Cause::CpuTimeout,
+            _ if is_over_wall => Cause::WallTimeout,
+            (_, Some(Decision::Killed(reason))) if by_itself.is_none() => Cause::Killed(reason),
+            (_, Some(Decision::CpuTimeout)) if by_itself.is_none() => Cause::CpuTimeout,
+            (_, Some(Decision::WallTimeout)) if by_itself.is_none() => Cause::WallTimeout,
+            _ => match ended.map(|ended| ended.status) {
+                Some(WaitStatus::Exited { code }) => Cause::Exited { code },
+                Some(WaitStatus::Signaled { signal }) => Cause::Signaled { signal },
+                None => Cause::InfraError { message: "the sandbox's init was killed from outside".to_owned() },
+            },
+        };
+        let is_truncated = |kind| self.output.is_truncated(kind);
+        let limits_hit = [
+            (Limit::Memory, cause == Cause::OomKilled),
+            (Limit::Pids, counters.pids_refused > 0),
+            (Limit::Cpu, cause == Cause::CpuTimeout || is_over_cpu),
+            (Limit::Wall, cause == Cause::WallTimeout || is_over_wall),
+            (Limit::Disk, ended.is_some_and(|ended| ended.is_disk_full)),
+            (Limit::Inodes, ended.is_some_and(|ended| ended.are_inodes_used_up)),
+            (Limit::Output, is_truncated(Kind::Stdout) || is_truncated(Kind::Stderr)),
+        ];
+        let since_end_us = now_ns.saturating_sub(ended_at_ns) / 1000;
+        Ending {
+            cause,
+            launched: self.launched,
+            ended_at_us: now_us.saturating_sub(since_end_us),
+            usage,
+            limits_hit: limits_hit.into_iter().filter_map(|(limit, is_hit)| is_hit.then_some(limit)).collect(),
+            oom_kills: counters.oom_kills,
+            stdout_truncated: is_truncated(Kind::Stdout),
+            stderr_truncated: is_truncated(Kind::Stderr),
+        }
+    }
+
+    /// Everybody who waits for the end.
+    pub(super) fn take_askers(&mut self) -> VecDeque<Asker> {
+        self.launch_asker.take().into_iter().chain(self.waiters.drain(..)).collect()
+    }
+
+    /// What the unpacker said, if it ended well; else why not, for people.
+    pub(super) fn unpacked(&self) -> Result<Unpacked, String> {
+        let (stdout, stderr) = self.output.memory().unwrap_or_default();
+        let said = String::from_utf8_lossy(stderr);
+        match self.ending.as_ref().map(|ending| &ending.cause) {
+            Some(Cause::Exited { code: 0 }) => {
+                serde_json::from_slice(stdout).map_err(|e| format!("the unpacker's answer cannot be read: {e}"))
+            }
+            Some(Cause::Exited { .. }) => Err(said.trim_end().to_owned()),
+            Some(Cause::OomKilled) => Err("unpacking needs more memory than it may have".to_owned()),
+            Some(Cause::WallTimeout | Cause::CpuTimeout) => Err("unpacking takes longer than it may".to_owned()),
+            Some(Cause::StartFailed { message } | Cause::InfraError { message }) => Err(message.clone()),
+            Some(Cause::Signaled { .. } | Cause::OutputLimit | Cause::Killed(_)) | None => Err("unpacking was ended".to_owned()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,85 @@
+//! The parts of a sandbox that do not depend on its request, made when the keeper has nothing else to do.
+
+use std::{collections::VecDeque, io, os::fd::OwnedFd};
+
+use crate::{
+    cgroup::{Group, Tree},
+    ids::{self, Ranges},
+    network::Networks,
+};
+
+/// One sandbox's id range, namespaces and cgroups: fresh, used once, never by two.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) id_base: u32,
+    pub(super) user_namespace: OwnedFd,
+    pub(super) network: OwnedFd,
+    pub(super) group: Group,
+}
+
+/// Makes slots, keeps a few ready, and takes their id ranges back.
+#[derive(Debug)]
+pub(super) struct Slots {
+    tree: Tree,
+    ranges: Ranges,
+    pub(super) networks: Networks,
+    ready: VecDeque<Slot>,
+    made: u64,
+}
+
+/// How many are kept ready.
+const READY_MAX: usize = 16;
+
+impl Slots {
+    pub(super) fn new(tree: Tree, ranges: Ranges) -> io::Result<Self> {
+        Ok(Self { tree, ranges, networks: Networks::new()?, ready: VecDeque::new(), made: 0 })
+    }
+
+    /// One that was made ahead.
+    pub(super) fn take_ready(&mut self) -> Option<Slot> {
+        self.ready.pop_front()
+    }
+
+    /// A new one; `None` when every id range is in use.
+    pub(super) fn make(&mut self) -> io::Result<Option<Slot>> {
+        let Some(id_base) = self.ranges.take() else { return Ok(None) };
+        let made = self.make_on(id_base);
+        if made.is_err() {
+            self.ranges.give_back(id_base);
+        }
+        made.map(Some)
+    }
+
+    fn make_on(&mut self, id_base: u32) -> io::Result<Slot> {
+        self.made += 1;
+        let user_namespace = ids::new_user_namespace(id_base)?;
+        let network = self.networks.make()?;
+        Ok(Slot { id_base, user_namespace, network, group: self.tree.make(format!("s{}", self.made))? })
+    }
+
+    /// Makes one ahead; `false` when there are enough.
+    pub(super) fn refill(&mut self) -> io::Result<bool> {
+        if self.ready.len() >= READY_MAX {
+            return Ok(false);
+        }
+        match self.make()? {
+            Some(slot) => self.ready.push_back(slot),
+            None => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// Takes the id range of a slot of which nothing is left.
+    pub(super) fn give_back(&mut self, id_base: u32) {
+        self.ranges.give_back(id_base);
+    }
+
+    /// Removes those that were never used.
+    pub(super) fn drain(&mut self) -> io::Result<()> {
+        while let Some(mut slot) = self.ready.pop_front() {
+            slot.group.remove()?;
+            self.ranges.give_back(slot.id_base);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,127 @@
+//! The unpacked images: one folder each, named by [`ImageId`], owned by root, shared read-only by all sandboxes.
+
+use std::{
+    fs, io,
+    os::{fd::OwnedFd, unix::fs::DirBuilderExt},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{CWD, Mode, OFlags, openat};
+
+use crate::{protocol::ImageId, rootfs::base, sys};
+
+/// The folder of images.
+#[derive(Debug)]
+pub(super) struct Store {
+    folder: PathBuf,
+    /// Mount points and our own files, over every image.
+    base: OwnedFd,
+    /// An image with nothing in it, for programs of our own.
+    empty: OwnedFd,
+    made: u64,
+}
+
+/// Folders that are not images: no [`ImageId`] looks like them.
+const BASE: &str = "base";
+const EMPTY: &str = "empty";
+const NEW: &str = "new-";
+const TRASH: &str = "trash-";
+
+impl Store {
+    /// Opens the store at `folder`, after removing what an interrupted unpacking or removal left.
+    pub(super) fn open(folder: &Path) -> io::Result<Self> {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+        for entry in fs::read_dir(folder)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if [BASE, EMPTY].contains(&name.as_str()) || name.starts_with(NEW) || name.starts_with(TRASH) {
+                fs::remove_dir_all(folder.join(&name))?;
+            }
+        }
+        make_folder(&folder.join(EMPTY))?;
+        make_folder(&folder.join(BASE))?;
+        for name in base::FOLDERS {
+            make_folder(&folder.join(BASE).join(name))?;
+        }
+        for (name, content) in base::FILES {
+            let path = folder.join(BASE).join(name);
+            fs::write(&path, content)?;
+            fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+        }
+        Ok(Self { folder: folder.to_owned(), base: open(&folder.join(BASE))?, empty: open(&folder.join(EMPTY))?, made: 0 })
+    }
+
+    pub(super) fn base(&self) -> &OwnedFd {
+        &self.base
+    }
+
+    pub(super) fn empty(&self) -> &OwnedFd {
+        &self.empty
+    }
+
+    /// The folder of an image; an error of `NotFound` if the store has it not.
+    pub(super) fn image(&self, id: &ImageId) -> io::Result<OwnedFd> {
+        open(&self.folder.join(id.to_string()))
+    }
+
+    pub(super) fn images(&self) -> io::Result<Vec<ImageId>> {
+        let names = fs::read_dir(&self.folder)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+        Ok(names.collect::<io::Result<Vec<String>>>()?.into_iter().filter_map(|name| name.try_into().ok()).collect())
+    }
+
+    /// A new folder to unpack an image into, and its name for [`Store::commit`] or [`Store::discard`].
+    pub(super) fn begin(&mut self) -> io::Result<(String, OwnedFd)> {
+        self.made += 1;
+        let name = format!("{NEW}{}", self.made);
+        make_folder(&self.folder.join(&name))?;
+        let folder = open(&self.folder.join(&name))?;
+        Ok((name, folder))
+    }
+
+    /// Makes what was unpacked into `name` the image `id`. Its content is already on disk (the unpacker's syncfs); after this, its name is too.
+    pub(super) fn commit(&mut self, name: &str, id: &ImageId) -> io::Result<()> {
+        match fs::rename(self.folder.join(name), self.folder.join(id.to_string())) {
+            // Somebody else was faster with the same content.
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => self.discard(name),
+            Err(error) => Err(error),
+            Ok(()) => fs::File::open(&self.folder)?.sync_all(),
+        }
+    }
+
+    /// Removes a folder of [`Store::begin`].
+    pub(super) fn discard(&mut self, name: &str) -> io::Result<()> {
+        self.made += 1;
+        let trash = self.folder.join(format!("{TRASH}{}", self.made));
+        fs::rename(self.folder.join(name), &trash)?;
+        remove_in_background(&trash)
+    }
+
+    /// Removes an image that no sandbox runs on.
+    pub(super) fn remove(&mut self, id: &ImageId) -> io::Result<()> {
+        match self.discard(&id.to_string()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+}
+
+/// Deletes a tree in a process of its own: a large one takes longer than any sandbox may wait for the keeper.
+fn remove_in_background(path: &Path) -> io::Result<()> {
+    match sys::clone3(nix::sched::CloneFlags::empty(), false, None)? {
+        sys::Cloned::Child => {
+            let is_removed = fs::remove_dir_all(path).is_ok();
+            std::process::exit(if is_removed { 0 } else { 1 });
+        }
+        // Reaped by the keeper's loop at its SIGCHLD. What is not deleted is found at the next start.
+        sys::Cloned::Parent(_) => Ok(()),
+    }
+}
+
+/// A folder with exactly these permissions, whatever the umask is: payloads see them.
+fn make_folder(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().mode(0o755).create(path)?;
+    fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+}
+
+fn open(path: &Path) -> io::Result<OwnedFd> {
+    Ok(openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?)
+}

@@ -1,0 +1,93 @@
+//! Deadlines of all sandboxes, on one timer descriptor.
+
+use std::{
+    cmp::Reverse,
+    collections::BinaryHeap,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime};
+
+/// What is due for a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Due {
+    /// The payload should run by now.
+    Start,
+    Wall,
+    /// Look at the CPU time used.
+    Cpu,
+    /// The kernel announced an OOM; look whether it killed something.
+    Oom,
+    /// An init that was asked to kill its sandbox has not said that it did.
+    Force,
+    /// Try again to remove the cgroups.
+    Remove,
+}
+
+/// Deadlines in `CLOCK_MONOTONIC` nanoseconds, the earliest first. One that no longer matters is ignored when it comes.
+#[derive(Debug)]
+pub(super) struct Timer {
+    descriptor: OwnedFd,
+    deadlines: BinaryHeap<Reverse<(u64, u64, Due)>>,
+}
+
+impl Timer {
+    pub(super) fn new() -> io::Result<Self> {
+        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+        Ok(Self { descriptor: timerfd_create(TimerfdClockId::Monotonic, flags)?, deadlines: BinaryHeap::new() })
+    }
+
+    pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
+
+    /// Has `due` come up for the sandbox `serial` at `at_ns`.
+    pub(super) fn set(&mut self, at_ns: u64, serial: u64, due: Due) -> io::Result<()> {
+        let is_first = self.deadlines.peek().is_none_or(|Reverse((first, ..))| at_ns < *first);
+        self.deadlines.push(Reverse((at_ns, serial, due)));
+        if is_first { self.arm() } else { Ok(()) }
+    }
+
+    /// The next of those that have come up; `None` when the rest lie in the future, for which the timer is then set.
+    pub(super) fn next(&mut self, now_ns: u64) -> io::Result<Option<(u64, Due)>> {
+        match self.deadlines.peek() {
+            Some(Reverse((at_ns, serial, due))) if *at_ns <= now_ns => {
+                let next = (*serial, *due);
+                self.deadlines.pop();
+                Ok(Some(next))
+            }
+            _ => self.arm().map(|()| None),
+        }
+    }
+
+    fn arm(&mut self) -> io::Result<()> {
+        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let at = self.deadlines.peek().map_or(Ok(zero), |Reverse((at_ns, ..))| {
+            // A value of zero would switch the timer off (timerfd_create(2)).
+            let at_ns = (*at_ns).max(1);
+            let tv_sec = i64::try_from(at_ns / 1_000_000_000).map_err(io::Error::other)?;
+            let tv_nsec = i64::try_from(at_ns % 1_000_000_000).map_err(io::Error::other)?;
+            Ok::<_, io::Error>(Timespec { tv_sec, tv_nsec })
+        })?;
+        timerfd_settime(&self.descriptor, TimerfdTimerFlags::ABSTIME, &Itimerspec { it_interval: zero, it_value: at })?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn deadlines_come_up_in_order_and_not_before_their_time() {
+        let mut timer = Timer::new().unwrap();
+        timer.set(300, 3, Due::Wall).unwrap();
+        timer.set(100, 1, Due::Wall).unwrap();
+        timer.set(200, 2, Due::Cpu).unwrap();
+        assert_eq!(timer.next(50).unwrap(), None);
+        assert_eq!(timer.next(250).unwrap(), Some((1, Due::Wall)));
+        assert_eq!(timer.next(250).unwrap(), Some((2, Due::Cpu)));
+        assert_eq!(timer.next(250).unwrap(), None);
+    }
+}

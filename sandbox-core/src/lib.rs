@@ -1,0 +1,24 @@
+//! Launching, limiting and supervising sandboxes on one Linux machine.
+//!
+//! The library behind `sandbox-keeper` and `sandbox-init`, and the side of their protocol that a service uses.
+//! It knows Linux; it knows no HTTP, SQL, tenants or async.
+
+mod cgroup;
+pub mod client;
+pub mod error;
+pub mod files;
+mod ids;
+pub mod init;
+pub mod keeper;
+pub mod log;
+mod network;
+mod policy;
+pub mod privileges;
+pub mod protocol;
+mod rootfs;
+pub mod seccomp;
+mod sys;
+pub mod transport;
+pub mod unpack;
+
+pub use unpack::unpack_inherited;

@@ -1,0 +1,44 @@
+//! Network namespaces: loopback only, owned by the initial user namespace, so that nobody inside can add to them.
+
+use std::{fs::File, io, os::fd::OwnedFd};
+
+use nix::sched::{CloneFlags, setns, unshare};
+
+use crate::sys;
+
+/// Makes network namespaces and starts processes in them.
+#[derive(Debug)]
+pub(crate) struct Networks {
+    own: OwnedFd,
+}
+
+impl Networks {
+    /// Remembers the calling thread's own namespace.
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self { own: current()? })
+    }
+
+    /// A namespace with nothing but loopback, which is up.
+    pub(crate) fn make(&self) -> io::Result<OwnedFd> {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        let made = sys::bring_loopback_up().and_then(|()| current());
+        self.come_home()?;
+        made
+    }
+
+    /// Runs `action` inside `namespace`: a process that it clones is born there.
+    pub(crate) fn inside<T>(&self, namespace: &OwnedFd, action: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        setns(namespace, CloneFlags::CLONE_NEWNET)?;
+        let done = action();
+        self.come_home()?;
+        done
+    }
+
+    fn come_home(&self) -> io::Result<()> {
+        Ok(setns(&self.own, CloneFlags::CLONE_NEWNET)?)
+    }
+}
+
+fn current() -> io::Result<OwnedFd> {
+    Ok(File::open("/proc/thread-self/ns/net")?.into())
+}

@@ -1,0 +1,156 @@
+//! What the keeper accepts in an OCI runtime spec. The rest is refused, by name.
+//!
+//! The service is not trusted with the host: a spec that asks for a mount, a hook, a device, a capability, a namespace to join, or that
+//! leaves a limit out, is refused here whoever sends it. Accepted (runtime-spec, `config.md` and `config-linux.md`):
+//! `process.{user,args,env,cwd,rlimits,noNewPrivileges}`, `root.{path,readonly}`, `hostname`,
+//! `linux.resources.{memory.limit,memory.swap,cpu.quota,cpu.period,pids.limit}`.
+
+use oci_spec::runtime::{LinuxResources, PosixRlimitType, Process, Spec};
+use serde_json::Value;
+
+use crate::{
+    cgroup::Limits,
+    protocol::{Launch, init::User},
+};
+
+/// A launch that was checked: everything in it is within the node's policy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub(crate) args: Vec<String>,
+    pub(crate) env: Vec<String>,
+    pub(crate) cwd: String,
+    pub(crate) user: User,
+    pub(crate) rlimits: Vec<(u32, u64)>,
+    pub(crate) hostname: Option<String>,
+    pub(crate) limits: Limits,
+}
+
+/// What the spec asks for against the policy.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Refused(String);
+
+/// The least memory that our own init and an exec can live in.
+const MEMORY_BYTES_MIN: u64 = 4 << 20;
+
+/// Every field that a spec may have, by its path. Fields that are absent, `null`, `false` or empty ask for nothing and pass.
+const ACCEPTED: [&str; 17] = [
+    "ociVersion",
+    "hostname",
+    "root.path",
+    "process.user.uid",
+    "process.user.gid",
+    "process.user.additionalGids",
+    "process.user.username",
+    "process.args",
+    "process.env",
+    "process.cwd",
+    "process.rlimits",
+    "process.noNewPrivileges",
+    "linux.resources.memory.limit",
+    "linux.resources.memory.swap",
+    "linux.resources.cpu.quota",
+    "linux.resources.cpu.period",
+    "linux.resources.pids.limit",
+];
+
+/// Refuses the first field of `value` that [`ACCEPTED`] does not name, also one that no version of the standard has.
+fn check_fields(value: &Value, path: &str) -> Result<(), Refused> {
+    if ACCEPTED.contains(&path) {
+        return Ok(());
+    }
+    match value {
+        Value::Null | Value::Bool(false) => Ok(()),
+        Value::Array(items) if items.is_empty() => Ok(()),
+        Value::String(text) if text.is_empty() => Ok(()),
+        Value::Object(fields) => fields.iter().try_for_each(|(name, value)| {
+            let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
+            check_fields(value, &path)
+        }),
+        Value::Bool(true) | Value::Number(_) | Value::Array(_) | Value::String(_) => Err(Refused(format!("{path} may not be set"))),
+    }
+}
+
+impl Plan {
+    /// Checks `launch` against the policy.
+    pub(crate) fn check(launch: &Launch) -> Result<Self, Refused> {
+        let not_a_spec = |e: serde_json::Error| Refused(format!("the spec is not an OCI runtime spec: {e}"));
+        check_fields(&serde_json::from_slice(&launch.spec).map_err(not_a_spec)?, "")?;
+        let spec: Spec = serde_json::from_slice(&launch.spec).map_err(not_a_spec)?;
+        let root = spec.root().as_ref().ok_or_else(|| missing("root"))?;
+        if root.path().to_str() != Some(&launch.image.to_string()) {
+            return Err(Refused("root.path is not the image of the request".to_owned()));
+        }
+        let linux = spec.linux().as_ref().ok_or_else(|| missing("linux"))?;
+        let limits = limits(linux.resources().as_ref().ok_or_else(|| missing("linux.resources"))?)?;
+        if launch.supervision.disk_bytes < 4096 || launch.supervision.inodes == 0 {
+            return Err(Refused("the writable layer needs at least 4096 bytes and one inode".to_owned()));
+        }
+        let process = spec.process().as_ref().ok_or_else(|| missing("process"))?;
+        Self::of_process(process, spec.hostname().clone(), limits)
+    }
+
+    fn of_process(process: &Process, hostname: Option<String>, limits: Limits) -> Result<Self, Refused> {
+        if process.no_new_privileges() != Some(true) {
+            return Err(Refused("process.noNewPrivileges must be true".to_owned()));
+        }
+        let args = process.args().clone().filter(|args| !args.is_empty()).ok_or_else(|| missing("process.args"))?;
+        let user = process.user();
+        let user = match user.username() {
+            Some(name) => User::Named(name.clone()),
+            None => User::Ids { uid: user.uid(), gid: user.gid(), groups: user.additional_gids().clone().unwrap_or_default() },
+        };
+        if hostname.as_ref().is_some_and(|name| name.is_empty() || name.len() > 63) {
+            return Err(Refused("hostname must have 1 to 63 bytes".to_owned()));
+        }
+        let mut rlimits = vec![(libc::RLIMIT_CORE, 0)];
+        for limit in process.rlimits().iter().flatten() {
+            let resource = match limit.typ() {
+                PosixRlimitType::RlimitNofile => libc::RLIMIT_NOFILE,
+                PosixRlimitType::RlimitFsize => libc::RLIMIT_FSIZE,
+                PosixRlimitType::RlimitStack => libc::RLIMIT_STACK,
+                PosixRlimitType::RlimitCore if limit.hard() == 0 => continue,
+                other => return Err(Refused(format!("process.rlimits: {other} is not for a request to set"))),
+            };
+            rlimits.push((resource, limit.hard()));
+        }
+        Ok(Self {
+            args,
+            env: process.env().clone().unwrap_or_default(),
+            cwd: process.cwd().to_str().ok_or_else(|| Refused("process.cwd is not UTF-8".to_owned()))?.to_owned(),
+            user,
+            rlimits,
+            hostname,
+            limits,
+        })
+    }
+}
+
+fn limits(resources: &LinuxResources) -> Result<Limits, Refused> {
+    let number = |name: &str, value: Option<i64>| {
+        value.and_then(|value| u64::try_from(value).ok()).filter(|value| *value > 0).ok_or_else(|| missing(name))
+    };
+    let memory = resources.memory().as_ref().ok_or_else(|| missing("memory.limit"))?;
+    let cpu = resources.cpu().as_ref().ok_or_else(|| missing("cpu.quota"))?;
+    let pids = resources.pids().as_ref().ok_or_else(|| missing("pids.limit"))?;
+    let memory_bytes = number("memory.limit", memory.limit())?;
+    if memory.swap().is_some_and(|swap| Some(swap) != memory.limit()) {
+        return Err(Refused("memory.swap must be equal to memory.limit: sandboxes do not swap".to_owned()));
+    }
+    if memory_bytes < MEMORY_BYTES_MIN {
+        return Err(Refused(format!("memory.limit must be at least {MEMORY_BYTES_MIN} bytes")));
+    }
+    Ok(Limits {
+        memory_bytes,
+        cpu_quota_us: number("cpu.quota", cpu.quota())?,
+        cpu_period_us: cpu.period().filter(|period| *period > 0).ok_or_else(|| missing("cpu.period"))?,
+        pids: number("pids.limit", Some(pids.limit()))?,
+    })
+}
+
+fn missing(field: &str) -> Refused {
+    Refused(format!("{field} is missing"))
+}
+
+#[cfg(test)]
+mod tests;

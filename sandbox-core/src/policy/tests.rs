@@ -1,0 +1,91 @@
+//! What passes, and that each thing beyond it does not.
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::protocol::{OutputPolicy, SandboxId, Stdin, Supervision};
+
+const IMAGE: &str = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
+
+fn spec() -> Value {
+    json!({
+        "ociVersion": "1.2.0",
+        "root": { "path": IMAGE, "readonly": false },
+        "hostname": "box",
+        "process": {
+            "terminal": false, "user": { "uid": 1000, "gid": 100 }, "args": ["/bin/true"], "env": ["A=b"], "cwd": "/",
+            "noNewPrivileges": true,
+            "rlimits": [{ "type": "RLIMIT_NOFILE", "soft": 64, "hard": 64 }, { "type": "RLIMIT_CORE", "soft": 0, "hard": 0 }],
+        },
+        "linux": { "resources": {
+            "memory": { "limit": 67_108_864, "swap": 67_108_864 },
+            "cpu": { "quota": 50_000, "period": 100_000 },
+            "pids": { "limit": 32 },
+        } },
+    })
+}
+
+fn check(spec: &Value) -> Result<Plan, Refused> {
+    Plan::check(&Launch {
+        id: SandboxId(uuid::Uuid::nil()),
+        image: IMAGE.parse().unwrap(),
+        spec: serde_json::to_vec(spec).unwrap(),
+        supervision: Supervision {
+            wall_ms: Some(1000), cpu_ms: None, output_bytes: 0, output_policy: OutputPolicy::Truncate, disk_bytes: 1 << 20, inodes: 64,
+        },
+        stdin: Stdin::Null,
+        has_files: false,
+    })
+}
+
+/// The refusal of a spec in which the field at `pointer` (RFC 6901) is `value`.
+fn refusal_with(pointer: &str, value: Value) -> String {
+    let mut spec = spec();
+    let (parent, name) = pointer.rsplit_once('/').unwrap();
+    spec.pointer_mut(parent).unwrap()[name] = value;
+    check(&spec).unwrap_err().to_string()
+}
+
+#[test]
+fn an_ordinary_spec_passes_with_all_its_values() {
+    let plan = check(&spec()).unwrap();
+    assert_eq!(plan.limits, Limits { memory_bytes: 64 << 20, cpu_quota_us: 50_000, cpu_period_us: 100_000, pids: 32 });
+    assert_eq!(plan.user, User::Ids { uid: 1000, gid: 100, groups: vec![] });
+    assert_eq!(plan.rlimits, [(libc::RLIMIT_CORE, 0), (libc::RLIMIT_NOFILE, 64)]);
+}
+
+#[test]
+fn whatever_reaches_out_of_the_sandbox_is_refused_by_name() {
+    let bind = json!([{ "destination": "/host", "source": "/", "options": ["rbind"] }]);
+    assert_eq!(refusal_with("/mounts", bind), "mounts may not be set");
+    assert_eq!(refusal_with("/hooks", json!({ "prestart": [{ "path": "/bin/sh" }] })), "hooks.prestart may not be set");
+    assert_eq!(refusal_with("/process/capabilities", json!({ "effective": ["CAP_SYS_ADMIN"] })), "process.capabilities.effective may not be set");
+    assert_eq!(refusal_with("/linux/namespaces", json!([{ "type": "pid", "path": "/proc/1/ns/pid" }])), "linux.namespaces may not be set");
+    assert_eq!(refusal_with("/linux/devices", json!([{ "path": "/dev/sda", "type": "b" }])), "linux.devices may not be set");
+    assert_eq!(refusal_with("/linux/sysctl", json!({ "kernel.core_pattern": "x" })), "linux.sysctl.kernel.core_pattern may not be set");
+    assert_eq!(refusal_with("/process/oomScoreAdj", json!(-1000)), "process.oomScoreAdj may not be set");
+    assert_eq!(refusal_with("/linux/fieldOfTheFuture", json!(1)), "linux.fieldOfTheFuture may not be set");
+}
+
+#[test]
+fn a_spec_without_a_limit_is_refused_by_its_name() {
+    for (pointer, name) in [
+        ("/linux/resources/memory/limit", "memory.limit"),
+        ("/linux/resources/cpu/quota", "cpu.quota"),
+        ("/linux/resources/cpu/period", "cpu.period"),
+    ] {
+        assert_eq!(refusal_with(pointer, Value::Null), format!("{name} is missing"));
+    }
+    assert_eq!(refusal_with("/linux/resources/pids", Value::Null), "pids.limit is missing");
+    assert_eq!(refusal_with("/linux/resources/pids/limit", json!(-1)), "pids.limit is missing");
+}
+
+#[test]
+fn another_root_than_the_image_is_refused() {
+    assert_eq!(refusal_with("/root/path", json!("/")), "root.path is not the image of the request");
+}
+
+#[test]
+fn new_privileges_cannot_be_allowed() {
+    assert_eq!(refusal_with("/process/noNewPrivileges", json!(false)), "process.noNewPrivileges must be true");
+}

@@ -1,0 +1,54 @@
+//! Giving up root: for the service, for init, and for the payload.
+
+use std::io;
+
+use nix::unistd::{Gid, Uid};
+use rustix::thread::CapabilitiesSecureBits;
+
+use crate::sys;
+
+/// Capabilities of capabilities(7) as a bit mask, bit n for capability number n.
+pub const CHOWN: u64 = 1;
+pub const DAC_OVERRIDE: u64 = 1 << 1;
+pub const FOWNER: u64 = 1 << 3;
+pub const FSETID: u64 = 1 << 4;
+pub const KILL: u64 = 1 << 5;
+pub const SETGID: u64 = 1 << 6;
+pub const SETUID: u64 = 1 << 7;
+
+/// What init keeps inside its user namespace: to prepare the payload's folder, to become its user, to end it. They reach
+/// only what the sandbox's own ids own.
+pub const OF_INIT: u64 = CHOWN | DAC_OVERRIDE | FOWNER | KILL | SETGID | SETUID;
+
+/// What unpacking an image needs: files of any owner inside its id range, with their set-id bits.
+pub const OF_UNPACK: u64 = CHOWN | DAC_OVERRIDE | FOWNER | FSETID;
+
+/// Makes this process an ordinary user for good: no groups, the ids, no capabilities in any set, `no_new_privs`.
+///
+/// Call it while the process has one thread: capabilities belong to threads, and one that is left behind would keep them.
+pub fn become_user(uid: u32, gid: u32) -> io::Result<()> {
+    nix::unistd::setgroups(&[])?;
+    limit_bounding_set(0)?;
+    let gid = Gid::from_raw(gid);
+    nix::unistd::setresgid(gid, gid, gid)?;
+    let uid = Uid::from_raw(uid);
+    nix::unistd::setresuid(uid, uid, uid)?;
+    sys::set_capabilities(0)?;
+    rustix::thread::set_no_new_privs(true)?;
+    Ok(())
+}
+
+/// Takes every capability that is not in `mask` out of the bounding set, so that no execve can ever bring it back.
+pub fn limit_bounding_set(mask: u64) -> io::Result<()> {
+    sys::capabilities_known().filter(|number| mask & (1 << number) == 0).try_for_each(sys::drop_from_bounding_set)
+}
+
+/// User id 0 gets no capabilities from being 0, neither at execve nor at set*uid, and nothing undoes that.
+pub fn disarm_root() -> io::Result<()> {
+    let bits = CapabilitiesSecureBits::NO_ROOT
+        | CapabilitiesSecureBits::NO_ROOT_LOCKED
+        | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE
+        | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED;
+    rustix::thread::set_capabilities_secure_bits(bits)?;
+    Ok(())
+}

@@ -1,0 +1,362 @@
+//! What the service and the keeper say to each other: one message a datagram, over a unix seqpacket socket.
+//!
+//! A request carries a `tag` of the caller's choosing and is answered by exactly one [`Reply`] with that tag, at once or —
+//! [`Request::Wait`] — when the sandbox ends. The keeper pushes nothing: what it knows of a sandbox stays in its records until
+//! [`Request::Forget`], so a service that was killed asks again and has missed nothing.
+//!
+//! Messages are encoded with postcard; the description of a sandbox inside them is the standard's `config.json`
+//! (OCI runtime-spec, `config.md`). Descriptors travel beside the message (`SCM_RIGHTS`, unix(7)).
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+pub mod init;
+
+/// Version of this protocol. Both sides refuse another one.
+pub const VERSION: u32 = 1;
+
+/// The largest message either side may send, in bytes.
+pub const MESSAGE_BYTES_MAX: usize = 384 * 1024;
+
+/// The most descriptors that go with one message (the kernel's own bound, `SCM_MAX_FD`, is 253).
+pub const DESCRIPTORS_MAX: usize = 130;
+
+/// Names one sandbox, everywhere and for good.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct SandboxId(pub Uuid);
+
+impl fmt::Display for SandboxId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.hyphenated().fmt(f)
+    }
+}
+
+impl fmt::Debug for SandboxId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for SandboxId {
+    type Err = uuid::Error;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.parse().map(Self)
+    }
+}
+
+/// Names the unpacked root of an image in the keeper's store: the image's digest, 64 lower-case hex digits.
+///
+/// Holding one proves the form, so it is safe as a file name.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ImageId(String);
+
+/// The text was not 64 lower-case hex digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("an image id is 64 lower-case hex digits")]
+pub struct ImageIdInvalid;
+
+impl TryFrom<String> for ImageId {
+    type Error = ImageIdInvalid;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let is_hex = text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        (text.len() == 64 && is_hex).then_some(Self(text)).ok_or(ImageIdInvalid)
+    }
+}
+
+impl FromStr for ImageId {
+    type Err = ImageIdInvalid;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.to_owned().try_into()
+    }
+}
+
+impl From<ImageId> for String {
+    fn from(id: ImageId) -> Self {
+        id.0
+    }
+}
+
+impl fmt::Display for ImageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for ImageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What the service asks of the keeper, with the number that its answer will carry.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Call {
+    pub tag: u64,
+    pub request: Request,
+}
+
+/// What can be asked of a keeper.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// First on every connection. Answered by [`Answer::Hello`].
+    Hello { version: u32 },
+    /// Start a sandbox. Answered by [`Answer::Launched`] when the payload's program has replaced init's child (execve(2)
+    /// returned in it), or by [`Answer::Ended`] when it never came to that.
+    /// Descriptors: the payload's stdin if `stdin` is [`Stdin::Descriptor`], then the files if `has_files`.
+    Launch(Box<Launch>),
+    /// Answered by [`Answer::Ended`] when the sandbox is over, at once if it is already; `Gone` if it is not known.
+    Wait { id: SandboxId },
+    /// End a sandbox. The reason is recorded before the kill. Answered by [`Answer::Done`]; no error if it is already over.
+    Kill { id: SandboxId, reason: KillReason },
+    /// Every record that was not forgotten yet. Answered by [`Answer::Records`].
+    List,
+    /// Drop the record of an ended sandbox and delete its log file. The service says this once it has both in safety.
+    /// Answered by [`Answer::Done`], also if nothing was known; `Busy` if it has not ended.
+    Forget { id: SandboxId },
+    /// Unpack layers, bottom first, into the image store, inside a throw-away sandbox. Descriptors: one readable regular file a
+    /// layer (tar; plain, gzip or zstd). Answered by [`Answer::Unpacked`]; at once if the store already has this image.
+    Unpack { image: ImageId, layers: u32, limits: UnpackLimits },
+    /// Which unpacked images the store holds. Answered by [`Answer::Images`].
+    Images,
+    /// Delete an unpacked image. Answered by [`Answer::Done`], also if there is none; `Busy` while a sandbox runs on it.
+    RemoveImage { image: ImageId },
+    /// Kill every sandbox, clean up, exit. Answered by [`Answer::Done`] before the keeper exits.
+    Shutdown,
+}
+
+/// The answer to the [`Call`] with the same tag.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reply {
+    pub tag: u64,
+    pub answer: Answer,
+}
+
+/// What the keeper answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    Hello(Hello),
+    Launched(Launched),
+    Ended(Box<Ending>),
+    Records(Vec<Record>),
+    Unpacked(Unpacked),
+    Images(Vec<ImageId>),
+    Done,
+    Failed(Failure),
+}
+
+/// What a keeper says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    pub version: u32,
+    pub pid: u32,
+    /// Unix time in microseconds when this keeper started: another value means another keeper, whose sandboxes are gone.
+    pub started_at_us: u64,
+    pub cgroup: CgroupMode,
+    /// How many sandboxes this keeper can run at once (its id ranges).
+    pub sandboxes_max: u32,
+    /// The fences that every sandbox on this node has, by name: `seccomp`, `landlock`, …
+    pub fences: Vec<String>,
+}
+
+/// The node's cgroup world (cgroups(7)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CgroupMode {
+    V1,
+    Hybrid,
+    V2,
+}
+
+/// All that the keeper needs to start a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Launch {
+    pub id: SandboxId,
+    pub image: ImageId,
+    /// An `oci_spec::runtime::Spec` as JSON. See [`crate::policy`] for what the keeper accepts in it.
+    pub spec: Vec<u8>,
+    pub supervision: Supervision,
+    pub stdin: Stdin,
+    /// Whether a file with [`crate::files`] entries comes along.
+    pub has_files: bool,
+}
+
+/// Where the payload's standard input comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stdin {
+    /// `/dev/null` of the sandbox.
+    Null,
+    /// The descriptor that comes with the request: a sealed memfd, or the reading end of a pipe.
+    Descriptor,
+}
+
+/// The limits that the OCI runtime spec has no place for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Supervision {
+    /// Real time from the payload's start to its end, in milliseconds. `None`: no such limit (long-lived sandboxes).
+    pub wall_ms: Option<u64>,
+    /// CPU time of all processes together, in milliseconds.
+    pub cpu_ms: Option<u64>,
+    /// The most bytes kept of stdout, and as many of stderr.
+    pub output_bytes: u64,
+    pub output_policy: OutputPolicy,
+    /// Size of the writable layer, in bytes.
+    pub disk_bytes: u64,
+    /// The most files, folders and links in the writable layer.
+    pub inodes: u64,
+}
+
+/// What happens to a payload that writes more than `output_bytes` to a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OutputPolicy {
+    /// The first `output_bytes` are kept, the rest is read and dropped; the payload goes on.
+    Truncate,
+    /// The sandbox is ended with `output_limit`; the first `output_bytes` are kept.
+    Kill,
+    /// Nothing is kept; bytes are only counted.
+    Discard,
+}
+
+/// Who ends a sandbox, and why.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KillReason {
+    StoppedByUser,
+    StoppedByAdmin,
+    Expired,
+    IdleTimeout,
+    Evicted,
+}
+
+/// The payload runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Launched {
+    /// Unix time, in microseconds.
+    pub started_at_us: u64,
+    /// From the keeper's receipt of the request to the payload's execve, in microseconds.
+    pub launch_us: u64,
+    pub start: Start,
+}
+
+/// Whether the parts of a sandbox that can be prepared ahead were.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Start {
+    Warm,
+    Cold,
+}
+
+/// How a sandbox ended, with what it used. Final: two questions about one sandbox get the same answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ending {
+    pub cause: Cause,
+    /// `None`: the payload never ran.
+    pub launched: Option<Launched>,
+    /// Unix time, in microseconds.
+    pub ended_at_us: u64,
+    pub usage: Usage,
+    /// Every limit that was reached, whether or not it ended the payload. In the order of [`Limit`], each once.
+    pub limits_hit: Vec<Limit>,
+    /// Processes that the kernel killed for want of memory.
+    pub oom_kills: u64,
+    pub stdout_truncated: bool,
+    pub stderr_truncated: bool,
+}
+
+/// Why a sandbox ended. What we did is recorded before it is done; memory comes from the kernel's counter; nothing is guessed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Cause {
+    Exited { code: i32 },
+    Signaled { signal: i32 },
+    OomKilled,
+    CpuTimeout,
+    WallTimeout,
+    OutputLimit,
+    Killed(KillReason),
+    /// It can never work: no such program, no such folder, not executable. The text names it.
+    StartFailed { message: String },
+    /// This node could not do it, or lost it. Another try may work.
+    InfraError { message: String },
+}
+
+/// A limit by the name it has in the API.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Limit {
+    Memory,
+    Pids,
+    Cpu,
+    Wall,
+    Disk,
+    Inodes,
+    Output,
+    OpenFiles,
+    FileSize,
+}
+
+/// What a sandbox used, from the kernel's counters for its cgroups and the keeper's for its pipes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// From the payload's execve to its exit.
+    pub wall_us: u64,
+    pub cpu_us: u64,
+    pub memory_peak_bytes: u64,
+    /// The most processes and threads at one time, without our own init.
+    pub pids_peak: u64,
+    /// How long the CPU rate limit held it back.
+    pub throttled_us: u64,
+    /// Bytes written by the payload, kept or not.
+    pub stdout_bytes: u64,
+    pub stderr_bytes: u64,
+}
+
+/// What the keeper knows of one sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    pub id: SandboxId,
+    /// `None`: the payload does not run yet.
+    pub launched: Option<Launched>,
+    /// Whether it is over. [`Request::Wait`] then answers at once, with the ending.
+    pub is_ended: bool,
+}
+
+/// What an image may be at the most, unpacked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnpackLimits {
+    pub bytes: u64,
+    pub entries: u64,
+    pub wall_ms: u64,
+}
+
+/// What came out of the layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unpacked {
+    /// Bytes of file content.
+    pub bytes: u64,
+    pub entries: u64,
+}
+
+/// Why a request was not done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    pub kind: FailureKind,
+    pub message: String,
+}
+
+/// What a caller can do about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FailureKind {
+    /// The request breaks the protocol or the node's policy. It will never work.
+    Refused,
+    /// No such sandbox or image here.
+    Gone,
+    /// Not now: out of id ranges, or the sandbox has not ended.
+    Busy,
+    /// This machine failed. The message says at which step.
+    Host,
+}

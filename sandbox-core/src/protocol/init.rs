@@ -1,0 +1,116 @@
+//! What the keeper and one sandbox's init say to each other.
+//!
+//! The keeper sends [`Order::Setup`] and [`Order::Start`], then perhaps [`Order::Kill`]; init answers with [`Report`]s. What init
+//! says is believed about its own sandbox only, and is small and of fixed shape.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Kind;
+
+/// What the keeper tells init.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Order {
+    /// Build the sandbox and give up all privilege. Descriptors: user namespace, image, base layer, then the `tasks` file of each
+    /// cgroup v1 hierarchy, then the folder to be mounted on `/image` if `has_target`.
+    Setup(Setup),
+    /// Start the payload. Descriptors: stdin if `has_stdin` (else it is the sandbox's `/dev/null`), stdout, stderr, the files if `has_files`, then those that the payload inherits from number 3 up;
+    /// the last of them is its program if `program` is [`Program::Descriptor`].
+    Start(Box<Start>),
+    /// Kill everything but yourself and report.
+    Kill,
+}
+
+/// The sandbox, but for what it runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Setup {
+    /// Host id that is 0 inside; 65,536 ids follow.
+    pub id_base: u32,
+    pub hostname: String,
+    pub disk_bytes: u64,
+    pub inodes: u64,
+    /// Size of `/dev/shm`, in bytes.
+    pub shm_bytes: u64,
+    pub cgroup_hierarchies: u32,
+    pub has_target: bool,
+    /// Capabilities that the payload may have, as a bit mask. None but for unpacking.
+    pub payload_capabilities: u64,
+    /// The seccomp program, as (code, jt, jf, k).
+    pub seccomp: Vec<(u16, u8, u8, u32)>,
+}
+
+/// What runs in it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Start {
+    pub program: Program,
+    pub args: Vec<String>,
+    /// `NAME=value`.
+    pub env: Vec<String>,
+    pub cwd: String,
+    pub user: User,
+    /// Resource (setrlimit(2)) and value.
+    pub rlimits: Vec<(u32, u64)>,
+    pub has_stdin: bool,
+    pub has_files: bool,
+}
+
+/// Where the payload's program is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Program {
+    /// `args[0]`, looked for in `PATH` if it has no slash.
+    Path,
+    Descriptor,
+}
+
+/// Whom the payload runs as.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum User {
+    Ids {
+        uid: u32,
+        gid: u32,
+        groups: Vec<u32>,
+    },
+    /// `name` or `name:group`, looked up in the image's own `/etc/passwd` and `/etc/group`.
+    Named(String),
+}
+
+/// What init tells the keeper.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Report {
+    /// Nothing of the payload ever ran.
+    Failed { kind: Kind, message: String },
+    /// The payload's execve returned.
+    Started {
+        /// `CLOCK_MONOTONIC`, in nanoseconds.
+        at_ns: u64,
+        /// CPU time that init itself spent since it joined the cgroups, in microseconds: not the payload's.
+        own_cpu_us: u64,
+    },
+    /// The payload has ended and every other process but init is dead too.
+    Ended {
+        status: WaitStatus,
+        /// `CLOCK_MONOTONIC` of the payload's own end, in nanoseconds.
+        at_ns: u64,
+        /// CPU time that init spent since [`Report::Started`], in microseconds.
+        own_cpu_us: u64,
+        is_disk_full: bool,
+        are_inodes_used_up: bool,
+    },
+}
+
+/// How a process ended (wait(2)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WaitStatus {
+    Exited { code: i32 },
+    Signaled { signal: i32 },
+}
+
+impl WaitStatus {
+    /// From the number that waitpid(2) stores.
+    pub(crate) fn from_raw(status: i32) -> Self {
+        if libc::WIFSIGNALED(status) {
+            Self::Signaled { signal: libc::WTERMSIG(status) }
+        } else {
+            Self::Exited { code: libc::WEXITSTATUS(status) }
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! The file tree of a sandbox, built by its init before the payload exists.
+//!
+//! Everything is mounted by descriptor, in a mount namespace that nobody else can see, onto targets that are opened without
+//! following symlinks: what an image holds cannot lead a mount astray (CVE-2025-31133, CVE-2025-52565, CVE-2026-41579).
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::{
+    mount::{MntFlags, umount2},
+    unistd::{fchdir, pivot_root},
+};
+use rustix::{
+    fs::{CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, makedev, mkdirat, mknodat, openat2, symlinkat},
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount,
+        fsopen, move_mount, open_tree,
+    },
+};
+
+use crate::{
+    error::{LaunchError, Step},
+    sys::{self, MountAttributes},
+};
+
+/// What is particular about one sandbox's tree.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Layout {
+    /// Host id that is 0 inside.
+    pub(crate) id_base: u32,
+    pub(crate) disk_bytes: u64,
+    pub(crate) inodes: u64,
+    pub(crate) shm_bytes: u64,
+}
+
+/// The parts that the keeper prepares: detached mounts, read-only, mapped into the sandbox's ids.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) image: OwnedFd,
+    /// Lies over the image: the mount points and the few files in `/etc` that are ours (see [`base`]).
+    pub(crate) base: OwnedFd,
+    /// Mounted read-write on `/image`, for unpacking.
+    pub(crate) target: Option<OwnedFd>,
+}
+
+/// Names in the base layer. A folder in an upper layer hides a symlink below it, so these are folders in every sandbox.
+pub(crate) mod base {
+    pub(crate) const FOLDERS: [&str; 4] = ["proc", "dev", "etc", "image"];
+    pub(crate) const HOSTNAME: &str = "sandbox";
+    pub(crate) const FILES: [(&str, &str); 3] = [
+        ("etc/hostname", "sandbox\n"),
+        ("etc/hosts", "127.0.0.1 localhost sandbox\n::1 localhost ip6-localhost\n"),
+        ("etc/resolv.conf", "# this sandbox has no name server\n"),
+    ];
+}
+
+/// Makes this process's root the sandbox's, with nothing of the host left in its mount namespace.
+///
+/// The working folder must be an empty folder that exists in this mount namespace: the tree is built on it. Returns the writable
+/// layer's file system, for [`rustix::fs::fstatfs`].
+pub(crate) fn enter(layout: Layout, parts: Parts) -> Result<OwnedFd, LaunchError> {
+    let Layout { id_base, disk_bytes, inodes, shm_bytes } = layout;
+    let writable = tmpfs(&[("size", disk_bytes), ("nr_inodes", inodes + OWN_INODES), ("mode", 0o755)], NOSUID_NODEV)
+        .step_on("mounting the writable layer", format_args!("{disk_bytes} bytes, {inodes} inodes"))?;
+    move_mount(&writable, "", CWD, ".", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).step("attaching the writable layer")?;
+    fchdir(&writable).step("entering the writable layer")?;
+    for folder in ["upper", "work", "merged", "image", "base"] {
+        mkdirat(CWD, folder, Mode::from_raw_mode(0o755)).step_on("making a folder of the writable layer", folder)?;
+    }
+    chown(CWD, "upper", id_base).step("giving the writable layer to the sandbox")?;
+    attach(&parts.image, open_folder(CWD, "image")?.as_fd()).step("attaching the image")?;
+    attach(&parts.base, open_folder(CWD, "base")?.as_fd()).step("attaching the base layer")?;
+    let root = overlay().step("mounting the overlay")?;
+    attach(&root, open_folder(CWD, "merged")?.as_fd()).step("attaching the overlay")?;
+
+    let proc = mount_new("proc", &[], MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC)
+        .step("mounting /proc")?;
+    attach(&proc, open_folder(root.as_fd(), "proc")?.as_fd()).step("attaching /proc")?;
+    let dev = devices(root.as_fd(), id_base, shm_bytes)?;
+    restrict_proc(proc.as_fd(), dev.as_fd())?;
+    if let Some(target) = parts.target {
+        attach(&target, open_folder(root.as_fd(), "image")?.as_fd()).step("attaching the image that is being made")?;
+    }
+
+    fchdir(&root).step("entering the new root")?;
+    // Both arguments "." stack the old root over the new one, where the next line finds it (pivot_root(2), NOTES).
+    pivot_root(".", ".").step("pivot_root")?;
+    umount2(".", MntFlags::MNT_DETACH).step("letting go of the host's root")?;
+    nix::unistd::chdir("/").step("entering the new root")?;
+    Ok(writable)
+}
+
+/// Inodes of the writable layer that are ours and not the payload's: its root, five folders, and the overlay's own (`work/work` and
+/// the probes that it makes at mount time).
+const OWN_INODES: u64 = 10;
+
+const NOSUID_NODEV: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV);
+
+fn overlay() -> rustix::io::Result<OwnedFd> {
+    let fs = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&fs, "lowerdir", "base:image")?;
+    fsconfig_set_string(&fs, "upperdir", "upper")?;
+    fsconfig_set_string(&fs, "workdir", "work")?;
+    fsconfig_set_flag(&fs, "volatile")?; // the upper layer dies with the sandbox: nothing to sync
+    fsconfig_set_string(&fs, "xino", "off")?;
+    fsconfig_set_string(&fs, "redirect_dir", "off")?;
+    fsconfig_set_string(&fs, "metacopy", "off")?;
+    fsconfig_set_string(&fs, "index", "off")?;
+    fsconfig_create(&fs)?;
+    fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, NOSUID_NODEV)
+}
+
+/// `/dev`: the six devices every program expects, terminals, shared memory. Read-only itself, so it can hold nothing else.
+fn devices(root: BorrowedFd<'_>, id_base: u32, shm_bytes: u64) -> Result<OwnedFd, LaunchError> {
+    let noexec = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let dev = tmpfs(&[("size", 64 * 1024), ("nr_inodes", 32), ("mode", 0o755)], noexec).step("mounting /dev")?;
+    attach(&dev, open_folder(root, "dev")?.as_fd()).step("attaching /dev")?;
+    let all = Mode::from_raw_mode(0o666);
+    for (name, major, minor) in [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)] {
+        mknodat(&dev, name, FileType::CharacterDevice, all, makedev(major, minor)).step_on("making a device", name)?;
+        rustix::fs::chmodat(&dev, name, all, rustix::fs::AtFlags::empty()).step_on("making a device", name)?;
+        chown(dev.as_fd(), name, id_base).step_on("making a device", name)?;
+    }
+    for (name, to) in
+        [("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2"), ("ptmx", "pts/ptmx")]
+    {
+        symlinkat(to, &dev, name).step_on("making a link in /dev", name)?;
+    }
+    for folder in ["pts", "shm"] {
+        mkdirat(&dev, folder, Mode::from_raw_mode(0o755)).step_on("making a folder in /dev", folder)?;
+    }
+    chown(dev.as_fd(), ".", id_base).step("giving /dev to the sandbox")?;
+    let terminal_group = u64::from(id_base) + 5;
+    let options = [("ptmxmode", 0o666), ("mode", 0o620), ("gid", terminal_group), ("max", 64)];
+    let terminals = mount_new("devpts", &options, noexec).step("mounting /dev/pts")?;
+    attach(&terminals, open_folder(dev.as_fd(), "pts")?.as_fd()).step("attaching /dev/pts")?;
+    let shared = tmpfs(&[("size", shm_bytes), ("nr_inodes", 4096), ("mode", 0o1777)], noexec | NOSUID_NODEV).step("mounting /dev/shm")?;
+    attach(&shared, open_folder(dev.as_fd(), "shm")?.as_fd()).step("attaching /dev/shm")?;
+    sys::set_mount_attributes(dev.as_fd(), MountAttributes { read_only: true, ..MountAttributes::default() }).step("making /dev read-only")?;
+    Ok(dev)
+}
+
+/// Files of proc(5) that tell about the host or reach it. The first are hidden behind `/dev/null`, the folders behind an
+/// empty one; the last stay readable, since programs ask them for facts.
+fn restrict_proc(proc: BorrowedFd<'_>, dev: BorrowedFd<'_>) -> Result<(), LaunchError> {
+    const HIDDEN_FILES: [&str; 8] =
+        ["kcore", "keys", "latency_stats", "timer_list", "timer_stats", "sched_debug", "interrupts", "kallsyms"];
+    const HIDDEN_FOLDERS: [&str; 3] = ["acpi", "asound", "scsi"];
+    const READ_ONLY: [&str; 5] = ["bus", "fs", "irq", "sys", "sysrq-trigger"];
+    for name in HIDDEN_FILES {
+        if let Some(file) = open_existing(proc, name)? {
+            let null = clone_mount(dev, "null").step_on("hiding a file of /proc", name)?;
+            attach(&null, file.as_fd()).step_on("hiding a file of /proc", name)?;
+        }
+    }
+    let mut empty = None;
+    for name in HIDDEN_FOLDERS {
+        let Some(folder) = open_existing(proc, name)? else { continue };
+        let cover = match &empty {
+            None => tmpfs(&[("size", 4096), ("nr_inodes", 1), ("mode", 0o555)], NOSUID_NODEV | MountAttrFlags::MOUNT_ATTR_RDONLY),
+            Some(first) => clone_mount(first, ""),
+        };
+        let cover = cover.step_on("hiding a folder of /proc", name)?;
+        attach(&cover, folder.as_fd()).step_on("hiding a folder of /proc", name)?;
+        empty = Some(cover);
+    }
+    for name in READ_ONLY {
+        let Some(target) = open_existing(proc, name)? else { continue };
+        let same = clone_mount(&target, "").step_on("making a part of /proc read-only", name)?;
+        let attributes = MountAttributes { read_only: true, nosuid: true, nodev: true, noexec: true, idmap: None };
+        sys::set_mount_attributes(same.as_fd(), attributes).step_on("making a part of /proc read-only", name)?;
+        attach(&same, target.as_fd()).step_on("making a part of /proc read-only", name)?;
+    }
+    Ok(())
+}
+
+/// A detached clone of one mount, mapped to the ids of `namespace`, with nothing of it writable, executable as root, or a device.
+pub(crate) fn map_layer(folder: BorrowedFd<'_>, namespace: BorrowedFd<'_>, read_only: bool) -> std::io::Result<OwnedFd> {
+    let mount = clone_mount(folder, "")?;
+    let attributes = MountAttributes { read_only, nosuid: true, nodev: true, noexec: false, idmap: Some(namespace) };
+    sys::set_mount_attributes(mount.as_fd(), attributes)?;
+    Ok(mount)
+}
+
+fn clone_mount(folder: impl AsFd, name: &str) -> rustix::io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    open_tree(folder, name, flags)
+}
+
+fn tmpfs(options: &[(&str, u64)], attributes: MountAttrFlags) -> rustix::io::Result<OwnedFd> {
+    mount_new("tmpfs", options, attributes)
+}
+
+/// A new file system, mounted nowhere yet. `mode` options are octal in text, as mount(8) has them.
+fn mount_new(kind: &str, options: &[(&str, u64)], attributes: MountAttrFlags) -> rustix::io::Result<OwnedFd> {
+    let fs = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (key, value) in options {
+        let value = if key.ends_with("mode") { format!("{value:o}") } else { value.to_string() };
+        fsconfig_set_string(&fs, *key, value)?;
+    }
+    fsconfig_create(&fs)?;
+    fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+}
+
+/// Puts a detached mount on the file or folder that `target` refers to.
+fn attach(mount: impl AsFd, target: BorrowedFd<'_>) -> rustix::io::Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    move_mount(mount, "", target, "", flags)
+}
+
+const NO_LINKS: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS);
+
+fn open_folder(at: BorrowedFd<'_>, name: &str) -> Result<OwnedFd, LaunchError> {
+    openat2(at, name, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty(), NO_LINKS).step_on("opening a mount point", name)
+}
+
+fn open_existing(at: BorrowedFd<'_>, name: &str) -> Result<Option<OwnedFd>, LaunchError> {
+    match openat2(at, name, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), NO_LINKS) {
+        Ok(found) => Ok(Some(found)),
+        Err(rustix::io::Errno::NOENT) => Ok(None),
+        Err(error) => Err(error).step_on("opening a part of /proc", name),
+    }
+}
+
+fn chown(at: BorrowedFd<'_>, name: &str, id: u32) -> rustix::io::Result<()> {
+    chownat(at, name, Some(Uid::from_raw(id)), Some(Gid::from_raw(id)), rustix::fs::AtFlags::SYMLINK_NOFOLLOW)
+}
