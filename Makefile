@@ -1,0 +1,55 @@
+# Every command of this project. `make` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+export CARGO_TARGET_DIR ?= $(CURDIR)/target
+DATA_DIR ?= /var/lib/mayfly
+
+.PHONY: help
+help: ## list these commands
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+.PHONY: setup
+setup: ## install the system packages and the service user (does nothing when all is there)
+	@tools/setup.sh run
+
+.PHONY: build
+build: ## build everything, optimised
+	@tools/setup.sh build
+	cargo build --workspace --release --locked
+
+.PHONY: run
+run: ## set up, build, start the service, do a first run, serve until Ctrl-C (DATA_DIR=/var/lib/mayfly)
+	@DATA_DIR='$(DATA_DIR)' tools/run.sh
+
+.PHONY: test
+test: ## run all tests that this machine can run (ARGS='--test limits' for some)
+	@tools/test.sh $(ARGS)
+
+.PHONY: check
+check: ## format, lints, licences and sources of dependencies, documentation, shell scripts
+	@tools/setup.sh check
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --document-private-items --locked --quiet
+	cargo deny --offline --all-features check licenses bans sources
+	shellcheck -x .ci/run tools/*.sh images/*.sh images/*/build.sh
+
+.PHONY: bench
+bench: ## measure runs beside bubblewrap, crun and runc; writes docs/performance.md
+	@tools/bench.sh
+
+.PHONY: images
+images: ## build the starter images that are not built yet, and print where they are
+	@tools/setup.sh images
+	@for recipe in images/*/build.sh; do "$$recipe"; done
+
+.PHONY: db-prepare
+db-prepare: ## check the SQL against a scratch database and renew .sqlx (after changing a query)
+	@tools/db-prepare.sh
+
+.PHONY: clean
+clean: ## remove what was built (images too, unless they are kept in XDG_CACHE_HOME)
+	cargo clean
+	rm -rf '$(CARGO_TARGET_DIR)/images'

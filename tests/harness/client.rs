@@ -1,0 +1,160 @@
+//! A client of the API that trusts nothing: each answer is held against the contract before a test sees it.
+
+use std::time::Duration;
+
+use reqwest::{Method, header::HeaderMap};
+use serde_json::{Value, json};
+
+use crate::{
+    contract,
+    service::Place,
+    stream::{self, Frames, Socket},
+    token,
+};
+
+/// One tenant's view of a service.
+#[derive(Debug, Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    place: Place,
+    token: Option<String>,
+}
+
+/// What came back.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: HeaderMap,
+    pub text: String,
+    /// `null` if the body is not JSON.
+    pub body: Value,
+}
+
+impl Answer {
+    /// The body, if the status is the expected one; panics with all that came otherwise.
+    #[track_caller]
+    pub fn expect(self, status: u16) -> Value {
+        assert_eq!(self.status, status, "unexpected answer: {}", self.text);
+        self.body
+    }
+
+    /// Checks that this is the problem with that status and code, and returns it.
+    #[track_caller]
+    pub fn problem(self, status: u16, code: &str) -> Value {
+        assert_eq!((self.status, self.body["code"].as_str()), (status, Some(code)), "unexpected answer: {}", self.text);
+        self.body
+    }
+
+    /// A header as text, or nothing.
+    #[must_use]
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or("")
+    }
+}
+
+impl Client {
+    /// As a tenant that may do all that tenants may.
+    #[must_use]
+    pub fn of(place: &Place, tenant: &str) -> Self {
+        Self::with_scope(place, tenant, token::TENANT_SCOPES)
+    }
+
+    /// As a tenant that may do what `scope` says.
+    #[must_use]
+    pub fn with_scope(place: &Place, tenant: &str, scope: &str) -> Self {
+        let token = token::sign(&token::claims(tenant, scope), &place.secret_file());
+        Self::with_token(place, Some(token))
+    }
+
+    /// With exactly this token, or none.
+    #[must_use]
+    pub fn with_token(place: &Place, token: Option<String>) -> Self {
+        let http = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(120)).build().expect("a client without TLS files");
+        Self { http, place: place.clone(), token }
+    }
+
+    #[must_use]
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    pub async fn get(&self, path: &str) -> Answer {
+        self.send(self.request(Method::GET, path), "GET", path).await
+    }
+
+    pub async fn delete(&self, path: &str) -> Answer {
+        self.send(self.request(Method::DELETE, path), "DELETE", path).await
+    }
+
+    pub async fn post(&self, path: &str, body: &Value) -> Answer {
+        self.send(self.request(Method::POST, path).json(body), "POST", path).await
+    }
+
+    /// With a body that need not be JSON.
+    pub async fn post_raw(&self, path: &str, content_type: &str, body: impl Into<reqwest::Body>) -> Answer {
+        self.send(self.request(Method::POST, path).header("content-type", content_type).body(body), "POST", path).await
+    }
+
+    /// A request of the caller's own making, with our token.
+    pub fn request(&self, method: Method, path: &str) -> reqwest::RequestBuilder {
+        let request = self.http.request(method, format!("{}{path}", self.place.url));
+        match &self.token {
+            Some(token) => request.bearer_auth(token),
+            None => request,
+        }
+    }
+
+    /// Sends it and holds the answer against the contract.
+    pub async fn send(&self, request: reqwest::RequestBuilder, method: &str, path: &str) -> Answer {
+        let response = request.send().await.unwrap_or_else(|e| panic!("{method} {path}: {e:?}"));
+        let status = response.status().as_u16();
+        let headers = response.headers().clone();
+        let content_type = headers.get("content-type").and_then(|v| v.to_str().ok()).unwrap_or("").to_owned();
+        let text = response.text().await.unwrap_or_else(|e| panic!("{method} {path}: {e:?}"));
+        if let Err(breach) = contract::check(method, path, status, &content_type, &text) {
+            panic!("the answer breaks the contract: {breach:#}");
+        }
+        let body = serde_json::from_str(&text).unwrap_or(Value::Null);
+        Answer { status, headers, text, body }
+    }
+
+    /// Runs to the end; panics if that is not what happens.
+    pub async fn run(&self, request: &Value) -> Value {
+        self.post("/v1/runs", request).await.expect(200)
+    }
+
+    /// Runs a shell script in the `busybox` image.
+    pub async fn shell(&self, script: &str) -> Value {
+        self.run(&json!({ "image": "busybox", "command": ["sh", "-c", script] })).await
+    }
+
+    /// Asks for a run or sandbox at `path` until `is_it` says yes.
+    pub async fn until(&self, path: &str, is_it: impl Fn(&Value) -> bool) -> Value {
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+        loop {
+            let body = self.get(path).await.expect(200);
+            if is_it(&body) {
+                return body;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "waited 30 s in vain at {path}: {body:#}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Opens the log of a sandbox or run as a WebSocket. `query` is what follows the question mark.
+    pub async fn follow(&self, id: &str, query: &str) -> Socket {
+        let url = format!("{}/v1/sandboxes/{id}/logs?{query}", self.place.url);
+        stream::open(&url, self.token.as_deref()).await.unwrap_or_else(|e| panic!("{url}: {e:#}"))
+    }
+
+    /// The whole log of a sandbox or run, to its end.
+    pub async fn log(&self, id: &str) -> Frames {
+        self.follow(id, "from=0").await.collect().await
+    }
+
+    /// The token that this client sends.
+    #[must_use]
+    pub fn token(&self) -> Option<&str> {
+        self.token.as_deref()
+    }
+}

@@ -1,0 +1,103 @@
+//! Holds answers against `openapi.yaml`: every status and every body that the service sends must be promised there.
+
+use std::{path::Path, sync::LazyLock};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../openapi.yaml");
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_saphyr::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+});
+
+/// The whole document.
+#[must_use]
+pub fn document() -> &'static Value {
+    &DOCUMENT
+}
+
+/// One operation of the contract.
+#[derive(Debug, Clone)]
+pub struct Operation {
+    /// Upper case.
+    pub method: String,
+    /// As in the document: `/v1/runs/{id}`.
+    pub template: String,
+}
+
+/// Every operation of the contract.
+#[must_use]
+pub fn operations() -> Vec<Operation> {
+    let paths = document()["paths"].as_object().expect("openapi.yaml has paths");
+    let mut all = Vec::new();
+    for (template, item) in paths {
+        for method in ["get", "put", "post", "delete", "patch", "head"] {
+            if item.get(method).is_some() {
+                all.push(Operation { method: method.to_uppercase(), template: template.clone() });
+            }
+        }
+    }
+    all
+}
+
+/// Whether the answer to `method path` is one that the contract promises.
+///
+/// # Errors
+/// The text says what is not promised: the status, the media type, or the place in the body.
+pub fn check(method: &str, path: &str, status: u16, content_type: &str, body: &str) -> Result<()> {
+    let path = path.split('?').next().unwrap_or(path);
+    let media_type = content_type.split(';').next().unwrap_or("").trim();
+    let Some(operation) = find(method, path) else {
+        // Not in the contract: what may be said then is that there is no such thing.
+        ensure!(matches!(status, 404 | 405 | 401 | 413), "{method} {path} is not in the contract and answered {status}");
+        return if method == "HEAD" { Ok(()) } else { validate("#/components/schemas/Problem", body) };
+    };
+    let pointer = format!("/paths/{}/{}/responses/{status}", escape(&operation.template), method.to_lowercase());
+    let mut response =
+        document().pointer(&pointer).with_context(|| format!("status {status} is not promised for {method} {}", operation.template))?;
+    let mut place = format!("#{pointer}");
+    if let Some(reference) = response["$ref"].as_str() {
+        place = reference.to_owned();
+        response = document().pointer(reference.trim_start_matches('#')).with_context(|| format!("{reference} leads nowhere"))?;
+    }
+    let Some(content) = response.get("content") else {
+        ensure!(body.is_empty(), "{method} {path}: {status} is promised without a body, but has {} bytes", body.len());
+        return Ok(());
+    };
+    ensure!(content.get(media_type).is_some(), "{method} {path}: {status} came as `{media_type}`, which is not promised");
+    if !media_type.ends_with("json") {
+        return Ok(());
+    }
+    validate(&format!("{place}/content/{}/schema", escape(media_type)), body).with_context(|| format!("{method} {path}: {status}"))
+}
+
+fn find(method: &str, path: &str) -> Option<Operation> {
+    let fits = |template: &str| {
+        let (want, have): (Vec<_>, Vec<_>) = (template.split('/').collect(), path.split('/').collect());
+        want.len() == have.len() && want.iter().zip(&have).all(|(w, h)| w == h || (w.starts_with('{') && !h.is_empty()))
+    };
+    operations().into_iter().find(|o| o.method == method && fits(&o.template))
+}
+
+fn validate(schema: &str, body: &str) -> Result<()> {
+    let body: Value = serde_json::from_str(body).with_context(|| format!("not JSON: {body:?}"))?;
+    // The document itself is the schema, so that every `$ref` in it finds its target; only `$ref` at the top is looked at.
+    let mut root = document().clone();
+    root["$schema"] = json!("https://json-schema.org/draft/2020-12/schema");
+    root["$ref"] = json!(schema);
+    let validator = jsonschema::options()
+        .should_validate_formats(true)
+        .build(&root)
+        .map_err(|e| anyhow::anyhow!("the schema at {schema} is not usable: {e}"))?;
+    let faults: Vec<_> = validator.iter_errors(&body).map(|e| format!("{} at `{}`", e, e.instance_path())).collect();
+    if !faults.is_empty() {
+        bail!("breaks {schema}: {}\n{body:#}", faults.join("; "));
+    }
+    Ok(())
+}
+
+/// A key as a part of a JSON pointer that stands in a URI fragment (RFC 6901).
+fn escape(key: &str) -> String {
+    key.replace('~', "~0").replace('/', "~1")
+}

@@ -1,0 +1,108 @@
+//! Log streams over WebSocket, put together again on the reader's side.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use base64::{Engine, prelude::BASE64_STANDARD};
+use futures_util::StreamExt;
+use serde_json::Value;
+use tokio::net::TcpStream;
+use tokio_tungstenite::{
+    MaybeTlsStream, WebSocketStream,
+    tungstenite::{Message, client::IntoClientRequest, http::HeaderValue},
+};
+
+/// The longest that a test waits for the next frame.
+const FRAME_DEADLINE: Duration = Duration::from_secs(60);
+
+/// An open log stream.
+#[derive(Debug)]
+pub struct Socket(WebSocketStream<MaybeTlsStream<TcpStream>>);
+
+/// Opens `url` (http://…) as a WebSocket, with a token as the header has it.
+///
+/// # Errors
+/// The service answered the handshake with something else; the text names the status.
+pub async fn open(url: &str, token: Option<&str>) -> Result<Socket> {
+    let mut request = url.replacen("http://", "ws://", 1).into_client_request()?;
+    if let Some(token) = token {
+        request.headers_mut().insert("authorization", HeaderValue::from_str(&format!("Bearer {token}"))?);
+    }
+    open_request(request).await
+}
+
+/// Opens a handshake of the caller's own making.
+///
+/// # Errors
+/// As [`open`].
+pub async fn open_request(request: tokio_tungstenite::tungstenite::http::Request<()>) -> Result<Socket> {
+    let (socket, _response) = tokio_tungstenite::connect_async(request).await.context("the handshake failed")?;
+    Ok(Socket(socket))
+}
+
+impl Socket {
+    /// The next frame, or `None` when the service closed the stream. Panics if nothing comes for a minute.
+    pub async fn next(&mut self) -> Option<Value> {
+        loop {
+            let message = tokio::time::timeout(FRAME_DEADLINE, self.0.next()).await.expect("a frame within a minute");
+            match message? {
+                Ok(Message::Text(text)) => return Some(serde_json::from_str(&text).expect("frames are JSON")),
+                Ok(Message::Close(_)) | Err(_) => return None,
+                Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => {}
+                Ok(Message::Binary(bytes)) => panic!("a binary frame of {} bytes", bytes.len()),
+            }
+        }
+    }
+
+    /// Reads to the end of the stream.
+    pub async fn collect(mut self) -> Frames {
+        let mut frames = Frames::default();
+        while let Some(frame) = self.next().await {
+            frames.add(&frame);
+        }
+        frames
+    }
+}
+
+/// What a stream said, put together.
+#[derive(Debug, Default, Clone, PartialEq)]
+pub struct Frames {
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    pub seqs: Vec<u64>,
+    pub gaps: Vec<Value>,
+    /// The outcome, from the last frame.
+    pub end: Option<Value>,
+}
+
+impl Frames {
+    /// Adds one frame, and panics if it breaks what is promised: rising numbers, known streams, nothing after the end.
+    pub fn add(&mut self, frame: &Value) {
+        assert!(self.end.is_none(), "a frame after the end: {frame}");
+        if let Some(end) = frame.get("end") {
+            self.end = Some(end.clone());
+        } else if let Some(gap) = frame.get("gap") {
+            self.gaps.push(gap.clone());
+        } else {
+            let seq = frame["seq"].as_u64().unwrap_or_else(|| panic!("no seq in {frame}"));
+            assert!(self.seqs.last().is_none_or(|last| *last < seq), "{seq} came after {:?}", self.seqs.last());
+            assert!(frame["at"].is_string(), "no time in {frame}");
+            self.seqs.push(seq);
+            let bytes = match (frame["data"].as_str(), frame["data_base64"].as_str()) {
+                (Some(text), None) => text.as_bytes().to_vec(),
+                (None, Some(text)) => BASE64_STANDARD.decode(text).expect("data_base64 is base64"),
+                _ => panic!("not exactly one kind of data in {frame}"),
+            };
+            match frame["stream"].as_str() {
+                Some("stdout") => self.stdout.extend(bytes),
+                Some("stderr") => self.stderr.extend(bytes),
+                _ => panic!("unknown stream in {frame}"),
+            }
+        }
+    }
+
+    #[must_use]
+    pub fn stdout_text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+}

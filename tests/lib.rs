@@ -1,0 +1,21 @@
+//! What the tests share: a running service, a client that holds every answer against the contract, and a look at the host.
+
+#[path = "harness/client.rs"]
+pub mod client;
+#[path = "harness/contract.rs"]
+pub mod contract;
+#[path = "harness/host.rs"]
+pub mod host;
+#[path = "harness/image.rs"]
+pub mod image;
+#[path = "harness/outcome.rs"]
+pub mod outcome;
+#[path = "harness/service.rs"]
+pub mod service;
+#[path = "harness/stream.rs"]
+pub mod stream;
+#[path = "harness/token.rs"]
+pub mod token;
+
+pub use client::{Answer, Client};
+pub use service::Service;

@@ -1,0 +1,192 @@
+//! Output as it is read while and after a sandbox runs: whole, in order, by any number of readers.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::time::Duration;
+
+use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
+use mayfly_tests::{Client, outcome::assert_exit, service::shared, stream};
+use serde_json::{Value, json};
+use tokio_tungstenite::tungstenite::{client::IntoClientRequest, http::HeaderValue};
+
+async fn sandbox(client: &Client, script: &str) -> String {
+    let made = client.post("/v1/sandboxes", &json!({ "image": "busybox", "command": ["sh", "-c", script] })).await.expect(201);
+    made["id"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn a_reader_that_joins_late_gets_the_same_as_one_from_the_start() {
+    let client = shared().client();
+    let id = sandbox(&client, "for i in 1 2 3 4 5 6 7 8 9 10; do echo line $i; echo error $i >&2; sleep 0.05; done; exit 3").await;
+    let early = tokio::spawn({
+        let socket = client.follow(&id, "from=0&follow=true").await;
+        async move { socket.collect().await }
+    });
+    tokio::time::sleep(Duration::from_millis(250)).await;
+    let late = client.follow(&id, "from=0").await.collect().await;
+    let early = early.await.unwrap();
+
+    assert_eq!(early, late);
+    assert_eq!(early.stdout_text(), (1..=10).map(|i| format!("line {i}\n")).collect::<String>());
+    assert_eq!(early.stderr, (1..=10).map(|i| format!("error {i}\n")).collect::<String>().into_bytes());
+    assert_eq!(early.gaps, Vec::<Value>::new());
+    assert_eq!(early.end.unwrap()["exit_code"], 3);
+}
+
+#[tokio::test]
+async fn a_reader_after_the_end_gets_all_of_it() {
+    let client = shared().client();
+    let run = client.shell("echo first; echo second >&2").await;
+    let id = run["id"].as_str().unwrap();
+
+    let frames = client.log(id).await;
+
+    assert_eq!((frames.stdout_text(), frames.stderr), ("first\n".to_owned(), b"second\n".to_vec()));
+    assert_eq!(frames.end.as_ref(), Some(&run["outcome"]));
+}
+
+#[tokio::test]
+async fn output_arrives_while_the_program_runs() {
+    let client = shared().client();
+    let id = sandbox(&client, "echo now; exec sleep 1000").await;
+
+    let first = tokio::time::timeout(Duration::from_secs(5), async { client.follow(&id, "from=0").await.next().await }).await.unwrap();
+
+    assert_eq!(first.unwrap()["data"], "now\n");
+    assert_eq!(client.delete(&format!("/v1/sandboxes/{id}")).await.status, 204);
+}
+
+#[tokio::test]
+async fn a_reader_goes_on_where_it_stopped() {
+    let client = shared().client();
+    let run = client.shell("echo a; sleep 0.1; echo b; sleep 0.1; echo c").await;
+    let id = run["id"].as_str().unwrap();
+    let all = client.log(id).await;
+
+    let rest = client.follow(id, &format!("from={}", all.seqs[1])).await.collect().await;
+
+    assert_eq!(all.stdout_text(), "a\nb\nc\n");
+    assert_eq!(rest.stdout_text(), "b\nc\n");
+    assert_eq!(rest.seqs, all.seqs[1..]);
+    assert_eq!(rest.gaps, Vec::<Value>::new());
+}
+
+#[tokio::test]
+async fn without_follow_the_stream_ends_at_what_is_there() {
+    let client = shared().client();
+    let id = sandbox(&client, "echo so far; exec sleep 1000").await;
+    let _ = client.follow(&id, "from=0").await.next().await;
+
+    let frames = client.follow(&id, "from=0&follow=false").await.collect().await;
+
+    assert_eq!(frames.stdout_text(), "so far\n");
+    assert_eq!(frames.end, None);
+    assert_eq!(client.delete(&format!("/v1/sandboxes/{id}")).await.status, 204);
+}
+
+#[tokio::test]
+async fn twenty_megabytes_arrive_without_a_loss() {
+    let client = shared().client();
+    const BYTES: usize = 20_000_000;
+    let request = json!({ "image": "busybox", "command": ["flood", BYTES.to_string()], "limits": { "output_bytes": 32 << 20 } });
+    let made = client.post("/v1/sandboxes", &request).await.expect(201);
+    let id = made["id"].as_str().unwrap();
+
+    let (one, two) = tokio::join!(client.log(id), client.log(id));
+
+    assert_eq!(one.stdout.len(), BYTES);
+    assert!(one.stdout.iter().enumerate().all(|(at, byte)| usize::from(*byte - b'a') == at % 65536 % 26), "the pattern is broken");
+    assert_eq!(one, two);
+    assert_eq!(one.end.unwrap()["usage"]["stdout_bytes"], BYTES);
+}
+
+#[tokio::test]
+async fn a_reader_that_does_not_read_holds_up_nobody() {
+    let client = shared().client();
+    let request =
+        json!({ "image": "busybox", "command": ["sh", "-c", "sleep 0.5; flood 20000000"], "limits": { "output_bytes": 32 << 20 } });
+    let made = client.post("/v1/sandboxes", &request).await.expect(201);
+    let id = made["id"].as_str().unwrap();
+    let _asleep = client.follow(id, "from=0").await;
+
+    let awake = client.log(id).await;
+
+    assert_eq!(awake.stdout.len(), 20_000_000);
+    assert_eq!(awake.end.unwrap()["reason"], "exited");
+}
+
+#[tokio::test]
+async fn bytes_that_are_not_text_arrive_as_they_were() {
+    let client = shared().client();
+    let run = client.shell(r"printf '\377\376\000\001'; printf 'gr\303\274n' >&2").await;
+
+    let frames = client.log(run["id"].as_str().unwrap()).await;
+
+    assert_exit(&run, 0);
+    assert_eq!(frames.stdout, [255, 254, 0, 1]);
+    assert_eq!(frames.stderr, "grün".as_bytes());
+}
+
+#[tokio::test]
+async fn a_program_that_says_nothing_has_a_log_that_only_ends() {
+    let client = shared().client();
+    let run = client.shell("true").await;
+
+    let frames = client.log(run["id"].as_str().unwrap()).await;
+
+    assert!(frames.seqs.is_empty() && frames.gaps.is_empty());
+    assert_eq!(frames.end.unwrap()["exit_code"], 0);
+}
+
+#[tokio::test]
+async fn the_log_is_to_be_had_as_lines_of_json() {
+    let client = shared().client();
+    let run = client.shell("echo as lines").await;
+    let path = format!("/v1/sandboxes/{}/logs?from=0", run["id"].as_str().unwrap());
+
+    let answer = client.send(client.request(reqwest::Method::GET, &path).header("accept", "application/x-ndjson"), "GET", &path).await;
+    let mut frames = stream::Frames::default();
+    answer.text.lines().for_each(|line| frames.add(&serde_json::from_str(line).unwrap()));
+
+    assert_eq!(answer.status, 200);
+    assert_eq!(frames.stdout_text(), "as lines\n");
+    assert_eq!(frames.end.as_ref(), Some(&run["outcome"]));
+}
+
+#[tokio::test]
+async fn a_browsers_token_travels_as_a_subprotocol() {
+    let client = shared().client();
+    let run = client.shell("echo to a browser").await;
+    let url = format!("{}/v1/sandboxes/{}/logs?from=0", client.place().url.replacen("http", "ws", 1), run["id"].as_str().unwrap());
+    let mut request = url.into_client_request().unwrap();
+    let protocols = format!("mayfly.v1, mayfly.bearer.{}", client.token().unwrap());
+    request.headers_mut().insert("sec-websocket-protocol", HeaderValue::from_str(&protocols).unwrap());
+
+    let frames = stream::open_request(request).await.unwrap().collect().await;
+
+    assert_eq!(frames.stdout_text(), "to a browser\n");
+}
+
+#[tokio::test]
+async fn a_stream_needs_a_token() {
+    let service = shared();
+    let run = service.client().shell("true").await;
+    let url = format!("{}/v1/sandboxes/{}/logs", service.place.url, run["id"].as_str().unwrap());
+    let forged = format!("x.{}.y", BASE64_URL_SAFE_NO_PAD.encode("{}"));
+
+    let none = stream::open(&url, None).await.unwrap_err();
+    let bad = stream::open(&url, Some(&forged)).await.unwrap_err();
+
+    assert!(format!("{none:#}").contains("401"), "{none:#}");
+    assert!(format!("{bad:#}").contains("401"), "{bad:#}");
+}
+
+#[tokio::test]
+async fn another_tenants_log_is_not_found() {
+    let service = shared();
+    let run = service.client().shell("echo secret").await;
+    let url = format!("{}/v1/sandboxes/{}/logs", service.place.url, run["id"].as_str().unwrap());
+
+    let refused = stream::open(&url, service.client().token()).await.unwrap_err();
+
+    assert!(format!("{refused:#}").contains("404"), "{refused:#}");
+}

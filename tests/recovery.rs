@@ -1,0 +1,224 @@
+//! The service or the keeper is killed at any point: nothing that was promised is lost, and nothing is left behind.
+//!
+//! Every test here has a service of its own, since it kills it.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::time::Duration;
+
+use mayfly_tests::{
+    Client, Service, host,
+    outcome::{assert_exit, assert_reason, assert_within, stdout},
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::{Value, json};
+
+/// How long cleaning up may go on after the answer.
+const SOON: Duration = Duration::from_secs(5);
+
+/// The same tenant, at the address that the service has now.
+fn client(service: &Service) -> Client {
+    Client::of(service.place(), "survivor")
+}
+
+async fn start(client: &Client, path: &str, script: &str) -> String {
+    let mut request = json!({ "image": "busybox", "command": ["sh", "-c", script] });
+    if path == "/v1/runs" {
+        request["wait_ms"] = json!(0);
+    }
+    client.post(path, &request).await.body["id"].as_str().expect("it was accepted").to_owned()
+}
+
+async fn ended(client: &Client, id: &str) -> Value {
+    client.until(&format!("/v1/runs/{id}"), |run| !run["outcome"].is_null()).await
+}
+
+#[tokio::test]
+async fn finished_runs_are_there_after_the_service_was_killed() {
+    let mut service = Service::start();
+    let before = client(&service).shell("echo kept; echo kept too >&2; exit 6").await;
+
+    service.kill();
+    service.start_again().unwrap();
+    let after = client(&service).get(&format!("/v1/runs/{}", before["id"].as_str().unwrap())).await.expect(200);
+
+    assert_eq!(after, before);
+}
+
+#[tokio::test]
+async fn a_finished_runs_log_is_there_after_the_service_was_killed() {
+    let mut service = Service::start();
+    let run = client(&service).shell("echo kept").await;
+    let id = run["id"].as_str().unwrap();
+
+    service.kill();
+    service.start_again().unwrap();
+    let frames = client(&service).log(id).await;
+
+    assert_eq!(frames.stdout_text(), "kept\n");
+    assert_eq!(frames.end.as_ref(), Some(&run["outcome"]));
+}
+
+#[tokio::test]
+async fn a_running_sandbox_outlives_the_service_and_is_followed_again() {
+    let mut service = Service::start();
+    let id =
+        start(&client(&service), "/v1/sandboxes", "i=0; while [ $i -lt 30 ]; do echo line $i; i=$((i+1)); sleep 0.1; done; exit 7").await;
+    let path = format!("/v1/sandboxes/{id}");
+    client(&service).until(&path, |s| s["state"] == "running").await;
+
+    service.kill();
+    service.start_again().unwrap();
+    let client = client(&service);
+    let frames = client.log(&id).await;
+    let sandbox = client.until(&path, |s| s["state"] == "exited").await;
+
+    assert_eq!(frames.stdout_text(), (0..30).map(|i| format!("line {i}\n")).collect::<String>());
+    assert_eq!(frames.gaps, Vec::<Value>::new());
+    assert_exit(&sandbox, 7);
+    assert_within(&sandbox, "wall_ms", 3_000..=8_000);
+}
+
+#[tokio::test]
+async fn what_ended_while_the_service_was_dead_is_told() {
+    let mut service = Service::start();
+    let id = start(&client(&service), "/v1/runs", "sleep 0.5; echo unheard; exit 8").await;
+    client(&service).until(&format!("/v1/runs/{id}"), |run| run["state"] == "running").await;
+
+    service.kill();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    service.start_again().unwrap();
+    let run = ended(&client(&service), &id).await;
+
+    assert_exit(&run, 8);
+    assert_eq!(stdout(&run), "unheard\n");
+    assert_within(&run, "wall_ms", 500..=900);
+}
+
+#[tokio::test]
+async fn limits_hold_while_the_service_is_dead() {
+    let mut service = Service::start();
+    let request = json!({ "image": "busybox", "command": ["burn", "0"], "limits": { "wall_ms": 600 }, "wait_ms": 0 });
+    let id = client(&service).post("/v1/runs", &request).await.expect(202)["id"].as_str().unwrap().to_owned();
+    client(&service).until(&format!("/v1/runs/{id}"), |run| run["state"] == "running").await;
+
+    service.kill();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    service.start_again().unwrap();
+    let run = ended(&client(&service), &id).await;
+
+    assert_reason(&run, "wall_timeout");
+    assert_within(&run, "wall_ms", 600..=650);
+}
+
+#[tokio::test]
+async fn twenty_runs_in_flight_are_all_told_after_a_kill() {
+    let mut service = Service::start();
+    let before = client(&service);
+    let mut ids = Vec::new();
+    for i in 0..20 {
+        ids.push(start(&before, "/v1/runs", &format!("echo {i}; sleep 0.{i:02}; exit {i}")).await);
+    }
+
+    service.kill();
+    service.start_again().unwrap();
+    let after = client(&service);
+
+    for (i, id) in ids.iter().enumerate() {
+        let run = ended(&after, id).await;
+        assert_exit(&run, i64::try_from(i).unwrap());
+        assert_eq!(stdout(&run), format!("{i}\n"));
+    }
+}
+
+#[tokio::test]
+async fn the_same_keeper_serves_the_next_service() {
+    let mut service = Service::start();
+    let keeper = service.place().keeper_pid();
+
+    service.kill();
+    service.start_again().unwrap();
+
+    assert_eq!(service.place().keeper_pid(), keeper);
+    assert_exit(&client(&service).shell("true").await, 0);
+}
+
+#[tokio::test]
+async fn a_dead_keepers_sandboxes_are_dead_and_told() {
+    let mut service = Service::start();
+    let seconds = 300_000 + uuid::Uuid::new_v4().as_u128() % 100_000;
+    let id = start(&client(&service), "/v1/runs", &format!("sleep {seconds}; true")).await;
+    client(&service).until(&format!("/v1/runs/{id}"), |run| run["state"] == "running").await;
+
+    kill(Pid::from_raw(service.place().keeper_pid().cast_signed()), Signal::SIGKILL).unwrap();
+    let status = service.wait().unwrap();
+    let log = service.log();
+    service.start_again().unwrap();
+    let run = ended(&client(&service), &id).await;
+
+    assert!(!status.success(), "{status}");
+    assert!(log.contains("keeper"), "{log}");
+    assert_reason(&run, "infra_error");
+    assert_eq!(run["state"], "failed");
+    assert_eq!(host::processes_with(&format!("sleep {seconds}")), Vec::<u32>::new());
+    assert_exit(&client(&service).shell("true").await, 0);
+}
+
+#[tokio::test]
+async fn a_keeper_that_was_killed_leaves_nothing_once_the_next_has_started_and_stopped() {
+    let mut service = Service::start();
+    for _ in 0..3 {
+        start(&client(&service), "/v1/sandboxes", "exec sleep 1000").await;
+    }
+    let list = client(&service).until("/v1/sandboxes?state=running", |l| l["items"].as_array().unwrap().len() == 3).await;
+    assert_eq!(list["items"].as_array().unwrap().len(), 3);
+
+    let sandboxes = service.place().footprint();
+    kill(Pid::from_raw(service.place().keeper_pid().cast_signed()), Signal::SIGKILL).unwrap();
+    service.wait().unwrap();
+    service.start_again().unwrap();
+    let next = service.place().footprint();
+    let status = service.stop().unwrap();
+
+    assert!(status.success(), "{status}\n{}", service.log());
+    assert_eq!(sandboxes.wait_until_gone(SOON), Vec::<String>::new());
+    assert_eq!(next.wait_until_gone(SOON), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_stopped_service_leaves_nothing() {
+    let mut service = Service::start();
+    assert_exit(&client(&service).shell("true").await, 0);
+    let id = start(&client(&service), "/v1/sandboxes", "exec sleep 1000").await;
+    client(&service).until(&format!("/v1/sandboxes/{id}"), |s| s["state"] == "running").await;
+
+    let footprint = service.place().footprint();
+    let status = service.stop().unwrap();
+
+    assert!(status.success(), "{status}\n{}", service.log());
+    assert_eq!(footprint.wait_until_gone(SOON), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn ended_sandboxes_leave_nothing_while_the_service_goes_on() {
+    let service = Service::start();
+    assert_exit(&client(&service).shell("true").await, 0);
+    let before = sandbox_traces(&service);
+    for _ in 0..20 {
+        assert_exit(&client(&service).shell("sleep 1000 & true").await, 0);
+    }
+
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+    while sandbox_traces(&service) > before {
+        assert!(tokio::time::Instant::now() < deadline, "{} things were there before, now {}", before, sandbox_traces(&service));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// How many processes and log files there are of this service's keeper.
+fn sandbox_traces(service: &Service) -> usize {
+    let logs = std::fs::read_dir(service.place().data_dir.join("logs")).unwrap().count();
+    host::descendants(service.place().keeper_pid()).len() + logs
+}

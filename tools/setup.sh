@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Installs what this machine lacks for one purpose: build, images, run, check, test or bench. Does nothing when all is there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+say() { printf 'setup: %s\n' "$*" >&2; }
+
+missing=()
+# need PROGRAM PACKAGE: remembers the package if the program is not there.
+need() { command -v "$1" >/dev/null || missing+=("$2"); }
+need_file() { [[ -e $1 ]] || missing+=("$2"); }
+
+for_build() { need cc gcc; need git git; }
+for_images() {
+    for_build
+    need_file "$(cc -print-file-name=libc.a 2>/dev/null || echo /none)" libc6-dev
+    need mmdebstrap mmdebstrap
+    need umoci umoci
+    # A dynamic busybox would find no libraries in an image that holds nothing else.
+    file_is_static "$(command -v busybox || echo /none)" || missing+=(busybox-static)
+}
+file_is_static() { [[ -e $1 ]] && ! ldd "$1" >/dev/null 2>&1; }
+for_run() {
+    for_images
+    need curl curl
+    need jq jq
+    compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
+}
+for_check() {
+    for_build
+    need shellcheck shellcheck
+}
+for_test() {
+    for_run
+    need skopeo skopeo
+    need setsid util-linux
+}
+for_bench() {
+    for_run
+    need bwrap bubblewrap
+    need crun crun
+    need runc runc
+}
+
+install_packages() {
+    ((${#missing[@]})) || return 0
+    local packages
+    mapfile -t packages < <(printf '%s\n' "${missing[@]}" | sort -u)
+    command -v apt-get >/dev/null || fail "install these first (Debian's names): ${packages[*]}"
+    ((EUID == 0)) || fail "as root: apt-get install ${packages[*]}"
+    say "installing ${packages[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    if ! apt-get install -y -q --no-install-recommends --simulate "${packages[@]}" >/dev/null 2>&1; then
+        say "refreshing the package lists"
+        apt-get update -q >&2
+    fi
+    if [[ " ${packages[*]} " == *" postgresql "* ]]; then
+        # Debian would start a server of its own that nobody here needs.
+        apt-get install -y -q --no-install-recommends postgresql-common >&2
+        sed -i -E 's/^#?create_main_cluster.*/create_main_cluster = false/' /etc/postgresql-common/createcluster.conf
+    fi
+    apt-get install -y -q --no-install-recommends "${packages[@]}" >&2
+}
+
+service_user() {
+    ((EUID == 0)) || return 0
+    getent passwd mayfly >/dev/null && return 0
+    say "adding the system user mayfly"
+    useradd --system --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin mayfly
+}
+
+rust() {
+    command -v cargo >/dev/null ||
+        fail "cargo is not installed: Rust comes from https://rustup.rs (the version in rust-toolchain.toml is then fetched by itself)"
+}
+
+cargo_deny() {
+    cargo deny --version >/dev/null 2>&1 && return 0
+    say "building cargo-deny (once, some minutes)"
+    # In a folder of its own: it shares nothing with this workspace and would only make its target folder larger.
+    CARGO_TARGET_DIR=$(mktemp -d) cargo install cargo-deny --locked --quiet
+}
+
+rust
+case ${1:-} in
+build) for_build; install_packages ;;
+images) for_images; install_packages ;;
+run) for_run; install_packages; service_user ;;
+check) for_check; install_packages; cargo_deny ;;
+test) for_test; install_packages; service_user ;;
+bench) for_bench; install_packages; service_user ;;
+*) fail "usage: setup.sh build|images|run|check|test|bench" ;;
+esac

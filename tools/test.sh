@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Runs all tests that this machine can run, with everything they need. Arguments go to the test runner: `--test limits`, a name, …
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+tools/setup.sh test
+((EUID == 0)) || { echo 'test: the tests start sandboxes: run them as root' >&2; exit 1; }
+
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
+export SQLX_OFFLINE=true
+# The programs that the tests start are built first: cargo builds a package's own programs for its tests, not another's.
+cargo build --workspace --locked
+images/busybox/build.sh >/dev/null
+images/python/build.sh >/dev/null
+
+# shellcheck source=tools/scratch-postgres.sh
+source tools/scratch-postgres.sh
+scratch_postgres_start
+
+# One service for all tests that do not need their own. It lives as long as we hold its stdin.
+coproc SERVICE { exec "$CARGO_TARGET_DIR/debug/mayfly-test-service"; }
+# shellcheck disable=SC2153 # coproc sets it
+service_pid=$SERVICE_PID
+service_in=${SERVICE[1]}
+IFS= read -r place <&"${SERVICE[0]}" || { echo 'test: the service for the tests did not start' >&2; exit 1; }
+
+runner=(test)
+if cargo nextest --version >/dev/null 2>&1; then
+    runner=(nextest run --no-fail-fast)
+fi
+outcome=0
+MAYFLY_TEST_SERVICE=$place DATABASE_URL=$scratch_url cargo "${runner[@]}" --workspace --locked "$@" || outcome=$?
+
+exec {service_in}>&-
+if ! wait "$service_pid"; then
+    echo 'test: the service that the tests shared did not end cleanly' >&2
+    outcome=1
+fi
+exit "$outcome"
