@@ -4,6 +4,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
+# Queries are checked against .sqlx, so that a build needs no database; DATABASE_URL in the environment changes nothing.
+export SQLX_OFFLINE := true
+# Where rustup puts cargo; a shell that was opened before that does not know it yet.
+export PATH := $(PATH):$(HOME)/.cargo/bin
 DATA_DIR ?= /var/lib/mayfly
 
 .PHONY: help
@@ -33,6 +37,7 @@ check: ## format, lints, licences and sources of dependencies, documentation, sh
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --document-private-items --locked --quiet
+	cargo fetch --locked --quiet
 	cargo deny --offline --all-features check licenses bans sources
 	shellcheck -x .ci/run tools/*.sh images/*.sh images/*/build.sh
 

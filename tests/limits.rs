@@ -342,5 +342,5 @@ async fn the_machine_is_unharmed_by_all_hogs_at_once() {
 
 /// What `flood` writes.
 fn pattern(bytes: usize) -> String {
-    (0..bytes).map(|at| char::from(b'a' + u8::try_from(at % 65536 % 26).unwrap())).collect()
+    (0..bytes).map(|at| char::from(b'a' + u8::try_from(at % 65536 % 26).expect("less than 26"))).collect()
 }

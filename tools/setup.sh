@@ -35,6 +35,7 @@ for_test() {
     for_run
     need skopeo skopeo
     need setsid util-linux
+    need python3 python3
 }
 for_bench() {
     for_run

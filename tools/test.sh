@@ -24,7 +24,7 @@ service_pid=$SERVICE_PID
 service_in=${SERVICE[1]}
 IFS= read -r place <&"${SERVICE[0]}" || { echo 'test: the service for the tests did not start' >&2; exit 1; }
 
-runner=(test)
+runner=(test --no-fail-fast)
 if cargo nextest --version >/dev/null 2>&1; then
     runner=(nextest run --no-fail-fast)
 fi
