@@ -41,6 +41,8 @@ pub(crate) struct Tree(Rc<Shared>);
 struct Shared {
     mode: CgroupMode,
     parents: Vec<OwnedFd>,
+    /// The folders of `parents`, for the last act.
+    paths: Vec<PathBuf>,
     places: Places,
 }
 
@@ -119,8 +121,9 @@ impl Tree {
         let [memory, cpu, cpuacct, pids] = indexes;
         let unified = found.unified.as_deref().map(&mut place);
         let parents = points.iter().map(|point| make_parent(point, name, found.mode)).collect::<io::Result<_>>()?;
+        let paths = points.iter().map(|point| point.join(PARENT).join(name)).collect();
         let places = Places { memory, cpu, cpuacct, pids, unified };
-        let tree = Self(Rc::new(Shared { mode: found.mode, parents, places }));
+        let tree = Self(Rc::new(Shared { mode: found.mode, parents, paths, places }));
         tree.sweep()?;
         Ok(tree)
     }
@@ -143,6 +146,20 @@ impl Tree {
             }
         }
         Ok(group)
+    }
+
+    /// Removes the parents, which must be empty, and what they were in if nobody else is there.
+    pub(crate) fn remove(&self) -> io::Result<()> {
+        for path in &self.0.paths {
+            std::fs::remove_dir(path)?;
+            if let Some(shared) = path.parent() {
+                match std::fs::remove_dir(shared) {
+                    Err(error) if !matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy) => return Err(error),
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Ends and removes every group below the parents.

@@ -134,6 +134,8 @@ pub struct Keeper {
     by_id: HashMap<SandboxId, u64>,
     next_serial: u64,
     slots: Slots,
+    tree: Tree,
+    stage: PathBuf,
     store: Store,
     programs: launch::Programs,
     seccomp: Vec<(u16, u8, u8, u32)>,
@@ -156,8 +158,10 @@ pub fn run(options: &Options, on_ready: impl FnOnce()) -> io::Result<()> {
 impl Keeper {
     fn start(options: &Options) -> io::Result<Self> {
         let (number, lock) = claim_number(&options.run)?;
-        launch::settle(&options.run.join(format!("stage-{number}")))?;
-        let tree = Tree::open(&format!("k{number}"))?;
+        sweep_dead_keepers(&options.run, number)?;
+        let stage = options.run.join(format!("stage-{number}"));
+        launch::settle(&stage)?;
+        let tree = Tree::open(&name_of(number))?;
         let mode = tree.mode();
         let ranges = Ranges::new(FIRST_ID + number * SANDBOXES_MAX * ids::RANGE, SANDBOXES_MAX);
         let hello = Hello {
@@ -185,7 +189,9 @@ impl Keeper {
             sandboxes: HashMap::new(),
             by_id: HashMap::new(),
             next_serial: 1,
-            slots: Slots::new(tree, ranges)?,
+            slots: Slots::new(tree.clone(), ranges)?,
+            tree,
+            stage,
             store: Store::open(&options.images)?,
             programs: launch::Programs::load(options)?,
             seccomp: program.iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect(),
@@ -224,9 +230,28 @@ impl Keeper {
             }
             for event in &events {
                 if let Some((source, serial)) = Source::of(event.data.u64()) {
-                    self.handle(source, serial, event.flags)?;
+                    let handled = self.handle(source, serial, event.flags);
+                    self.contain(source, serial, handled)?;
                     may_refill = true;
                 }
+            }
+        }
+    }
+
+    /// Keeps what went wrong with one sandbox or client from the others: it is ended, the keeper goes on.
+    fn contain(&mut self, source: Source, serial: u64, handled: io::Result<()>) -> io::Result<()> {
+        let Err(error) = handled else { return Ok(()) };
+        match source {
+            Source::Listener | Source::Signals | Source::Timer => Err(error),
+            Source::Connection => {
+                eprintln!("sandbox-keeper: disconnecting a client: {error}");
+                self.disconnect(serial);
+                Ok(())
+            }
+            Source::Control | Source::Init | Source::Stdout | Source::Stderr | Source::OutOfMemory => {
+                eprintln!("sandbox-keeper: a sandbox is ended because its supervision failed: {error}");
+                self.end(serial, None, Some(Cause::InfraError { message: format!("supervising the sandbox failed: {error}") }));
+                self.kill_by_force(serial)
             }
         }
     }
@@ -338,7 +363,8 @@ impl Keeper {
             },
             Request::Shutdown => return self.stop(Some(asker)),
         };
-        self.answer(asker, answer)
+        self.answer(asker, answer);
+        Ok(())
     }
 
     fn records(&self) -> Vec<Record> {
@@ -366,16 +392,16 @@ impl Keeper {
         Answer::Done
     }
 
-    fn answer(&mut self, asker: Asker, answer: Answer) -> io::Result<()> {
-        let Some(connection) = self.connections.get_mut(&asker.connection) else { return Ok(()) };
-        match connection.answer(asker.tag, answer) {
+    fn answer(&mut self, asker: Asker, answer: Answer) {
+        let Some(connection) = self.connections.get_mut(&asker.connection) else { return };
+        let answered = match connection.answer(asker.tag, answer) {
             Ok(false) => Ok(()),
             Ok(true) => self.wait_for(asker.connection, EventFlags::IN | EventFlags::OUT),
-            Err(error) => {
-                eprintln!("sandbox-keeper: disconnecting a client that does not read: {error}");
-                self.disconnect(asker.connection);
-                Ok(())
-            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = answered {
+            eprintln!("sandbox-keeper: disconnecting a client that does not read: {error}");
+            self.disconnect(asker.connection);
         }
     }
 
@@ -411,7 +437,10 @@ impl Keeper {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             // Init is dead or talks nonsense; its pidfd tells the rest.
             Ok(None) | Err(_) => {
-                epoll::delete(&self.epoll, body.init.control.as_fd())?;
+                match epoll::delete(&self.epoll, body.init.control.as_fd()) {
+                    Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+                    Err(error) => return Err(error.into()),
+                }
                 return kill_init(body);
             }
         };
@@ -421,11 +450,13 @@ impl Keeper {
                     crate::error::Kind::Spec => Cause::StartFailed { message },
                     crate::error::Kind::Host => Cause::InfraError { message },
                 };
-                self.end(serial, None, Some(cause))
+                self.end(serial, None, Some(cause));
+                self.kill_by_force(serial)
             }
             Report::Started { at_ns, own_cpu_us } => self.on_started(serial, at_ns, own_cpu_us),
             Report::Ended { status, at_ns, own_cpu_us, is_disk_full, are_inodes_used_up } => {
-                self.end(serial, Some(Ended { status, at_ns, own_cpu_us, is_disk_full, are_inodes_used_up }), None)
+                self.end(serial, Some(Ended { status, at_ns, own_cpu_us, is_disk_full, are_inodes_used_up }), None);
+                self.kill_by_force(serial)
             }
         }
     }
@@ -450,7 +481,10 @@ impl Keeper {
             self.check_cpu(serial)?;
         }
         match asker {
-            Some(asker) => self.answer(asker, Answer::Launched(launched)),
+            Some(asker) => {
+                self.answer(asker, Answer::Launched(launched));
+                Ok(())
+            }
             None => Ok(()),
         }
     }
@@ -482,22 +516,24 @@ impl Keeper {
 
     fn on_timer(&mut self) -> io::Result<()> {
         while let Some((serial, due)) = self.timer.next(monotonic_ns())? {
-            let is_over = self.sandboxes.get(&serial).is_none_or(|sandbox| sandbox.ending.is_some());
-            match due {
-                Due::Remove => self.clean_up(serial)?,
-                Due::Force => self.kill_by_force(serial)?,
-                _ if is_over => {}
-                Due::Start => {
-                    if self.sandboxes.get(&serial).is_some_and(|sandbox| sandbox.launched.is_none()) {
-                        self.kill_by_force(serial)?;
-                    }
-                }
-                Due::Wall => self.decide(serial, Decision::WallTimeout)?,
-                Due::Cpu => self.check_cpu(serial)?,
-                Due::Oom => self.on_out_of_memory(serial)?,
-            }
+            let handled = self.on_due(serial, due);
+            self.contain(Source::Control, serial, handled)?;
         }
         Ok(())
+    }
+
+    fn on_due(&mut self, serial: u64, due: Due) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
+        let (is_over, is_launched) = (sandbox.ending.is_some(), sandbox.launched.is_some());
+        match due {
+            Due::Remove => self.clean_up(serial),
+            Due::Force => self.kill_by_force(serial),
+            Due::Start if !is_launched => self.kill_by_force(serial),
+            Due::Wall if !is_over => self.decide(serial, Decision::WallTimeout),
+            Due::Cpu if !is_over => self.check_cpu(serial),
+            Due::Oom if !is_over => self.on_out_of_memory(serial),
+            Due::Start | Due::Wall | Due::Cpu | Due::Oom => Ok(()),
+        }
     }
 
     /// Ends a sandbox that has used up its CPU time, or comes back when it could have: sooner the closer it is.
@@ -540,10 +576,10 @@ impl Keeper {
         }
     }
 
-    /// The sandbox is over: reads the last output and the counters, notes the verdict, answers, and only then takes it apart.
-    fn end(&mut self, serial: u64, ended: Option<Ended>, failure: Option<Cause>) -> io::Result<()> {
-        let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return Ok(()) };
-        let Some(body) = &sandbox.body else { return Ok(()) };
+    /// The sandbox is over: reads the last output and the counters, notes the verdict, and answers. It is taken apart later.
+    fn end(&mut self, serial: u64, ended: Option<Ended>, failure: Option<Cause>) {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return };
+        let Some(body) = &sandbox.body else { return };
         let mut failure = failure;
         for kind in [Kind::Stdout, Kind::Stderr] {
             // Every writer is dead, so this ends at what is in the pipe.
@@ -558,7 +594,10 @@ impl Keeper {
                 }
             }
         }
-        let counters = body.slot.group.counters()?;
+        let counters = body.slot.group.counters().unwrap_or_else(|error| {
+            failure.get_or_insert(Cause::InfraError { message: format!("reading the usage failed: {error}") });
+            crate::cgroup::Counters::default()
+        });
         let evidence = Evidence { ended, counters, now_ns: monotonic_ns(), now_us: unix_us(), failure };
         let ending = sandbox.judge(evidence);
         if let Err(error) = sandbox.output.finish(ending.ended_at_us) {
@@ -568,12 +607,11 @@ impl Keeper {
         let askers = sandbox.take_askers();
         if let Purpose::Payload { .. } = sandbox.purpose {
             for asker in askers {
-                self.answer(asker, Answer::Ended(Box::new(ending.clone())))?;
+                self.answer(asker, Answer::Ended(Box::new(ending.clone())));
             }
         } else {
-            self.unpacked(serial)?;
+            self.unpacked(serial);
         }
-        self.kill_by_force(serial)
     }
 
     fn on_init_death(&mut self, serial: u64) -> io::Result<()> {
@@ -585,7 +623,7 @@ impl Keeper {
         if sandbox.ending.is_none() {
             let is_started = sandbox.launched.is_some() || sandbox.decision.is_some();
             let never = || Cause::InfraError { message: "the sandbox's init ended before the payload started".to_owned() };
-            self.end(serial, None, (!is_started).then(never))?;
+            self.end(serial, None, (!is_started).then(never));
         }
         self.clean_up(serial)
     }
@@ -625,8 +663,10 @@ impl Keeper {
         let is_empty = self.sandboxes.values().all(|sandbox| sandbox.body.is_none());
         let Some(askers) = self.shutdown.take_if(|_| is_empty) else { return Ok(false) };
         self.slots.drain()?;
+        self.tree.remove()?;
+        std::fs::remove_dir(&self.stage)?;
         for asker in askers {
-            self.answer(asker, Answer::Done)?;
+            self.answer(asker, Answer::Done);
         }
         Ok(true)
     }
@@ -646,14 +686,37 @@ fn kill_init(body: &sandbox::Body) -> io::Result<()> {
 fn claim_number(run: &std::path::Path) -> io::Result<(u32, OwnedFd)> {
     std::fs::create_dir_all(run)?;
     for number in 0..KEEPERS_MAX {
-        let file = std::fs::File::options().create(true).append(true).open(run.join(format!("keeper-{number}.lock")))?;
-        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok((number, file.into())),
-            Err(rustix::io::Errno::WOULDBLOCK) => {}
-            Err(error) => return Err(error.into()),
+        if let Some(lock) = try_lock(run, number)? {
+            return Ok((number, lock));
         }
     }
     Err(io::Error::other(format!("{KEEPERS_MAX} keepers run on this machine already")))
+}
+
+/// The lock of keeper `number`, if none is alive that holds it.
+fn try_lock(run: &std::path::Path, number: u32) -> io::Result<Option<OwnedFd>> {
+    let file = std::fs::File::options().create(true).append(true).open(run.join(format!("keeper-{number}.lock")))?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(file.into())),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// What the cgroups of keeper `number` are called.
+fn name_of(number: u32) -> String {
+    format!("k{number}")
+}
+
+/// Removes the cgroups of keepers that were killed; their processes died with them.
+fn sweep_dead_keepers(run: &std::path::Path, own: u32) -> io::Result<()> {
+    for number in (0..KEEPERS_MAX).filter(|number| *number != own && run.join(format!("keeper-{number}.lock")).exists()) {
+        if let Some(_lock) = try_lock(run, number)? {
+            Tree::open(&name_of(number))?.remove()?;
+            std::fs::remove_file(run.join(format!("keeper-{number}.lock")))?;
+        }
+    }
+    Ok(())
 }
 
 /// A listening socket that root and the service's group may connect to. One that a dead keeper left is replaced.

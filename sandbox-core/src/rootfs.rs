@@ -89,9 +89,9 @@ pub(crate) fn enter(layout: Layout, parts: Parts) -> Result<OwnedFd, LaunchError
     Ok(writable)
 }
 
-/// Inodes of the writable layer that are ours and not the payload's: its root, five folders, and the overlay's own (`work/work` and
-/// the probes that it makes at mount time).
-const OWN_INODES: u64 = 10;
+/// Inodes of the writable layer that are ours and not the payload's: its root, the five folders, and what the overlay makes below `work`
+/// (`work`, `incompat/volatile/dirty`), one of which it needs only for a moment.
+const OWN_INODES: u64 = 11;
 
 const NOSUID_NODEV: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV);
 

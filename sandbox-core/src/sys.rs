@@ -69,6 +69,24 @@ pub(crate) fn clone3(flags: CloneFlags, is_vfork: bool, cgroup: Option<BorrowedF
     }
 }
 
+/// clone(2) with a copy of the memory, like fork(2), but the caller sleeps until the child has called execve or ended (`CLONE_VFORK`).
+///
+/// For a process under our own filter, which refuses clone3. Returns the child's id, and `None` in the child. Fails like [`clone3`] with
+/// several threads.
+pub(crate) fn clone_and_sleep() -> io::Result<Option<libc::pid_t>> {
+    if thread_count()? != 1 {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "a process with several threads must not clone"));
+    }
+    // SAFETY: without CLONE_VM the child has its own copy of this stack and heap, so both sides may return from here, and there is one
+    // thread (checked above). A stack of 0 means "this one"; the other arguments are not used without their flags.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_VFORK | libc::SIGCHLD, 0, 0, 0, 0) };
+    match pid {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(None),
+        pid => libc::pid_t::try_from(pid).map(Some).map_err(io::Error::other),
+    }
+}
+
 /// `CLONE_INTO_CGROUP` of linux/sched.h; the constant of the libc crate overflows its type.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 

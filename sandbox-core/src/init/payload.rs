@@ -8,10 +8,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
 };
 
-use nix::{
-    sched::CloneFlags,
-    unistd::{Gid, Uid},
-};
+use nix::unistd::{Gid, Uid};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, mkdirat, openat2};
 
 use super::{never, next};
@@ -19,7 +16,7 @@ use crate::{
     error::{Kind, LaunchError, Step},
     files,
     protocol::init::{Program, Start},
-    sys::{self, Cloned},
+    sys,
 };
 
 mod user;
@@ -48,12 +45,13 @@ pub(super) fn start(start: &Start, mut descriptors: VecDeque<OwnedFd>) -> Result
     let exec = Exec::new(start, &identity)?;
 
     // The pipe closes by itself at a successful execve and carries the reason of a failed one.
-    let (failed, report) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).step("making a pipe")?;
-    let report = rustix::io::fcntl_dupfd_cloexec(&report, first_free(&inherited)).step("making a pipe")?;
-    // With CLONE_VFORK this process sleeps until the child has called execve or ended: no wake-up in between, no second message.
-    let child = match sys::clone3(CloneFlags::empty(), true, None).step("cloning the payload")? {
-        Cloned::Parent(child) => child,
-        Cloned::Child => {
+    let (failed, low) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).step("making a pipe")?;
+    let report = rustix::io::fcntl_dupfd_cloexec(&low, first_free(&inherited)).step("making a pipe")?;
+    drop(low);
+    // This process sleeps until the child has called execve or ended: no wake-up in between, no second message.
+    let pid = match sys::clone_and_sleep().step("cloning the payload")? {
+        Some(pid) => pid,
+        None => {
             let failure = become_payload(start, &identity, &exec, &cwd, &stdio, files, &inherited);
             // The parent reads it from the pipe; there is nobody else to tell.
             let text = postcard::to_stdvec(&(failure.kind, failure.to_string())).unwrap_or_default();
@@ -66,7 +64,7 @@ pub(super) fn start(start: &Start, mut descriptors: VecDeque<OwnedFd>) -> Result
     let mut text = Vec::new();
     File::from(failed).read_to_end(&mut text).step("reading how execve went")?;
     if text.is_empty() {
-        return Ok(Payload { pid: child.pid, started_at_ns });
+        return Ok(Payload { pid, started_at_ns });
     }
     let (kind, message): (Kind, String) = postcard::from_bytes(&text).map_err(io::Error::other).step("reading how execve went")?;
     Err(LaunchError { kind, step: "starting the payload", target: String::new(), source: io::Error::other(message) })

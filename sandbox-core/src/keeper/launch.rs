@@ -94,7 +94,10 @@ impl Keeper {
         let received_at_ns = monotonic_ns();
         match self.prepare(asker, launch, descriptors) {
             Ok(body) => self.spawn(body, received_at_ns),
-            Err(answer) => self.answer(asker, *answer),
+            Err(answer) => {
+                self.answer(asker, *answer);
+                Ok(())
+            }
         }
     }
 
@@ -157,15 +160,20 @@ impl Keeper {
         descriptors: Vec<OwnedFd>,
     ) -> io::Result<()> {
         if self.store.image(&image).is_ok() {
-            return self.answer(asker, Answer::Unpacked(Unpacked { bytes: 0, entries: 0 }));
+            self.answer(asker, Answer::Unpacked(Unpacked { bytes: 0, entries: 0 }));
+            return Ok(());
         }
         if usize::try_from(layers) != Ok(descriptors.len()) || descriptors.is_empty() {
-            return self.answer(asker, failed(FailureKind::Refused, "as many descriptors as layers must come along, at least one"));
+            self.answer(asker, failed(FailureKind::Refused, "as many descriptors as layers must come along, at least one"));
+            return Ok(());
         }
         let received_at_ns = monotonic_ns();
         let (folder, target) = match self.store.begin() {
             Ok(begun) => begun,
-            Err(error) => return self.answer(asker, failed(FailureKind::Host, format!("making a folder for the image failed: {error}"))),
+            Err(error) => {
+                self.answer(asker, failed(FailureKind::Host, format!("making a folder for the image failed: {error}")));
+                return Ok(());
+            }
         };
         let mut descriptors = descriptors;
         descriptors.push(rustix::io::fcntl_dupfd_cloexec(&self.programs.unpack, 0)?);
@@ -205,9 +213,9 @@ impl Keeper {
     }
 
     /// Commits what the unpacker made, or discards it, and answers.
-    pub(super) fn unpacked(&mut self, serial: u64) -> io::Result<()> {
-        let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
-        let Purpose::Unpack { image, folder, asker, .. } = &sandbox.purpose else { return Ok(()) };
+    pub(super) fn unpacked(&mut self, serial: u64) {
+        let Some(sandbox) = self.sandboxes.get(&serial) else { return };
+        let Purpose::Unpack { image, folder, asker } = &sandbox.purpose else { return };
         let (image, folder, asker) = (image.clone(), folder.clone(), *asker);
         let done = sandbox.unpacked().map_err(|message| (FailureKind::Refused, message)).and_then(|unpacked| {
             let committed = self.store.commit(&folder, &image).map(|()| unpacked);
@@ -222,7 +230,7 @@ impl Keeper {
                 failed(kind, message)
             }
         };
-        self.answer(asker, answer)
+        self.answer(asker, answer);
     }
 
     fn spawn(&mut self, body: Preparation, received_at_ns: u64) -> io::Result<()> {
@@ -249,9 +257,14 @@ impl Keeper {
         };
         let serial = self.serial();
         let Preparation { purpose, image_id, supervision, sink, limits, .. } = body;
-        if let Purpose::Payload { id } = purpose {
-            self.by_id.insert(id, serial);
-        }
+        let launch_asker = match &purpose {
+            Purpose::Payload { id } => {
+                self.by_id.insert(*id, serial);
+                Some(asker)
+            }
+            // Only its end is told.
+            Purpose::Unpack { .. } => None,
+        };
         let output = Output::new(sink, supervision.output_bytes, supervision.output_policy, spawned.stdout, spawned.stderr);
         for (kind, source) in [(Kind::Stdout, Source::Stdout), (Kind::Stderr, Source::Stderr)] {
             self.watch(output.pipe(kind).expect("the pipes are new"), source, serial)?;
@@ -276,7 +289,7 @@ impl Keeper {
             started_at_ns: None,
             init_cpu_us: 0,
             ending: None,
-            launch_asker: Some(asker),
+            launch_asker,
             waiters: Vec::new(),
             body: Some(Body { slot, init, oom_notice: spawned.oom_notice }),
         };
@@ -290,7 +303,8 @@ impl Keeper {
             Purpose::Payload { id } => std::fs::remove_file(crate::log::path(&self.logs, *id))?,
             Purpose::Unpack { folder, .. } => self.store.discard(folder)?,
         }
-        self.answer(body.asker, answer)
+        self.answer(body.asker, answer);
+        Ok(())
     }
 
     fn spawn_in(&self, slot: Slot, body: &Preparation) -> Result<(Slot, Spawned), Box<(Slot, io::Error)>> {

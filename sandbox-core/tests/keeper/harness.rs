@@ -1,0 +1,260 @@
+//! A keeper of its own for each test process, with one image made of busybox.
+
+use std::{
+    fs::File,
+    io::{BufRead, BufReader, Seek, Write},
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Mutex, OnceLock},
+};
+
+use sandbox_core::{
+    client::Client,
+    log,
+    protocol::{
+        Answer, Ending, ImageId, KillReason, Launch, Launched, OutputPolicy, Request, SandboxId, Stdin, Supervision, UnpackLimits,
+    },
+};
+use serde_json::{Value, json};
+
+pub(crate) const IMAGE: &str = "b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0";
+
+/// A running keeper and its folders; both go when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Node {
+    child: Child,
+    folder: tempfile::TempDir,
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Node {
+    pub(crate) fn start() -> Self {
+        let folder = tempfile::Builder::new().prefix("mfk").tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::create_dir(at("logs")).unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_sandbox-keeper"))
+            .args(["--group", "0", "--socket"])
+            .arg(at("keeper.sock"))
+            .arg("--images")
+            .arg(at("images"))
+            .arg("--logs")
+            .arg(at("logs"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n", "the keeper did not start");
+        let node = Self { child, folder };
+        let answer = node.unpack(IMAGE, busybox_layer());
+        assert!(matches!(answer, Answer::Unpacked(_)), "{answer:?}");
+        node
+    }
+
+    pub(crate) fn client(&self) -> Client {
+        Client::connect(&self.folder.path().join("keeper.sock")).unwrap().0
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn log_path(&self, id: SandboxId) -> PathBuf {
+        log::path(&self.folder.path().join("logs"), id)
+    }
+
+    pub(crate) fn unpack(&self, image: &str, layer: Vec<u8>) -> Answer {
+        let file = memory(&layer);
+        let limits = UnpackLimits { bytes: 64 << 20, entries: 10_000, wall_ms: 20_000 };
+        let request = Request::Unpack { image: image.parse().unwrap(), layers: 1, limits };
+        self.client().call(&request, &[file.as_fd()]).unwrap()
+    }
+}
+
+/// The keeper that tests share which leave it as it was.
+pub(crate) fn node() -> &'static Node {
+    static NODE: OnceLock<Node> = OnceLock::new();
+    static STOP: Mutex<Option<u32>> = Mutex::new(None);
+    let node = NODE.get_or_init(Node::start);
+    // Statics are not dropped: the keeper is ended when the test process is.
+    STOP.lock().unwrap().get_or_insert_with(|| {
+        stop_at_exit(node.pid());
+        node.pid()
+    });
+    node
+}
+
+/// Ends the process `pid` when this one has ended, whatever the reason.
+fn stop_at_exit(pid: u32) {
+    let script = format!("while kill -0 {me} 2>/dev/null; do sleep 0.1; done; kill {pid}", me = std::process::id());
+    Command::new("setsid").args(["sh", "-c", &script]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+}
+
+fn memory(content: &[u8]) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(content).unwrap();
+    file.rewind().unwrap();
+    file
+}
+
+fn busybox_layer() -> Vec<u8> {
+    let mut layer = tar::Builder::new(Vec::new());
+    for (folder, mode) in [("bin", 0o755), ("etc", 0o755), ("home", 0o755), ("tmp", 0o1777)] {
+        let mut header = header(tar::EntryType::Directory, mode);
+        layer.append_data(&mut header, folder, &[][..]).unwrap();
+    }
+    let busybox = std::fs::read("/bin/busybox").expect("busybox-static is installed");
+    append(&mut layer, "bin/busybox", 0o755, &busybox);
+    append(&mut layer, "etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nann:x:1000:1000::/home:/bin/sh\n");
+    append(&mut layer, "etc/group", 0o644, b"root:x:0:\nann:x:1000:\naudio:x:29:ann\n");
+    append(&mut layer, "bin/not-executable", 0o644, b"#!/bin/sh\n");
+    append(&mut layer, "bin/set-uid", 0o4755, &busybox);
+    for applet in ["sh", "true", "cat", "ls", "id", "sleep", "mount", "umount", "hostname", "unshare", "chroot", "dd", "yes", "head", "stat", "mknod"] {
+        let mut header = header(tar::EntryType::Symlink, 0o777);
+        layer.append_link(&mut header, format!("bin/{applet}"), "busybox").unwrap();
+    }
+    layer.into_inner().unwrap()
+}
+
+fn header(kind: tar::EntryType, mode: u32) -> tar::Header {
+    let mut header = tar::Header::new_gnu();
+    header.set_entry_type(kind);
+    header.set_mode(mode);
+    header.set_size(0);
+    header.set_uid(0);
+    header.set_gid(0);
+    header
+}
+
+fn append(layer: &mut tar::Builder<Vec<u8>>, path: &str, mode: u32, content: &[u8]) {
+    let mut header = header(tar::EntryType::Regular, mode);
+    header.set_size(content.len() as u64);
+    layer.append_data(&mut header, path, content).unwrap();
+}
+
+/// A request, to be changed as a test needs it.
+#[derive(Debug)]
+pub(crate) struct Run {
+    pub(crate) id: SandboxId,
+    pub(crate) spec: Value,
+    pub(crate) supervision: Supervision,
+    pub(crate) stdin: Option<Vec<u8>>,
+    pub(crate) files: Vec<u8>,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub(crate) struct Done {
+    pub(crate) launched: Option<Launched>,
+    pub(crate) ending: Ending,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+/// A shell script under limits that suit a test.
+pub(crate) fn shell(script: &str) -> Run {
+    command(&["/bin/sh", "-c", script])
+}
+
+pub(crate) fn command(args: &[&str]) -> Run {
+    let spec = json!({
+        "ociVersion": "1.2.0",
+        "root": { "path": IMAGE },
+        "process": { "user": { "uid": 0, "gid": 0 }, "args": args, "env": [], "cwd": "/", "noNewPrivileges": true },
+        "linux": { "resources": {
+            "memory": { "limit": 64 << 20, "swap": 64 << 20 },
+            "cpu": { "quota": 100_000, "period": 100_000 },
+            "pids": { "limit": 32 },
+        } },
+    });
+    let supervision = Supervision {
+        wall_ms: Some(10_000),
+        cpu_ms: None,
+        output_bytes: 1 << 20,
+        output_policy: OutputPolicy::Truncate,
+        disk_bytes: 16 << 20,
+        inodes: 1024,
+    };
+    Run { id: SandboxId(uuid::Uuid::new_v4()), spec, supervision, stdin: None, files: Vec::new() }
+}
+
+impl Run {
+    /// Sets a field of the spec by its path (RFC 6901).
+    pub(crate) fn with(mut self, pointer: &str, value: impl Into<Value>) -> Self {
+        let (parent, name) = pointer.rsplit_once('/').unwrap();
+        self.spec.pointer_mut(parent).unwrap()[name] = value.into();
+        self
+    }
+
+    pub(crate) fn launch(&self, client: &mut Client) -> Answer {
+        let stdin = self.stdin.as_deref().map(memory);
+        let files = (!self.files.is_empty()).then(|| memory(&self.files));
+        let launch = Launch {
+            id: self.id,
+            image: self.spec["root"]["path"].as_str().unwrap().parse::<ImageId>().unwrap(),
+            spec: serde_json::to_vec(&self.spec).unwrap(),
+            supervision: self.supervision,
+            stdin: if stdin.is_some() { Stdin::Descriptor } else { Stdin::Null },
+            has_files: files.is_some(),
+        };
+        let descriptors: Vec<_> = stdin.iter().chain(&files).map(AsFd::as_fd).collect();
+        client.call(&Request::Launch(Box::new(launch)), &descriptors).unwrap()
+    }
+
+    /// Runs it on the shared keeper, to its end, and forgets it.
+    pub(crate) fn run(self) -> Done {
+        self.run_on(node())
+    }
+
+    pub(crate) fn run_on(self, node: &Node) -> Done {
+        let mut client = node.client();
+        let launched = match self.launch(&mut client) {
+            Answer::Launched(launched) => Some(launched),
+            Answer::Ended(_) => None,
+            other => panic!("the keeper answered {other:?}"),
+        };
+        let ending = wait(&mut client, self.id);
+        let (stdout, stderr) = output(&node.log_path(self.id));
+        assert_eq!(client.call(&Request::Forget { id: self.id }, &[]).unwrap(), Answer::Done);
+        Done { launched, ending, stdout, stderr }
+    }
+}
+
+pub(crate) fn wait(client: &mut Client, id: SandboxId) -> Ending {
+    match client.call(&Request::Wait { id }, &[]).unwrap() {
+        Answer::Ended(ending) => *ending,
+        other => panic!("the keeper answered {other:?}"),
+    }
+}
+
+pub(crate) fn kill(client: &mut Client, id: SandboxId) {
+    assert_eq!(client.call(&Request::Kill { id, reason: KillReason::StoppedByUser }, &[]).unwrap(), Answer::Done);
+}
+
+/// Both streams of a finished log, which must end with its end record.
+pub(crate) fn output(path: &Path) -> (String, String) {
+    let bytes = std::fs::read(path).unwrap();
+    let (mut rest, mut stdout, mut stderr, mut is_ended) = (bytes.as_slice(), Vec::new(), Vec::new(), false);
+    let mut expected_seq = 0;
+    while let Some((record, behind)) = log::parse(rest).unwrap() {
+        assert_eq!(record.seq, expected_seq);
+        assert!(!is_ended, "a record behind the end");
+        match record.kind {
+            log::Kind::Stdout => stdout.extend_from_slice(record.data),
+            log::Kind::Stderr => stderr.extend_from_slice(record.data),
+            log::Kind::End => is_ended = true,
+        }
+        expected_seq += 1;
+        rest = behind;
+    }
+    assert!(is_ended && rest.is_empty(), "the log has no end");
+    (String::from_utf8_lossy(&stdout).into_owned(), String::from_utf8_lossy(&stderr).into_owned())
+}

@@ -1,0 +1,120 @@
+//! Every limit: met by a program that wants more, exact, and truthfully told.
+
+use sandbox_core::protocol::{Cause, Limit, OutputPolicy};
+
+use crate::harness::shell;
+
+/// What a limit in time may be overshot by, in microseconds (the design's bound).
+const OVERSHOOT_US: u64 = 10_000;
+
+#[test]
+fn memory_beyond_the_limit_ends_the_whole_sandbox() {
+    // A child takes the memory; its parent would go on if only the child died.
+    let done = shell("(dd if=/dev/zero of=/dev/null bs=200M count=1); echo survived; sleep 5").run();
+    assert_eq!(done.ending.cause, Cause::OomKilled, "{} {}", done.stdout, done.stderr);
+    assert_eq!(done.ending.limits_hit, [Limit::Memory]);
+    assert!(done.ending.oom_kills >= 1);
+    let peak = done.ending.usage.memory_peak_bytes;
+    assert!((60 << 20..=64 << 20).contains(&peak), "{peak}");
+    assert!(done.ending.usage.wall_us < 4_000_000);
+}
+
+#[test]
+fn files_in_memory_count_as_memory() {
+    let mut run = shell("dd if=/dev/zero of=/fill bs=1M count=200; echo survived");
+    run.supervision.disk_bytes = 512 << 20;
+    let done = run.run();
+    assert_eq!(done.ending.cause, Cause::OomKilled, "{} {}", done.stdout, done.stderr);
+}
+
+#[test]
+fn a_fork_bomb_is_held_to_its_pids_and_told() {
+    let done = shell("for i in $(seq 100); do sleep 1 & done; echo done").run();
+    assert!(matches!(done.ending.cause, Cause::Exited { .. }), "{:?}", done.ending.cause);
+    assert_eq!(done.ending.limits_hit, [Limit::Pids]);
+    assert_eq!(done.ending.usage.pids_peak, 32);
+}
+
+#[test]
+fn an_endless_loop_ends_at_the_wall_limit() {
+    let mut run = shell("while :; do :; done");
+    run.supervision.wall_ms = Some(300);
+    let done = run.run();
+    assert_eq!((done.ending.cause, done.ending.limits_hit), (Cause::WallTimeout, vec![Limit::Wall]));
+    let wall_us = done.ending.usage.wall_us;
+    assert!((300_000..=300_000 + OVERSHOOT_US).contains(&wall_us), "{wall_us}");
+}
+
+#[test]
+fn a_sleeper_held_back_by_its_cpu_limit_still_ends_at_the_wall_limit() {
+    let mut run = shell("while :; do :; done").with("/linux/resources/cpu/quota", 5_000);
+    run.supervision.wall_ms = Some(300);
+    let done = run.run();
+    assert_eq!(done.ending.cause, Cause::WallTimeout);
+    let wall_us = done.ending.usage.wall_us;
+    assert!((300_000..=300_000 + OVERSHOOT_US).contains(&wall_us), "{wall_us}");
+    assert!(done.ending.usage.throttled_us > 100_000, "{:?}", done.ending.usage);
+}
+
+#[test]
+fn cpu_time_of_all_processes_together_ends_it() {
+    let mut run = shell("(while :; do :; done) & while :; do :; done").with("/linux/resources/cpu/quota", 200_000);
+    run.supervision.cpu_ms = Some(200);
+    let done = run.run();
+    assert_eq!((done.ending.cause, done.ending.limits_hit), (Cause::CpuTimeout, vec![Limit::Cpu]));
+    let cpu_us = done.ending.usage.cpu_us;
+    assert!((200_000..=200_000 + OVERSHOOT_US).contains(&cpu_us), "{cpu_us}");
+}
+
+#[test]
+fn the_cpu_rate_is_held() {
+    let mut run = shell("while :; do :; done").with("/linux/resources/cpu/quota", 20_000);
+    run.supervision.wall_ms = Some(1000);
+    let usage = run.run().ending.usage;
+    // A fifth of a second of CPU, and at most the quota of one further period.
+    assert!((150_000..=240_000).contains(&usage.cpu_us), "{usage:?}");
+}
+
+#[test]
+fn endless_output_is_cut_at_its_limit_and_counted() {
+    let mut run = shell("yes | head -c 300000; echo end >&2");
+    run.supervision.output_bytes = 1000;
+    let done = run.run();
+    assert_eq!(done.ending.cause, Cause::Exited { code: 0 });
+    assert_eq!((done.stdout.len(), done.stderr.as_str()), (1000, "end\n"));
+    assert_eq!(done.ending.usage.stdout_bytes, 300_000);
+    assert!(done.ending.stdout_truncated && !done.ending.stderr_truncated);
+    assert_eq!(done.ending.limits_hit, [Limit::Output]);
+}
+
+#[test]
+fn the_policy_kill_ends_it_with_exactly_the_limit_kept() {
+    let mut run = shell("yes");
+    run.supervision.output_bytes = 1000;
+    run.supervision.output_policy = OutputPolicy::Kill;
+    let done = run.run();
+    assert_eq!((done.ending.cause, done.stdout.len()), (Cause::OutputLimit, 1000));
+}
+
+#[test]
+fn a_full_disk_is_an_error_inside_and_told() {
+    let done = shell("dd if=/dev/zero of=/fill bs=1M count=40 2>/dev/null; echo $?").run();
+    assert_eq!(done.stdout, "1\n");
+    assert_eq!((done.ending.cause, done.ending.limits_hit), (Cause::Exited { code: 0 }, vec![Limit::Disk]));
+}
+
+#[test]
+fn used_up_inodes_are_told_and_as_many_as_promised() {
+    let mut run = shell("i=0; while touch /tmp/f$i 2>/dev/null; do i=$((i+1)); done; echo $i").with("/process/cwd", "/tmp");
+    run.supervision.inodes = 64;
+    let done = run.run();
+    // One is the copy of /tmp itself.
+    assert_eq!((done.stdout.as_str(), done.ending.limits_hit), ("63\n", vec![Limit::Inodes]), "{}", done.stderr);
+}
+
+#[test]
+fn open_files_are_limited() {
+    let limit = serde_json::json!([{ "type": "RLIMIT_NOFILE", "soft": 8, "hard": 8 }]);
+    let done = shell("ulimit -n").with("/process/rlimits", limit).run();
+    assert_eq!(done.stdout, "8\n");
+}

@@ -1,0 +1,8 @@
+//! The keeper, driven through its public client on the real kernel: what runs, how it ends, what is left.
+//!
+//! Needs root, and busybox from Debian's `busybox-static`.
+
+mod endings;
+mod harness;
+mod limits;
+mod walls;
