@@ -159,7 +159,7 @@ impl Keeper {
     fn start(options: &Options) -> io::Result<Self> {
         let (number, lock) = claim_number(&options.run)?;
         sweep_dead_keepers(&options.run, number)?;
-        let stage = options.run.join(format!("stage-{number}"));
+        let stage = stage_of(&options.run, number);
         launch::settle(&stage)?;
         let tree = Tree::open(&name_of(number))?;
         let mode = tree.mode();
@@ -708,15 +708,21 @@ fn name_of(number: u32) -> String {
     format!("k{number}")
 }
 
-/// Removes the cgroups of keepers that were killed; their processes died with them.
+/// Removes the cgroups and folders of keepers that were killed; their processes died with them. Lock files stay: a lock on one that
+/// is deleted would be no lock.
 fn sweep_dead_keepers(run: &std::path::Path, own: u32) -> io::Result<()> {
-    for number in (0..KEEPERS_MAX).filter(|number| *number != own && run.join(format!("keeper-{number}.lock")).exists()) {
+    for number in (0..KEEPERS_MAX).filter(|number| *number != own && stage_of(run, *number).exists()) {
         if let Some(_lock) = try_lock(run, number)? {
             Tree::open(&name_of(number))?.remove()?;
-            std::fs::remove_file(run.join(format!("keeper-{number}.lock")))?;
+            std::fs::remove_dir(stage_of(run, number))?;
         }
     }
     Ok(())
+}
+
+/// The empty folder that the sandboxes of keeper `number` build their trees on.
+fn stage_of(run: &std::path::Path, number: u32) -> PathBuf {
+    run.join(format!("stage-{number}"))
 }
 
 /// A listening socket that root and the service's group may connect to. One that a dead keeper left is replaced.

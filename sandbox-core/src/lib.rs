@@ -14,6 +14,7 @@ pub mod log;
 mod network;
 mod policy;
 pub mod privileges;
+pub mod probe;
 pub mod protocol;
 mod rootfs;
 pub mod seccomp;

@@ -42,3 +42,9 @@ impl Networks {
 fn current() -> io::Result<OwnedFd> {
     Ok(File::open("/proc/thread-self/ns/net")?.into())
 }
+
+/// Makes a network namespace in a thread of its own, to see whether it can be done.
+pub(crate) fn try_new() -> io::Result<()> {
+    let tried = std::thread::spawn(|| unshare(CloneFlags::CLONE_NEWNET).map_err(io::Error::from)).join();
+    tried.unwrap_or_else(|_| Err(io::Error::other("the thread that tried it panicked")))
+}

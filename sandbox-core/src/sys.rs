@@ -270,3 +270,11 @@ pub(crate) fn set_signal_action(signal: Signal, action: &SigAction) -> nix::Resu
     // SAFETY: without a handler (checked above) no code runs at a signal, so nothing has to be async-signal-safe.
     unsafe { nix::sys::signal::sigaction(signal, action) }.map(drop)
 }
+
+/// The version of Landlock that this kernel has (landlock_create_ruleset(2)).
+pub(crate) fn landlock_version() -> io::Result<i64> {
+    const VERSION: u32 = 1;
+    // SAFETY: with this flag the kernel takes a null pointer and a size of 0, and returns a number instead of a descriptor.
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<libc::c_void>(), 0, VERSION) };
+    if version < 0 { Err(io::Error::last_os_error()) } else { Ok(version) }
+}
