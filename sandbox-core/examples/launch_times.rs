@@ -37,14 +37,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     for _ in 0..runs.parse()? {
         let id = SandboxId(uuid::Uuid::new_v4());
         let begun = Instant::now();
-        let launch = Launch {
-            id,
-            image: image.parse()?,
-            spec: serde_json::to_vec(&spec)?,
-            supervision,
-            stdin: Stdin::Null,
-            has_files: false,
-        };
+        let launch =
+            Launch { id, image: image.parse()?, spec: serde_json::to_vec(&spec)?, supervision, stdin: Stdin::Null, has_files: false };
         let tag = client.send(&Request::Launch(Box::new(launch)), &[])?;
         match client.call(&Request::Wait { id }, &[])? {
             Answer::Ended(ending) => {

@@ -154,7 +154,9 @@ impl Tree {
             std::fs::remove_dir(path)?;
             if let Some(shared) = path.parent() {
                 match std::fs::remove_dir(shared) {
-                    Err(error) if !matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy) => return Err(error),
+                    Err(error) if !matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy) => {
+                        return Err(error);
+                    }
                     _ => {}
                 }
             }

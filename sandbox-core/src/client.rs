@@ -1,11 +1,6 @@
 //! A caller's side of the keeper's protocol that blocks: for tools and tests. A service with a reactor of its own uses [`crate::transport`].
 
-use std::{
-    collections::HashMap,
-    io,
-    os::fd::BorrowedFd,
-    path::Path,
-};
+use std::{collections::HashMap, io, os::fd::BorrowedFd, path::Path};
 
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -31,10 +26,9 @@ impl Client {
     /// Connects, and makes sure that both sides speak the same version.
     pub fn connect(socket: &Path) -> io::Result<(Self, Hello)> {
         let mut client = Self { socket: Socket::connect(socket)?, next_tag: 0, early: HashMap::new() };
-        match client.call(&Request::Hello { version: VERSION }, &[])? {
-            Answer::Hello(hello) => Ok((client, hello)),
-            other => Err(io::Error::other(format!("the keeper answered {other:?}"))),
-        }
+        let answer = client.call(&Request::Hello { version: VERSION }, &[])?;
+        let Answer::Hello(hello) = answer else { return Err(io::Error::other(format!("the keeper answered {answer:?}"))) };
+        Ok((client, hello))
     }
 
     /// Sends a request and waits for its answer. An answer of [`Answer::Failed`] is an answer, not an error.
@@ -81,10 +75,7 @@ impl Client {
 impl Answer {
     /// Turns [`Answer::Failed`] into an error.
     pub fn ok(self) -> Result<Self, Failure> {
-        match self {
-            Self::Failed(failure) => Err(failure),
-            other => Ok(other),
-        }
+        if let Self::Failed(failure) = self { Err(failure) } else { Ok(self) }
     }
 }
 

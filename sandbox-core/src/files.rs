@@ -48,11 +48,7 @@ pub fn read_entry(from: &mut impl Read) -> io::Result<Option<Entry>> {
     let mut path = vec![0; path_len];
     from.read_exact(&mut path)?;
     let path = String::from_utf8(path).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
-    Ok(Some(Entry {
-        path,
-        mode: u32::from_le_bytes([m0, m1, m2, m3]) & 0o7777,
-        content_bytes: u64::from_le_bytes(content),
-    }))
+    Ok(Some(Entry { path, mode: u32::from_le_bytes([m0, m1, m2, m3]) & 0o7777, content_bytes: u64::from_le_bytes(content) }))
 }
 
 #[cfg(test)]

@@ -150,6 +150,7 @@ pub struct Keeper {
 
 /// Runs a keeper until it is told to stop. Needs root.
 pub fn run(options: &Options, on_ready: impl FnOnce()) -> io::Result<()> {
+    raise_descriptor_limit()?;
     let mut keeper = Keeper::start(options)?;
     on_ready();
     keeper.serve()
@@ -381,7 +382,9 @@ impl Keeper {
             return failed(FailureKind::Busy, "the sandbox has not ended");
         }
         match std::fs::remove_file(log::path(&self.logs, id)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return failed(FailureKind::Host, format!("removing the log failed: {error}")),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return failed(FailureKind::Host, format!("removing the log failed: {error}"));
+            }
             _ => {}
         }
         self.by_id.remove(&id);
@@ -492,7 +495,9 @@ impl Keeper {
     fn on_output(&mut self, serial: u64, kind: Kind) -> io::Result<()> {
         let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
         match sandbox.output.pump(kind, &mut self.buffer, unix_us()) {
-            Ok(Pumped::More | Pumped::Empty | Pumped::Closed) if sandbox.output.is_over_limit() => self.decide(serial, Decision::OutputLimit),
+            Ok(Pumped::More | Pumped::Empty | Pumped::Closed) if sandbox.output.is_over_limit() => {
+                self.decide(serial, Decision::OutputLimit)
+            }
             Ok(_) => Ok(()),
             Err(error) => self.decide(serial, Decision::LogFailed(error.raw_os_error().unwrap_or(libc::EIO))),
         }
@@ -680,6 +685,13 @@ fn kill_init(body: &sandbox::Body) -> io::Result<()> {
         Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
         Err(error) => Err(error.into()),
     }
+}
+
+/// A sandbox takes about fifteen descriptors; shells and init systems allow far fewer than this machine can have.
+fn raise_descriptor_limit() -> io::Result<()> {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
+    Ok(rustix::process::setrlimit(rustix::process::Resource::Nofile, raised)?)
 }
 
 /// The lowest number that no living keeper of this machine has. The lock goes with the process.

@@ -105,14 +105,19 @@ impl Plan {
         }
         let mut rlimits = vec![(libc::RLIMIT_CORE, 0)];
         for limit in process.rlimits().iter().flatten() {
-            let resource = match limit.typ() {
-                PosixRlimitType::RlimitNofile => libc::RLIMIT_NOFILE,
-                PosixRlimitType::RlimitFsize => libc::RLIMIT_FSIZE,
-                PosixRlimitType::RlimitStack => libc::RLIMIT_STACK,
-                PosixRlimitType::RlimitCore if limit.hard() == 0 => continue,
-                other => return Err(Refused(format!("process.rlimits: {other} is not for a request to set"))),
-            };
-            rlimits.push((resource, limit.hard()));
+            const SETTABLE: [(PosixRlimitType, u32); 4] = [
+                (PosixRlimitType::RlimitNofile, libc::RLIMIT_NOFILE),
+                (PosixRlimitType::RlimitFsize, libc::RLIMIT_FSIZE),
+                (PosixRlimitType::RlimitStack, libc::RLIMIT_STACK),
+                (PosixRlimitType::RlimitCore, libc::RLIMIT_CORE),
+            ];
+            let resource = SETTABLE.iter().find(|(kind, _)| *kind == limit.typ()).map(|(_, resource)| *resource);
+            let resource = resource.ok_or_else(|| Refused(format!("process.rlimits: {} is not for a request to set", limit.typ())))?;
+            if resource != libc::RLIMIT_CORE {
+                rlimits.push((resource, limit.hard()));
+            } else if limit.hard() != 0 {
+                return Err(Refused("process.rlimits: RLIMIT_CORE must be 0".to_owned()));
+            }
         }
         Ok(Self {
             args,

@@ -44,7 +44,8 @@ pub fn run(data_dir: &Path) -> Vec<Check> {
     let is_root = rustix::process::geteuid().is_root();
     let mut checks = vec![kernel(), cgroups(), swap(), landlock(), apparmor()];
     if is_root {
-        checks.extend([namespaces(), idmapped_mounts(data_dir), seccomp()]);
+        // The one that starts a thread comes last: the others clone, which takes a process of one thread.
+        checks.extend([idmapped_mounts(data_dir), seccomp(), namespaces()]);
     } else {
         checks.push(Check {
             name: "namespaces, idmapped mounts",

@@ -270,17 +270,25 @@ pub struct Ending {
 /// Why a sandbox ended. What we did is recorded before it is done; memory comes from the kernel's counter; nothing is guessed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Cause {
-    Exited { code: i32 },
-    Signaled { signal: i32 },
+    Exited {
+        code: i32,
+    },
+    Signaled {
+        signal: i32,
+    },
     OomKilled,
     CpuTimeout,
     WallTimeout,
     OutputLimit,
     Killed(KillReason),
     /// It can never work: no such program, no such folder, not executable. The text names it.
-    StartFailed { message: String },
+    StartFailed {
+        message: String,
+    },
     /// This node could not do it, or lost it. Another try may work.
-    InfraError { message: String },
+    InfraError {
+        message: String,
+    },
 }
 
 /// A limit by the name it has in the API.

@@ -12,8 +12,8 @@ use nix::{
 use rustix::{
     fs::{CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, makedev, mkdirat, mknodat, openat2, symlinkat},
     mount::{
-        FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount,
-        fsopen, move_mount, open_tree,
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
+        fsmount, fsopen, move_mount, open_tree,
     },
 };
 
@@ -72,8 +72,9 @@ pub(crate) fn enter(layout: Layout, parts: Parts) -> Result<OwnedFd, LaunchError
     let root = overlay().step("mounting the overlay")?;
     attach(&root, open_folder(CWD, "merged")?.as_fd()).step("attaching the overlay")?;
 
-    let proc = mount_new("proc", &[], MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC)
-        .step("mounting /proc")?;
+    let proc =
+        mount_new("proc", &[], MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC)
+            .step("mounting /proc")?;
     attach(&proc, open_folder(root.as_fd(), "proc")?.as_fd()).step("attaching /proc")?;
     let dev = devices(root.as_fd(), id_base, shm_bytes)?;
     restrict_proc(proc.as_fd(), dev.as_fd())?;
@@ -120,9 +121,13 @@ fn devices(root: BorrowedFd<'_>, id_base: u32, shm_bytes: u64) -> Result<OwnedFd
         rustix::fs::chmodat(&dev, name, all, rustix::fs::AtFlags::empty()).step_on("making a device", name)?;
         chown(dev.as_fd(), name, id_base).step_on("making a device", name)?;
     }
-    for (name, to) in
-        [("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2"), ("ptmx", "pts/ptmx")]
-    {
+    for (name, to) in [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+        ("ptmx", "pts/ptmx"),
+    ] {
         symlinkat(to, &dev, name).step_on("making a link in /dev", name)?;
     }
     for folder in ["pts", "shm"] {
@@ -135,7 +140,8 @@ fn devices(root: BorrowedFd<'_>, id_base: u32, shm_bytes: u64) -> Result<OwnedFd
     attach(&terminals, open_folder(dev.as_fd(), "pts")?.as_fd()).step("attaching /dev/pts")?;
     let shared = tmpfs(&[("size", shm_bytes), ("nr_inodes", 4096), ("mode", 0o1777)], noexec | NOSUID_NODEV).step("mounting /dev/shm")?;
     attach(&shared, open_folder(dev.as_fd(), "shm")?.as_fd()).step("attaching /dev/shm")?;
-    sys::set_mount_attributes(dev.as_fd(), MountAttributes { read_only: true, ..MountAttributes::default() }).step("making /dev read-only")?;
+    sys::set_mount_attributes(dev.as_fd(), MountAttributes { read_only: true, ..MountAttributes::default() })
+        .step("making /dev read-only")?;
     Ok(dev)
 }
 

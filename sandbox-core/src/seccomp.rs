@@ -54,12 +54,7 @@ struct Segment {
 }
 
 fn compile(rules: &[Rule]) -> Vec<libc::sock_filter> {
-    let mut program = vec![
-        load(AT_ABI),
-        jump(libc::BPF_JEQ, NATIVE_ABI, 1, 0),
-        ret(Verdict::Kill),
-        load(AT_NUMBER),
-    ];
+    let mut program = vec![load(AT_ABI), jump(libc::BPF_JEQ, NATIVE_ABI, 1, 0), ret(Verdict::Kill), load(AT_NUMBER)];
     program.extend(tree(&segments(rules)));
     program
 }

@@ -90,15 +90,11 @@ pub fn recv<T: DeserializeOwned>(socket: BorrowedFd<'_>) -> io::Result<Option<Da
     BUFFER.with_borrow_mut(|buffer| {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
-        let received = rustix::io::retry_on_intr(|| {
-            recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, RecvFlags::CMSG_CLOEXEC)
-        })?;
+        let received =
+            rustix::io::retry_on_intr(|| recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, RecvFlags::CMSG_CLOEXEC))?;
         let descriptors: Vec<OwnedFd> = control
             .drain()
-            .filter_map(|message| match message {
-                RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
-                _ => None,
-            })
+            .filter_map(|message| if let RecvAncillaryMessage::ScmRights(descriptors) = message { Some(descriptors) } else { None })
             .flatten()
             .collect();
         if received.bytes == 0 {

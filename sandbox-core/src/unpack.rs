@@ -71,7 +71,13 @@ pub fn unpack_inherited() -> Result<String, Box<dyn std::error::Error>> {
     Ok(serde_json::to_string(&unpacked)?)
 }
 
-fn apply(mut entry: Entry<'_, impl Read>, layer: usize, target: &mut Target, bounds: Bounds, done: &mut Unpacked) -> Result<(), UnpackError> {
+fn apply(
+    mut entry: Entry<'_, impl Read>,
+    layer: usize,
+    target: &mut Target,
+    bounds: Bounds,
+    done: &mut Unpacked,
+) -> Result<(), UnpackError> {
     done.entries += 1;
     if done.entries > bounds.entries {
         return Err(UnpackError::TooManyEntries(bounds.entries));
@@ -90,6 +96,7 @@ fn apply(mut entry: Entry<'_, impl Read>, layer: usize, target: &mut Target, bou
 }
 
 /// Puts one entry where it belongs.
+#[expect(clippy::wildcard_enum_match_arm, reason = "tar has more types than an image may have, and the enum is open")]
 fn place(entry: &mut Entry<'_, impl Read>, kind: EntryType, names: &[Vec<u8>], target: &mut Target) -> io::Result<()> {
     let attributes = attributes(entry)?;
     let Some((name, folders)) = names.split_last() else {
@@ -150,7 +157,8 @@ fn attributes(entry: &mut Entry<'_, impl Read>) -> io::Result<Attributes> {
         }
     }
     let header = entry.header();
-    let id = |id: u64| u32::try_from(id).ok().filter(|id| *id < crate::ids::RANGE).ok_or_else(|| invalid(format!("the id {id} is above 65535")));
+    let id =
+        |id: u64| u32::try_from(id).ok().filter(|id| *id < crate::ids::RANGE).ok_or_else(|| invalid(format!("the id {id} is above 65535")));
     Ok(Attributes {
         uid: id(header.uid()?)?,
         gid: id(header.gid()?)?,

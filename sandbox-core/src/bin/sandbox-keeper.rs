@@ -33,10 +33,9 @@ fn main() -> anyhow::Result<()> {
     anyhow::ensure!(nix::unistd::geteuid().is_root(), "sandbox-keeper must be started as root");
     let group = match arguments.group.parse() {
         Ok(number) => number,
-        Err(_) => nix::unistd::Group::from_name(&arguments.group)?
-            .with_context(|| format!("there is no group {}", arguments.group))?
-            .gid
-            .as_raw(),
+        Err(_) => {
+            nix::unistd::Group::from_name(&arguments.group)?.with_context(|| format!("there is no group {}", arguments.group))?.gid.as_raw()
+        }
     };
     let programs = std::env::current_exe()?;
     let options = Options {

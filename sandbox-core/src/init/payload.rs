@@ -36,7 +36,8 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 
 /// Prepares the working folder and the files, then starts the program. When this returns, it runs.
 pub(super) fn start(start: &Start, mut descriptors: VecDeque<OwnedFd>) -> Result<Payload, LaunchError> {
-    let stdin = if start.has_stdin { next(&mut descriptors, "stdin")? } else { File::open("/dev/null").step_on("opening", "/dev/null")?.into() };
+    let stdin =
+        if start.has_stdin { next(&mut descriptors, "stdin")? } else { File::open("/dev/null").step_on("opening", "/dev/null")?.into() };
     let stdio = [stdin, next(&mut descriptors, "stdout")?, next(&mut descriptors, "stderr")?];
     let files = if start.has_files { Some(next(&mut descriptors, "files")?) } else { None };
     let inherited: Vec<OwnedFd> = descriptors.drain(..).collect();
@@ -216,13 +217,11 @@ impl Exec {
                 Ok(never) => match never {},
             }
         }
-        match refused {
-            nix::Error::ENOENT | nix::Error::ENOTDIR if self.args.first().is_some_and(|name| name.to_bytes().contains(&b'/')) => {
-                Err(never("executing", name, "no such file in the image"))
-            }
-            nix::Error::ENOENT | nix::Error::ENOTDIR => Err(never("executing", name, "no such program in the PATH of the image")),
-            error => Err(error).spec("executing", name),
+        if !matches!(refused, nix::Error::ENOENT | nix::Error::ENOTDIR) {
+            return Err(refused).spec("executing", name);
         }
+        let why = if name.contains('/') { "no such file in the image" } else { "no such program in the PATH of the image" };
+        Err(never("executing", name, why))
     }
 }
 

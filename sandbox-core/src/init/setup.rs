@@ -35,7 +35,8 @@ const OOM_SCORE_ADJ: &str = "500";
 pub(super) fn join_cgroups(hierarchies: u32, descriptors: &mut VecDeque<OwnedFd>) -> Result<u64, LaunchError> {
     let first = 3;
     for n in 0..hierarchies {
-        let tasks = descriptors.remove(first).ok_or_else(super::unexpected).step_on("joining the cgroups", format_args!("hierarchy {n}"))?;
+        let tasks =
+            descriptors.remove(first).ok_or_else(super::unexpected).step_on("joining the cgroups", format_args!("hierarchy {n}"))?;
         std::fs::File::from(tasks).write_all(b"0").step_on("joining the cgroups", format_args!("hierarchy {n}"))?;
     }
     let before_us = own_cpu_us();
@@ -57,8 +58,7 @@ pub(super) fn enter(setup: Setup, descriptors: &mut VecDeque<OwnedFd>) -> Result
     };
     std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ).step("raising oom_score_adj")?;
     nix::unistd::sethostname(&setup.hostname).step("setting the host name")?;
-    let layout =
-        Layout { id_base: setup.id_base, disk_bytes: setup.disk_bytes, inodes: setup.inodes, shm_bytes: setup.shm_bytes };
+    let layout = Layout { id_base: setup.id_base, disk_bytes: setup.disk_bytes, inodes: setup.inodes, shm_bytes: setup.shm_bytes };
     let writable = rootfs::enter(layout, parts)?;
     take_null()?;
 
@@ -79,8 +79,7 @@ pub(super) fn enter(setup: Setup, descriptors: &mut VecDeque<OwnedFd>) -> Result
     nix::sys::prctl::set_dumpable(false).step("forbidding traces")?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     default_signals().step("resetting signals")?;
-    let program: Vec<libc::sock_filter> =
-        setup.seccomp.iter().map(|&(code, jt, jf, k)| libc::sock_filter { code, jt, jf, k }).collect();
+    let program: Vec<libc::sock_filter> = setup.seccomp.iter().map(|&(code, jt, jf, k)| libc::sock_filter { code, jt, jf, k }).collect();
     sys::set_seccomp_filter(&program).step("loading the seccomp filter")?;
     Ok(writable)
 }

@@ -116,9 +116,10 @@ impl Keeper {
         let stdin = next(launch.stdin == Stdin::Descriptor, "stdin")?;
         let files = next(launch.has_files, "the files")?;
         let image = self.store.image(&launch.image).map_err(|error| {
-            Box::new(match error.kind() {
-                io::ErrorKind::NotFound => failed(FailureKind::Gone, format!("this node has no image {}", launch.image)),
-                _ => failed(FailureKind::Host, format!("opening image {} failed: {error}", launch.image)),
+            Box::new(if error.kind() == io::ErrorKind::NotFound {
+                failed(FailureKind::Gone, format!("this node has no image {}", launch.image))
+            } else {
+                failed(FailureKind::Host, format!("opening image {} failed: {error}", launch.image))
             })
         })?;
         let sink = Sink::log(&self.logs, id, self.group)
@@ -355,8 +356,7 @@ impl Keeper {
 
     /// The child has nothing of the keeper's but its end of the control socket after execve: everything else is close-on-exec.
     fn clone_init(&self, slot: &Slot, init_end: &OwnedFd) -> io::Result<Child> {
-        let namespaces =
-            CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC;
+        let namespaces = CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC;
         match sys::clone3(namespaces, true, slot.group.birthplace())? {
             Cloned::Parent(child) => Ok(child),
             Cloned::Child => {

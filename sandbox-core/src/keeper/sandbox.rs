@@ -6,10 +6,7 @@ use super::{connection::Asker, output::Output, slot::Slot};
 use crate::{
     cgroup::Counters,
     log::Kind,
-    protocol::{
-        Cause, Ending, ImageId, KillReason, Launched, Limit, SandboxId, Supervision, Unpacked, Usage,
-        init::WaitStatus,
-    },
+    protocol::{Cause, Ending, ImageId, KillReason, Launched, Limit, SandboxId, Supervision, Unpacked, Usage, init::WaitStatus},
     sys::Child,
     transport::Socket,
 };
@@ -102,7 +99,7 @@ pub(super) struct Evidence {
 impl Sandbox {
     /// The final word on a sandbox, from what the kernel counted and what was decided.
     ///
-    /// In order: it never started; the kernel killed for memory; a limit was exceeded, whether or not our kill came first; somebody ended it;
+    /// In order: it could never start; the kernel killed for memory; this machine failed; a limit was exceeded, whether or not our kill came first; somebody ended it;
     /// it ended by itself.
     pub(super) fn judge(&self, evidence: Evidence) -> Ending {
         let Evidence { ended, counters, now_ns, now_us, failure } = evidence;
@@ -123,8 +120,9 @@ impl Sandbox {
         let by_itself = ended.filter(|ended| ended.status != WaitStatus::Signaled { signal: libc::SIGKILL });
         let cause = match (failure, self.decision) {
             (_, Some(Decision::Killed(reason))) if self.launched.is_none() => Cause::Killed(reason),
-            (Some(failure), _) => failure,
+            (Some(failure @ Cause::StartFailed { .. }), _) => failure,
             _ if counters.oom_kills > 0 || self.decision == Some(Decision::OutOfMemory) => Cause::OomKilled,
+            (Some(failure), _) => failure,
             (_, Some(Decision::LogFailed(errno))) => {
                 Cause::InfraError { message: format!("writing the log failed: {}", io::Error::from_raw_os_error(errno)) }
             }

@@ -31,7 +31,12 @@ fn check(spec: &Value) -> Result<Plan, Refused> {
         image: IMAGE.parse().unwrap(),
         spec: serde_json::to_vec(spec).unwrap(),
         supervision: Supervision {
-            wall_ms: Some(1000), cpu_ms: None, output_bytes: 0, output_policy: OutputPolicy::Truncate, disk_bytes: 1 << 20, inodes: 64,
+            wall_ms: Some(1000),
+            cpu_ms: None,
+            output_bytes: 0,
+            output_policy: OutputPolicy::Truncate,
+            disk_bytes: 1 << 20,
+            inodes: 64,
         },
         stdin: Stdin::Null,
         has_files: false,
@@ -59,7 +64,10 @@ fn whatever_reaches_out_of_the_sandbox_is_refused_by_name() {
     let bind = json!([{ "destination": "/host", "source": "/", "options": ["rbind"] }]);
     assert_eq!(refusal_with("/mounts", bind), "mounts may not be set");
     assert_eq!(refusal_with("/hooks", json!({ "prestart": [{ "path": "/bin/sh" }] })), "hooks.prestart may not be set");
-    assert_eq!(refusal_with("/process/capabilities", json!({ "effective": ["CAP_SYS_ADMIN"] })), "process.capabilities.effective may not be set");
+    assert_eq!(
+        refusal_with("/process/capabilities", json!({ "effective": ["CAP_SYS_ADMIN"] })),
+        "process.capabilities.effective may not be set"
+    );
     assert_eq!(refusal_with("/linux/namespaces", json!([{ "type": "pid", "path": "/proc/1/ns/pid" }])), "linux.namespaces may not be set");
     assert_eq!(refusal_with("/linux/devices", json!([{ "path": "/dev/sda", "type": "b" }])), "linux.devices may not be set");
     assert_eq!(refusal_with("/linux/sysctl", json!({ "kernel.core_pattern": "x" })), "linux.sysctl.kernel.core_pattern may not be set");

@@ -31,7 +31,10 @@ pub struct Rule {
 pub enum Check {
     Always(Verdict),
     /// The first case whose tests all hold decides.
-    Cases { cases: Vec<(Vec<Test>, Verdict)>, otherwise: Verdict },
+    Cases {
+        cases: Vec<(Vec<Test>, Verdict)>,
+        otherwise: Verdict,
+    },
 }
 
 impl Check {
@@ -136,14 +139,8 @@ fn plain() -> Vec<Rule> {
             calls!(SYS_shmget SYS_shmat SYS_shmdt SYS_shmctl SYS_semget SYS_semop SYS_semtimedop SYS_semctl SYS_msgget SYS_msgsnd SYS_msgrcv
                 SYS_msgctl SYS_mq_open SYS_mq_unlink SYS_mq_timedsend SYS_mq_timedreceive SYS_mq_notify SYS_mq_getsetattr),
         ),
-        allow(
-            "facts: names and numbers without secrets; random numbers",
-            calls!(SYS_uname SYS_sysinfo SYS_getrandom),
-        ),
-        allow(
-            "a program may fence itself further",
-            calls!(SYS_landlock_create_ruleset SYS_landlock_add_rule SYS_landlock_restrict_self),
-        ),
+        allow("facts: names and numbers without secrets; random numbers", calls!(SYS_uname SYS_sysinfo SYS_getrandom)),
+        allow("a program may fence itself further", calls!(SYS_landlock_create_ruleset SYS_landlock_add_rule SYS_landlock_restrict_self)),
         #[cfg(target_arch = "x86_64")]
         allow(
             "older forms of the calls above",

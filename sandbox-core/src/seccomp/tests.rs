@@ -41,6 +41,11 @@ fn native(number: libc::c_long, arguments: [u64; 6]) -> u32 {
     evaluate(&program(), NATIVE_ABI, u32::try_from(number).unwrap(), arguments)
 }
 
+/// An int as a register holds it.
+fn argument(value: i32) -> u64 {
+    u64::from(value.cast_unsigned())
+}
+
 const ALLOWED: u32 = libc::SECCOMP_RET_ALLOW;
 const fn refused(errno: i32) -> u32 {
     libc::SECCOMP_RET_ERRNO | errno.cast_unsigned()
@@ -98,19 +103,25 @@ fn x32_numbers_do_not_exist() {
 #[test]
 fn clone_makes_threads_but_no_namespace() {
     let threads = libc::CLONE_VM | libc::CLONE_THREAD | libc::CLONE_SIGHAND | libc::CLONE_FILES;
-    assert_eq!(native(libc::SYS_clone, [threads as u64, 0, 0, 0, 0, 0]), ALLOWED);
+    assert_eq!(native(libc::SYS_clone, [argument(threads), 0, 0, 0, 0, 0]), ALLOWED);
     let namespaces = [
-        libc::CLONE_NEWUSER, libc::CLONE_NEWNS, libc::CLONE_NEWPID, libc::CLONE_NEWNET, libc::CLONE_NEWIPC, libc::CLONE_NEWUTS, libc::CLONE_NEWCGROUP,
+        libc::CLONE_NEWUSER,
+        libc::CLONE_NEWNS,
+        libc::CLONE_NEWPID,
+        libc::CLONE_NEWNET,
+        libc::CLONE_NEWIPC,
+        libc::CLONE_NEWUTS,
+        libc::CLONE_NEWCGROUP,
     ];
     for namespace in namespaces {
-        assert_eq!(native(libc::SYS_clone, [namespace as u64 | 17, 0, 0, 0, 0, 0]), refused(libc::EPERM), "{namespace:#x}");
+        assert_eq!(native(libc::SYS_clone, [argument(namespace | libc::SIGCHLD), 0, 0, 0, 0, 0]), refused(libc::EPERM), "{namespace:#x}");
     }
     assert_eq!(native(libc::SYS_clone3, [0; 6]), refused(libc::ENOSYS));
 }
 
 #[test]
 fn sockets_are_local_tcp_udp_and_route_only() {
-    let socket = |family: i32, kind: i32, protocol: u64| native(libc::SYS_socket, [family as u64, kind as u64, protocol, 0, 0, 0]);
+    let socket = |family: i32, kind: i32, protocol: u64| native(libc::SYS_socket, [argument(family), argument(kind), protocol, 0, 0, 0]);
     assert_eq!(socket(libc::AF_UNIX, libc::SOCK_SEQPACKET, 0), ALLOWED);
     assert_eq!(socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0), ALLOWED);
     assert_eq!(socket(libc::AF_INET6, libc::SOCK_DGRAM | libc::SOCK_NONBLOCK, 0), ALLOWED);
@@ -135,7 +146,7 @@ fn an_argument_is_compared_as_the_kernel_reads_it() {
     // The kernel takes an int: high bits of the register change nothing for it, so they must not for the filter.
     let high = 0xdead_beef_0000_0000_u64;
     assert_eq!(native(libc::SYS_ioctl, [0, high | 0x5412, 0, 0, 0, 0]), refused(libc::EPERM));
-    assert_eq!(native(libc::SYS_socket, [high | libc::AF_ALG as u64, 5, 0, 0, 0, 0]), refused(libc::EAFNOSUPPORT));
+    assert_eq!(native(libc::SYS_socket, [high | argument(libc::AF_ALG), 5, 0, 0, 0, 0]), refused(libc::EAFNOSUPPORT));
 }
 
 #[test]

@@ -8,8 +8,8 @@ use std::{
 };
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags, chownat, fchmod, fchown, fsetxattr, futimens,
-    linkat, mkdirat, mknodat, openat2, statat, symlinkat, unlinkat, utimensat,
+    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags, chownat, fchmod, fchown, fsetxattr,
+    futimens, linkat, mkdirat, mknodat, openat2, statat, symlinkat, unlinkat, utimensat,
 };
 
 use super::Attributes;

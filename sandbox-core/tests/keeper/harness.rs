@@ -12,9 +12,7 @@ use std::{
 use sandbox_core::{
     client::Client,
     log,
-    protocol::{
-        Answer, Ending, ImageId, KillReason, Launch, Launched, OutputPolicy, Request, SandboxId, Stdin, Supervision, UnpackLimits,
-    },
+    protocol::{Answer, Ending, ImageId, KillReason, Launch, Launched, OutputPolicy, Request, SandboxId, Stdin, Supervision, UnpackLimits},
 };
 use serde_json::{Value, json};
 
@@ -117,7 +115,9 @@ fn busybox_layer() -> Vec<u8> {
     append(&mut layer, "etc/group", 0o644, b"root:x:0:\nann:x:1000:\naudio:x:29:ann\n");
     append(&mut layer, "bin/not-executable", 0o644, b"#!/bin/sh\n");
     append(&mut layer, "bin/set-uid", 0o4755, &busybox);
-    for applet in ["sh", "true", "cat", "ls", "id", "sleep", "mount", "umount", "hostname", "unshare", "chroot", "dd", "yes", "head", "stat", "mknod"] {
+    for applet in
+        ["sh", "true", "cat", "ls", "id", "sleep", "mount", "umount", "hostname", "unshare", "chroot", "dd", "yes", "head", "stat", "mknod"]
+    {
         let mut header = header(tar::EntryType::Symlink, 0o777);
         layer.append_link(&mut header, format!("bin/{applet}"), "busybox").unwrap();
     }

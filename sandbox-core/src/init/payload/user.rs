@@ -47,7 +47,8 @@ impl Identity {
             }
             User::Named(text) => {
                 let (name, group_name) = text.split_once(':').map_or((text.as_str(), None), |(name, group)| (name, Some(group)));
-                let entry = passwd.iter().filter_map(|line| Entry::parse(line)).find(|entry| entry.name == name || entry.uid.to_string() == name);
+                let entry =
+                    passwd.iter().filter_map(|line| Entry::parse(line)).find(|entry| entry.name == name || entry.uid.to_string() == name);
                 let entry = entry.ok_or_else(|| never("finding the user", name, "no such user in the image's /etc/passwd"))?;
                 let gid = match group_name {
                     None => entry.gid,

@@ -13,7 +13,12 @@ fn sandbox(decision: Option<Decision>) -> Sandbox {
         purpose: Purpose::Payload { id: SandboxId(uuid::Uuid::nil()) },
         image: None,
         supervision: Supervision {
-            wall_ms: Some(1000), cpu_ms: Some(500), output_bytes: 10, output_policy: OutputPolicy::Truncate, disk_bytes: 1, inodes: 1,
+            wall_ms: Some(1000),
+            cpu_ms: Some(500),
+            output_bytes: 10,
+            output_policy: OutputPolicy::Truncate,
+            disk_bytes: 1,
+            inodes: 1,
         },
         cpu_millis: 1000,
         received_at_ns: 0,
