@@ -40,15 +40,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         let launch =
             Launch { id, image: image.parse()?, spec: serde_json::to_vec(&spec)?, supervision, stdin: Stdin::Null, has_files: false };
         let tag = client.send(&Request::Launch(Box::new(launch)), &[])?;
-        match client.call(&Request::Wait { id }, &[])? {
-            Answer::Ended(ending) => {
-                to_end.push(begun.elapsed().as_micros());
-                let launched = ending.launched.ok_or_else(|| format!("{:?}", ending.cause))?;
-                to_exec.push(u128::from(launched.launch_us));
-                warm += u32::from(launched.start == Start::Warm);
-            }
-            other => return Err(format!("{other:?}").into()),
-        }
+        let answer = client.call(&Request::Wait { id }, &[])?;
+        let Answer::Ended(ending) = answer else { return Err(format!("{answer:?}").into()) };
+        to_end.push(begun.elapsed().as_micros());
+        let launched = ending.launched.ok_or_else(|| format!("{:?}", ending.cause))?;
+        to_exec.push(u128::from(launched.launch_us));
+        warm += u32::from(launched.start == Start::Warm);
         client.receive(tag)?;
         client.call(&Request::Forget { id }, &[])?;
     }

@@ -93,7 +93,9 @@ pub(crate) fn node() -> &'static Node {
 /// Ends the process `pid` when this one has ended, whatever the reason.
 fn stop_at_exit(pid: u32) {
     let script = format!("while kill -0 {me} 2>/dev/null; do sleep 0.1; done; kill {pid}", me = std::process::id());
-    Command::new("setsid").args(["sh", "-c", &script]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let mut watcher = Command::new("setsid");
+    watcher.args(["--fork", "sh", "-c", &script]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    assert!(watcher.status().unwrap().success());
 }
 
 fn memory(content: &[u8]) -> File {
