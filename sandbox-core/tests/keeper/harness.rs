@@ -218,11 +218,9 @@ impl Run {
 
     pub(crate) fn run_on(self, node: &Node) -> Done {
         let mut client = node.client();
-        let launched = match self.launch(&mut client) {
-            Answer::Launched(launched) => Some(launched),
-            Answer::Ended(_) => None,
-            other => panic!("the keeper answered {other:?}"),
-        };
+        let answer = self.launch(&mut client);
+        let launched = if let Answer::Launched(launched) = answer { Some(launched) } else { None };
+        assert!(launched.is_some() || matches!(answer, Answer::Ended(_)), "the keeper answered {answer:?}");
         let ending = wait(&mut client, self.id);
         let (stdout, stderr) = output(&node.log_path(self.id));
         assert_eq!(client.call(&Request::Forget { id: self.id }, &[]).unwrap(), Answer::Done);
@@ -231,10 +229,9 @@ impl Run {
 }
 
 pub(crate) fn wait(client: &mut Client, id: SandboxId) -> Ending {
-    match client.call(&Request::Wait { id }, &[]).unwrap() {
-        Answer::Ended(ending) => *ending,
-        other => panic!("the keeper answered {other:?}"),
-    }
+    let answer = client.call(&Request::Wait { id }, &[]).unwrap();
+    let Answer::Ended(ending) = answer else { panic!("the keeper answered {answer:?}") };
+    *ending
 }
 
 pub(crate) fn kill(client: &mut Client, id: SandboxId) {
