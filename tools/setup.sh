@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what this machine lacks for one purpose: build, images, run, check, test or bench. Does nothing when all is there.
+# Installs what this machine lacks for one purpose: build, images, run, check, test, vm or bench. Does nothing when all is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -36,6 +36,13 @@ for_test() {
     need skopeo skopeo
     need setsid util-linux
     need python3 python3
+}
+for_vm() {
+    for_build
+    need qemu-system-x86_64 qemu-system-x86
+    need cpio cpio
+    need mke2fs e2fsprogs
+    file_is_static "$(command -v busybox || echo /none)" || missing+=(busybox-static)
 }
 for_bench() {
     for_run
@@ -90,6 +97,7 @@ images) for_images; install_packages ;;
 run) for_run; install_packages; service_user ;;
 check) for_check; install_packages; cargo_deny ;;
 test) for_test; install_packages; service_user ;;
+vm) for_vm; install_packages ;;
 bench) for_bench; install_packages; service_user ;;
-*) fail "usage: setup.sh build|images|run|check|test|bench" ;;
+*) fail "usage: setup.sh build|images|run|check|test|vm|bench" ;;
 esac

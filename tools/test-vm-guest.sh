@@ -1,0 +1,34 @@
+#!/bin/busybox sh
+# What the machine of test-vm.sh does with its disk: mounts what a Linux has, runs the tests, says how they ended, goes off.
+# shellcheck shell=dash
+/bin/busybox --install -s /bin
+export PATH=/usr/bin:/bin
+
+die() {
+    echo "test-vm: $*"
+    poweroff -f
+}
+
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t tmpfs run /run
+mount -t securityfs security /sys/kernel/security
+mount -t cgroup2 cgroup2 /sys/fs/cgroup || die 'no cgroup2'
+hostname machine
+ifconfig lo 127.0.0.1 up
+
+# Without these two it would only repeat what other machines test.
+grep -q apparmor /sys/kernel/security/lsm || die 'AppArmor is off'
+for controller in cpu memory pids; do
+    grep -qw "$controller" /sys/fs/cgroup/cgroup.controllers || die "cgroup2 has no controller $controller"
+done
+echo "test-vm: Linux $(uname -r), cgroup2 with $(cat /sys/fs/cgroup/cgroup.controllers), $(cat /sys/kernel/security/lsm)"
+
+set --
+while IFS= read -r word; do
+    set -- "$@" "$word"
+done </etc/command
+"$@"
+echo "test-vm: the tests ended with $?"
+poweroff -f

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Runs the keeper's tests where cgroup v2 is the only one and AppArmor is on: in a small emulated machine with Debian's kernel.
+# Arguments go to the tests, as in `tools/test-vm.sh limits --exact …`. Nothing of it needs root but installing packages.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fail() { printf 'test-vm: %s\n' "$*" >&2; exit 1; }
+say() { printf 'test-vm: %s\n' "$*" >&2; }
+
+[[ $(uname -m) == x86_64 ]] || fail 'the machine that it boots is an x86-64 one, and so must this be'
+tools/setup.sh vm
+
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
+cache=${XDG_CACHE_HOME:+$XDG_CACHE_HOME/mayfly}
+cache=${cache:-$CARGO_TARGET_DIR}/vm
+mkdir -p "$cache"
+work=$(mktemp -d "$cache/.work.XXXXXX")
+trap 'rm -rf --one-file-system "$work"' EXIT
+
+# The kernel package is unpacked, not installed: this machine's own boot is none of our business.
+kernel_package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: //p')
+[[ -n $kernel_package ]] || fail 'apt knows no linux-image-cloud-amd64'
+kernel=$cache/$kernel_package
+if [[ ! -d $kernel ]]; then
+    say "fetching $kernel_package"
+    # apt's own user, to which it drops for the download, may not look into our folder.
+    (cd "$work" && apt-get download -q -o APT::Sandbox::User=root "$kernel_package" >&2) || fail 'fetching the kernel failed (apt-get update may help)'
+    dpkg -x "$work/$kernel_package"_*.deb "$work/kernel"
+    mv -T "$work/kernel" "$kernel"
+fi
+
+say 'building'
+built=$(cargo build --package sandbox-core --test keeper --locked --message-format json | sed -nE 's/.*"executable":"([^"]+)".*/\1/p')
+suite=$(grep '/keeper-[^/]*$' <<<"$built") || fail 'cargo built no test program'
+
+# The disk: the programs and their libraries at the paths that they have here, where they look for each other.
+root=$work/root
+mkdir -p "$root"/{bin,dev,etc,proc,run,sys,tmp}
+chmod 1777 "$root/tmp"
+# setsid is util-linux': the tests use an option of it that busybox' lacks.
+while IFS= read -r program; do
+    install -D "$program" "$root$program"
+    strip "$root$program"
+    while IFS= read -r library; do
+        [[ -e $root$library ]] || install -D "$library" "$root$library"
+    done < <({ ldd "$program" 2>/dev/null || true; } | grep -oE '/[^ ]+')
+done <<<"$built"$'\n'"$(command -v setsid)"
+cp "$(command -v busybox)" "$root/bin/busybox"
+printf 'root:x:0:0:root:/root:/bin/sh\n' >"$root/etc/passwd"
+printf 'root:x:0:\n' >"$root/etc/group"
+install -D tools/test-vm-guest.sh "$root/sbin/init"
+printf '%s\n' "$suite" "$@" >"$root/etc/command"
+mke2fs -q -F -t ext4 -O ^has_journal -d "$root" "$work/disk.ext4" 512M >/dev/null
+
+initial=$work/initial
+mkdir -p "$initial"/{bin,dev,disk,modules}
+cp "$root/bin/busybox" "$initial/bin/busybox"
+install tools/test-vm-boot.sh "$initial/init"
+# In the order in which they need each other, which their names keep.
+number=10
+for module in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk overlay; do
+    file=$(find "$kernel/lib/modules" -name "$module.ko")
+    [[ -n $file ]] || fail "$kernel_package has no module $module"
+    cp "$file" "$initial/modules/$((number++))-$module.ko"
+done
+(cd "$initial" && find . | cpio --quiet -o -H newc -R 0:0) >"$work/initial.cpio"
+
+say 'booting'
+emulator=(
+    qemu-system-x86_64 -accel tcg -cpu max -m 1024 -smp 2 -no-reboot
+    -display none -vga none -monitor none -net none -serial stdio
+    -kernel "$kernel"/boot/vmlinuz-* -initrd "$work/initial.cpio"
+    -drive "file=$work/disk.ext4,format=raw,if=virtio,cache=unsafe"
+    # mitigations=off spares the emulator page table switches; processor errata are not what is tested.
+    -append 'console=ttyS0 loglevel=1 panic=-1 mitigations=off cgroup_no_v1=all security=apparmor'
+)
+timeout --kill-after=5 "${TIMEOUT_S:-300}" "${emulator[@]}" </dev/null | sed -u 's/\r$//' | tee "$work/console" ||
+    fail 'the machine did not come to its end; what it said stands above'
+status=$(sed -n 's/^test-vm: the tests ended with //p' "$work/console")
+[[ -n $status ]] || fail 'the machine ended without a result; what it said stands above'
+exit "$status"
