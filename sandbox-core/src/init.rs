@@ -48,6 +48,7 @@ fn live(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<(), La
     };
     let joined_at_us = setup::join_cgroups(setup.cgroup_hierarchies, descriptors)?;
     let writable = setup::enter(setup, descriptors)?;
+    transport::send(control.as_fd(), &Report::Ready, &[]).step("reporting that the sandbox is built")?;
     let Some(Order::Start(start)) = receive(control, descriptors).step("reading the orders")? else {
         return Err(unexpected()).step("reading the orders");
     };

@@ -3,9 +3,11 @@
 //! It launches, limits, supervises and records. It knows no HTTP and no SQL, and believes neither the service nor a sandbox: requests are held
 //! against [`crate::policy`], and what comes from inside a sandbox is data.
 
+mod build;
 mod connection;
 mod launch;
 mod output;
+mod parked;
 mod sandbox;
 mod slot;
 mod store;
@@ -32,6 +34,7 @@ use rustix::{
 
 use connection::{Asker, Connection, failed};
 use output::Pumped;
+use parked::Lot;
 use sandbox::{Decision, Ended, Evidence, Purpose, Sandbox};
 use slot::Slots;
 use store::Store;
@@ -42,7 +45,7 @@ use crate::{
     ids::{self, Ranges},
     log::{self, Kind},
     protocol::{
-        Answer, Call, Cause, FailureKind, Hello, Launched, Record, Request, SandboxId, VERSION,
+        Answer, Call, Cause, FailureKind, Hello, ImageId, Launched, Record, Request, SandboxId, VERSION,
         init::{Order, Report},
     },
     sys, transport,
@@ -81,8 +84,10 @@ const FORCE_AFTER_NS: u64 = 50_000_000;
 const START_WITHIN_NS: u64 = 30_000_000_000;
 /// The time between two looks at a counter or a group that is not ready yet.
 const AGAIN_AFTER_NS: u64 = 1_000_000;
-/// How long nothing must happen before slots are made ahead, in milliseconds.
-const IDLE_MS: i64 = 2;
+/// The keeper's nice value: what holds sandboxes to their limits must not wait for them (sched(7)).
+const NICE: i32 = -11;
+/// How long nothing must happen before sandboxes are prepared ahead, in milliseconds.
+const IDLE_MS: i64 = 1;
 
 /// What an event is about: the lowest byte of its number. The rest is the sandbox's or connection's serial number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,10 +139,13 @@ pub struct Keeper {
     by_id: HashMap<SandboxId, u64>,
     next_serial: u64,
     slots: Slots,
+    lot: Lot,
+    /// The keeper's own UTS namespace.
+    own_uts: OwnedFd,
     tree: Tree,
     stage: PathBuf,
     store: Store,
-    programs: launch::Programs,
+    programs: build::Programs,
     seccomp: Vec<(u16, u8, u8, u32)>,
     logs: PathBuf,
     group: u32,
@@ -151,6 +159,7 @@ pub struct Keeper {
 /// Runs a keeper until it is told to stop. Needs root.
 pub fn run(options: &Options, on_ready: impl FnOnce()) -> io::Result<()> {
     raise_descriptor_limit()?;
+    sys::prefer_this_process(NICE)?;
     let mut keeper = Keeper::start(options)?;
     on_ready();
     keeper.serve()
@@ -161,7 +170,7 @@ impl Keeper {
         let (number, lock) = claim_number(&options.run)?;
         sweep_dead_keepers(&options.run, number)?;
         let stage = stage_of(&options.run, number);
-        launch::settle(&stage)?;
+        build::settle(&stage)?;
         let tree = Tree::open(&name_of(number))?;
         let mode = tree.mode();
         let ranges = Ranges::new(FIRST_ID + number * SANDBOXES_MAX * ids::RANGE, SANDBOXES_MAX);
@@ -191,10 +200,12 @@ impl Keeper {
             by_id: HashMap::new(),
             next_serial: 1,
             slots: Slots::new(tree.clone(), ranges)?,
+            lot: Lot::default(),
+            own_uts: std::fs::File::open("/proc/self/ns/uts")?.into(),
             tree,
             stage,
             store: Store::open(&options.images)?,
-            programs: launch::Programs::load(options)?,
+            programs: build::Programs::load(options)?,
             seccomp: program.iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect(),
             logs: options.logs.clone(),
             group: options.group,
@@ -226,7 +237,7 @@ impl Keeper {
             let timeout = may_refill.then_some(&idle);
             rustix::io::retry_on_intr(|| epoll::wait(&self.epoll, spare_capacity(&mut events), timeout))?;
             if events.is_empty() {
-                may_refill = self.shutdown.is_none() && self.slots.refill()?;
+                may_refill = self.shutdown.is_none() && (self.park()? || self.slots.refill()?);
                 continue;
             }
             for event in &events {
@@ -358,7 +369,7 @@ impl Keeper {
             Request::RemoveImage { image } if self.sandboxes.values().any(|s| s.body.is_some() && s.image.as_ref() == Some(&image)) => {
                 failed(FailureKind::Busy, "a sandbox runs on this image")
             }
-            Request::RemoveImage { image } => match self.store.remove(&image) {
+            Request::RemoveImage { image } => match self.remove_image(&image) {
                 Ok(()) => Answer::Done,
                 Err(error) => failed(FailureKind::Host, format!("removing the image failed: {error}")),
             },
@@ -366,6 +377,17 @@ impl Keeper {
         };
         self.answer(asker, answer);
         Ok(())
+    }
+
+    fn remove_image(&mut self, image: &ImageId) -> io::Result<()> {
+        self.end_parked(|class| class.image == *image)?;
+        self.store.remove(image)
+    }
+
+    /// Ends what stands ready of these classes.
+    fn end_parked(&mut self, of: impl Fn(&parked::Class) -> bool) -> io::Result<()> {
+        self.lot.give_up(of);
+        self.lot.expire(monotonic_ns()).into_iter().try_for_each(|serial| self.kill_by_force(serial))
     }
 
     fn records(&self) -> Vec<Record> {
@@ -433,26 +455,35 @@ impl Keeper {
     }
 
     fn on_report(&mut self, serial: u64) -> io::Result<()> {
-        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
-        let Some(body) = &sandbox.body else { return Ok(()) };
+        let Some(body) = self.body(serial) else { return Ok(()) };
         let report = match body.init.control.recv::<Report>() {
             Ok(Some(datagram)) => datagram.message,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             // Init is dead or talks nonsense; its pidfd tells the rest.
             Ok(None) | Err(_) => {
-                match epoll::delete(&self.epoll, body.init.control.as_fd()) {
-                    Ok(()) | Err(rustix::io::Errno::NOENT) => {}
-                    Err(error) => return Err(error.into()),
-                }
-                return kill_init(body);
+                kill_init(body)?;
+                return self.unwatch(serial, |init| init.control.as_fd());
             }
         };
         match report {
+            Report::Ready => match self.lot.get_mut(serial) {
+                Some(parked) => {
+                    parked.is_ready = true;
+                    Ok(())
+                }
+                None => self.begin(serial),
+            },
             Report::Failed { kind, message } => {
                 let cause = match kind {
                     crate::error::Kind::Spec => Cause::StartFailed { message },
                     crate::error::Kind::Host => Cause::InfraError { message },
                 };
+                if let Some(parked) = self.lot.get_mut(serial) {
+                    parked.is_doomed = true;
+                    let class = parked.class.clone();
+                    eprintln!("sandbox-keeper: building a sandbox ahead failed: {cause:?}");
+                    self.lot.give_up(|given_up| *given_up == class);
+                }
                 self.end(serial, None, Some(cause));
                 self.kill_by_force(serial)
             }
@@ -528,16 +559,18 @@ impl Keeper {
     }
 
     fn on_due(&mut self, serial: u64, due: Due) -> io::Result<()> {
+        if due == Due::Remove {
+            return self.clean_up(serial);
+        }
         let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
         let (is_over, is_launched) = (sandbox.ending.is_some(), sandbox.launched.is_some());
         match due {
-            Due::Remove => self.clean_up(serial),
             Due::Force => self.kill_by_force(serial),
             Due::Start if !is_launched => self.kill_by_force(serial),
             Due::Wall if !is_over => self.decide(serial, Decision::WallTimeout),
             Due::Cpu if !is_over => self.check_cpu(serial),
             Due::Oom if !is_over => self.on_out_of_memory(serial),
-            Due::Start | Due::Wall | Due::Cpu | Due::Oom => Ok(()),
+            Due::Start | Due::Wall | Due::Cpu | Due::Oom | Due::Remove => Ok(()),
         }
     }
 
@@ -575,9 +608,26 @@ impl Keeper {
 
     /// Kills init, and with it the whole pid namespace (pid_namespaces(7)).
     fn kill_by_force(&mut self, serial: u64) -> io::Result<()> {
-        match self.sandboxes.get(&serial).and_then(|sandbox| sandbox.body.as_ref()) {
-            Some(body) => kill_init(body),
-            None => Ok(()),
+        self.body(serial).map_or(Ok(()), |body| kill_init(body))
+    }
+
+    /// What exists in the kernel for a sandbox, whether it has a request or not.
+    fn body(&mut self, serial: u64) -> Option<&mut sandbox::Body> {
+        match self.sandboxes.get_mut(&serial) {
+            Some(sandbox) => sandbox.body.as_mut(),
+            None => self.lot.get_mut(serial).map(|parked| &mut parked.body),
+        }
+    }
+
+    /// Watches a descriptor of an init no longer; it may be so already.
+    fn unwatch(&mut self, serial: u64, which: impl Fn(&sandbox::Init) -> BorrowedFd<'_>) -> io::Result<()> {
+        let body = match self.sandboxes.get(&serial) {
+            Some(sandbox) => sandbox.body.as_ref(),
+            None => self.lot.get_mut(serial).map(|parked| &parked.body),
+        };
+        match body.map(|body| epoll::delete(&self.epoll, which(&body.init))) {
+            None | Some(Ok(()) | Err(rustix::io::Errno::NOENT)) => Ok(()),
+            Some(Err(error)) => Err(error.into()),
         }
     }
 
@@ -621,11 +671,10 @@ impl Keeper {
 
     fn on_init_death(&mut self, serial: u64) -> io::Result<()> {
         self.on_report(serial)?;
-        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
-        let Some(body) = &mut sandbox.body else { return Ok(()) };
-        epoll::delete(&self.epoll, body.init.child.pidfd.as_fd())?;
+        let Some(body) = self.body(serial) else { return Ok(()) };
         body.init.is_dead = true;
-        if sandbox.ending.is_none() {
+        self.unwatch(serial, |init| init.child.pidfd.as_fd())?;
+        if let Some(sandbox) = self.sandboxes.get(&serial).filter(|sandbox| sandbox.ending.is_none()) {
             let is_started = sandbox.launched.is_some() || sandbox.decision.is_some();
             let never = || Cause::InfraError { message: "the sandbox's init ended before the payload started".to_owned() };
             self.end(serial, None, (!is_started).then(never));
@@ -635,8 +684,7 @@ impl Keeper {
 
     /// Takes apart what is left, off the reply path, again and again until the kernel has let go of all of it.
     fn clean_up(&mut self, serial: u64) -> io::Result<()> {
-        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
-        let Some(body) = &mut sandbox.body else { return Ok(()) };
+        let Some(body) = self.body(serial) else { return Ok(()) };
         if !body.init.is_dead {
             return Ok(());
         }
@@ -645,8 +693,13 @@ impl Keeper {
             return self.timer.set(monotonic_ns() + AGAIN_AFTER_NS, serial, Due::Remove);
         }
         let id_base = body.slot.id_base;
-        sandbox.body = None;
         self.slots.give_back(id_base);
+        if self.lot.remove(serial).is_some() {
+            return Ok(());
+        }
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
+        sandbox.body = None;
+        sandbox.pending = None;
         let is_forgotten = match &sandbox.purpose {
             Purpose::Payload { id } => !self.by_id.contains_key(id),
             Purpose::Unpack { .. } => true,
@@ -660,12 +713,13 @@ impl Keeper {
     /// Kills every sandbox; the loop ends when all are gone.
     fn stop(&mut self, asker: Option<Asker>) -> io::Result<()> {
         self.shutdown.get_or_insert_default().extend(asker);
+        self.end_parked(|_| true)?;
         let serials: Vec<u64> = self.sandboxes.keys().copied().collect();
         serials.into_iter().try_for_each(|serial| self.decide(serial, Decision::Killed(crate::protocol::KillReason::StoppedByAdmin)))
     }
 
     fn is_done(&mut self) -> io::Result<bool> {
-        let is_empty = self.sandboxes.values().all(|sandbox| sandbox.body.is_none());
+        let is_empty = self.lot.is_empty() && self.sandboxes.values().all(|sandbox| sandbox.body.is_none());
         let Some(askers) = self.shutdown.take_if(|_| is_empty) else { return Ok(false) };
         self.slots.drain()?;
         self.tree.remove()?;

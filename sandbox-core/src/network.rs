@@ -39,6 +39,14 @@ impl Networks {
     }
 }
 
+/// Gives the host name `name` to the UTS namespace of the process behind `pidfd`, from outside: nobody inside may.
+pub(crate) fn set_host_name(pidfd: &OwnedFd, own: &OwnedFd, name: &str) -> io::Result<()> {
+    setns(pidfd, CloneFlags::CLONE_NEWUTS)?;
+    let named = nix::unistd::sethostname(name);
+    setns(own, CloneFlags::CLONE_NEWUTS)?;
+    Ok(named?)
+}
+
 fn current() -> io::Result<OwnedFd> {
     Ok(File::open("/proc/thread-self/ns/net")?.into())
 }

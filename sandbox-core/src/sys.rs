@@ -278,3 +278,14 @@ pub(crate) fn landlock_version() -> io::Result<i64> {
     let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<libc::c_void>(), 0, VERSION) };
     if version < 0 { Err(io::Error::last_os_error()) } else { Ok(version) }
 }
+
+/// Runs the calling process before ordinary ones, and its children like ordinary ones (`SCHED_RESET_ON_FORK` of sched(7)).
+pub(crate) fn prefer_this_process(nice: i32) -> io::Result<()> {
+    let no_priority = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the kernel reads one sched_param, borrowed for the call; 0 stands for the calling thread, the only one.
+    let rc = unsafe { libc::sched_setscheduler(0, libc::SCHED_OTHER | libc::SCHED_RESET_ON_FORK, &raw const no_priority) };
+    if rc != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(rustix::process::setpriority_process(None, nice)?)
+}

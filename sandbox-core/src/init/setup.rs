@@ -57,7 +57,6 @@ pub(super) fn enter(setup: Setup, descriptors: &mut VecDeque<OwnedFd>) -> Result
         target: if setup.has_target { Some(next(descriptors, "target")?) } else { None },
     };
     std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ).step("raising oom_score_adj")?;
-    nix::unistd::sethostname(&setup.hostname).step("setting the host name")?;
     let layout = Layout { id_base: setup.id_base, disk_bytes: setup.disk_bytes, inodes: setup.inodes, shm_bytes: setup.shm_bytes };
     let writable = rootfs::enter(layout, parts)?;
     take_null()?;

@@ -1,74 +1,33 @@
-//! Launching: from a request that passed the policy to a cloned init with its orders.
+//! Launching: from a request that passed the policy to a sandbox that has its payload.
 
 use std::{
-    fs::File,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::Path,
 };
 
-use nix::{
-    mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
-};
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::event::epoll::{self, EventData, EventFlags};
 
 use super::{
-    Due, Keeper, Options, START_WITHIN_NS, Source,
+    Due, Keeper, START_WITHIN_NS, Source,
+    build::{Blueprint, BuildError, at},
     connection::{Asker, failed},
     monotonic_ns,
     output::{Output, Sink},
-    sandbox::{Body, Init, Purpose, Sandbox},
-    slot::Slot,
+    parked::Class,
+    sandbox::{Body, Pending, Purpose, Sandbox},
 };
 use crate::{
     cgroup::Limits,
-    init::CONTROL,
     log::Kind,
+    network,
     policy::Plan,
     privileges,
     protocol::{
-        Answer, FailureKind, ImageId, Launch, OutputPolicy, Stdin, Supervision, UnpackLimits, Unpacked,
-        init::{self, Order, Program, Setup, User},
+        Answer, Cause, FailureKind, ImageId, Launch, OutputPolicy, Stdin, Supervision, UnpackLimits, Unpacked,
+        init::{self, Order, Program, User},
     },
-    rootfs::{base, map_layer},
-    sys::{self, Child, Cloned},
-    transport::Socket,
+    rootfs::base,
 };
-
-/// The programs that run inside sandboxes, sealed against everybody: what is executed is what was loaded at the start (CVE-2019-5736).
-#[derive(Debug)]
-pub(super) struct Programs {
-    init: OwnedFd,
-    unpack: OwnedFd,
-}
-
-impl Programs {
-    pub(super) fn load(options: &Options) -> io::Result<Self> {
-        Ok(Self { init: seal("sandbox-init", &options.init)?, unpack: seal("sandbox-unpack", &options.unpack)? })
-    }
-}
-
-fn seal(name: &str, path: &Path) -> io::Result<OwnedFd> {
-    let memory = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    let mut copy = File::from(memory);
-    let mut program = File::open(path).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
-    io::copy(&mut program, &mut copy)?;
-    rustix::fs::fcntl_add_seals(&copy, SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE)?;
-    // Above the numbers that a child places its own descriptors at.
-    Ok(rustix::io::fcntl_dupfd_cloexec(&copy, CONTROL + 1)?)
-}
-
-/// Gives the keeper a mount namespace of its own, with nothing shared, and stands on the folder that sandboxes build their trees on.
-pub(super) fn settle(stage: &Path) -> io::Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS)?;
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
-    match std::fs::create_dir(stage) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-        _ => {}
-    }
-    std::env::set_current_dir(stage)
-}
 
 /// What differs between a payload and a program of our own.
 struct Preparation {
@@ -234,30 +193,19 @@ impl Keeper {
         self.answer(asker, answer);
     }
 
-    fn spawn(&mut self, body: Preparation, received_at_ns: u64) -> io::Result<()> {
-        let asker = body.asker;
-        let (slot, start) = match self.slots.take_ready() {
-            Some(slot) => (slot, crate::protocol::Start::Warm),
-            None => match self.slots.make() {
-                Ok(Some(slot)) => (slot, crate::protocol::Start::Cold),
-                Ok(None) => return self.give_up(body, failed(FailureKind::Busy, "every id range of this node is in use")),
-                Err(error) => {
-                    return self.give_up(body, failed(FailureKind::Host, format!("making the namespaces and cgroups failed: {error}")));
-                }
+    /// Gives the payload to a sandbox that stands ready for it, or to a new one.
+    fn spawn(&mut self, asked: Preparation, received_at_ns: u64) -> io::Result<()> {
+        let parked = asked.class().and_then(|class| self.lot.take(&class, received_at_ns));
+        let (serial, body, start) = match parked {
+            Some((serial, body)) => (serial, body, crate::protocol::Start::Warm),
+            None => match self.build(&asked.blueprint()) {
+                Ok((serial, body)) => (serial, body, crate::protocol::Start::Cold),
+                Err(failure) => return self.give_up(&asked, failure),
             },
         };
-        let launched = self.spawn_in(slot, &body);
-        let (slot, spawned) = match launched {
-            Ok((slot, spawned)) => (slot, spawned),
-            Err(failure) => {
-                let (mut slot, error) = *failure;
-                slot.group.remove()?;
-                self.slots.give_back(slot.id_base);
-                return self.give_up(body, failed(FailureKind::Host, format!("launching the sandbox failed: {error}")));
-            }
-        };
-        let serial = self.serial();
-        let Preparation { purpose, image_id, supervision, sink, limits, .. } = body;
+        let (stdout, stdout_end) = output_pipe()?;
+        let (stderr, stderr_end) = output_pipe()?;
+        let Preparation { purpose, image_id, supervision, sink, limits, hostname, start: program, stdin, descriptors, asker, .. } = asked;
         let launch_asker = match &purpose {
             Purpose::Payload { id } => {
                 self.by_id.insert(*id, serial);
@@ -266,17 +214,12 @@ impl Keeper {
             // Only its end is told.
             Purpose::Unpack { .. } => None,
         };
-        let output = Output::new(sink, supervision.output_bytes, supervision.output_policy, spawned.stdout, spawned.stderr);
+        let output = Output::new(sink, supervision.output_bytes, supervision.output_policy, stdout, stderr);
         for (kind, source) in [(Kind::Stdout, Source::Stdout), (Kind::Stderr, Source::Stderr)] {
             self.watch(output.pipe(kind).expect("the pipes are new"), source, serial)?;
         }
-        self.watch(spawned.child.pidfd.as_fd(), Source::Init, serial)?;
-        self.watch(spawned.control.as_fd(), Source::Control, serial)?;
-        if let Some(notice) = &spawned.oom_notice {
-            self.watch(notice.as_fd(), Source::OutOfMemory, serial)?;
-        }
         self.timer.set(received_at_ns + START_WITHIN_NS, serial, Due::Start)?;
-        let init = Init { child: spawned.child, control: spawned.control, is_dead: false };
+        let descriptors = stdin.into_iter().chain([stdout_end, stderr_end]).chain(descriptors).collect();
         let sandbox = Sandbox {
             purpose,
             image: image_id,
@@ -292,109 +235,72 @@ impl Keeper {
             ending: None,
             launch_asker,
             waiters: Vec::new(),
-            body: Some(Body { slot, init, oom_notice: spawned.oom_notice }),
+            pending: Some(Pending { start: program, descriptors, limits, hostname }),
+            body: Some(body),
         };
         self.sandboxes.insert(serial, sandbox);
+        if start == crate::protocol::Start::Warm { self.begin(serial) } else { Ok(()) }
+    }
+
+    /// Sets the limits and gives init, which waits, its payload.
+    pub(super) fn begin(&mut self, serial: u64) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return Ok(()) };
+        let (Some(body), Some(pending)) = (&mut sandbox.body, sandbox.pending.take()) else { return Ok(()) };
+        let begun = begin_in(body, pending, &self.own_uts);
+        let watched = match &body.oom_notice {
+            Some(notice) => epoll::add(&self.epoll, notice, EventData::new_u64(Source::OutOfMemory.number(serial)), EventFlags::IN),
+            None => Ok(()),
+        };
+        if let Err(error) = begun.and(watched.map_err(io::Error::from)) {
+            self.end(serial, None, Some(Cause::InfraError { message: format!("starting the payload failed: {error}") }));
+            return self.kill_by_force(serial);
+        }
         Ok(())
     }
 
     /// Answers with a failure, leaving nothing of what was prepared.
-    fn give_up(&mut self, body: Preparation, answer: Answer) -> io::Result<()> {
-        match &body.purpose {
+    fn give_up(&mut self, asked: &Preparation, failure: BuildError) -> io::Result<()> {
+        match &asked.purpose {
             Purpose::Payload { id } => std::fs::remove_file(crate::log::path(&self.logs, *id))?,
             Purpose::Unpack { folder, .. } => self.store.discard(folder)?,
         }
-        self.answer(body.asker, answer);
+        let answer = match failure {
+            BuildError::Full => failed(FailureKind::Busy, "every id range of this node is in use"),
+            BuildError::Host(error) => failed(FailureKind::Host, format!("building the sandbox failed: {error}")),
+        };
+        self.answer(asked.asker, answer);
         Ok(())
     }
+}
 
-    fn spawn_in(&self, slot: Slot, body: &Preparation) -> Result<(Slot, Spawned), Box<(Slot, io::Error)>> {
-        match self.spawn_steps(&slot, body) {
-            Ok(spawned) => Ok((slot, spawned)),
-            Err(error) => Err(Box::new((slot, error))),
+fn begin_in(body: &mut Body, pending: Pending, own_uts: &OwnedFd) -> io::Result<()> {
+    body.slot.group.set_limits(pending.limits).map_err(at("setting the limits"))?;
+    body.oom_notice = body.slot.group.oom_notice().map_err(at("watching the memory limit"))?;
+    network::set_host_name(&body.init.child.pidfd, own_uts, &pending.hostname).map_err(at("setting the host name"))?;
+    let descriptors: Vec<BorrowedFd<'_>> = pending.descriptors.iter().map(AsFd::as_fd).collect();
+    body.init.control.send(&Order::Start(Box::new(pending.start)), &descriptors)
+}
+
+impl Preparation {
+    fn blueprint(&self) -> Blueprint<'_> {
+        Blueprint {
+            image: &self.image,
+            target: self.target.as_ref(),
+            disk_bytes: self.supervision.disk_bytes,
+            inodes: self.supervision.inodes,
+            capabilities: self.capabilities,
         }
     }
 
-    fn spawn_steps(&self, slot: &Slot, body: &Preparation) -> io::Result<Spawned> {
-        let at = |step: &'static str| move |error: io::Error| io::Error::new(error.kind(), format!("{step}: {error}"));
-        slot.group.set_limits(body.limits).map_err(at("setting the limits"))?;
-        let oom_notice = slot.group.oom_notice().map_err(at("watching the memory limit"))?;
-        let tasks = slot.group.tasks().map_err(at("opening the cgroups"))?;
-        let namespace = slot.user_namespace.as_fd();
-        let image = map_layer(body.image.as_fd(), namespace, true).map_err(at("mapping the image"))?;
-        let base = map_layer(self.store.base().as_fd(), namespace, true).map_err(at("mapping the base layer"))?;
-        let target =
-            body.target.as_ref().map(|target| map_layer(target.as_fd(), namespace, false)).transpose().map_err(at("mapping the target"))?;
-        let (stdout, stdout_end) = output_pipe()?;
-        let (stderr, stderr_end) = output_pipe()?;
-        let (control, init_end) = Socket::pair()?;
-
-        // Setup and Start wait in the socket when init looks for them.
-        let setup = Order::Setup(Setup {
-            id_base: slot.id_base,
-            hostname: body.hostname.clone(),
-            disk_bytes: body.supervision.disk_bytes,
-            inodes: body.supervision.inodes,
-            shm_bytes: SHM_BYTES_MAX.min(body.limits.memory_bytes),
-            cgroup_hierarchies: u32::try_from(tasks.len()).map_err(io::Error::other)?,
-            has_target: target.is_some(),
-            payload_capabilities: body.capabilities,
-            seccomp: self.seccomp.clone(),
-        });
-        let mut descriptors: Vec<BorrowedFd<'_>> = vec![namespace, image.as_fd(), base.as_fd()];
-        descriptors.extend(tasks.iter().map(AsFd::as_fd));
-        descriptors.extend(target.iter().map(AsFd::as_fd));
-        control.send(&setup, &descriptors)?;
-        let mut descriptors: Vec<BorrowedFd<'_>> = body.stdin.iter().map(AsFd::as_fd).collect();
-        descriptors.extend([stdout_end.as_fd(), stderr_end.as_fd()]);
-        descriptors.extend(body.descriptors.iter().map(AsFd::as_fd));
-        control.send(&Order::Start(Box::new(body.start.clone())), &descriptors)?;
-
-        let child = self.slots.networks.inside(&slot.network, || self.clone_init(slot, &init_end)).map_err(at("cloning init"))?;
-        Ok(Spawned { child, control, stdout, stderr, oom_notice })
+    /// Which parked sandboxes will do; none for our own programs, which are rare.
+    fn class(&self) -> Option<Class> {
+        let image = self.image_id.clone()?;
+        Some(Class { image, disk_bytes: self.supervision.disk_bytes, inodes: self.supervision.inodes })
     }
-
-    /// The child has nothing of the keeper's but its end of the control socket after execve: everything else is close-on-exec.
-    fn clone_init(&self, slot: &Slot, init_end: &OwnedFd) -> io::Result<Child> {
-        let namespaces = CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC;
-        match sys::clone3(namespaces, true, slot.group.birthplace())? {
-            Cloned::Parent(child) => Ok(child),
-            Cloned::Child => {
-                let failed = become_init(&self.programs.init, init_end);
-                eprintln!("sandbox-keeper: starting init failed: {failed}");
-                std::process::exit(1)
-            }
-        }
-    }
-}
-
-/// Turns the clone into sandbox-init. Comes back only with a failure.
-fn become_init(program: &OwnedFd, control: &OwnedFd) -> io::Error {
-    let steps = || -> io::Result<std::convert::Infallible> {
-        sys::place_at(control.as_fd(), CONTROL)?;
-        let no_environment: [&std::ffi::CStr; 0] = [];
-        Ok(nix::unistd::fexecve(program, &[c"sandbox-init"], &no_environment)?)
-    };
-    match steps() {
-        Ok(never) => match never {},
-        Err(error) => error,
-    }
-}
-
-/// What exists once init is cloned.
-struct Spawned {
-    child: Child,
-    control: Socket,
-    stdout: OwnedFd,
-    stderr: OwnedFd,
-    oom_notice: Option<OwnedFd>,
 }
 
 /// What the unpacker may use: it streams, so a little memory does; page cache that it fills is given back.
 const UNPACK_LIMITS: Limits = Limits { memory_bytes: 512 << 20, cpu_quota_us: 100_000, cpu_period_us: 100_000, pids: 4 };
-
-/// The largest `/dev/shm`, as Docker has it. It is charged to the memory limit like everything else.
-const SHM_BYTES_MAX: u64 = 64 << 20;
 
 /// A pipe whose reading end, which is ours, does not block; the payload's does, as programs expect.
 fn output_pipe() -> io::Result<(OwnedFd, OwnedFd)> {

@@ -4,9 +4,12 @@ use std::{collections::VecDeque, io, os::fd::OwnedFd};
 
 use super::{connection::Asker, output::Output, slot::Slot};
 use crate::{
-    cgroup::Counters,
+    cgroup::{Counters, Limits},
     log::Kind,
-    protocol::{Cause, Ending, ImageId, KillReason, Launched, Limit, SandboxId, Supervision, Unpacked, Usage, init::WaitStatus},
+    protocol::{
+        Cause, Ending, ImageId, KillReason, Launched, Limit, SandboxId, Supervision, Unpacked, Usage,
+        init::{self, WaitStatus},
+    },
     sys::Child,
     transport::Socket,
 };
@@ -53,8 +56,20 @@ pub(super) struct Sandbox {
     pub(super) ending: Option<Ending>,
     pub(super) launch_asker: Option<Asker>,
     pub(super) waiters: Vec<Asker>,
+    /// What is to be given to init when it is ready.
+    pub(super) pending: Option<Pending>,
     /// `None` once everything of it is gone but the record.
     pub(super) body: Option<Body>,
+}
+
+/// A payload that waits for its sandbox to be built.
+#[derive(Debug)]
+pub(super) struct Pending {
+    pub(super) start: init::Start,
+    /// In the order of [`init::Order::Start`].
+    pub(super) descriptors: Vec<OwnedFd>,
+    pub(super) limits: Limits,
+    pub(super) hostname: String,
 }
 
 /// What exists in the kernel for a sandbox.

@@ -69,6 +69,13 @@ impl Slots {
         Ok(true)
     }
 
+    /// Takes back a slot in which nothing was started.
+    pub(super) fn put_back(&mut self, mut slot: Slot) -> io::Result<()> {
+        slot.group.remove()?;
+        self.ranges.give_back(slot.id_base);
+        Ok(())
+    }
+
     /// Takes the id range of a slot of which nothing is left.
     pub(super) fn give_back(&mut self, id_base: u32) {
         self.ranges.give_back(id_base);
@@ -76,9 +83,8 @@ impl Slots {
 
     /// Removes those that were never used.
     pub(super) fn drain(&mut self) -> io::Result<()> {
-        while let Some(mut slot) = self.ready.pop_front() {
-            slot.group.remove()?;
-            self.ranges.give_back(slot.id_base);
+        while let Some(slot) = self.ready.pop_front() {
+            self.put_back(slot)?;
         }
         Ok(())
     }

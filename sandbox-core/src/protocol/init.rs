@@ -25,7 +25,6 @@ pub enum Order {
 pub struct Setup {
     /// Host id that is 0 inside; 65,536 ids follow.
     pub id_base: u32,
-    pub hostname: String,
     pub disk_bytes: u64,
     pub inodes: u64,
     /// Size of `/dev/shm`, in bytes.
@@ -76,6 +75,8 @@ pub enum User {
 /// What init tells the keeper.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Report {
+    /// The sandbox is built; init waits for [`Order::Start`].
+    Ready,
     /// Nothing of the payload ever ran.
     Failed { kind: Kind, message: String },
     /// The payload's execve returned.

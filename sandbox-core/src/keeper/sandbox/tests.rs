@@ -31,6 +31,7 @@ fn sandbox(decision: Option<Decision>) -> Sandbox {
         ending: None,
         launch_asker: None,
         waiters: Vec::new(),
+        pending: None,
         body: None,
     }
 }

@@ -1,0 +1,187 @@
+//! Building a sandbox that has no payload yet: a clone of the keeper becomes its init and is told what to build.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
+use rustix::fs::{MemfdFlags, SealFlags};
+
+use super::{
+    Keeper, Options, Source, monotonic_ns,
+    parked::Parked,
+    sandbox::{Body, Init},
+    slot::Slot,
+};
+use crate::{
+    init::CONTROL,
+    protocol::init::{Order, Setup},
+    rootfs::map_layer,
+    sys::{self, Child, Cloned},
+    transport::Socket,
+};
+
+/// The programs that run inside sandboxes, sealed against everybody: what is executed is what was loaded at the start (CVE-2019-5736).
+#[derive(Debug)]
+pub(super) struct Programs {
+    init: OwnedFd,
+    pub(super) unpack: OwnedFd,
+}
+
+impl Programs {
+    pub(super) fn load(options: &Options) -> io::Result<Self> {
+        Ok(Self { init: seal("sandbox-init", &options.init)?, unpack: seal("sandbox-unpack", &options.unpack)? })
+    }
+}
+
+fn seal(name: &str, path: &Path) -> io::Result<OwnedFd> {
+    let memory = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let mut copy = File::from(memory);
+    let mut program = File::open(path).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
+    io::copy(&mut program, &mut copy)?;
+    rustix::fs::fcntl_add_seals(&copy, SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE)?;
+    // Above the numbers that a child places its own descriptors at.
+    Ok(rustix::io::fcntl_dupfd_cloexec(&copy, CONTROL + 1)?)
+}
+
+/// Gives the keeper a mount namespace of its own, with nothing shared, and stands on the folder that sandboxes build their trees on.
+pub(super) fn settle(stage: &Path) -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+    match std::fs::create_dir(stage) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    std::env::set_current_dir(stage)
+}
+
+/// What a sandbox is built from.
+#[derive(Debug)]
+pub(super) struct Blueprint<'a> {
+    pub(super) image: &'a OwnedFd,
+    /// Mounted writable on `/image`.
+    pub(super) target: Option<&'a OwnedFd>,
+    pub(super) disk_bytes: u64,
+    pub(super) inodes: u64,
+    pub(super) capabilities: u64,
+}
+
+/// Why no sandbox was built.
+#[derive(Debug)]
+pub(super) enum BuildError {
+    /// Every id range is in use.
+    Full,
+    Host(io::Error),
+}
+
+impl From<io::Error> for BuildError {
+    fn from(error: io::Error) -> Self {
+        Self::Host(error)
+    }
+}
+
+/// The size of `/dev/shm`, as Docker has it. What is in it is charged to the memory limit like everything else.
+const SHM_BYTES: u64 = 64 << 20;
+
+impl Keeper {
+    /// Builds one sandbox of the class that is missed most, and ends those that nobody asks for. False if there was nothing to build.
+    pub(super) fn park(&mut self) -> io::Result<bool> {
+        let now_ns = monotonic_ns();
+        for serial in self.lot.expire(now_ns) {
+            self.kill_by_force(serial)?;
+        }
+        let Some(class) = self.lot.wanted(now_ns) else { return Ok(false) };
+        let built = self.store.image(&class.image).map_err(BuildError::Host).and_then(|image| {
+            self.build(&Blueprint { image: &image, target: None, disk_bytes: class.disk_bytes, inodes: class.inodes, capabilities: 0 })
+        });
+        match built {
+            Ok((serial, body)) => self.lot.insert(serial, Parked { class, body, is_ready: false, is_doomed: false }),
+            Err(_) => self.lot.give_up(|given_up| *given_up == class),
+        }
+        Ok(true)
+    }
+
+    /// Clones an init and has it build a sandbox. Its limits and its payload come later ([`Keeper::begin`]).
+    pub(super) fn build(&mut self, blueprint: &Blueprint<'_>) -> Result<(u64, Body), BuildError> {
+        let slot = match self.slots.take_ready() {
+            Some(slot) => slot,
+            None => self.slots.make()?.ok_or(BuildError::Full)?,
+        };
+        let serial = self.serial();
+        match self.clone_and_set_up(&slot, blueprint) {
+            Ok(init) => {
+                self.watch(init.child.pidfd.as_fd(), Source::Init, serial)?;
+                self.watch(init.control.as_fd(), Source::Control, serial)?;
+                Ok((serial, Body { slot, init, oom_notice: None }))
+            }
+            Err(error) => {
+                self.slots.put_back(slot)?;
+                Err(BuildError::Host(error))
+            }
+        }
+    }
+
+    fn clone_and_set_up(&self, slot: &Slot, blueprint: &Blueprint<'_>) -> io::Result<Init> {
+        let tasks = slot.group.tasks().map_err(at("opening the cgroups"))?;
+        let namespace = slot.user_namespace.as_fd();
+        let image = map_layer(blueprint.image.as_fd(), namespace, true).map_err(at("mapping the image"))?;
+        let base = map_layer(self.store.base().as_fd(), namespace, true).map_err(at("mapping the base layer"))?;
+        let target =
+            blueprint.target.map(|target| map_layer(target.as_fd(), namespace, false)).transpose().map_err(at("mapping the target"))?;
+        let (control, init_end) = Socket::pair()?;
+        let setup = Order::Setup(Setup {
+            id_base: slot.id_base,
+            disk_bytes: blueprint.disk_bytes,
+            inodes: blueprint.inodes,
+            shm_bytes: SHM_BYTES,
+            cgroup_hierarchies: u32::try_from(tasks.len()).map_err(io::Error::other)?,
+            has_target: target.is_some(),
+            payload_capabilities: blueprint.capabilities,
+            seccomp: self.seccomp.clone(),
+        });
+        let mut descriptors: Vec<BorrowedFd<'_>> = vec![namespace, image.as_fd(), base.as_fd()];
+        descriptors.extend(tasks.iter().map(AsFd::as_fd));
+        descriptors.extend(target.iter().map(AsFd::as_fd));
+        // It waits in the socket when init looks for it.
+        control.send(&setup, &descriptors)?;
+        let child = self.slots.networks.inside(&slot.network, || self.clone_init(slot, &init_end)).map_err(at("cloning init"))?;
+        Ok(Init { child, control, is_dead: false })
+    }
+
+    /// The child has nothing of the keeper's but its end of the control socket after execve: everything else is close-on-exec.
+    fn clone_init(&self, slot: &Slot, init_end: &OwnedFd) -> io::Result<Child> {
+        let namespaces = CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC;
+        match sys::clone3(namespaces, true, slot.group.birthplace())? {
+            Cloned::Parent(child) => Ok(child),
+            Cloned::Child => {
+                let failed = become_init(&self.programs.init, init_end);
+                eprintln!("sandbox-keeper: starting init failed: {failed}");
+                std::process::exit(1)
+            }
+        }
+    }
+}
+
+/// Turns the clone into sandbox-init. Comes back only with a failure.
+fn become_init(program: &OwnedFd, control: &OwnedFd) -> io::Error {
+    let steps = || -> io::Result<std::convert::Infallible> {
+        sys::place_at(control.as_fd(), CONTROL)?;
+        let no_environment: [&std::ffi::CStr; 0] = [];
+        Ok(nix::unistd::fexecve(program, &[c"sandbox-init"], &no_environment)?)
+    };
+    match steps() {
+        Ok(never) => match never {},
+        Err(error) => error,
+    }
+}
+
+/// Names the step that failed.
+pub(super) fn at(step: &'static str) -> impl Fn(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), format!("{step}: {error}"))
+}
