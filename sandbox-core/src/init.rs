@@ -55,7 +55,7 @@ fn live(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<(), La
     let payload = payload::start(&start, std::mem::take(descriptors))?;
     let started_cpu_us = own_cpu_us();
     let started = Report::Started { at_ns: payload.started_at_ns, own_cpu_us: started_cpu_us.saturating_sub(joined_at_us) };
-    transport::send(control.as_fd(), &started, &[]).step("reporting the start")?;
+    transport::send(control.as_fd(), &started, &[payload.pidfd.as_fd()]).step("reporting the start")?;
     let (status, at_ns) = supervise(control, payload.pid, descriptors).step("supervising")?;
     let space = rustix::fs::fstatfs(&writable).step("reading the use of the writable layer")?;
     let ended = Report::Ended {

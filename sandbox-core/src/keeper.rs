@@ -457,7 +457,10 @@ impl Keeper {
     fn on_report(&mut self, serial: u64) -> io::Result<()> {
         let Some(body) = self.body(serial) else { return Ok(()) };
         let report = match body.init.control.recv::<Report>() {
-            Ok(Some(datagram)) => datagram.message,
+            Ok(Some(datagram)) => {
+                body.payload = body.payload.take().or_else(|| datagram.descriptors.into_iter().next());
+                datagram.message
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             // Init is dead or talks nonsense; its pidfd tells the rest.
             Ok(None) | Err(_) => {
@@ -598,8 +601,16 @@ impl Keeper {
         }
         sandbox.decision = Some(decision);
         let Some(body) = &sandbox.body else { return Ok(()) };
+        // The payload at once, from here, however busy its sandbox is; what it started by init, which then reports that all are dead:
+        // sooner than its own death would, with all that hangs on its namespaces.
+        if let Some(payload) = &body.payload {
+            match pidfd_send_signal(payload, rustix::process::Signal::KILL) {
+                Ok(()) => sandbox.killed_at_ns = Some(monotonic_ns()),
+                Err(rustix::io::Errno::SRCH) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
         body.slot.group.lift_cpu_limit()?;
-        // Init kills from inside and reports when all are dead, which is sooner than its namespaces are dismantled.
         if sandbox.launched.is_some() && body.init.control.send(&Order::Kill, &[]).is_ok() {
             return self.timer.set(monotonic_ns() + FORCE_AFTER_NS, serial, Due::Force);
         }

@@ -27,6 +27,7 @@ use user::Identity;
 #[derive(Debug)]
 pub(super) struct Payload {
     pub(super) pid: libc::pid_t,
+    pub(super) pidfd: OwnedFd,
     /// `CLOCK_MONOTONIC` when execve returned, in nanoseconds.
     pub(super) started_at_ns: u64,
 }
@@ -65,7 +66,10 @@ pub(super) fn start(start: &Start, mut descriptors: VecDeque<OwnedFd>) -> Result
     let mut text = Vec::new();
     File::from(failed).read_to_end(&mut text).step("reading how execve went")?;
     if text.is_empty() {
-        return Ok(Payload { pid, started_at_ns });
+        // Still a child that nobody has reaped, so the number is its own.
+        let pidfd = rustix::process::Pid::from_raw(pid).ok_or_else(super::unexpected).step("finding the payload")?;
+        let pidfd = rustix::process::pidfd_open(pidfd, rustix::process::PidfdFlags::empty()).step("finding the payload")?;
+        return Ok(Payload { pid, pidfd, started_at_ns });
     }
     let (kind, message): (Kind, String) = postcard::from_bytes(&text).map_err(io::Error::other).step("reading how execve went")?;
     Err(LaunchError { kind, step: "starting the payload", target: String::new(), source: io::Error::other(message) })

@@ -28,6 +28,9 @@ use crate::{
 /// How readily the kernel kills a sandbox when the whole machine runs out of memory: before anything of the host (proc_pid_oom_score_adj(5)).
 const OOM_SCORE_ADJ: &str = "500";
 
+/// Init's nice value. What it starts has the ordinary one.
+const NICE: i32 = -11;
+
 /// Puts this process, and so all that it starts, under the limits. Returns the CPU time it had used before, in microseconds.
 ///
 /// Descriptors in front: user namespace, image, base layer, then the `tasks` files. A process of one thread that writes 0 into `tasks` moves
@@ -56,6 +59,8 @@ pub(super) fn enter(setup: Setup, descriptors: &mut VecDeque<OwnedFd>) -> Result
         base: next(descriptors, "base layer")?,
         target: if setup.has_target { Some(next(descriptors, "target")?) } else { None },
     };
+    // Its orders are the limits: among busy processes of its group it comes first.
+    sys::prefer_this_process(NICE).step("raising init's priority")?;
     std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ).step("raising oom_score_adj")?;
     let layout = Layout { id_base: setup.id_base, disk_bytes: setup.disk_bytes, inodes: setup.inodes, shm_bytes: setup.shm_bytes };
     let writable = rootfs::enter(layout, parts)?;

@@ -118,7 +118,7 @@ impl Keeper {
             Ok(init) => {
                 self.watch(init.child.pidfd.as_fd(), Source::Init, serial)?;
                 self.watch(init.control.as_fd(), Source::Control, serial)?;
-                Ok((serial, Body { slot, init, oom_notice: None }))
+                Ok((serial, Body { slot, init, oom_notice: None, payload: None }))
             }
             Err(error) => {
                 self.slots.put_back(slot)?;

@@ -229,6 +229,7 @@ impl Keeper {
             start,
             output,
             decision: None,
+            killed_at_ns: None,
             launched: None,
             started_at_ns: None,
             init_cpu_us: 0,

@@ -48,6 +48,8 @@ pub(super) struct Sandbox {
     pub(super) start: crate::protocol::Start,
     pub(super) output: Output,
     pub(super) decision: Option<Decision>,
+    /// `CLOCK_MONOTONIC` when the payload was killed for it, in nanoseconds.
+    pub(super) killed_at_ns: Option<u64>,
     pub(super) launched: Option<Launched>,
     /// `CLOCK_MONOTONIC` of the payload's execve, in nanoseconds.
     pub(super) started_at_ns: Option<u64>,
@@ -79,6 +81,8 @@ pub(super) struct Body {
     pub(super) init: Init,
     /// Readable when the group is out of memory (v1).
     pub(super) oom_notice: Option<OwnedFd>,
+    /// The payload's first process (pidfd_open(2)), once it runs.
+    pub(super) payload: Option<OwnedFd>,
 }
 
 #[derive(Debug)]
@@ -118,7 +122,12 @@ impl Sandbox {
     /// it ended by itself.
     pub(super) fn judge(&self, evidence: Evidence) -> Ending {
         let Evidence { ended, counters, now_ns, now_us, failure } = evidence;
-        let ended_at_ns = ended.map_or(now_ns, |ended| ended.at_ns);
+        let by_itself = ended.filter(|ended| ended.status != WaitStatus::Signaled { signal: libc::SIGKILL });
+        // What was killed runs no instruction of its own any more; how long the kernel takes to bury it is not its time.
+        let ended_at_ns = match (by_itself, self.killed_at_ns) {
+            (None, Some(killed_at_ns)) => killed_at_ns,
+            _ => ended.map_or(now_ns, |ended| ended.at_ns),
+        };
         let wall_us = self.started_at_ns.map_or(0, |started| ended_at_ns.saturating_sub(started) / 1000);
         let own_cpu_us = self.init_cpu_us + ended.map_or(0, |ended| ended.own_cpu_us);
         let usage = Usage {
@@ -132,7 +141,6 @@ impl Sandbox {
         };
         let is_over_wall = self.launched.is_some() && self.supervision.wall_ms.is_some_and(|limit| wall_us > limit.saturating_mul(1000));
         let is_over_cpu = self.supervision.cpu_ms.is_some_and(|limit| usage.cpu_us > limit.saturating_mul(1000));
-        let by_itself = ended.filter(|ended| ended.status != WaitStatus::Signaled { signal: libc::SIGKILL });
         let cause = match (failure, self.decision) {
             (_, Some(Decision::Killed(reason))) if self.launched.is_none() => Cause::Killed(reason),
             (Some(failure @ Cause::StartFailed { .. }), _) => failure,

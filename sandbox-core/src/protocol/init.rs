@@ -79,7 +79,7 @@ pub enum Report {
     Ready,
     /// Nothing of the payload ever ran.
     Failed { kind: Kind, message: String },
-    /// The payload's execve returned.
+    /// The payload's execve returned. Descriptor: the payload, as of pidfd_open(2).
     Started {
         /// `CLOCK_MONOTONIC`, in nanoseconds.
         at_ns: u64,

@@ -25,6 +25,7 @@ fn sandbox(decision: Option<Decision>) -> Sandbox {
         start: Start::Cold,
         output: Output::new(sink, 10, OutputPolicy::Truncate, pipe(), pipe()),
         decision,
+        killed_at_ns: None,
         launched: Some(Launched { started_at_us: 1, launch_us: 1, start: Start::Cold }),
         started_at_ns: Some(1_000_000),
         init_cpu_us: 300,
