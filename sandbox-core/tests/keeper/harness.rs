@@ -27,7 +27,8 @@ pub(crate) struct Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        self.child.kill().unwrap();
+        // Fails for one that has ended already, which is fine.
+        drop(self.child.kill());
         self.child.wait().unwrap();
     }
 }
@@ -55,6 +56,11 @@ impl Node {
         let answer = node.unpack(IMAGE, busybox_layer());
         assert!(matches!(answer, Answer::Unpacked(_)), "{answer:?}");
         node
+    }
+
+    /// Waits until the keeper has ended by itself, which must be without an error.
+    pub(crate) fn wait_for_exit(mut self) {
+        assert!(self.child.wait().unwrap().success());
     }
 
     pub(crate) fn client(&self) -> Client {

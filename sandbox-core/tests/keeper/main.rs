@@ -5,5 +5,6 @@
 
 mod endings;
 mod harness;
+mod leaks;
 mod limits;
 mod walls;

@@ -1,0 +1,96 @@
+//! Nothing is left behind: not by many runs, not by a keeper that stops, not by one that was killed.
+
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use sandbox_core::protocol::{Answer, Request};
+
+use crate::harness::{Node, shell};
+
+/// What there is of a keeper in the kernel, for a comparison.
+#[derive(Debug, PartialEq, Eq)]
+struct Snapshot {
+    descriptors: usize,
+    children: usize,
+    groups: usize,
+}
+
+impl Snapshot {
+    fn of(node: &Node) -> Self {
+        Self {
+            descriptors: std::fs::read_dir(format!("/proc/{}/fd", node.pid())).unwrap().count(),
+            children: children(node).len(),
+            groups: groups(node).len(),
+        }
+    }
+
+    /// What it comes to when the keeper has nothing to clean up and nothing to prepare any more.
+    fn at_rest(node: &Node) -> Self {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let mut last = Self::of(node);
+        let mut since = Instant::now();
+        while since.elapsed() < Duration::from_millis(300) {
+            assert!(Instant::now() < deadline, "the keeper does not come to rest: {last:?}");
+            std::thread::yield_now();
+            let now = Self::of(node);
+            if now != last {
+                (last, since) = (now, Instant::now());
+            }
+        }
+        last
+    }
+}
+
+fn children(node: &Node) -> Vec<String> {
+    let pid = node.pid();
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    children.split_whitespace().map(str::to_owned).collect()
+}
+
+/// The keeper's own parent group, in every hierarchy: one of its inits says how it is called.
+fn parents(node: &Node) -> Vec<PathBuf> {
+    let init = children(node).into_iter().next().expect("a sandbox stands ready");
+    let groups = std::fs::read_to_string(format!("/proc/{init}/cgroup")).unwrap();
+    let name = groups.split("/mayfly/").nth(1).and_then(|path| path.split('/').next()).expect("init is in a group of ours").to_owned();
+    let hierarchies = std::fs::read_dir("/sys/fs/cgroup").unwrap().map(|entry| entry.unwrap().path());
+    let points = hierarchies.chain([PathBuf::from("/sys/fs/cgroup")]);
+    points.map(|point| point.join("mayfly").join(&name)).filter(|path| path.exists()).collect()
+}
+
+/// Every cgroup of a sandbox of this keeper.
+fn groups(node: &Node) -> Vec<PathBuf> {
+    let inside = |parent: &PathBuf| std::fs::read_dir(parent).unwrap().map(|entry| entry.unwrap()).collect::<Vec<_>>();
+    let folders = parents(node).into_iter().flat_map(|parent| inside(&parent)).filter(|entry| entry.file_type().unwrap().is_dir());
+    folders.map(|entry| entry.path()).collect()
+}
+
+#[test]
+fn many_runs_and_a_keeper_that_stops_leave_nothing_behind() {
+    let node = Node::start();
+    // As many as it takes for the keeper to have as many sandboxes ready as it ever has.
+    for _ in 0..30 {
+        shell("echo first").run_on(&node);
+    }
+    let before = Snapshot::at_rest(&node);
+    for n in 0..200 {
+        let mut run = shell(if n % 10 == 0 { "sleep 100 & exit 3" } else { "echo out; echo err >&2" });
+        if n % 20 == 1 {
+            run = shell("no-such-program-in-the-image 2>/dev/null; exec no-such-program");
+        }
+        run.run_on(&node);
+    }
+    assert_eq!(Snapshot::at_rest(&node), before, "200 runs left something behind");
+
+    let parents = parents(&node);
+    assert!(!parents.is_empty());
+    let mut client = node.client();
+    let endless = shell("sleep 100");
+    assert!(matches!(endless.launch(&mut client), Answer::Launched(_)));
+    assert_eq!(client.call(&Request::Shutdown, &[]).unwrap(), Answer::Done);
+    drop(client);
+    node.wait_for_exit();
+    let left: Vec<_> = parents.into_iter().filter(|parent| parent.exists()).collect();
+    assert!(left.is_empty(), "a keeper that stopped left {left:?}");
+}
