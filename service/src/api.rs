@@ -1,0 +1,75 @@
+//! The door: REST and WebSocket over the engine. It translates; it decides nothing.
+
+pub mod caller;
+pub mod error;
+pub mod images;
+pub mod json;
+mod limits;
+mod logs;
+mod observe;
+mod operations;
+pub mod query;
+mod runs;
+mod sandboxes;
+mod view;
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    http::{StatusCode, header},
+    middleware,
+    routing::{get, post},
+};
+use error::ApiError;
+use tower_http::{catch_panic::CatchPanicLayer, sensitive_headers::SetSensitiveRequestHeadersLayer, timeout::TimeoutLayer};
+
+use crate::{
+    clock::Clock, engine::Engine, images::Images, metrics::Metrics, runtime::Keeper, sandbox::WAIT_MS, store::Store, token::Verifier,
+};
+
+/// The contract, as it is served.
+pub const OPENAPI: &str = include_str!("../../openapi.yaml");
+
+/// From a request's head to its answer's head, body included, where nothing is waited for.
+const QUICK_DEADLINE: Duration = Duration::from_secs(60);
+
+/// What every handler can ask.
+#[derive(Debug)]
+pub struct App {
+    pub engine: Arc<Engine>,
+    pub store: Store,
+    pub keeper: Keeper,
+    pub verifier: Verifier,
+    pub images: Arc<Images>,
+    pub clock: Clock,
+    pub metrics: Arc<Metrics>,
+}
+
+/// The whole API.
+pub fn router(app: Arc<App>) -> Router {
+    let deadline = |duration| TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, duration);
+    let waiting = Router::new().route("/v1/runs", post(runs::create)).layer(deadline(Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE));
+    let quick = Router::new()
+        .route("/v1/runs/{id}", get(runs::read))
+        .route("/v1/sandboxes", post(sandboxes::create).get(sandboxes::list))
+        .route("/v1/sandboxes/{id}", get(sandboxes::read).delete(sandboxes::delete))
+        .route("/v1/sandboxes/{id}/logs", get(logs::read))
+        .route("/v1/limits", get(limits::read))
+        .route("/healthz", get(operations::health))
+        .route("/readyz", get(operations::ready))
+        .route("/openapi.yaml", get(operations::openapi))
+        .layer(deadline(QUICK_DEADLINE));
+    // An import lasts as long as its archive; it keeps its own bounds.
+    let routes = waiting.merge(quick).merge(images::router()).fallback(async || ApiError::NotFound);
+    routes
+        .layer(CatchPanicLayer::custom(|_panic| axum::response::IntoResponse::into_response(ApiError::panicked())))
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), observe::observe))
+        .layer(SetSensitiveRequestHeadersLayer::new([header::AUTHORIZATION, header::SEC_WEBSOCKET_PROTOCOL]))
+        .with_state(app)
+}
+
+/// The listener of its own that Prometheus reads.
+pub fn metrics_router(app: Arc<App>) -> Router {
+    Router::new().route("/metrics", get(operations::metrics)).with_state(app)
+}

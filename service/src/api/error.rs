@@ -1,0 +1,199 @@
+//! Everything that the API refuses, as `application/problem+json` (RFC 9457).
+
+use axum::{
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde::Serialize;
+
+use crate::{
+    engine::EngineError,
+    runtime::CallError,
+    sandbox::{Bound, Invalid},
+    store::StoreError,
+    token::{Scope, TokenError},
+};
+
+/// Why a request was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    #[error("{0}")]
+    Unauthenticated(String),
+    #[error("the token lacks the scope {}", .0.as_str())]
+    Forbidden(Scope),
+    #[error("there is no such thing here")]
+    NotFound,
+    #[error("there is no image {0}")]
+    ImageNotFound(String),
+    #[error("this resource does not have that method")]
+    MethodNotAllowed,
+    #[error("{0}")]
+    Conflict(String),
+    #[error("{0}")]
+    PayloadTooLarge(String),
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+    #[error("{0}")]
+    NoCapacity(String),
+    #[error("the database is not available")]
+    DatabaseUnavailable,
+    #[error("the keeper of this node is not available")]
+    KeeperUnavailable,
+    #[error("the request took too long")]
+    Timeout,
+    /// The cause is logged, never sent.
+    #[error("something went wrong on our side")]
+    Internal(#[source] anyhow::Error),
+}
+
+/// What the caller is sent, but for the request's id, which is known further out.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Problem {
+    r#type: &'static str,
+    title: &'static str,
+    status: u16,
+    code: &'static str,
+    detail: String,
+    pub(super) request_id: String,
+    retryable: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    field: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bound: Option<&'static Bound>,
+}
+
+impl ApiError {
+    const fn parts(&self) -> (StatusCode, &'static str, &'static str) {
+        match self {
+            Self::Unauthenticated(_) => (StatusCode::UNAUTHORIZED, "unauthenticated", "No valid token"),
+            Self::Forbidden(_) => (StatusCode::FORBIDDEN, "forbidden", "Not allowed"),
+            Self::NotFound => (StatusCode::NOT_FOUND, "not_found", "Not found"),
+            Self::ImageNotFound(_) => (StatusCode::NOT_FOUND, "image_not_found", "Image not found"),
+            Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "Method not allowed"),
+            Self::Conflict(_) => (StatusCode::CONFLICT, "conflict", "Conflict"),
+            Self::PayloadTooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", "Payload too large"),
+            Self::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_request", "Invalid request"),
+            Self::NoCapacity(_) => (StatusCode::SERVICE_UNAVAILABLE, "no_capacity", "No capacity"),
+            Self::DatabaseUnavailable => (StatusCode::SERVICE_UNAVAILABLE, "database_unavailable", "Database unavailable"),
+            Self::KeeperUnavailable => (StatusCode::SERVICE_UNAVAILABLE, "keeper_unavailable", "Keeper unavailable"),
+            Self::Timeout => (StatusCode::GATEWAY_TIMEOUT, "timeout", "Timeout"),
+            Self::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal", "Internal error"),
+        }
+    }
+
+    /// Whether the same request may be answered otherwise later.
+    const fn is_retryable(&self) -> bool {
+        match self {
+            Self::DatabaseUnavailable | Self::KeeperUnavailable | Self::Timeout | Self::Internal(_) => true,
+            Self::Unauthenticated(_)
+            | Self::Forbidden(_)
+            | Self::NotFound
+            | Self::ImageNotFound(_)
+            | Self::MethodNotAllowed
+            | Self::Conflict(_)
+            | Self::PayloadTooLarge(_)
+            | Self::Invalid(_)
+            | Self::NoCapacity(_) => false,
+        }
+    }
+
+    /// A handler panicked; the panic itself is in the log.
+    pub(super) fn panicked() -> Self {
+        Self::Internal(anyhow::anyhow!("a handler panicked"))
+    }
+
+    /// What stands for an answer with this status that no handler of ours gave; `None` if it needs no other.
+    pub(super) fn of_status(status: StatusCode) -> Option<Self> {
+        match status {
+            StatusCode::NOT_FOUND => Some(Self::NotFound),
+            StatusCode::METHOD_NOT_ALLOWED => Some(Self::MethodNotAllowed),
+            StatusCode::PAYLOAD_TOO_LARGE => Some(Self::PayloadTooLarge("the body is too large".to_owned())),
+            StatusCode::GATEWAY_TIMEOUT | StatusCode::REQUEST_TIMEOUT => Some(Self::Timeout),
+            status if status.is_client_error() => Some(Self::Invalid(Invalid::new("", "the request cannot be read"))),
+            status if status.is_server_error() => Some(Self::Internal(anyhow::anyhow!("answered {status}"))),
+            _ => None,
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    /// Status and problem; the body is written where the request's id is known, in [`super::observe`].
+    fn into_response(self) -> Response {
+        let (status, code, title) = self.parts();
+        if let Self::Internal(cause) = &self {
+            tracing::error!(cause = format!("{cause:#}"), "a request failed");
+        }
+        let (field, bound, detail) = if let Self::Invalid(Invalid { field, bound, detail }) = &self {
+            (Some(field.clone()).filter(|field| !field.is_empty()), *bound, detail.clone())
+        } else {
+            (None, None, self.to_string())
+        };
+        let problem = Problem {
+            r#type: "about:blank",
+            title,
+            status: status.as_u16(),
+            code,
+            detail,
+            request_id: String::new(),
+            retryable: self.is_retryable(),
+            field,
+            bound,
+        };
+        let mut response = status.into_response();
+        if status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response.extensions_mut().insert(problem);
+        response
+    }
+}
+
+impl From<TokenError> for ApiError {
+    fn from(error: TokenError) -> Self {
+        Self::Unauthenticated(error.to_string())
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Unavailable(cause) => {
+                tracing::warn!(%cause, "the database is not available");
+                Self::DatabaseUnavailable
+            }
+            StoreError::NameTaken => Self::Conflict("the name is taken".to_owned()),
+            StoreError::Other(cause) => Self::Internal(cause),
+        }
+    }
+}
+
+impl From<EngineError> for ApiError {
+    fn from(error: EngineError) -> Self {
+        match error {
+            EngineError::ImageNotFound(reference) => Self::ImageNotFound(reference),
+            EngineError::Invalid(invalid) => Self::Invalid(invalid),
+            EngineError::NoCapacity(why) => Self::NoCapacity(why),
+            EngineError::NameTaken => StoreError::NameTaken.into(),
+            EngineError::KeeperUnavailable => Self::KeeperUnavailable,
+            EngineError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<CallError> for ApiError {
+    fn from(error: CallError) -> Self {
+        match error {
+            CallError::Lost => Self::KeeperUnavailable,
+            CallError::Failed(failure) => Self::Internal(failure.into()),
+        }
+    }
+}
+
+impl From<anyhow::Error> for ApiError {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Internal(error)
+    }
+}

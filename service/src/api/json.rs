@@ -1,0 +1,115 @@
+//! Bodies of requests: bounded, and told field by field what is wrong with them.
+
+use axum::body::Body;
+use http_body_util::BodyExt as _;
+use serde::de::DeserializeOwned;
+
+use super::error::ApiError;
+use crate::sandbox::{Invalid, bound_of};
+
+/// The largest body of a request that is JSON.
+const BODY_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// How much of a body that is too large is read all the same: a client that is still sending would not hear the answer.
+const DRAIN_BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// Reads a whole body and what it says. The error names the field by its dotted path, and its bound where it has one.
+pub async fn read<T: DeserializeOwned>(body: Body) -> Result<T, ApiError> {
+    parse(&bytes(body).await?).map_err(ApiError::Invalid)
+}
+
+async fn bytes(mut body: Body) -> Result<Vec<u8>, ApiError> {
+    let mut bytes = Vec::new();
+    let mut total = 0_usize;
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| Invalid::new("", format!("the body could not be read: {error}")))?;
+        let Ok(data) = frame.into_data() else { continue };
+        total = total.saturating_add(data.len());
+        if total <= BODY_BYTES_MAX {
+            bytes.extend_from_slice(&data);
+        } else if total > DRAIN_BYTES_MAX {
+            break;
+        }
+    }
+    if total > BODY_BYTES_MAX {
+        return Err(ApiError::PayloadTooLarge(format!("the body is larger than {BODY_BYTES_MAX} bytes")));
+    }
+    Ok(bytes)
+}
+
+fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Invalid> {
+    let mut json = serde_json::Deserializer::from_slice(bytes);
+    let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let path = error.path().to_string();
+        let inner = error.into_inner();
+        if !inner.is_data() {
+            return Invalid::new("", format!("the body is not JSON: {inner}"));
+        }
+        let path = if path == "." { String::new() } else { path };
+        let detail = inner.to_string();
+        let field = match unknown_field(&detail) {
+            Some(name) if path.is_empty() => name.to_owned(),
+            Some(name) if !path.ends_with(name) => format!("{path}.{name}"),
+            _ => missing_field(&detail)
+                .map_or_else(|| path.clone(), |name| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }),
+        };
+        Invalid { bound: bound_of(&field), field, detail }
+    })?;
+    json.end().map_err(|error| Invalid::new("", format!("something follows the body's JSON: {error}")))?;
+    Ok(value)
+}
+
+fn unknown_field(detail: &str) -> Option<&str> {
+    detail.strip_prefix("unknown field `")?.split('`').next()
+}
+
+fn missing_field(detail: &str) -> Option<&str> {
+    detail.strip_prefix("missing field `")?.split('`').next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sandbox::RunRequest;
+
+    fn fault(body: &str) -> Invalid {
+        parse::<RunRequest>(body.as_bytes()).unwrap_err()
+    }
+
+    #[test]
+    fn an_unknown_field_is_named_where_it_stands() {
+        assert_eq!(fault(r#"{"image":"a","comand":[]}"#).field, "comand");
+        assert_eq!(fault(r#"{"image":"a","limits":{"memory":1}}"#).field, "limits.memory");
+        assert_eq!(fault(r#"{"image":"a","files":[{"path":"a","content":"","x":1}]}"#).field, "files[0].x");
+    }
+
+    #[test]
+    fn a_missing_field_is_named() {
+        assert_eq!(fault("{}").field, "image");
+        assert_eq!(fault(r#"{"image":"a","files":[{"path":"a"}]}"#).field, "files[0].content");
+    }
+
+    #[test]
+    fn a_value_of_the_wrong_type_names_field_and_bound() {
+        let error = fault(r#"{"image":"a","limits":{"wall_ms":-1}}"#);
+        assert_eq!(error.field, "limits.wall_ms");
+        assert_eq!(error.bound.map(|bound| bound.min), Some(1));
+        assert_eq!(fault(r#"{"image":"a","limits":{"cpu_millis":"many"}}"#).field, "limits.cpu_millis");
+        assert_eq!(fault(r#"{"image":"a","command":"x"}"#).field, "command");
+    }
+
+    #[test]
+    fn what_is_no_json_is_told_without_a_field() {
+        let error = fault(r#"{"image":"#);
+        assert!(error.field.is_empty() && error.detail.starts_with("the body is not JSON"));
+        assert!(fault("").detail.starts_with("the body is not JSON"));
+        assert!(fault(r#"{"image":"a"} x"#).detail.starts_with("something follows"));
+    }
+
+    #[tokio::test]
+    async fn a_body_of_the_largest_size_is_taken_and_one_more_byte_is_not() {
+        let largest = bytes(Body::from(vec![b' '; BODY_BYTES_MAX])).await;
+        let larger = bytes(Body::from(vec![b' '; BODY_BYTES_MAX + 1])).await;
+        assert_eq!(largest.unwrap().len(), BODY_BYTES_MAX);
+        assert!(matches!(larger, Err(ApiError::PayloadTooLarge(_))));
+    }
+}

@@ -1,0 +1,79 @@
+//! What surrounds every request: its id, its figures, its line in the log, and the body of its problem.
+
+use std::{sync::Arc, time::Instant};
+
+use axum::{
+    body::Body,
+    extract::{MatchedPath, Request, State},
+    http::{HeaderName, HeaderValue, header},
+    middleware::Next,
+    response::{IntoResponse as _, Response},
+};
+use tracing::Instrument as _;
+use uuid::Uuid;
+
+use super::{
+    App,
+    error::{ApiError, Problem},
+};
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const REQUEST_ID_BYTES_MAX: usize = 128;
+
+/// Sees a request in and its answer out. Every refusal leaves as a problem that carries the request's id.
+pub(super) async fn observe(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let began_at = Instant::now();
+    let id = request_id(&request);
+    let method = method_name(&request);
+    // A path that we do not have is the caller's text; it is no label.
+    let route = request.extensions().get::<MatchedPath>().map_or_else(|| "unknown".to_owned(), |path| path.as_str().to_owned());
+    let span = tracing::info_span!("request", request.id = id, http.method = method, http.route = route);
+
+    let response = async {
+        let response = with_problem(next.run(request).await, &id);
+        let seconds = began_at.elapsed().as_secs_f64();
+        app.metrics.request(&route, method, response.status().as_str(), seconds);
+        tracing::debug!(http.status = response.status().as_u16(), seconds, "answered");
+        response
+    };
+    let mut response = response.instrument(span).await;
+    if let Ok(id) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert(REQUEST_ID, id);
+    }
+    response
+}
+
+/// The caller's, if it is fit to be repeated; else one of ours.
+fn request_id(request: &Request) -> String {
+    let given = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok());
+    let is_sound = |id: &&str| {
+        (1..=REQUEST_ID_BYTES_MAX).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._:/@+=-".contains(&b))
+    };
+    given.filter(is_sound).map_or_else(|| Uuid::now_v7().to_string(), ToOwned::to_owned)
+}
+
+/// One of few: a method can be any word.
+fn method_name(request: &Request) -> &'static str {
+    ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"]
+        .into_iter()
+        .find(|name| *name == request.method().as_str())
+        .unwrap_or("other")
+}
+
+fn with_problem(mut response: Response, request_id: &str) -> Response {
+    let problem = response.extensions_mut().remove::<Problem>().or_else(|| {
+        // Refused by a layer or by axum itself: the status says why, and its headers (`allow`) stay.
+        let error = ApiError::of_status(response.status())?;
+        let mut ours = error.into_response();
+        *response.status_mut() = ours.status();
+        ours.extensions_mut().remove()
+    });
+    let Some(mut problem) = problem else { return response };
+    request_id.clone_into(&mut problem.request_id);
+    let body = serde_json::to_vec(&problem).expect("a problem holds nothing that JSON cannot");
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+    headers.remove(header::CONTENT_LENGTH);
+    *response.body_mut() = Body::from(body);
+    response
+}

@@ -1,0 +1,66 @@
+//! `/v1/runs`: code in, result out.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Json,
+    body::Body,
+    extract::{Path, State},
+    http::{StatusCode, header},
+    response::{IntoResponse as _, Response},
+};
+
+use super::{App, caller::Caller, error::ApiError, json, query, view::RunView};
+use crate::{
+    engine::{Finished, Followed, Progress},
+    sandbox::{Kind, RunRequest},
+    token::Scope,
+};
+
+/// How long a run that is being started is waited for beyond `wait_ms`: whoever hears 202 can rely on it.
+const START_PATIENCE: Duration = Duration::from_secs(10);
+/// How long, when the service stops, the end of a run is waited for.
+const STOP_PATIENCE: Duration = Duration::from_secs(5);
+
+pub(super) async fn create(State(app): State<Arc<App>>, caller: Caller, body: Body) -> Result<Response, ApiError> {
+    caller.require(Scope::Runs)?;
+    let (asked, wait_ms) = json::read::<RunRequest>(body).await?.parse()?;
+    let mut run = app.engine.create(caller.owner(), asked).await?;
+    if let Some(finished) = wait(&app, &mut run, Duration::from_millis(wait_ms)).await {
+        let output = app.engine.output_of(finished.sandbox.id, &finished.log_tail).await;
+        return Ok(Json(RunView::new(finished.sandbox.clone(), Some(output))).into_response());
+    }
+    let sandbox = run.sandbox();
+    let location = format!("/v1/runs/{}", sandbox.id);
+    Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], Json(RunView::new(sandbox, None))).into_response())
+}
+
+/// The end, if it comes in time. Without it, the run is at least where a restart of the service finds it: in the queue, or with the keeper.
+async fn wait(app: &App, run: &mut Followed, patience: Duration) -> Option<Arc<Finished>> {
+    let in_time = tokio::select! {
+        biased;
+        ended = tokio::time::timeout(patience, run.ended()) => ended.ok().flatten(),
+        () = app.engine.stopping() => None,
+    };
+    if in_time.is_some() {
+        return in_time;
+    }
+    let is_stopping = !app.engine.is_ready();
+    let patience = if is_stopping { STOP_PATIENCE } else { START_PATIENCE };
+    let settled = run.until(|progress| match progress {
+        Progress::Starting => false,
+        Progress::Running(_) => !is_stopping,
+        Progress::Queued | Progress::Ended(_) | Progress::Gone => true,
+    });
+    match tokio::time::timeout(patience, settled).await {
+        Ok(Progress::Ended(finished)) => Some(finished),
+        Ok(Progress::Queued | Progress::Starting | Progress::Running(_) | Progress::Gone) | Err(_) => None,
+    }
+}
+
+pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<RunView>, ApiError> {
+    caller.require(Scope::Runs)?;
+    let sandbox = app.engine.find(&caller.tenant, Kind::Run, query::id(&id)?).await?.ok_or(ApiError::NotFound)?;
+    let output = if sandbox.state.is_final() { Some(app.engine.output(sandbox.id).await?) } else { None };
+    Ok(Json(RunView::new(sandbox, output)))
+}

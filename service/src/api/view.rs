@@ -1,0 +1,142 @@
+//! Sandboxes as the API shows them.
+
+use std::collections::BTreeMap;
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use sandbox_core::protocol::OutputPolicy;
+use serde::Serialize;
+use time::OffsetDateTime;
+
+use crate::{
+    engine::Output,
+    sandbox::{Kind, Limits, Outcome, Sandbox, SandboxId, State},
+};
+
+#[derive(Debug, Serialize)]
+pub(super) struct ImageView {
+    reference: String,
+    digest: String,
+}
+
+/// Answer of the endpoints below `/v1/runs`.
+#[derive(Debug, Serialize)]
+pub(super) struct RunView {
+    id: SandboxId,
+    state: State,
+    image: ImageView,
+    labels: BTreeMap<String, String>,
+    #[serde(flatten)]
+    output: Option<OutputView>,
+    outcome: Option<Outcome>,
+    limits: Limits,
+    #[serde(with = "time::serde::rfc3339")]
+    created_at: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339::option")]
+    started_at: Option<OffsetDateTime>,
+    #[serde(with = "time::serde::rfc3339::option")]
+    finished_at: Option<OffsetDateTime>,
+}
+
+/// Answer of the endpoints below `/v1/sandboxes`.
+#[derive(Debug, Serialize)]
+pub(super) struct SandboxView {
+    id: SandboxId,
+    kind: Kind,
+    state: State,
+    name: Option<String>,
+    image: ImageView,
+    command: Vec<String>,
+    workdir: String,
+    labels: BTreeMap<String, String>,
+    limits: Limits,
+    output_policy: OutputPolicy,
+    network: &'static str,
+    outcome: Option<Outcome>,
+    #[serde(with = "time::serde::rfc3339")]
+    created_at: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339::option")]
+    started_at: Option<OffsetDateTime>,
+    #[serde(with = "time::serde::rfc3339::option")]
+    finished_at: Option<OffsetDateTime>,
+    #[serde(with = "time::serde::rfc3339::option")]
+    expires_at: Option<OffsetDateTime>,
+}
+
+#[derive(Debug, Serialize)]
+struct OutputView {
+    stdout: String,
+    stdout_encoding: &'static str,
+    stdout_omitted_bytes: u64,
+    stderr: String,
+    stderr_encoding: &'static str,
+    stderr_omitted_bytes: u64,
+}
+
+impl RunView {
+    /// `output` belongs to a run that ended.
+    pub(super) fn new(sandbox: Sandbox, output: Option<Output>) -> Self {
+        Self {
+            id: sandbox.id,
+            state: sandbox.state,
+            image: ImageView { reference: sandbox.image.reference, digest: sandbox.image.digest },
+            labels: sandbox.labels,
+            output: output.map(OutputView::from),
+            outcome: sandbox.outcome,
+            limits: sandbox.limits,
+            created_at: sandbox.created_at,
+            started_at: sandbox.started_at,
+            finished_at: sandbox.finished_at,
+        }
+    }
+}
+
+impl From<Sandbox> for SandboxView {
+    fn from(sandbox: Sandbox) -> Self {
+        Self {
+            id: sandbox.id,
+            kind: sandbox.kind,
+            state: sandbox.state,
+            name: sandbox.name,
+            image: ImageView { reference: sandbox.image.reference, digest: sandbox.image.digest },
+            command: sandbox.program.args,
+            workdir: sandbox.program.cwd,
+            labels: sandbox.labels,
+            limits: sandbox.limits,
+            output_policy: sandbox.output_policy,
+            network: "none",
+            outcome: sandbox.outcome,
+            created_at: sandbox.created_at,
+            started_at: sandbox.started_at,
+            finished_at: sandbox.finished_at,
+            expires_at: sandbox.expires_at,
+        }
+    }
+}
+
+impl From<Output> for OutputView {
+    fn from(output: Output) -> Self {
+        let (stdout, stdout_encoding) = text(output.stdout);
+        let (stderr, stderr_encoding) = text(output.stderr);
+        let Output { stdout_omitted_bytes, stderr_omitted_bytes, .. } = output;
+        Self { stdout, stdout_encoding, stdout_omitted_bytes, stderr, stderr_encoding, stderr_omitted_bytes }
+    }
+}
+
+/// Bytes as JSON can hold them, and how.
+fn text(bytes: Vec<u8>) -> (String, &'static str) {
+    match String::from_utf8(bytes) {
+        Ok(text) => (text, "utf-8"),
+        Err(error) => (BASE64.encode(error.as_bytes()), "base64"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_is_shown_as_text_and_other_bytes_as_base64() {
+        assert_eq!(text("grün".into()), ("grün".to_owned(), "utf-8"));
+        assert_eq!(text(vec![0xff, 0xfe]), ("//4=".to_owned(), "base64"));
+    }
+}

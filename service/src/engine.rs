@@ -1,0 +1,388 @@
+//! What can be done to a sandbox: admit, schedule, follow, end, recover. Speaks no HTTP.
+
+mod capacity;
+mod carry;
+mod follow;
+mod input;
+mod live;
+mod queue;
+mod recovery;
+mod settle;
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use capacity::{Capacity, Room};
+pub use follow::{Followed, Followup, LogStream};
+pub use live::{Finished, Progress};
+use live::{Live, Registry};
+use sandbox_core::protocol::KillReason;
+use time::OffsetDateTime;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::{
+    clock::Clock,
+    logs::Logs,
+    metrics::Metrics,
+    runtime::{CallError, Keeper},
+    sandbox::{Event, ImageUsed, Invalid, Kind, LogTail, NewSandbox, Program, Sandbox, SandboxId, State, TenantId},
+    store::{Filter, NodeId, Store, StoreError},
+};
+
+/// How long a new sandbox is waited for before its creator hears that it is still starting.
+const START_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The most of each stream that goes into one answer.
+const ANSWER_STREAM_BYTES: usize = 8 * 1024 * 1024;
+
+/// What an engine is told at its start.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Names this node for good: the same host and data folder, the same name.
+    pub node_name: String,
+    /// Where the keeper writes logs.
+    pub logs_dir: PathBuf,
+    /// The most that the limits of this node's live sandboxes may come to.
+    pub capacity_memory_bytes: u64,
+    pub capacity_cpu_millis: u64,
+    pub clock: Clock,
+    pub metrics: Arc<Metrics>,
+}
+
+/// The owner of every sandbox of this node that has not ended.
+#[derive(Debug)]
+pub struct Engine {
+    store: Store,
+    keeper: Keeper,
+    logs: Logs,
+    clock: Clock,
+    metrics: Arc<Metrics>,
+    node: NodeId,
+    capacity: Arc<Capacity>,
+    live: Registry,
+    /// Wakes the scheduler.
+    wake: Arc<Notify>,
+    /// Whether something waits in the queue, as far as this node knows.
+    has_queue: Arc<AtomicBool>,
+    stopping: CancellationToken,
+}
+
+/// Who asks.
+#[derive(Debug, Clone)]
+pub struct Owner {
+    pub tenant: TenantId,
+    pub principal: String,
+}
+
+/// Why a sandbox was not made, or could not be ended.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error("there is no image {0}")]
+    ImageNotFound(String),
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+    /// It is larger than the node.
+    #[error("{0}")]
+    NoCapacity(String),
+    #[error("the name is taken")]
+    NameTaken,
+    #[error("the keeper of this node is not available")]
+    KeeperUnavailable,
+    #[error(transparent)]
+    Store(StoreError),
+}
+
+impl From<StoreError> for EngineError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::NameTaken => Self::NameTaken,
+            StoreError::Unavailable(_) | StoreError::Other(_) => Self::Store(error),
+        }
+    }
+}
+
+/// What a payload wrote, as far as one answer holds it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Output {
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    /// Bytes of the kept output that stand before these.
+    pub stdout_omitted_bytes: u64,
+    pub stderr_omitted_bytes: u64,
+}
+
+impl Engine {
+    /// Takes over what this node left behind — lives on with what lives, settles what ended — and begins to schedule.
+    pub async fn start(store: Store, keeper: Keeper, settings: Settings) -> anyhow::Result<Arc<Self>> {
+        let Settings { node_name, logs_dir, capacity_memory_bytes, capacity_cpu_millis, clock, metrics } = settings;
+        let hello = keeper.connected().await;
+        let node = store
+            .register_node(&node_name, capacity_memory_bytes, capacity_cpu_millis, clock.now())
+            .await
+            .context("registering this node failed")?;
+        let total =
+            Room { memory_bytes: capacity_memory_bytes, cpu_millis: capacity_cpu_millis, sandboxes: u64::from(hello.sandboxes_max) };
+        let (wake, has_queue) = (Arc::new(Notify::new()), Arc::new(AtomicBool::new(true)));
+        let freed = {
+            let (wake, has_queue) = (Arc::clone(&wake), Arc::clone(&has_queue));
+            move || {
+                if has_queue.load(Ordering::SeqCst) {
+                    wake.notify_one();
+                }
+            }
+        };
+        let engine = Arc::new(Self {
+            logs: Logs::new(&logs_dir)?,
+            capacity: Capacity::new(total, Arc::clone(&metrics), freed),
+            live: Registry::new(Arc::clone(&metrics)),
+            store,
+            keeper,
+            clock,
+            metrics,
+            node,
+            wake,
+            has_queue,
+            stopping: CancellationToken::new(),
+        });
+        engine.recover().await?;
+        tokio::spawn(Arc::clone(&engine).schedule());
+        tokio::spawn(Arc::clone(&engine).retain_logs());
+        Ok(engine)
+    }
+
+    /// Makes a sandbox and starts it, now or when there is room. What was promised by the answer is in Postgres; a caller who goes away
+    /// changes nothing.
+    pub async fn create(self: &Arc<Self>, owner: Owner, asked: NewSandbox) -> Result<Followed, EngineError> {
+        let engine = Arc::clone(self);
+        // In a task of its own: a request that is given up between commit and launch would leave a sandbox that nobody starts.
+        let created = tokio::spawn(async move { engine.admit(owner, asked).await });
+        match created.await {
+            Ok(created) => created,
+            Err(panic) => Err(EngineError::Store(StoreError::Other(panic.into()))),
+        }
+    }
+
+    /// [`Engine::create`], and then the sandbox as it is when it runs, has failed to, or has kept its creator waiting for long enough.
+    pub async fn create_and_start(self: &Arc<Self>, owner: Owner, asked: NewSandbox) -> Result<Sandbox, EngineError> {
+        let mut followed = self.create(owner, asked).await?;
+        let started = followed.until(|progress| !matches!(progress, Progress::Starting));
+        // Too late is an answer too: the state says so.
+        drop(tokio::time::timeout(START_PATIENCE, started).await);
+        Ok(followed.sandbox())
+    }
+
+    async fn admit(self: Arc<Self>, owner: Owner, asked: NewSandbox) -> Result<Followed, EngineError> {
+        let created_at = self.clock.now();
+        let reference = asked.image.as_str();
+        let image = self.store.find_image(&owner.tenant, reference).await?;
+        let image = image.ok_or_else(|| EngineError::ImageNotFound(reference.to_owned()))?;
+        let image_found_at = self.clock.now();
+        let program = Program::resolve(&image.config, &asked)?;
+        let room = Room { memory_bytes: asked.limits.memory_bytes(), cpu_millis: asked.limits.cpu_millis(), sandboxes: 1 };
+        self.capacity.could_hold(room).map_err(EngineError::NoCapacity)?;
+        if self.keeper.hello().is_none() || self.stopping.is_cancelled() {
+            return Err(EngineError::KeeperUnavailable);
+        }
+        let sandbox = Sandbox {
+            id: SandboxId(Uuid::now_v7()),
+            tenant: owner.tenant,
+            principal: owner.principal,
+            kind: asked.kind,
+            state: State::Starting,
+            name: asked.name,
+            image: ImageUsed { reference: image.reference, digest: image.digest, root: image.root },
+            program,
+            limits: asked.limits,
+            output_policy: asked.output_policy,
+            labels: asked.labels,
+            created_at,
+            claimed_at: Some(image_found_at),
+            started_at: None,
+            finished_at: None,
+            expires_at: asked.ttl_ms.map(|ms| created_at + Duration::from_millis(ms)),
+            outcome: None,
+        };
+        let input = input::encode(&asked.files, asked.stdin);
+        let image_took = (image_found_at - created_at).unsigned_abs();
+
+        if let Some(reservation) = self.capacity.reserve(room)
+            && self.store.admit(&sandbox, self.node).await?
+        {
+            let live = self.live.insert(sandbox, image_took);
+            tokio::spawn(Arc::clone(&self).carry(Arc::clone(&live), input, reservation));
+            return Ok(Followed::new(live));
+        }
+        let queued = Sandbox { state: State::Queued, claimed_at: None, ..sandbox };
+        // Known before it can be claimed, so that whoever claims it finds those who wait for it.
+        let live = self.live.insert(queued.clone(), image_took);
+        if let Err(error) = self.store.enqueue(&queued, &input).await {
+            self.live.remove(queued.id);
+            return Err(error.into());
+        }
+        self.has_queue.store(true, Ordering::SeqCst);
+        self.wake.notify_one();
+        Ok(Followed::new(live))
+    }
+
+    /// The tenant's sandbox of this kind as it is now.
+    pub async fn find(&self, tenant: &TenantId, kind: Kind, id: SandboxId) -> Result<Option<Sandbox>, EngineError> {
+        Ok(self.find_any(tenant, id).await?.filter(|sandbox| sandbox.kind == kind))
+    }
+
+    /// The tenant's sandbox of whatever kind as it is now. What this node knows of a live one is newer than its row.
+    pub async fn find_any(&self, tenant: &TenantId, id: SandboxId) -> Result<Option<Sandbox>, EngineError> {
+        if let Some(live) = self.live.get(id)
+            && live.sandbox.tenant == *tenant
+            && !matches!(live.progress(), Progress::Queued)
+        {
+            return Ok(Some(live.now()));
+        }
+        Ok(self.store.find(tenant, id).await?)
+    }
+
+    /// The tenant's long-lived sandboxes, newest first.
+    pub async fn list(&self, tenant: &TenantId, filter: &Filter) -> Result<Vec<Sandbox>, EngineError> {
+        let mut sandboxes = self.store.list(tenant, filter).await?;
+        for sandbox in &mut sandboxes {
+            // What the row says of the end is final; of a live one this node knows better.
+            if sandbox.state == State::Starting
+                && let Some(live) = self.live.get(sandbox.id)
+            {
+                *sandbox = live.now();
+            }
+        }
+        Ok(sandboxes)
+    }
+
+    /// Ends the tenant's long-lived sandbox if it lives, and removes it. False if there is none.
+    pub async fn delete(&self, tenant: &TenantId, id: SandboxId) -> Result<bool, EngineError> {
+        /// Between two orders to end it, should the first have been lost with the connection.
+        const REPEAT: Duration = Duration::from_secs(1);
+        const ATTEMPTS: u32 = 20;
+        for _ in 0..ATTEMPTS {
+            if let Some(deleted) = self.store.delete(tenant, id, self.clock.now()).await? {
+                self.live.remove(id);
+                if deleted.has_log_file {
+                    self.forget(id).await;
+                }
+                return Ok(true);
+            }
+            let Some(sandbox) = self.find(tenant, Kind::Sandbox, id).await? else { return Ok(false) };
+            match self.live.get(id) {
+                Some(live) => {
+                    self.kill(&live, KillReason::StoppedByUser).await;
+                    let mut followed = Followed::new(live);
+                    drop(tokio::time::timeout(REPEAT, followed.ended()).await);
+                }
+                // Its end is being stored, or it was just taken from the queue.
+                None if !sandbox.state.is_final() => tokio::time::sleep(REPEAT / 20).await,
+                None => {}
+            }
+        }
+        Err(EngineError::KeeperUnavailable)
+    }
+
+    /// What the payload of an ended sandbox wrote.
+    pub async fn output(&self, id: SandboxId) -> Result<Output, EngineError> {
+        let Some(stored) = self.store.find_log(id).await? else { return Ok(Output::default()) };
+        Ok(self.output_of(id, &stored.tail).await)
+    }
+
+    /// [`Engine::output`] of one whose tail is at hand.
+    pub async fn output_of(&self, id: SandboxId, tail: &LogTail) -> Output {
+        if tail.is_complete() {
+            return Output::of(tail);
+        }
+        match self.logs.tail(id, ANSWER_STREAM_BYTES).await {
+            Ok(longer) if longer.bytes.len() > tail.bytes.len() => Output::of(&longer),
+            Ok(_) => Output::of(tail),
+            Err(error) => {
+                tracing::warn!(sandbox.id = %id, %error, "reading a log failed");
+                Output::of(tail)
+            }
+        }
+    }
+
+    /// Returns when [`Engine::stop`] was called.
+    pub async fn stopping(&self) {
+        self.stopping.cancelled().await;
+    }
+
+    /// Whether new sandboxes can be made: the keeper is there.
+    pub fn is_ready(&self) -> bool {
+        self.keeper.hello().is_some() && !self.stopping.is_cancelled()
+    }
+
+    /// Makes no more sandboxes, ends those that live, and returns when their ends are stored or `deadline` is over.
+    pub async fn stop(&self, deadline: Duration) {
+        self.stopping.cancel();
+        let ended = async {
+            let mut all = self.live.all();
+            all.retain(|live| !matches!(live.progress(), Progress::Queued));
+            for live in &all {
+                self.kill(live, KillReason::Evicted).await;
+            }
+            for live in all {
+                Followed::new(live).ended().await;
+            }
+        };
+        if tokio::time::timeout(deadline, ended).await.is_err() {
+            tracing::warn!("not every sandbox ended in time; the next start settles the rest");
+        }
+    }
+
+    /// Records that it is to end, and tells the keeper. One that is not with the keeper yet ends as soon as it is.
+    async fn kill(&self, live: &Live, reason: KillReason) {
+        live.order_kill(reason);
+        if let Err(error) = self.keeper.kill(live.sandbox.id, reason).await {
+            tracing::debug!(sandbox.id = %live.sandbox.id, %error, "the keeper did not take the order to end it");
+        }
+    }
+
+    async fn forget(&self, id: SandboxId) {
+        match self.keeper.forget(id).await {
+            Ok(()) => {}
+            // The next start finds the record and drops it.
+            Err(CallError::Lost) => {}
+            Err(CallError::Failed(failure)) => tracing::warn!(sandbox.id = %id, %failure, "the keeper did not drop a record"),
+        }
+    }
+}
+
+impl Output {
+    fn of(tail: &LogTail) -> Self {
+        let mut output =
+            Self { stdout_omitted_bytes: tail.stdout_omitted_bytes, stderr_omitted_bytes: tail.stderr_omitted_bytes, ..Self::default() };
+        for record in tail.records() {
+            match record.kind {
+                sandbox_core::log::Kind::Stdout => output.stdout.extend_from_slice(record.data),
+                sandbox_core::log::Kind::Stderr => output.stderr.extend_from_slice(record.data),
+                sandbox_core::log::Kind::End => {}
+            }
+        }
+        output
+    }
+}
+
+/// Unix time in whole microseconds.
+fn unix_us(at: OffsetDateTime) -> u64 {
+    u64::try_from(at.unix_timestamp_nanos() / 1000).unwrap_or(0)
+}
+
+/// Whether the step is one of the diagram's; logged where it is not, since the facts have the last word.
+fn step(id: SandboxId, from: State, event: Event) -> Option<State> {
+    let to = from.after(event);
+    if to.is_none() {
+        tracing::debug!(sandbox.id = %id, ?from, ?event, "nothing changes");
+    }
+    to
+}

@@ -1,0 +1,165 @@
+//! How much of the node is promised: the sum of the limits of its live sandboxes.
+
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use crate::metrics::Metrics;
+
+/// What a sandbox takes up, or a node has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Room {
+    pub(super) memory_bytes: u64,
+    pub(super) cpu_millis: u64,
+    pub(super) sandboxes: u64,
+}
+
+impl Room {
+    const fn plus(self, other: Self) -> Self {
+        Self {
+            memory_bytes: self.memory_bytes.saturating_add(other.memory_bytes),
+            cpu_millis: self.cpu_millis.saturating_add(other.cpu_millis),
+            sandboxes: self.sandboxes.saturating_add(other.sandboxes),
+        }
+    }
+
+    const fn minus(self, other: Self) -> Self {
+        Self {
+            memory_bytes: self.memory_bytes.saturating_sub(other.memory_bytes),
+            cpu_millis: self.cpu_millis.saturating_sub(other.cpu_millis),
+            sandboxes: self.sandboxes.saturating_sub(other.sandboxes),
+        }
+    }
+
+    const fn fits_in(self, total: Self) -> bool {
+        self.memory_bytes <= total.memory_bytes && self.cpu_millis <= total.cpu_millis && self.sandboxes <= total.sandboxes
+    }
+}
+
+/// The node's room and what of it is promised.
+pub(super) struct Capacity {
+    total: Room,
+    committed: Mutex<Room>,
+    metrics: Arc<Metrics>,
+    /// Called whenever room was given back.
+    freed: Box<dyn Fn() + Send + Sync>,
+}
+
+impl fmt::Debug for Capacity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Capacity").field("total", &self.total).field("committed", &self.committed).finish_non_exhaustive()
+    }
+}
+
+/// Promised room; given back when dropped.
+#[derive(Debug)]
+pub(super) struct Reservation {
+    room: Room,
+    capacity: Arc<Capacity>,
+}
+
+impl Capacity {
+    pub(super) fn new(total: Room, metrics: Arc<Metrics>, freed: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
+        metrics.capacity_memory_bytes.set(gauge(total.memory_bytes));
+        metrics.capacity_cpu_millis.set(gauge(total.cpu_millis));
+        Arc::new(Self { total, committed: Mutex::default(), metrics, freed: Box::new(freed) })
+    }
+
+    /// Whether the node could hold it if it were empty; if not, why.
+    pub(super) fn could_hold(&self, room: Room) -> Result<(), String> {
+        let Room { memory_bytes, cpu_millis, .. } = self.total;
+        room.fits_in(self.total)
+            .then_some(())
+            .ok_or_else(|| format!("no node can hold it: this one gives {memory_bytes} bytes of memory and {cpu_millis} cpu_millis in all"))
+    }
+
+    /// Promises the room, if it is free.
+    pub(super) fn reserve(self: &Arc<Self>, room: Room) -> Option<Reservation> {
+        let mut committed = self.committed.lock().unwrap_or_else(PoisonError::into_inner);
+        let after = committed.plus(room);
+        if !after.fits_in(self.total) {
+            return None;
+        }
+        *committed = after;
+        self.show(after);
+        Some(Reservation { room, capacity: Arc::clone(self) })
+    }
+
+    /// Promises the room to one that has it already: it was live before this process was.
+    pub(super) fn reserve_for_live(self: &Arc<Self>, room: Room) -> Reservation {
+        let mut committed = self.committed.lock().unwrap_or_else(PoisonError::into_inner);
+        *committed = committed.plus(room);
+        self.show(*committed);
+        Reservation { room, capacity: Arc::clone(self) }
+    }
+
+    fn show(&self, committed: Room) {
+        self.metrics.committed_memory_bytes.set(gauge(committed.memory_bytes));
+        self.metrics.committed_cpu_millis.set(gauge(committed.cpu_millis));
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        {
+            let mut committed = self.capacity.committed.lock().unwrap_or_else(PoisonError::into_inner);
+            *committed = committed.minus(self.room);
+            self.capacity.show(*committed);
+        }
+        (self.capacity.freed)();
+    }
+}
+
+fn gauge(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    const ONE: Room = Room { memory_bytes: 10, cpu_millis: 10, sandboxes: 1 };
+
+    fn capacity(total: Room) -> (Arc<Capacity>, Arc<AtomicU32>) {
+        let freed = Arc::new(AtomicU32::new(0));
+        let count = Arc::clone(&freed);
+        let metrics = Arc::new(Metrics::new().unwrap());
+        (Capacity::new(total, metrics, move || count.store(count.load(Ordering::Relaxed) + 1, Ordering::Relaxed)), freed)
+    }
+
+    #[test]
+    fn the_last_room_is_given_once() {
+        let (capacity, freed) = capacity(Room { memory_bytes: 20, cpu_millis: 100, sandboxes: 10 });
+        let first = capacity.reserve(ONE).unwrap();
+        let _second = capacity.reserve(ONE).unwrap();
+        assert!(capacity.reserve(ONE).is_none());
+        drop(first);
+        assert_eq!(freed.load(Ordering::Relaxed), 1);
+        assert!(capacity.reserve(ONE).is_some());
+    }
+
+    #[test]
+    fn the_number_of_sandboxes_is_bounded_too() {
+        let (capacity, _) = capacity(Room { memory_bytes: 100, cpu_millis: 100, sandboxes: 1 });
+        let _first = capacity.reserve(ONE).unwrap();
+        assert!(capacity.reserve(ONE).is_none());
+    }
+
+    #[test]
+    fn one_that_is_larger_than_the_node_is_told_so() {
+        let (capacity, _) = capacity(Room { memory_bytes: 5, cpu_millis: 100, sandboxes: 1 });
+        assert!(capacity.could_hold(ONE).unwrap_err().contains("5 bytes"));
+    }
+
+    #[test]
+    fn one_that_lives_already_may_overfill_the_node() {
+        let (capacity, _) = capacity(Room { memory_bytes: 5, cpu_millis: 100, sandboxes: 1 });
+        let adopted = capacity.reserve_for_live(ONE);
+        assert!(capacity.reserve(Room { memory_bytes: 1, ..Room::default() }).is_none());
+        drop(adopted);
+        assert!(capacity.reserve(Room { memory_bytes: 1, ..Room::default() }).is_some());
+    }
+}

@@ -1,0 +1,269 @@
+//! One sandbox from its claim to its stored outcome.
+
+use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
+
+use sandbox_core::protocol::{Cause, Ending, FailureKind, KillReason, Launch, Launched, Stdin, Supervision};
+use time::OffsetDateTime;
+use tokio::time::Instant;
+
+use super::{Engine, Progress, capacity::Reservation, input, live::Live, unix_us};
+use crate::{
+    clock::at_us,
+    runtime::{CallError, LaunchAnswer},
+    sandbox::{self, Kind, Sandbox, SandboxId},
+    store::Input,
+};
+
+/// How long a launch is tried while the keeper is busy or away.
+const LAUNCH_PATIENCE: Duration = Duration::from_secs(10);
+/// Between two tries of a launch that the keeper was too busy for.
+const BUSY_PAUSE: Duration = Duration::from_millis(20);
+/// A run that ends before is never written as running: its row goes from its claim to its outcome.
+const MARK_RUNNING_AFTER: Duration = Duration::from_millis(200);
+
+/// Where the payload stands after the attempt to start it.
+enum Started<W> {
+    /// It is with the keeper that started at this time. `wait` brings its end.
+    WithKeeper {
+        keeper_started_at_us: u64,
+        launched: Option<Launched>,
+        wait: W,
+    },
+    Over(Box<Ending>),
+}
+
+impl Engine {
+    /// Starts the sandbox, follows it, stores its end, gives its room back.
+    pub(super) async fn carry(self: Arc<Self>, live: Arc<Live>, input: Input, reservation: Reservation) {
+        let ending = self.launch_and_follow(&live, input).await;
+        drop(reservation);
+        self.settle(&live, &ending).await;
+    }
+
+    /// Takes over a sandbox that the keeper already has.
+    pub(super) async fn adopt(
+        self: Arc<Self>,
+        live: Arc<Live>,
+        keeper_started_at_us: u64,
+        launched: Option<Launched>,
+        reservation: Reservation,
+    ) {
+        if let Some(launched) = launched {
+            live.running(launched);
+        }
+        let ending = self.follow(&live, keeper_started_at_us, None::<std::future::Pending<_>>).await;
+        drop(reservation);
+        self.settle(&live, &ending).await;
+    }
+
+    async fn launch_and_follow(&self, live: &Live, input: Input) -> Box<Ending> {
+        if let Some(reason) = live.ordered_kill() {
+            return self.ending(Cause::Killed(reason));
+        }
+        let (has_stdin, has_files) = (input.stdin.is_some(), input.files.is_some());
+        let descriptors = match input::descriptors(input).await {
+            Ok(descriptors) => descriptors,
+            Err(error) => return self.infra_error(format!("its input could not be handed over: {error}")),
+        };
+        let launch = launch_of(&live.sandbox, has_stdin, has_files);
+        match self.launch(launch, &descriptors).await {
+            Started::Over(ending) => ending,
+            Started::WithKeeper { keeper_started_at_us, launched, wait } => {
+                drop(descriptors);
+                if let Some(launched) = launched {
+                    live.running(launched);
+                    self.metrics.launched(launched.start, Duration::from_micros(launched.launch_us).as_secs_f64());
+                }
+                if let Some(reason) = live.ordered_kill() {
+                    // Ordered while the keeper may not have known of it.
+                    self.kill(live, reason).await;
+                }
+                self.follow(live, keeper_started_at_us, wait).await
+            }
+        }
+    }
+
+    async fn launch(
+        &self,
+        launch: Launch,
+        descriptors: &[OwnedFd],
+    ) -> Started<Option<impl Future<Output = Result<Box<Ending>, CallError>> + use<>>> {
+        let deadline = Instant::now() + LAUNCH_PATIENCE;
+        let id = launch.id;
+        loop {
+            let Ok(hello) = tokio::time::timeout_at(deadline, self.keeper.connected()).await else {
+                return Started::Over(self.infra_error("the keeper of this node did not answer".to_owned()));
+            };
+            let keeper_started_at_us = hello.started_at_us;
+            let (error, wait) = match self.keeper.launch(launch.clone(), descriptors).await {
+                Err(error) => (error, None),
+                Ok(answer) => {
+                    // Asked before the launch is answered, so that a short run costs one round trip.
+                    let wait = self.keeper.wait(id).await.ok();
+                    match answer.await {
+                        Ok(LaunchAnswer::Launched(launched)) => {
+                            return Started::WithKeeper { keeper_started_at_us, launched: Some(launched), wait };
+                        }
+                        Ok(LaunchAnswer::Ended(ending)) => return Started::Over(ending),
+                        Err(error) => (error, wait),
+                    }
+                }
+            };
+            drop(wait);
+            match error {
+                CallError::Failed(failure) => match failure.kind {
+                    FailureKind::Busy if Instant::now() < deadline => tokio::time::sleep(BUSY_PAUSE).await,
+                    FailureKind::Refused => return Started::Over(self.ending(Cause::StartFailed { message: failure.message })),
+                    FailureKind::Busy | FailureKind::Gone | FailureKind::Host => {
+                        return Started::Over(self.infra_error(failure.message));
+                    }
+                },
+                CallError::Lost => match self.find_launched(id, keeper_started_at_us, deadline).await {
+                    Ok(Some(launched)) => return Started::WithKeeper { keeper_started_at_us, launched, wait: None },
+                    // The order never arrived.
+                    Ok(None) => {}
+                    Err(ending) => return Started::Over(ending),
+                },
+            }
+        }
+    }
+
+    /// Whether a launch whose answer was lost arrived, and how far it came.
+    async fn find_launched(
+        &self,
+        id: SandboxId,
+        keeper_started_at_us: u64,
+        deadline: Instant,
+    ) -> Result<Option<Option<Launched>>, Box<Ending>> {
+        loop {
+            let Ok(hello) = tokio::time::timeout_at(deadline, self.keeper.connected()).await else {
+                return Err(self.infra_error("the keeper of this node did not answer".to_owned()));
+            };
+            if hello.started_at_us != keeper_started_at_us {
+                return Err(self.keeper_ended());
+            }
+            match self.keeper.list().await {
+                Ok(records) => return Ok(records.into_iter().find(|record| record.id == id).map(|record| record.launched)),
+                Err(CallError::Lost) => {}
+                Err(CallError::Failed(failure)) => return Err(self.infra_error(failure.message)),
+            }
+        }
+    }
+
+    /// Waits for the end, through broken connections, and does what is due before it: the row's `running`, the end of the time to live.
+    async fn follow(
+        &self,
+        live: &Live,
+        keeper_started_at_us: u64,
+        first: Option<impl Future<Output = Result<Box<Ending>, CallError>>>,
+    ) -> Box<Ending> {
+        let id = live.sandbox.id;
+        let mut ending = std::pin::pin!(self.wait_for_end(id, keeper_started_at_us, first));
+        let mark_after = match live.sandbox.kind {
+            Kind::Run => MARK_RUNNING_AFTER,
+            Kind::Sandbox => Duration::ZERO,
+        };
+        let mut mark = std::pin::pin!(tokio::time::sleep(mark_after));
+        let mut expiry = std::pin::pin!(self.sleep_until(live.sandbox.expires_at));
+        let (mut is_marked, mut is_expired) = (false, false);
+        loop {
+            tokio::select! {
+                biased;
+                ending = &mut ending => return ending,
+                () = &mut mark, if !is_marked => {
+                    is_marked = true;
+                    self.mark_running(live);
+                }
+                () = &mut expiry, if !is_expired => {
+                    is_expired = true;
+                    self.kill(live, KillReason::Expired).await;
+                }
+            }
+        }
+    }
+
+    async fn wait_for_end(
+        &self,
+        id: SandboxId,
+        keeper_started_at_us: u64,
+        first: Option<impl Future<Output = Result<Box<Ending>, CallError>>>,
+    ) -> Box<Ending> {
+        let mut answer = match first {
+            Some(first) => first.await,
+            None => Err(CallError::Lost),
+        };
+        loop {
+            match answer {
+                Ok(ending) => return ending,
+                Err(CallError::Failed(failure)) => return self.infra_error(format!("the keeper does not know it: {failure}")),
+                Err(CallError::Lost) => {}
+            }
+            if self.keeper.connected().await.started_at_us != keeper_started_at_us {
+                return self.keeper_ended();
+            }
+            answer = match self.keeper.wait(id).await {
+                Ok(answer) => answer.await,
+                Err(error) => Err(error),
+            };
+        }
+    }
+
+    fn mark_running(&self, live: &Live) {
+        let Progress::Running(launched) = live.progress() else { return };
+        let (store, id, started_at) = (self.store.clone(), live.sandbox.id, at_us(launched.started_at_us));
+        // Not waited for: the end, should it come first, is guarded by the row's state.
+        tokio::spawn(async move {
+            if let Err(error) = store.mark_running(id, started_at).await {
+                tracing::warn!(sandbox.id = %id, %error, "noting that it runs failed");
+            }
+        });
+    }
+
+    async fn sleep_until(&self, at: Option<OffsetDateTime>) {
+        match at {
+            Some(at) => tokio::time::sleep((at - self.clock.now()).try_into().unwrap_or(Duration::ZERO)).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    pub(super) fn infra_error(&self, message: String) -> Box<Ending> {
+        self.ending(Cause::InfraError { message })
+    }
+
+    fn keeper_ended(&self) -> Box<Ending> {
+        self.infra_error("the keeper of this node ended, and its sandboxes with it".to_owned())
+    }
+
+    /// An end of which nothing but the cause is known.
+    fn ending(&self, cause: Cause) -> Box<Ending> {
+        Box::new(Ending {
+            cause,
+            launched: None,
+            ended_at_us: unix_us(self.clock.now()),
+            usage: sandbox_core::protocol::Usage::default(),
+            limits_hit: vec![],
+            oom_kills: 0,
+            stdout_truncated: false,
+            stderr_truncated: false,
+        })
+    }
+}
+
+fn launch_of(sandbox: &Sandbox, has_stdin: bool, has_files: bool) -> Launch {
+    let limits = &sandbox.limits;
+    Launch {
+        id: sandbox.id,
+        image: sandbox.image.root.clone(),
+        spec: sandbox::spec(sandbox.id, &sandbox.image.root, &sandbox.program, limits),
+        supervision: Supervision {
+            wall_ms: limits.wall_ms(),
+            cpu_ms: limits.cpu_ms(),
+            output_bytes: limits.output_bytes(),
+            output_policy: sandbox.output_policy,
+            disk_bytes: limits.disk_bytes(),
+            inodes: limits.inodes(),
+        },
+        stdin: if has_stdin { Stdin::Descriptor } else { Stdin::Null },
+        has_files,
+    }
+}

@@ -1,0 +1,199 @@
+//! Watching one sandbox: its progress, and its log to the end.
+
+use std::{collections::VecDeque, io, sync::Arc, time::Duration};
+
+use tokio::sync::watch;
+
+use super::{Engine, EngineError, Finished, Progress, live::Live};
+use crate::{
+    logs::{LogItem, LogReader},
+    sandbox::{Outcome, Sandbox, SandboxId, TenantId},
+};
+
+/// A sandbox of this process, watched.
+#[derive(Debug)]
+pub struct Followed {
+    live: Arc<Live>,
+    progress: watch::Receiver<Progress>,
+}
+
+impl Followed {
+    pub(super) fn new(live: Arc<Live>) -> Self {
+        Self { progress: live.subscribe(), live }
+    }
+
+    /// The sandbox as it is now.
+    pub fn sandbox(&self) -> Sandbox {
+        self.live.now()
+    }
+
+    /// Returns when its progress is one of those.
+    pub async fn until(&mut self, is_reached: impl Fn(&Progress) -> bool) -> Progress {
+        match self.progress.wait_for(is_reached).await {
+            Ok(progress) => progress.clone(),
+            Err(_no_more_news) => Progress::Gone,
+        }
+    }
+
+    /// Returns when its end is stored; `None` if it was deleted before it began.
+    pub async fn ended(&mut self) -> Option<Arc<Finished>> {
+        match self.until(|progress| matches!(progress, Progress::Ended(_) | Progress::Gone)).await {
+            Progress::Ended(finished) => Some(finished),
+            Progress::Queued | Progress::Starting | Progress::Running(_) | Progress::Gone => None,
+        }
+    }
+}
+
+/// What a log shows next.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Followup {
+    Item(LogItem),
+    /// The last: how it ended.
+    End(Box<Outcome>),
+}
+
+/// The log of one sandbox, from a sequence number on.
+#[derive(Debug)]
+pub struct LogStream {
+    engine: Arc<Engine>,
+    tenant: TenantId,
+    id: SandboxId,
+    from: u64,
+    is_following: bool,
+    progress: Option<watch::Receiver<Progress>>,
+    reader: Option<LogReader>,
+    ready: VecDeque<Followup>,
+    is_over: bool,
+}
+
+impl Engine {
+    /// The log of this sandbox from a sequence number on: with `is_following` to its end, else what there is now.
+    pub fn read_log(self: &Arc<Self>, sandbox: &Sandbox, from: u64, is_following: bool) -> LogStream {
+        LogStream {
+            engine: Arc::clone(self),
+            tenant: sandbox.tenant.clone(),
+            id: sandbox.id,
+            from,
+            is_following,
+            progress: self.live.get(sandbox.id).map(|live| live.subscribe()),
+            reader: None,
+            ready: VecDeque::new(),
+            is_over: false,
+        }
+    }
+}
+
+/// What to do when there is nothing to show.
+enum Idle {
+    /// It ended like this.
+    Ended(Box<Outcome>),
+    /// Nothing will come.
+    Over,
+    Wait,
+}
+
+impl LogStream {
+    /// What comes next; `None` after the last. May be given up and called again.
+    pub async fn next(&mut self) -> Result<Option<Followup>, EngineError> {
+        loop {
+            if let Some(next) = self.ready.pop_front() {
+                return Ok(Some(next));
+            }
+            if self.is_over {
+                return Ok(None);
+            }
+            // Asked before the file is read: what was written before the end was seen is then in the file.
+            let idle = self.look().await?;
+            self.fill(matches!(idle, Idle::Ended(_))).await?;
+            if !self.ready.is_empty() {
+                continue;
+            }
+            match idle {
+                Idle::Ended(outcome) => {
+                    self.is_over = true;
+                    return Ok(Some(Followup::End(outcome)));
+                }
+                Idle::Over => self.is_over = true,
+                Idle::Wait => self.more().await,
+            }
+        }
+    }
+
+    async fn look(&mut self) -> Result<Idle, EngineError> {
+        let progress = self.progress.as_mut().map(|progress| progress.borrow_and_update().clone());
+        match progress {
+            Some(Progress::Ended(finished)) => {
+                Ok(finished.sandbox.outcome.clone().map_or(Idle::Over, |outcome| Idle::Ended(outcome.into())))
+            }
+            Some(Progress::Gone) => Ok(Idle::Over),
+            Some(Progress::Queued | Progress::Starting | Progress::Running(_)) => Ok(self.idle()),
+            None => {
+                let sandbox = self.engine.store.find(&self.tenant, self.id).await?;
+                Ok(match sandbox.map(|sandbox| sandbox.outcome) {
+                    None => Idle::Over,
+                    Some(Some(outcome)) => Idle::Ended(outcome.into()),
+                    Some(None) => self.idle(),
+                })
+            }
+        }
+    }
+
+    const fn idle(&self) -> Idle {
+        if self.is_following { Idle::Wait } else { Idle::Over }
+    }
+
+    /// Takes in what the log has now.
+    async fn fill(&mut self, has_ended: bool) -> Result<(), EngineError> {
+        if self.reader.is_none() {
+            self.reader = self.engine.logs.open(self.id, self.from).map_err(|error| self.unreadable(error))?;
+        }
+        let items = match &mut self.reader {
+            Some(reader) => {
+                let read = reader.read().await;
+                let items = read.map_err(|error| self.unreadable(error))?;
+                self.from = self.reader.as_ref().map_or(self.from, LogReader::next_seq);
+                items
+            }
+            // The whole log is gone with its file; what is stored beside the outcome is left.
+            None if has_ended => {
+                let stored = self.engine.store.find_log(self.id).await?;
+                let items = stored.map(|stored| LogItem::of_tail(&stored.tail, self.from)).unwrap_or_default();
+                if let Some(LogItem::Chunk { seq, .. }) = items.last() {
+                    self.from = seq + 1;
+                }
+                items
+            }
+            None => vec![],
+        };
+        self.ready.extend(items.into_iter().map(Followup::Item));
+        Ok(())
+    }
+
+    fn unreadable(&self, error: io::Error) -> EngineError {
+        let error = anyhow::Error::new(error).context(format!("reading the log of {} failed", self.id));
+        EngineError::Store(crate::store::StoreError::Other(error))
+    }
+
+    /// Returns when something may have changed.
+    async fn more(&mut self) {
+        /// Between two looks at a sandbox that this process does not follow.
+        const LOOK: Duration = Duration::from_secs(1);
+        let has_read_all = self.reader.as_ref().is_some_and(LogReader::has_ended);
+        let written = async {
+            match &mut self.reader {
+                Some(reader) if !has_read_all => reader.changed().await,
+                Some(_) | None => std::future::pending().await,
+            }
+        };
+        let moved = async {
+            match &mut self.progress {
+                Some(progress) => drop(progress.changed().await),
+                None => tokio::time::sleep(LOOK).await,
+            }
+        };
+        tokio::select! {
+            () = written => {}
+            () = moved => {}
+        }
+    }
+}

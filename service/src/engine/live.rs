@@ -1,0 +1,185 @@
+//! What this process knows of sandboxes that have not ended: newer than their rows, and gone with the process.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use sandbox_core::protocol::{KillReason, Launched};
+use tokio::sync::watch;
+
+use super::step;
+use crate::{
+    clock::at_us,
+    metrics::Metrics,
+    sandbox::{Event, LogTail, Sandbox, SandboxId, State},
+};
+
+/// How far a sandbox has come.
+#[derive(Debug, Clone)]
+pub enum Progress {
+    Queued,
+    Starting,
+    Running(Launched),
+    /// Its outcome is stored.
+    Ended(Arc<Finished>),
+    /// It was deleted before it began.
+    Gone,
+}
+
+/// A sandbox that ended, as its row has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Finished {
+    pub sandbox: Sandbox,
+    pub log_tail: LogTail,
+}
+
+/// A sandbox that has not ended.
+#[derive(Debug)]
+pub(super) struct Live {
+    /// As it was admitted; what has changed since is in the progress.
+    pub(super) sandbox: Sandbox,
+    /// How long its image was looked for.
+    pub(super) image_took: Duration,
+    progress: watch::Sender<Progress>,
+    killed_for: Mutex<Option<KillReason>>,
+    metrics: Arc<Metrics>,
+}
+
+impl Progress {
+    pub(super) fn state(&self) -> State {
+        match self {
+            Self::Queued => State::Queued,
+            Self::Starting => State::Starting,
+            Self::Running(_) => State::Running,
+            Self::Ended(finished) => finished.sandbox.state,
+            Self::Gone => State::Failed,
+        }
+    }
+}
+
+impl Live {
+    pub(super) fn progress(&self) -> Progress {
+        self.progress.borrow().clone()
+    }
+
+    pub(super) fn subscribe(&self) -> watch::Receiver<Progress> {
+        self.progress.subscribe()
+    }
+
+    /// The sandbox as it is now.
+    pub(super) fn now(&self) -> Sandbox {
+        match &*self.progress.borrow() {
+            Progress::Ended(finished) => finished.sandbox.clone(),
+            progress @ (Progress::Queued | Progress::Starting | Progress::Gone) => {
+                Sandbox { state: progress.state(), ..self.sandbox.clone() }
+            }
+            Progress::Running(launched) => {
+                Sandbox { state: State::Running, started_at: Some(at_us(launched.started_at_us)), ..self.sandbox.clone() }
+            }
+        }
+    }
+
+    /// The payload runs.
+    pub(super) fn running(&self, launched: Launched) {
+        self.advance(Event::Launched, Progress::Running(launched));
+    }
+
+    /// Its end is stored.
+    pub(super) fn ended(&self, finished: Finished) {
+        let before = self.progress.send_replace(Progress::Ended(Arc::new(finished)));
+        // One that was deleted meanwhile is not counted any more.
+        if !matches!(before, Progress::Gone) {
+            self.metrics.moved(Some(before.state()), None);
+        }
+    }
+
+    fn advance(&self, event: Event, to: Progress) {
+        self.progress.send_if_modified(|progress| {
+            let from = progress.state();
+            let Some(state) = step(self.sandbox.id, from, event) else { return false };
+            self.metrics.moved(Some(from), Some(state));
+            *progress = to;
+            true
+        });
+    }
+
+    /// It is to end, for this reason, whether or not the keeper knows of it yet.
+    pub(super) fn order_kill(&self, reason: KillReason) {
+        self.killed_for.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
+    }
+
+    pub(super) fn ordered_kill(&self) -> Option<KillReason> {
+        *self.killed_for.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// All live sandboxes of this process.
+#[derive(Debug)]
+pub(super) struct Registry {
+    live: Mutex<HashMap<SandboxId, Arc<Live>>>,
+    metrics: Arc<Metrics>,
+}
+
+impl Registry {
+    pub(super) fn new(metrics: Arc<Metrics>) -> Self {
+        Self { live: Mutex::default(), metrics }
+    }
+
+    /// Begins to know a sandbox, in the state that it has.
+    pub(super) fn insert(&self, sandbox: Sandbox, image_took: Duration) -> Arc<Live> {
+        let (id, state) = (sandbox.id, sandbox.state);
+        let progress = if state == State::Queued { Progress::Queued } else { Progress::Starting };
+        self.metrics.moved(None, Some(progress.state()));
+        let (progress, _) = watch::channel(progress);
+        let live = Arc::new(Live { sandbox, image_took, progress, killed_for: Mutex::default(), metrics: Arc::clone(&self.metrics) });
+        self.lock().insert(id, Arc::clone(&live));
+        live
+    }
+
+    /// A queued sandbox was claimed: those who wait for it go on waiting.
+    pub(super) fn claimed(&self, sandbox: Sandbox) -> Arc<Live> {
+        let mut all = self.lock();
+        let before = all.remove(&sandbox.id);
+        let (progress, image_took) = before.map_or_else(
+            || {
+                self.metrics.moved(None, Some(State::Starting));
+                (watch::channel(Progress::Starting).0, Duration::ZERO)
+            },
+            |before| {
+                before.advance(Event::Claimed, Progress::Starting);
+                (before.progress.clone(), before.image_took)
+            },
+        );
+        let id = sandbox.id;
+        let live = Arc::new(Live { sandbox, image_took, progress, killed_for: Mutex::default(), metrics: Arc::clone(&self.metrics) });
+        all.insert(id, Arc::clone(&live));
+        live
+    }
+
+    pub(super) fn get(&self, id: SandboxId) -> Option<Arc<Live>> {
+        self.lock().get(&id).cloned()
+    }
+
+    pub(super) fn all(&self) -> Vec<Arc<Live>> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// Knows it no more. One that has not ended is gone.
+    pub(super) fn remove(&self, id: SandboxId) {
+        let Some(live) = self.lock().remove(&id) else { return };
+        live.progress.send_if_modified(|progress| {
+            if matches!(progress, Progress::Ended(_)) {
+                return false;
+            }
+            live.metrics.moved(Some(progress.state()), None);
+            *progress = Progress::Gone;
+            true
+        });
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<SandboxId, Arc<Live>>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

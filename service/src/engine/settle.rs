@@ -1,0 +1,119 @@
+//! The end of a sandbox: stored first, then told, then forgotten by the keeper.
+
+use std::time::Duration;
+
+use sandbox_core::protocol::Ending;
+
+use super::{Engine, Finished, live::Live};
+use crate::{
+    sandbox::{Finish, Kind, LogTail, Phases, Sandbox, State},
+    store::{Ended, LogKept},
+};
+
+/// How long the whole log of a run is kept when it does not fit beside the outcome.
+const RUN_LOG_RETENTION: Duration = Duration::from_secs(3600);
+/// Between two looks for logs whose time is over.
+const RETENTION_PERIOD: Duration = Duration::from_secs(30);
+/// Between two attempts to store an outcome: first this, then doubled up to the other.
+const RETRY_MIN: Duration = Duration::from_millis(50);
+const RETRY_MAX: Duration = Duration::from_secs(5);
+
+impl Engine {
+    /// Stores the end, however long that takes — the keeper has the record until then — and tells everyone who waits.
+    pub(super) async fn settle(&self, live: &Live, ending: &Ending) {
+        let finish = Finish::of(ending, &live.sandbox.limits, self.phases(live));
+        let id = live.sandbox.id;
+        let log_tail = self.logs.tail(id, LogTail::STORED_BYTES).await.unwrap_or_else(|error| {
+            tracing::error!(sandbox.id = %id, %error, "reading its log failed");
+            LogTail::default()
+        });
+        let log_file = match live.sandbox.kind {
+            _ if log_tail.is_complete() => LogKept::No,
+            Kind::Run => LogKept::Until(finish.finished_at + RUN_LOG_RETENTION),
+            Kind::Sandbox => LogKept::UntilDeleted,
+        };
+        self.store_end(live, &[State::Starting, State::Running], &Ended { finish: &finish, log_tail: &log_tail, log_file }).await;
+        self.metrics.ended(live.sandbox.kind, &finish.outcome);
+        live.ended(finished(&live.sandbox, finish, log_tail));
+        self.live.remove(id);
+        if log_file == LogKept::No {
+            self.forget(id).await;
+        }
+    }
+
+    /// Stores and tells the end of a sandbox that never left the queue.
+    pub(super) async fn settle_queued(&self, sandbox: &Sandbox, finish: Finish) {
+        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
+        match self.store.finish(sandbox.id, &[State::Queued], &ended).await {
+            Ok(true) => {
+                self.metrics.ended(sandbox.kind, &finish.outcome);
+                if let Some(live) = self.live.get(sandbox.id) {
+                    live.ended(finished(sandbox, finish, LogTail::default()));
+                    self.live.remove(sandbox.id);
+                }
+            }
+            // Claimed in the meantime.
+            Ok(false) => {}
+            Err(error) => tracing::warn!(sandbox.id = %sandbox.id, %error, "its end could not be stored; the next look tries again"),
+        }
+    }
+
+    /// Has the keeper drop logs whose time is over, for good.
+    pub(super) async fn retain_logs(self: std::sync::Arc<Self>) {
+        loop {
+            tokio::time::sleep(RETENTION_PERIOD).await;
+            if let Err(error) = self.drop_overdue_logs().await {
+                tracing::warn!(%error, "dropping old logs failed");
+            }
+        }
+    }
+
+    async fn drop_overdue_logs(&self) -> Result<(), crate::store::StoreError> {
+        let overdue = self.store.kept_logs(self.node, Some(self.clock.now())).await?;
+        for id in &overdue {
+            self.forget(*id).await;
+        }
+        if overdue.is_empty() {
+            return Ok(());
+        }
+        self.store.drop_kept_logs(&overdue).await
+    }
+
+    async fn store_end(&self, live: &Live, from: &[State], ended: &Ended<'_>) {
+        let mut pause = RETRY_MIN;
+        loop {
+            match self.store.finish(live.sandbox.id, from, ended).await {
+                Ok(true) => return,
+                Ok(false) => {
+                    tracing::debug!(sandbox.id = %live.sandbox.id, "its end was stored before");
+                    return;
+                }
+                Err(error) => tracing::error!(sandbox.id = %live.sandbox.id, %error, "storing its end failed; it is tried again"),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(RETRY_MAX);
+        }
+    }
+
+    fn phases(&self, live: &Live) -> Phases {
+        let Sandbox { created_at, claimed_at, .. } = live.sandbox;
+        let queued = claimed_at.map_or(Duration::ZERO, |claimed_at| (claimed_at - created_at).unsigned_abs());
+        Phases {
+            queue: Phases::ms(queued.saturating_sub(live.image_took)),
+            image: Phases::ms(live.image_took),
+            launch: 0.0,
+            total: Phases::ms((self.clock.now() - created_at).unsigned_abs()),
+        }
+    }
+}
+
+fn finished(sandbox: &Sandbox, finish: Finish, log_tail: LogTail) -> Finished {
+    let sandbox = Sandbox {
+        state: finish.state,
+        started_at: finish.started_at,
+        finished_at: Some(finish.finished_at),
+        outcome: Some(finish.outcome),
+        ..sandbox.clone()
+    };
+    Finished { sandbox, log_tail }
+}

@@ -1,0 +1,481 @@
+//! The keeper, seen from the service: every request as an async call, over one connection that heals itself.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream as StdUnixStream,
+    },
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use sandbox_core::{
+    protocol::{
+        Answer, Call, Ending, Failure, FailureKind, Hello, ImageId, KillReason, Launch, Launched, Record, Reply, Request, SandboxId,
+        UnpackLimits, Unpacked, VERSION,
+    },
+    transport::Socket,
+};
+use tokio::{
+    io::Interest,
+    net::UnixStream,
+    sync::{oneshot, watch},
+    time::Instant,
+};
+
+/// How long a keeper has to say hello.
+const HELLO_DEADLINE: Duration = Duration::from_secs(5);
+/// Between two attempts to reach a keeper that is away: first this, then doubled up to the other.
+const RETRY_MIN: Duration = Duration::from_millis(10);
+const RETRY_MAX: Duration = Duration::from_secs(1);
+/// A keeper that was away for so long does not come back.
+const GONE_AFTER: Duration = Duration::from_secs(5);
+
+/// The connection to this node's keeper. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Keeper(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    path: PathBuf,
+    next_tag: AtomicU64,
+    /// How often the connection was made anew.
+    reconnects: AtomicU64,
+    link: watch::Sender<Link>,
+}
+
+/// The connection as it stands now.
+#[derive(Debug, Clone)]
+enum Link {
+    Up(Arc<Connection>),
+    /// Since this instant.
+    Down(Instant),
+}
+
+/// The socket, and the same one in the form that the runtime can wait for: tokio has no seqpacket sockets, but readiness is the same thing for
+/// every kind, and nothing is read or written through `readiness`.
+#[derive(Debug)]
+struct Polled {
+    socket: Socket,
+    readiness: UnixStream,
+}
+
+#[derive(Debug)]
+struct Connection {
+    socket: Polled,
+    hello: Hello,
+    pending: Mutex<Pending>,
+}
+
+#[derive(Debug, Default)]
+struct Pending {
+    answers: HashMap<u64, oneshot::Sender<Answer>>,
+    /// Nobody reads answers any more.
+    is_closed: bool,
+}
+
+/// Why a call brought no answer of the kind that was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    /// The connection broke. What was asked may have been done or not.
+    #[error("the connection to the keeper broke")]
+    Lost,
+    #[error(transparent)]
+    Failed(#[from] Failure),
+}
+
+/// How a launch came out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LaunchAnswer {
+    Launched(Launched),
+    /// It never ran.
+    Ended(Box<Ending>),
+}
+
+impl Keeper {
+    /// Connects to the keeper that listens at `path`. Fails at once if none does, or if it speaks another version.
+    pub async fn connect(path: &Path) -> anyhow::Result<Self> {
+        let connection = Connection::open(path).await.with_context(|| format!("no keeper answers on {}", path.display()))?;
+        let connection = Arc::new(connection);
+        let (link, _) = watch::channel(Link::Up(Arc::clone(&connection)));
+        let inner = Inner { path: path.to_owned(), next_tag: AtomicU64::new(1), reconnects: AtomicU64::new(0), link };
+        let keeper = Self(Arc::new(inner));
+        tokio::spawn(keeper.clone().stay_connected(connection));
+        Ok(keeper)
+    }
+
+    /// What the connected keeper says of itself; `None` while there is no connection.
+    pub fn hello(&self) -> Option<Hello> {
+        match &*self.0.link.borrow() {
+            Link::Up(connection) => Some(connection.hello.clone()),
+            Link::Down(_) => None,
+        }
+    }
+
+    /// What the keeper says of itself, as soon as there is a connection.
+    pub async fn connected(&self) -> Hello {
+        let mut link = self.0.link.subscribe();
+        loop {
+            if let Link::Up(connection) = &*link.borrow_and_update() {
+                return connection.hello.clone();
+            }
+            if link.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// Returns when the keeper was away for too long to come back.
+    pub async fn gone(&self) {
+        let mut link = self.0.link.subscribe();
+        loop {
+            let state = link.borrow_and_update().clone();
+            match state {
+                Link::Up(_) => drop(link.changed().await),
+                Link::Down(since) => {
+                    if tokio::time::timeout_at(since + GONE_AFTER, link.changed()).await.is_err() {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// How often the connection broke and was made again.
+    pub fn reconnects(&self) -> u64 {
+        self.0.reconnects.load(Ordering::Relaxed)
+    }
+
+    /// Starts a sandbox; `descriptors` are those that the launch speaks of. Returns when the order is sent: await the inner future for
+    /// the answer, so that a [`Keeper::wait`] can follow at once.
+    pub async fn launch(
+        &self,
+        launch: Launch,
+        descriptors: &[OwnedFd],
+    ) -> Result<impl Future<Output = Result<LaunchAnswer, CallError>> + use<>, CallError> {
+        let answer = self.send(Request::Launch(Box::new(launch)), descriptors).await?;
+        Ok(async move {
+            match received(answer).await? {
+                Answer::Launched(launched) => Ok(LaunchAnswer::Launched(launched)),
+                Answer::Ended(ending) => Ok(LaunchAnswer::Ended(ending)),
+                other @ (Answer::Hello(_)
+                | Answer::Records(_)
+                | Answer::Unpacked(_)
+                | Answer::Images(_)
+                | Answer::Done
+                | Answer::Failed(_)) => Err(unexpected(other)),
+            }
+        })
+    }
+
+    /// Asks for the end of a sandbox. Returns when the question is sent; the inner future ends with the sandbox.
+    pub async fn wait(&self, id: SandboxId) -> Result<impl Future<Output = Result<Box<Ending>, CallError>> + use<>, CallError> {
+        let answer = self.send(Request::Wait { id }, &[]).await?;
+        Ok(async move {
+            let answer = received(answer).await?;
+            let Answer::Ended(ending) = answer else { return Err(unexpected(answer)) };
+            Ok(ending)
+        })
+    }
+
+    /// Ends a sandbox for this reason.
+    pub async fn kill(&self, id: SandboxId, reason: KillReason) -> Result<(), CallError> {
+        self.done(Request::Kill { id, reason }).await
+    }
+
+    /// Every record that was not forgotten.
+    pub async fn list(&self) -> Result<Vec<Record>, CallError> {
+        let answer = self.call(Request::List, &[]).await?;
+        let Answer::Records(records) = answer else { return Err(unexpected(answer)) };
+        Ok(records)
+    }
+
+    /// Drops the record and the log of a sandbox that ended.
+    pub async fn forget(&self, id: SandboxId) -> Result<(), CallError> {
+        self.done(Request::Forget { id }).await
+    }
+
+    /// Unpacks layers, bottom first, into the root of this image.
+    pub async fn unpack(&self, image: ImageId, layers: Vec<OwnedFd>, limits: UnpackLimits) -> Result<Unpacked, CallError> {
+        let count = u32::try_from(layers.len()).unwrap_or(u32::MAX);
+        let answer = self.call(Request::Unpack { image, layers: count, limits }, &layers).await?;
+        let Answer::Unpacked(unpacked) = answer else { return Err(unexpected(answer)) };
+        Ok(unpacked)
+    }
+
+    /// Which unpacked roots there are.
+    pub async fn images(&self) -> Result<Vec<ImageId>, CallError> {
+        let answer = self.call(Request::Images, &[]).await?;
+        let Answer::Images(images) = answer else { return Err(unexpected(answer)) };
+        Ok(images)
+    }
+
+    /// Deletes an unpacked root.
+    pub async fn remove_image(&self, image: ImageId) -> Result<(), CallError> {
+        self.done(Request::RemoveImage { image }).await
+    }
+
+    /// Ends every sandbox and the keeper itself.
+    pub async fn shutdown(&self) -> Result<(), CallError> {
+        self.done(Request::Shutdown).await
+    }
+
+    async fn done(&self, request: Request) -> Result<(), CallError> {
+        let answer = self.call(request, &[]).await?;
+        if answer == Answer::Done { Ok(()) } else { Err(unexpected(answer)) }
+    }
+
+    async fn call(&self, request: Request, descriptors: &[OwnedFd]) -> Result<Answer, CallError> {
+        received(self.send(request, descriptors).await?).await
+    }
+
+    async fn send(&self, request: Request, descriptors: &[OwnedFd]) -> Result<oneshot::Receiver<Answer>, CallError> {
+        let connection = match &*self.0.link.borrow() {
+            Link::Up(connection) => Arc::clone(connection),
+            Link::Down(_) => return Err(CallError::Lost),
+        };
+        let tag = self.0.next_tag.fetch_add(1, Ordering::Relaxed);
+        connection.send(&Call { tag, request }, descriptors).await
+    }
+
+    /// Reads answers until the connection breaks, makes it anew, and so on for good.
+    async fn stay_connected(self, mut connection: Arc<Connection>) {
+        loop {
+            let error = connection.read_answers().await;
+            connection.close();
+            tracing::warn!(%error, keeper.socket = %self.0.path.display(), "the connection to the keeper broke");
+            self.0.link.send_replace(Link::Down(Instant::now()));
+            drop(connection);
+            let mut pause = RETRY_MIN;
+            connection = loop {
+                match Connection::open(&self.0.path).await {
+                    Ok(connection) => break Arc::new(connection),
+                    Err(error) => tracing::debug!(%error, "the keeper does not answer"),
+                }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(RETRY_MAX);
+            };
+            self.0.reconnects.fetch_add(1, Ordering::Relaxed);
+            tracing::info!(keeper.pid = connection.hello.pid, "connected to the keeper again");
+            self.0.link.send_replace(Link::Up(Arc::clone(&connection)));
+        }
+    }
+}
+
+impl Connection {
+    async fn open(path: &Path) -> io::Result<Self> {
+        let socket = Polled::connect(path)?;
+        let hello = tokio::time::timeout(HELLO_DEADLINE, greet(&socket)).await.map_err(|_| io::ErrorKind::TimedOut)??;
+        Ok(Self { socket, hello, pending: Mutex::default() })
+    }
+
+    /// Sends a call whose answer will come through the receiver. The order of sending is the order of this function's return.
+    async fn send(&self, call: &Call, descriptors: &[OwnedFd]) -> Result<oneshot::Receiver<Answer>, CallError> {
+        let (sender, receiver) = oneshot::channel();
+        {
+            let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+            if pending.is_closed {
+                return Err(CallError::Lost);
+            }
+            pending.answers.insert(call.tag, sender);
+        }
+        if let Err(error) = send(&self.socket, call, descriptors).await {
+            self.pending.lock().unwrap_or_else(PoisonError::into_inner).answers.remove(&call.tag);
+            if error.kind() == io::ErrorKind::InvalidInput {
+                // It is the message that is wrong, not the connection.
+                return Err(Failure { kind: FailureKind::Refused, message: error.to_string() }.into());
+            }
+            tracing::warn!(%error, "a message to the keeper could not be sent");
+            return Err(CallError::Lost);
+        }
+        Ok(receiver)
+    }
+
+    /// Hands answers to who waits for them, until the connection breaks.
+    async fn read_answers(&self) -> io::Error {
+        loop {
+            let reply = match recv::<Reply>(&self.socket).await {
+                Ok(reply) => reply,
+                Err(error) => return error,
+            };
+            let waiting = self.pending.lock().unwrap_or_else(PoisonError::into_inner).answers.remove(&reply.tag);
+            // Who asked may have gone away; the answer is in the keeper's records.
+            drop(waiting.map(|sender| sender.send(reply.answer)));
+        }
+    }
+
+    /// Lets every caller know that no answer comes.
+    fn close(&self) {
+        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        pending.is_closed = true;
+        pending.answers.clear();
+    }
+}
+
+async fn greet(socket: &Polled) -> io::Result<Hello> {
+    send(socket, &Call { tag: 0, request: Request::Hello { version: VERSION } }, &[]).await?;
+    match recv::<Reply>(socket).await?.answer {
+        Answer::Hello(hello) if hello.version == VERSION => Ok(hello),
+        Answer::Hello(hello) => Err(io::Error::other(format!("the keeper speaks version {}, this service {VERSION}", hello.version))),
+        Answer::Failed(failure) => Err(io::Error::other(failure)),
+        Answer::Launched(_) | Answer::Ended(_) | Answer::Records(_) | Answer::Unpacked(_) | Answer::Images(_) | Answer::Done => {
+            Err(io::Error::new(io::ErrorKind::InvalidData, "the keeper answered something else than hello"))
+        }
+    }
+}
+
+impl Polled {
+    fn connect(path: &Path) -> io::Result<Self> {
+        let socket = Socket::connect(path)?;
+        let readiness = UnixStream::from_std(StdUnixStream::from(socket.as_fd().try_clone_to_owned()?))?;
+        Ok(Self { socket, readiness })
+    }
+}
+
+async fn send(polled: &Polled, call: &Call, descriptors: &[OwnedFd]) -> io::Result<()> {
+    let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+    loop {
+        match polled.readiness.try_io(Interest::WRITABLE, || polled.socket.send(call, &borrowed)) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => polled.readiness.writable().await?,
+            sent => return sent,
+        }
+    }
+}
+
+async fn recv<T: serde::de::DeserializeOwned>(polled: &Polled) -> io::Result<T> {
+    loop {
+        match polled.readiness.try_io(Interest::READABLE, || polled.socket.recv()) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => polled.readiness.readable().await?,
+            received => return Ok(received?.ok_or(io::ErrorKind::UnexpectedEof)?.message),
+        }
+    }
+}
+
+async fn received(answer: oneshot::Receiver<Answer>) -> Result<Answer, CallError> {
+    answer.await.map_err(|_closed| CallError::Lost)
+}
+
+fn unexpected(answer: Answer) -> CallError {
+    let Answer::Failed(failure) = answer else {
+        let message = format!("the keeper gave an answer that fits no question: {answer:?}");
+        return CallError::Failed(Failure { kind: FailureKind::Host, message });
+    };
+    CallError::Failed(failure)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+    use sandbox_core::protocol::CgroupMode;
+
+    use super::*;
+
+    /// A keeper that answers as `answer` says, one connection after another, until `answer` breaks the connection by `None`.
+    fn fake(mut answer: impl FnMut(&Request) -> Option<Answer> + Send + 'static) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("keeper.sock");
+        let listener = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 8).unwrap();
+        std::thread::spawn(move || {
+            while let Ok(socket) = rustix::net::accept(&listener) {
+                while let Ok(Some(datagram)) = sandbox_core::transport::recv::<Call>(socket.as_fd()) {
+                    let Some(answer) = answer(&datagram.message.request) else { break };
+                    let reply = Reply { tag: datagram.message.tag, answer };
+                    sandbox_core::transport::send(socket.as_fd(), &reply, &[]).unwrap();
+                }
+            }
+        });
+        (folder, path)
+    }
+
+    fn greeting(request: &Request, started_at_us: u64) -> Option<Answer> {
+        let hello = Hello { version: VERSION, pid: 1, started_at_us, cgroup: CgroupMode::V2, sandboxes_max: 1, fences: vec![] };
+        matches!(request, Request::Hello { .. }).then_some(Answer::Hello(hello))
+    }
+
+    fn list(request: &Request) -> Option<Answer> {
+        matches!(request, Request::List).then(|| Answer::Records(vec![]))
+    }
+
+    #[tokio::test]
+    async fn answers_reach_their_callers() {
+        let (_folder, path) = fake(|request| {
+            let refusal = || Answer::Failed(Failure { kind: FailureKind::Gone, message: "no such image".into() });
+            Some(greeting(request, 1).or_else(|| list(request)).unwrap_or_else(refusal))
+        });
+        let keeper = Keeper::connect(&path).await.unwrap();
+        assert_eq!(keeper.list().await.unwrap(), []);
+        let error = keeper.remove_image("a".repeat(64).try_into().unwrap()).await.unwrap_err();
+        assert!(matches!(error, CallError::Failed(Failure { kind: FailureKind::Gone, .. })));
+    }
+
+    #[tokio::test]
+    async fn a_broken_connection_fails_the_call_and_is_made_again() {
+        let mut started_at_us = 0;
+        let (_folder, path) = fake(move |request| {
+            started_at_us += u64::from(matches!(request, Request::Hello { .. }));
+            greeting(request, started_at_us).or_else(|| list(request))
+        });
+        let keeper = Keeper::connect(&path).await.unwrap();
+        assert!(matches!(keeper.shutdown().await, Err(CallError::Lost)));
+
+        let again = async {
+            while keeper.reconnects() == 0 {
+                tokio::time::sleep(RETRY_MIN).await
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), again).await.unwrap();
+        assert_eq!(keeper.connected().await.started_at_us, 2);
+        assert_eq!(keeper.list().await.unwrap(), []);
+    }
+
+    #[tokio::test]
+    async fn no_keeper_is_an_error_that_names_the_socket() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = Keeper::connect(&folder.path().join("keeper.sock")).await.unwrap_err();
+        assert!(error.to_string().contains("keeper.sock"));
+    }
+
+    #[tokio::test]
+    async fn descriptors_arrive_with_the_launch_before_the_wait() {
+        let (seen, order) = mpsc::channel();
+        let (_folder, path) = fake(move |request| {
+            if let Some(hello) = greeting(request, 1) {
+                return Some(hello);
+            }
+            seen.send(if matches!(request, Request::Launch(_)) { "launch" } else { "wait" }).unwrap();
+            Some(Answer::Failed(Failure { kind: FailureKind::Gone, message: String::new() }))
+        });
+        let keeper = Keeper::connect(&path).await.unwrap();
+        let id = SandboxId(uuid::Uuid::nil());
+        let launch = Launch {
+            id,
+            image: "a".repeat(64).try_into().unwrap(),
+            spec: vec![],
+            supervision: sandbox_core::protocol::Supervision {
+                wall_ms: None,
+                cpu_ms: None,
+                output_bytes: 0,
+                output_policy: sandbox_core::protocol::OutputPolicy::Discard,
+                disk_bytes: 0,
+                inodes: 0,
+            },
+            stdin: sandbox_core::protocol::Stdin::Null,
+            has_files: false,
+        };
+        let launched = keeper.launch(launch, &[]).await.unwrap();
+        let ended = keeper.wait(id).await.unwrap();
+        assert!(launched.await.is_err() && ended.await.is_err());
+        assert_eq!([order.recv().unwrap(), order.recv().unwrap()], ["launch", "wait"]);
+    }
+}

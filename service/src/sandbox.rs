@@ -1,0 +1,91 @@
+//! The domain: what a sandbox is, what may be asked for it, what becomes of it. Pure.
+
+mod limits;
+mod log_tail;
+mod outcome;
+mod program;
+mod request;
+mod state;
+
+use std::{collections::BTreeMap, fmt};
+
+pub use limits::{Bound, Limits, RequestedLimits, bound_of, bounds};
+pub use log_tail::{LogTail, TailCollector};
+pub use outcome::{Finish, Outcome, Phases, Reason, Truncated, Usage};
+pub use program::{Program, spec};
+pub use request::{Content, File, ImageReference, Invalid, LIST_LIMIT, NewSandbox, RunRequest, SandboxRequest, TTL_MS, WAIT_MS};
+use sandbox_core::protocol::OutputPolicy;
+pub use sandbox_core::protocol::{ImageId, SandboxId};
+use serde::{Deserialize, Serialize};
+pub use state::{Event, State};
+use time::OffsetDateTime;
+
+/// Names a tenant. A verified token or a row of ours is where it comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct TenantId(String);
+
+impl TenantId {
+    /// `text` must come from a verified token or from a row.
+    pub fn proven(text: String) -> Self {
+        Self(text)
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for TenantId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Whether a sandbox came from `POST /v1/runs` or from `POST /v1/sandboxes`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    Run,
+    Sandbox,
+}
+
+impl Kind {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Run => "run",
+            Self::Sandbox => "sandbox",
+        }
+    }
+}
+
+/// Which image a sandbox runs: the name that was asked for and the content that it named then.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageUsed {
+    pub reference: String,
+    pub digest: String,
+    /// The unpacked root in the keeper's store.
+    pub root: ImageId,
+}
+
+/// One sandbox as Postgres holds it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sandbox {
+    pub id: SandboxId,
+    pub tenant: TenantId,
+    pub principal: String,
+    pub kind: Kind,
+    pub state: State,
+    pub name: Option<String>,
+    pub image: ImageUsed,
+    pub program: Program,
+    pub limits: Limits,
+    pub output_policy: OutputPolicy,
+    pub labels: BTreeMap<String, String>,
+    pub created_at: OffsetDateTime,
+    pub claimed_at: Option<OffsetDateTime>,
+    pub started_at: Option<OffsetDateTime>,
+    pub finished_at: Option<OffsetDateTime>,
+    pub expires_at: Option<OffsetDateTime>,
+    pub outcome: Option<Outcome>,
+}

@@ -1,0 +1,226 @@
+//! What a sandbox may use: one table of bounds, and the type that proves they were checked.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Kind, request, request::Invalid};
+
+const KIB: u64 = 1024;
+const MIB: u64 = 1024 * KIB;
+const GIB: u64 = 1024 * MIB;
+
+/// The permitted values of one numeric field of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Bound {
+    /// The field's dotted path in the request.
+    pub field: &'static str,
+    pub unit: &'static str,
+    pub min: u64,
+    /// `None`: absent means no such limit.
+    pub default: Option<u64>,
+    pub max: u64,
+}
+
+const MEMORY_BYTES: Bound = Bound { field: "limits.memory_bytes", unit: "bytes", min: 8 * MIB, default: Some(256 * MIB), max: 4 * GIB };
+const CPU_MILLIS: Bound = Bound { field: "limits.cpu_millis", unit: "thousandths of a core", min: 10, default: Some(1000), max: 64_000 };
+const PIDS: Bound = Bound { field: "limits.pids", unit: "processes and threads", min: 1, default: Some(64), max: 4096 };
+/// The default is for runs; a sandbox has no wall limit unless one is given.
+const WALL_MS: Bound = Bound { field: "limits.wall_ms", unit: "milliseconds", min: 1, default: Some(10_000), max: 3_600_000 };
+const CPU_MS: Bound = Bound { field: "limits.cpu_ms", unit: "milliseconds", min: 1, default: None, max: 3_600_000 };
+const OUTPUT_BYTES: Bound = Bound { field: "limits.output_bytes", unit: "bytes", min: 0, default: Some(MIB), max: 64 * MIB };
+const DISK_BYTES: Bound = Bound { field: "limits.disk_bytes", unit: "bytes", min: 64 * KIB, default: Some(64 * MIB), max: 4 * GIB };
+const INODES: Bound = Bound { field: "limits.inodes", unit: "files, folders and links", min: 16, default: Some(4096), max: 1_000_000 };
+const OPEN_FILES: Bound = Bound { field: "limits.open_files", unit: "descriptors of one process", min: 8, default: Some(256), max: 16_384 };
+/// Without a value it is the sandbox's `disk_bytes`.
+const FILE_SIZE_BYTES: Bound = Bound { field: "limits.file_size_bytes", unit: "bytes", min: 0, default: None, max: 4 * GIB };
+
+/// Every bound that a request is held to.
+pub fn bounds() -> [&'static Bound; 13] {
+    [
+        &MEMORY_BYTES,
+        &CPU_MILLIS,
+        &PIDS,
+        &WALL_MS,
+        &CPU_MS,
+        &OUTPUT_BYTES,
+        &DISK_BYTES,
+        &INODES,
+        &OPEN_FILES,
+        &FILE_SIZE_BYTES,
+        &request::WAIT_MS,
+        &request::TTL_MS,
+        &request::LIST_LIMIT,
+    ]
+}
+
+/// The bound of the field with this dotted path.
+pub fn bound_of(field: &str) -> Option<&'static Bound> {
+    bounds().into_iter().find(|bound| bound.field == field)
+}
+
+impl Bound {
+    /// `value` if it is within the bound.
+    pub fn check(&'static self, value: u64) -> Result<u64, Invalid> {
+        if (self.min..=self.max).contains(&value) {
+            return Ok(value);
+        }
+        Err(Invalid::out_of(self, value))
+    }
+
+    fn check_or_default(&'static self, value: Option<u64>) -> Result<Option<u64>, Invalid> {
+        value.map(|value| self.check(value)).transpose().map(|value| value.or(self.default))
+    }
+
+    fn check_or(&'static self, value: Option<u64>, default: u64) -> Result<u64, Invalid> {
+        value.map_or(Ok(default), |value| self.check(value))
+    }
+}
+
+/// Limits as a request names them; every one may be absent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RequestedLimits {
+    memory_bytes: Option<u64>,
+    cpu_millis: Option<u64>,
+    pids: Option<u64>,
+    wall_ms: Option<u64>,
+    cpu_ms: Option<u64>,
+    output_bytes: Option<u64>,
+    disk_bytes: Option<u64>,
+    inodes: Option<u64>,
+    open_files: Option<u64>,
+    file_size_bytes: Option<u64>,
+}
+
+/// The limits in force. Holding them proves that every bound was checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    memory_bytes: u64,
+    cpu_millis: u64,
+    pids: u64,
+    wall_ms: Option<u64>,
+    cpu_ms: Option<u64>,
+    output_bytes: u64,
+    disk_bytes: u64,
+    inodes: u64,
+    open_files: u64,
+    file_size_bytes: u64,
+}
+
+impl Limits {
+    /// Checks what was asked for and fills in the defaults of a sandbox of this kind.
+    pub fn of(kind: Kind, asked: RequestedLimits) -> Result<Self, Invalid> {
+        let disk_bytes = DISK_BYTES.check_or(asked.disk_bytes, 64 * MIB)?;
+        Ok(Self {
+            memory_bytes: MEMORY_BYTES.check_or(asked.memory_bytes, 256 * MIB)?,
+            cpu_millis: CPU_MILLIS.check_or(asked.cpu_millis, 1000)?,
+            pids: PIDS.check_or(asked.pids, 64)?,
+            wall_ms: match kind {
+                Kind::Run => WALL_MS.check_or_default(asked.wall_ms)?,
+                Kind::Sandbox => asked.wall_ms.map(|ms| WALL_MS.check(ms)).transpose()?,
+            },
+            cpu_ms: CPU_MS.check_or_default(asked.cpu_ms)?,
+            output_bytes: OUTPUT_BYTES.check_or(asked.output_bytes, MIB)?,
+            disk_bytes,
+            inodes: INODES.check_or(asked.inodes, 4096)?,
+            open_files: OPEN_FILES.check_or(asked.open_files, 256)?,
+            file_size_bytes: FILE_SIZE_BYTES.check_or(asked.file_size_bytes, disk_bytes)?,
+        })
+    }
+
+    pub const fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
+    }
+
+    pub const fn cpu_millis(&self) -> u64 {
+        self.cpu_millis
+    }
+
+    pub const fn pids(&self) -> u64 {
+        self.pids
+    }
+
+    pub const fn wall_ms(&self) -> Option<u64> {
+        self.wall_ms
+    }
+
+    pub const fn cpu_ms(&self) -> Option<u64> {
+        self.cpu_ms
+    }
+
+    pub const fn output_bytes(&self) -> u64 {
+        self.output_bytes
+    }
+
+    pub const fn disk_bytes(&self) -> u64 {
+        self.disk_bytes
+    }
+
+    pub const fn inodes(&self) -> u64 {
+        self.inodes
+    }
+
+    pub const fn open_files(&self) -> u64 {
+        self.open_files
+    }
+
+    pub const fn file_size_bytes(&self) -> u64 {
+        self.file_size_bytes
+    }
+}
+
+/// A number of bytes for people: in the largest unit that it is a whole number of.
+pub(super) fn bytes_for_people(bytes: u64) -> String {
+    [(GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")]
+        .into_iter()
+        .find(|(unit, _)| bytes >= *unit && bytes.is_multiple_of(*unit))
+        .map_or_else(|| format!("{bytes} bytes"), |(unit, name)| format!("{} {name}", bytes / unit))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_without_limits_gets_the_tables_defaults() {
+        let limits = Limits::of(Kind::Run, RequestedLimits::default()).unwrap();
+        assert_eq!(Some(limits.memory_bytes()), MEMORY_BYTES.default);
+        assert_eq!(Some(limits.cpu_millis()), CPU_MILLIS.default);
+        assert_eq!(Some(limits.pids()), PIDS.default);
+        assert_eq!(limits.wall_ms(), WALL_MS.default);
+        assert_eq!(limits.cpu_ms(), None);
+        assert_eq!(Some(limits.output_bytes()), OUTPUT_BYTES.default);
+        assert_eq!(Some(limits.disk_bytes()), DISK_BYTES.default);
+        assert_eq!(Some(limits.inodes()), INODES.default);
+        assert_eq!(Some(limits.open_files()), OPEN_FILES.default);
+        assert_eq!(limits.file_size_bytes(), limits.disk_bytes());
+    }
+
+    #[test]
+    fn a_sandbox_has_no_wall_limit_unless_given() {
+        let none = Limits::of(Kind::Sandbox, RequestedLimits::default()).unwrap();
+        assert_eq!(none.wall_ms(), None);
+        let some = Limits::of(Kind::Sandbox, RequestedLimits { wall_ms: Some(5), ..Default::default() }).unwrap();
+        assert_eq!(some.wall_ms(), Some(5));
+    }
+
+    #[test]
+    fn a_value_below_the_least_names_field_and_bound() {
+        let error = Limits::of(Kind::Run, RequestedLimits { memory_bytes: Some(8 * MIB - 1), ..Default::default() }).unwrap_err();
+        assert_eq!(error.field, "limits.memory_bytes");
+        assert_eq!(error.bound, Some(&MEMORY_BYTES));
+    }
+
+    #[test]
+    fn both_ends_of_a_bound_are_inside_it() {
+        assert_eq!(PIDS.check(1), Ok(1));
+        assert_eq!(PIDS.check(4096), Ok(4096));
+        assert!(PIDS.check(4097).is_err());
+    }
+
+    #[test]
+    fn bytes_are_shown_in_the_largest_whole_unit() {
+        assert_eq!(bytes_for_people(64 * MIB), "64 MiB");
+        assert_eq!(bytes_for_people(4 * GIB), "4 GiB");
+        assert_eq!(bytes_for_people(1500), "1500 bytes");
+    }
+}

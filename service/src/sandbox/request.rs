@@ -1,0 +1,433 @@
+//! What a caller asks for, parsed into a sandbox that can be made.
+
+use std::{collections::BTreeMap, fmt};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use sandbox_core::{files::PATH_BYTES_MAX, protocol::OutputPolicy};
+use serde::{Deserialize, Serialize};
+
+use super::{Bound, Kind, Limits, RequestedLimits};
+
+/// How long `POST /v1/runs` waits for the end before it answers 202.
+pub const WAIT_MS: Bound = Bound { field: "wait_ms", unit: "milliseconds", min: 0, default: Some(30_000), max: 300_000 };
+/// How long a sandbox lives from its creation.
+pub const TTL_MS: Bound = Bound { field: "ttl_ms", unit: "milliseconds", min: 1000, default: None, max: 604_800_000 };
+/// How many entries a page of a list has.
+pub const LIST_LIMIT: Bound = Bound { field: "limit", unit: "entries", min: 1, default: Some(50), max: 200 };
+
+const FILES_MAX: usize = 1024;
+/// `args` and `env` travel in one message with the rest of the description.
+const ARGS_ENV_BYTES_MAX: usize = 64 * 1024;
+const LABELS_MAX: usize = 64;
+const LABEL_KEY_BYTES_MAX: usize = 63;
+const LABEL_VALUE_BYTES_MAX: usize = 256;
+const REFERENCE_BYTES_MAX: usize = 256;
+const NAME_BYTES_MAX: usize = 63;
+
+/// A field of a request that cannot be accepted, and what it may hold.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {detail}")]
+pub struct Invalid {
+    /// Dotted path, as in `limits.pids` or `files[2].path`. Empty: the body as a whole.
+    pub field: String,
+    pub detail: String,
+    pub bound: Option<&'static Bound>,
+}
+
+impl Invalid {
+    pub fn new(field: impl Into<String>, detail: impl Into<String>) -> Self {
+        Self { field: field.into(), detail: detail.into(), bound: None }
+    }
+
+    pub(super) fn out_of(bound: &'static Bound, value: u64) -> Self {
+        let Bound { field, unit, min, max, .. } = bound;
+        Self { field: (*field).to_owned(), detail: format!("{value} is out of range: {min} to {max} {unit}"), bound: Some(bound) }
+    }
+}
+
+/// Body of `POST /v1/runs`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunRequest {
+    image: String,
+    command: Option<Vec<String>>,
+    workdir: Option<String>,
+    #[serde(default)]
+    files: Vec<FileRequest>,
+    stdin: Option<String>,
+    #[serde(default)]
+    stdin_encoding: Encoding,
+    #[serde(default)]
+    env: BTreeMap<String, String>,
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
+    #[serde(default)]
+    limits: RequestedLimits,
+    #[serde(default = "truncate")]
+    output_policy: OutputPolicy,
+    #[serde(default)]
+    network: Network,
+    wait_ms: Option<u64>,
+}
+
+/// Body of `POST /v1/sandboxes`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SandboxRequest {
+    image: String,
+    name: Option<String>,
+    command: Option<Vec<String>>,
+    workdir: Option<String>,
+    #[serde(default)]
+    files: Vec<FileRequest>,
+    stdin: Option<String>,
+    #[serde(default)]
+    stdin_encoding: Encoding,
+    #[serde(default)]
+    env: BTreeMap<String, String>,
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
+    #[serde(default)]
+    limits: RequestedLimits,
+    #[serde(default = "truncate")]
+    output_policy: OutputPolicy,
+    #[serde(default)]
+    network: Network,
+    ttl_ms: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileRequest {
+    path: String,
+    content: String,
+    #[serde(default)]
+    encoding: Encoding,
+    mode: Option<String>,
+}
+
+/// How bytes stand in JSON.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+enum Encoding {
+    #[default]
+    #[serde(rename = "utf-8")]
+    Utf8,
+    #[serde(rename = "base64")]
+    Base64,
+}
+
+/// What of the network a sandbox reaches.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Network {
+    #[default]
+    None,
+}
+
+const fn truncate() -> OutputPolicy {
+    OutputPolicy::Truncate
+}
+
+/// Bytes for the payload.
+#[derive(Clone, PartialEq, Eq, Default)]
+pub struct Content(pub Vec<u8>);
+
+impl fmt::Debug for Content {
+    /// The length alone: what a tenant sends belongs in no log.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.0.len())
+    }
+}
+
+/// A file to be put into the sandbox before its start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct File {
+    pub path: String,
+    pub mode: u32,
+    pub content: Content,
+}
+
+/// The name of an image, with a form that it may have.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ImageReference(String);
+
+impl ImageReference {
+    /// Checks the form: 1 to 256 of letters, digits and `._/:@-`, beginning with a letter or digit.
+    pub fn parse(field: &str, text: String) -> Result<Self, Invalid> {
+        let is_sound = (1..=REFERENCE_BYTES_MAX).contains(&text.len())
+            && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._/:@-".contains(&b));
+        is_sound.then_some(Self(text)).ok_or_else(|| {
+            Invalid::new(field, "an image reference is 1 to 256 letters, digits and ._/:@-, beginning with a letter or digit")
+        })
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// A sandbox as asked for, every field checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewSandbox {
+    pub kind: Kind,
+    pub image: ImageReference,
+    pub name: Option<String>,
+    pub command: Option<Vec<String>>,
+    pub workdir: Option<String>,
+    pub files: Vec<File>,
+    pub stdin: Option<Content>,
+    pub env: BTreeMap<String, String>,
+    pub labels: BTreeMap<String, String>,
+    pub limits: Limits,
+    pub output_policy: OutputPolicy,
+    pub ttl_ms: Option<u64>,
+}
+
+impl RunRequest {
+    /// The sandbox and how long to wait for its end, in milliseconds; or the first field that is wrong.
+    pub fn parse(self) -> Result<(NewSandbox, u64), Invalid> {
+        let Network::None = self.network;
+        let wait_ms = match self.wait_ms {
+            Some(ms) => WAIT_MS.check(ms)?,
+            None => 30_000,
+        };
+        let sandbox = NewSandbox {
+            kind: Kind::Run,
+            image: ImageReference::parse("image", self.image)?,
+            name: None,
+            command: command(self.command)?,
+            workdir: workdir(self.workdir)?,
+            files: files(self.files)?,
+            stdin: stdin(self.stdin, self.stdin_encoding)?,
+            env: env(self.env)?,
+            labels: labels(self.labels)?,
+            limits: Limits::of(Kind::Run, self.limits)?,
+            output_policy: self.output_policy,
+            ttl_ms: None,
+        };
+        sandbox.args_and_env_fit().map(|()| (sandbox, wait_ms))
+    }
+}
+
+impl SandboxRequest {
+    /// The sandbox, or the first field that is wrong.
+    pub fn parse(self) -> Result<NewSandbox, Invalid> {
+        let Network::None = self.network;
+        let sandbox = NewSandbox {
+            kind: Kind::Sandbox,
+            image: ImageReference::parse("image", self.image)?,
+            name: self.name.map(name).transpose()?,
+            command: command(self.command)?,
+            workdir: workdir(self.workdir)?,
+            files: files(self.files)?,
+            stdin: stdin(self.stdin, self.stdin_encoding)?,
+            env: env(self.env)?,
+            labels: labels(self.labels)?,
+            limits: Limits::of(Kind::Sandbox, self.limits)?,
+            output_policy: self.output_policy,
+            ttl_ms: self.ttl_ms.map(|ms| TTL_MS.check(ms)).transpose()?,
+        };
+        sandbox.args_and_env_fit().map(|()| sandbox)
+    }
+}
+
+impl NewSandbox {
+    fn args_and_env_fit(&self) -> Result<(), Invalid> {
+        let args: usize = self.command.iter().flatten().map(|arg| arg.len() + 1).sum();
+        let env: usize = self.env.iter().map(|(key, value)| key.len() + value.len() + 2).sum();
+        if args + env > ARGS_ENV_BYTES_MAX {
+            let field = if args > env { "command" } else { "env" };
+            return Err(Invalid::new(field, format!("command and env together are {} bytes; at most {ARGS_ENV_BYTES_MAX}", args + env)));
+        }
+        Ok(())
+    }
+}
+
+fn command(command: Option<Vec<String>>) -> Result<Option<Vec<String>>, Invalid> {
+    let Some(args) = command else { return Ok(None) };
+    if args.first().is_none_or(String::is_empty) {
+        return Err(Invalid::new("command", "the first element names the program and cannot be empty"));
+    }
+    if let Some(at) = args.iter().position(|arg| arg.contains('\0')) {
+        return Err(Invalid::new(format!("command[{at}]"), "no argument can hold a zero byte"));
+    }
+    Ok(Some(args))
+}
+
+fn workdir(workdir: Option<String>) -> Result<Option<String>, Invalid> {
+    let Some(path) = workdir else { return Ok(None) };
+    let is_sound = path.starts_with('/') && path.len() <= PATH_BYTES_MAX && !path.contains('\0');
+    is_sound.then_some(Some(path)).ok_or_else(|| Invalid::new("workdir", "a working folder is an absolute path of at most 4095 bytes"))
+}
+
+fn stdin(stdin: Option<String>, encoding: Encoding) -> Result<Option<Content>, Invalid> {
+    stdin.map(|text| encoding.decode(text).map_err(|detail| Invalid::new("stdin", detail))).transpose()
+}
+
+fn env(env: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Invalid> {
+    for (key, value) in &env {
+        if key.is_empty() || key.contains(['=', '\0']) {
+            return Err(Invalid::new("env", "the name of a variable is not empty and holds neither = nor a zero byte"));
+        }
+        if value.contains('\0') {
+            return Err(Invalid::new(format!("env.{key}"), "no value can hold a zero byte"));
+        }
+    }
+    Ok(env)
+}
+
+fn labels(labels: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Invalid> {
+    if labels.len() > LABELS_MAX {
+        return Err(Invalid::new("labels", format!("{} labels; at most {LABELS_MAX}", labels.len())));
+    }
+    for (key, value) in &labels {
+        let is_sound =
+            (1..=LABEL_KEY_BYTES_MAX).contains(&key.len()) && key.bytes().all(|b| b.is_ascii_alphanumeric() || b"._/-".contains(&b));
+        if !is_sound {
+            return Err(Invalid::new("labels", "the key of a label is 1 to 63 letters, digits and ._/-"));
+        }
+        if value.len() > LABEL_VALUE_BYTES_MAX || value.contains('\0') {
+            return Err(Invalid::new(format!("labels.{key}"), "the value of a label is at most 256 bytes, none of them zero"));
+        }
+    }
+    Ok(labels)
+}
+
+fn name(name: String) -> Result<String, Invalid> {
+    let is_sound = (1..=NAME_BYTES_MAX).contains(&name.len())
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    is_sound
+        .then_some(name)
+        .ok_or_else(|| Invalid::new("name", "a name is 1 to 63 letters, digits and ._-, beginning with a letter or digit"))
+}
+
+fn files(files: Vec<FileRequest>) -> Result<Vec<File>, Invalid> {
+    if files.len() > FILES_MAX {
+        return Err(Invalid::new("files", format!("{} files; at most {FILES_MAX}", files.len())));
+    }
+    files.into_iter().enumerate().map(|(at, file)| file.parse(at)).collect()
+}
+
+impl FileRequest {
+    fn parse(self, at: usize) -> Result<File, Invalid> {
+        let is_sound = (1..=PATH_BYTES_MAX).contains(&self.path.len())
+            && !self.path.contains('\0')
+            && !self.path.ends_with('/')
+            && self.path.split('/').all(|part| part != "..")
+            && self.path != ".";
+        if !is_sound {
+            let detail = "the path of a file is 1 to 4095 bytes, names a file, and goes through no `..`";
+            return Err(Invalid::new(format!("files[{at}].path"), detail));
+        }
+        let mode = match self.mode.as_deref() {
+            None => 0o644,
+            Some(text) => mode(text).ok_or_else(|| {
+                Invalid::new(format!("files[{at}].mode"), "a mode is three octal digits with an optional leading zero, as in \"0755\"")
+            })?,
+        };
+        let content = self.encoding.decode(self.content).map_err(|detail| Invalid::new(format!("files[{at}].content"), detail))?;
+        Ok(File { path: self.path, mode, content })
+    }
+}
+
+fn mode(text: &str) -> Option<u32> {
+    let digits = if text.len() == 4 { text.strip_prefix('0')? } else { text };
+    let is_sound = digits.len() == 3 && digits.bytes().all(|b| matches!(b, b'0'..=b'7'));
+    is_sound.then(|| u32::from_str_radix(digits, 8).ok()).flatten()
+}
+
+impl Encoding {
+    fn decode(self, text: String) -> Result<Content, String> {
+        match self {
+            Self::Utf8 => Ok(Content(text.into_bytes())),
+            Self::Base64 => BASE64.decode(text).map(Content).map_err(|error| format!("not base64: {error}")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn run(body: Value) -> Result<(NewSandbox, u64), Invalid> {
+        serde_json::from_value::<RunRequest>(body).unwrap().parse()
+    }
+
+    #[test]
+    fn the_smallest_run_is_an_image() {
+        let (sandbox, wait_ms) = run(json!({"image": "python"})).unwrap();
+        assert_eq!(sandbox.image.as_str(), "python");
+        assert_eq!(sandbox.output_policy, OutputPolicy::Truncate);
+        assert_eq!(wait_ms, 30_000);
+    }
+
+    #[test]
+    fn a_file_in_base64_holds_the_decoded_bytes() {
+        let body = json!({"image": "a", "files": [{"path": "x", "content": "/w==", "encoding": "base64", "mode": "0755"}]});
+        let (sandbox, _) = run(body).unwrap();
+        assert_eq!(sandbox.files, [File { path: "x".into(), mode: 0o755, content: Content(vec![0xff]) }]);
+    }
+
+    #[test]
+    fn a_path_that_climbs_is_refused_by_its_index() {
+        let error = run(json!({"image": "a", "files": [{"path": "ok", "content": ""}, {"path": "a/../../b", "content": ""}]})).unwrap_err();
+        assert_eq!(error.field, "files[1].path");
+    }
+
+    #[test]
+    fn setuid_is_no_mode() {
+        let error = run(json!({"image": "a", "files": [{"path": "x", "content": "", "mode": "4755"}]})).unwrap_err();
+        assert_eq!(error.field, "files[0].mode");
+    }
+
+    #[test]
+    fn an_unknown_field_does_not_parse() {
+        assert!(serde_json::from_value::<RunRequest>(json!({"image": "a", "imagee": "b"})).is_err());
+        assert!(serde_json::from_value::<RunRequest>(json!({"image": "a", "limits": {"memory": 1}})).is_err());
+    }
+
+    #[test]
+    fn a_network_that_we_do_not_give_does_not_parse() {
+        assert!(serde_json::from_value::<RunRequest>(json!({"image": "a", "network": "open"})).is_err());
+    }
+
+    #[test]
+    fn an_empty_command_names_no_program() {
+        assert_eq!(run(json!({"image": "a", "command": []})).unwrap_err().field, "command");
+        assert_eq!(run(json!({"image": "a", "command": [""]})).unwrap_err().field, "command");
+        assert_eq!(run(json!({"image": "a", "command": ["a", "b\0"]})).unwrap_err().field, "command[1]");
+    }
+
+    #[test]
+    fn a_variable_with_an_equals_sign_in_its_name_is_refused() {
+        assert_eq!(run(json!({"image": "a", "env": {"A=B": "c"}})).unwrap_err().field, "env");
+    }
+
+    #[test]
+    fn too_much_environment_is_refused_before_it_is_sent() {
+        let error = run(json!({"image": "a", "env": {"A": "x".repeat(ARGS_ENV_BYTES_MAX)}})).unwrap_err();
+        assert_eq!(error.field, "env");
+    }
+
+    #[test]
+    fn a_wait_beyond_its_bound_is_refused_with_the_bound() {
+        let error = run(json!({"image": "a", "wait_ms": 300_001})).unwrap_err();
+        assert_eq!((error.field.as_str(), error.bound), ("wait_ms", Some(&WAIT_MS)));
+    }
+
+    #[test]
+    fn a_reference_with_a_space_is_no_reference() {
+        assert_eq!(run(json!({"image": "a b"})).unwrap_err().field, "image");
+        assert_eq!(run(json!({"image": ""})).unwrap_err().field, "image");
+    }
+
+    #[test]
+    fn a_debug_print_shows_no_content() {
+        let (sandbox, _) = run(json!({"image": "a", "stdin": "secret"})).unwrap();
+        assert!(!format!("{sandbox:?}").contains("secret"));
+    }
+}

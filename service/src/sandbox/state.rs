@@ -1,0 +1,108 @@
+//! The life of a sandbox as a table of permitted steps.
+
+use serde::{Deserialize, Serialize};
+
+/// Where a sandbox stands.
+///
+/// ```text
+///          Claimed            Launched           Ended
+/// queued ──────────▶ starting ──────────▶ running ─────▶ exited
+///    │                  │                    │
+///    │ Lost             │ Lost               │ Lost
+///    └──────────────────┴────────────────────┴─────────▶ failed
+/// ```
+///
+/// `failed`: the payload never started, or nobody knows what became of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    Queued,
+    Starting,
+    Running,
+    Exited,
+    Failed,
+}
+
+/// What happens to a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// A node took it from the queue.
+    Claimed,
+    /// The payload's program runs.
+    Launched,
+    /// The payload ended, and how is known.
+    Ended,
+    /// The payload never ran, or its end is unknown.
+    Lost,
+}
+
+impl State {
+    pub const ALL: [Self; 5] = [Self::Queued, Self::Starting, Self::Running, Self::Exited, Self::Failed];
+
+    /// The state after `event`, or `None` if that cannot happen here.
+    pub const fn after(self, event: Event) -> Option<Self> {
+        match (self, event) {
+            (Self::Queued, Event::Claimed) => Some(Self::Starting),
+            (Self::Starting, Event::Launched) => Some(Self::Running),
+            (Self::Running, Event::Ended) => Some(Self::Exited),
+            (Self::Queued | Self::Starting | Self::Running, Event::Lost) => Some(Self::Failed),
+            (Self::Queued, Event::Launched | Event::Ended)
+            | (Self::Starting, Event::Claimed | Event::Ended)
+            | (Self::Running, Event::Claimed | Event::Launched)
+            | (Self::Exited | Self::Failed, _) => None,
+        }
+    }
+
+    /// Whether nothing happens to it any more.
+    pub const fn is_final(self) -> bool {
+        matches!(self, Self::Exited | Self::Failed)
+    }
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Exited => "exited",
+            Self::Failed => "failed",
+        }
+    }
+
+    /// The state of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.as_str() == name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_payload_that_ran_to_its_end_is_exited() {
+        let states = [Event::Claimed, Event::Launched, Event::Ended].iter().try_fold(State::Queued, |state, event| state.after(*event));
+        assert_eq!(states, Some(State::Exited));
+    }
+
+    #[test]
+    fn nothing_leaves_a_final_state() {
+        for event in [Event::Claimed, Event::Launched, Event::Ended, Event::Lost] {
+            assert_eq!(State::Exited.after(event), None);
+            assert_eq!(State::Failed.after(event), None);
+        }
+    }
+
+    #[test]
+    fn a_payload_that_never_ran_cannot_exit() {
+        assert_eq!(State::Starting.after(Event::Ended), None);
+        assert_eq!(State::Starting.after(Event::Lost), Some(State::Failed));
+    }
+
+    #[test]
+    fn every_name_names_its_state() {
+        for state in State::ALL {
+            assert_eq!(State::named(state.as_str()), Some(state));
+        }
+        assert_eq!(State::named("gone"), None);
+    }
+}

@@ -1,0 +1,110 @@
+//! Everything that must outlive a process: the only module that knows SQL.
+
+mod images;
+mod nodes;
+mod queue;
+mod sandboxes;
+
+use std::{io, time::Duration};
+
+pub use images::{Image, NewImage};
+pub use nodes::NodeId;
+pub use queue::{Candidate, Input, QueueListener};
+pub use sandboxes::{Deleted, Ended, Filter, LogKept, StoredLog};
+use sqlx::{
+    PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+
+/// How long a request waits for a free connection before the database counts as unavailable.
+const ACQUIRE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Postgres, with a bounded number of connections.
+#[derive(Debug, Clone)]
+pub struct Store {
+    pool: PgPool,
+}
+
+/// Why the store did not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Postgres cannot be reached or is shutting down. Later it may work.
+    #[error("the database is not available: {0}")]
+    Unavailable(#[source] sqlx::Error),
+    /// The tenant has a sandbox of this name.
+    #[error("the name is taken")]
+    NameTaken,
+    #[error(transparent)]
+    Other(#[from] anyhow::Error),
+}
+
+impl Store {
+    /// Connects. Fails when Postgres cannot be reached with these options.
+    pub async fn connect(options: PgConnectOptions, connections: u32) -> anyhow::Result<Self> {
+        let pool = PgPoolOptions::new()
+            .max_connections(connections)
+            .min_connections(2.min(connections))
+            .acquire_timeout(ACQUIRE_DEADLINE)
+            // A broken connection shows at its first use and costs that request a retry; a question before each use costs every request.
+            .test_before_acquire(false)
+            .connect_with(options)
+            .await?;
+        Ok(Self { pool })
+    }
+
+    /// Brings the schema up to this program's version, under a lock that lets one process do it at a time.
+    pub async fn migrate(&self) -> anyhow::Result<()> {
+        Ok(sqlx::migrate!("../migrations").run(&self.pool).await?)
+    }
+
+    /// Whether Postgres answers.
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        sqlx::query!("select 1 as one").fetch_one(&self.pool).await?;
+        Ok(())
+    }
+
+    /// Closes every connection, after what they are doing.
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+}
+
+impl From<sqlx::Error> for StoreError {
+    fn from(error: sqlx::Error) -> Self {
+        if is_unavailable(&error) {
+            return Self::Unavailable(error);
+        }
+        if let sqlx::Error::Database(database) = &error
+            && database.constraint() == Some("sandboxes_name")
+        {
+            return Self::NameTaken;
+        }
+        Self::Other(error.into())
+    }
+}
+
+/// Whether the fault lies with the connection or the server's state, not with the statement.
+fn is_unavailable(error: &sqlx::Error) -> bool {
+    // Classes 08 (connection), 53 (resources) and 57 (operator) of the table of error codes in Postgres's manual.
+    let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
+    code.is_some_and(|code| ["08", "53", "57"].iter().any(|class| code.starts_with(class)))
+        || matches!(
+            error,
+            sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Tls(_) | sqlx::Error::WorkerCrashed
+        )
+}
+
+/// A number of ours as Postgres holds it. Limits, sizes and counters stay far below 2^63.
+fn bigint(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// A number from a column that cannot be negative.
+fn unsigned(number: i64) -> u64 {
+    u64::try_from(number).unwrap_or(0)
+}
+
+/// A row that no version of ours wrote.
+fn damaged(what: impl std::fmt::Display) -> StoreError {
+    StoreError::Other(anyhow::Error::new(io::Error::new(io::ErrorKind::InvalidData, format!("a row holds {what}"))))
+}

@@ -1,0 +1,208 @@
+//! Table `images`: which content a tenant means by a reference.
+
+use oci_spec::image::ImageConfiguration;
+use sqlx::types::Json;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::{Store, StoreError, bigint, damaged, unsigned};
+use crate::sandbox::{ImageId, TenantId};
+
+/// An image that was imported.
+#[derive(Debug, Clone)]
+pub struct NewImage {
+    /// `None`: for all tenants.
+    pub tenant: Option<TenantId>,
+    pub reference: String,
+    /// Of its manifest, as in `sha256:…`.
+    pub digest: String,
+    /// The unpacked root in the keeper's store.
+    pub root: ImageId,
+    pub config: ImageConfiguration,
+    pub size_bytes: u64,
+    pub created_at: OffsetDateTime,
+}
+
+/// An image as its tenant sees it.
+#[derive(Debug, Clone)]
+pub struct Image {
+    pub reference: String,
+    pub digest: String,
+    pub root: ImageId,
+    pub config: ImageConfiguration,
+    pub size_bytes: u64,
+    pub created_at: OffsetDateTime,
+    /// Whether it is for all tenants.
+    pub is_shared: bool,
+}
+
+struct Row {
+    tenant: Option<String>,
+    reference: String,
+    digest: String,
+    root: String,
+    config: Json<ImageConfiguration>,
+    size_bytes: i64,
+    created_at: OffsetDateTime,
+}
+
+impl Row {
+    fn read(self) -> Result<Image, StoreError> {
+        Ok(Image {
+            is_shared: self.tenant.is_none(),
+            reference: self.reference,
+            digest: self.digest,
+            root: self.root.try_into().map_err(damaged)?,
+            config: self.config.0,
+            size_bytes: unsigned(self.size_bytes),
+            created_at: self.created_at,
+        })
+    }
+}
+
+impl Store {
+    /// Makes the reference name this image from now on, for its tenant or for all.
+    pub async fn record_image(&self, image: &NewImage) -> Result<Image, StoreError> {
+        let row = sqlx::query_as!(
+            Row,
+            r#"with known as (
+                insert into tenants (id, created_at) select $2::text, $8 where $2::text is not null on conflict do nothing
+            )
+            insert into images (id, tenant, reference, digest, root, config, size_bytes, created_at)
+            values ($1, $2, $3, $4, $5, $6, $7, $8)
+            on conflict (coalesce(tenant, ''), reference) do update
+            set digest = excluded.digest, root = excluded.root, config = excluded.config,
+                size_bytes = excluded.size_bytes, created_at = excluded.created_at
+            returning tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at"#,
+            Uuid::now_v7(),
+            image.tenant.as_ref().map(TenantId::as_str),
+            image.reference,
+            image.digest,
+            image.root.to_string(),
+            Json(&image.config) as _,
+            bigint(image.size_bytes),
+            image.created_at,
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        row.read()
+    }
+
+    /// What the tenant means by this reference: its own image, else the shared one.
+    pub async fn find_image(&self, tenant: &TenantId, reference: &str) -> Result<Option<Image>, StoreError> {
+        sqlx::query_as!(
+            Row,
+            r#"select tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at
+            from images
+            where reference = $2 and coalesce(tenant, '') in ($1, '')
+            order by tenant nulls last
+            limit 1"#,
+            tenant.as_str(),
+            reference,
+        )
+        .fetch_optional(&self.pool)
+        .await?
+        .map(Row::read)
+        .transpose()
+    }
+
+    /// Every image that the tenant can use, by reference, its own before a shared one of the same reference.
+    pub async fn list_images(&self, tenant: &TenantId) -> Result<Vec<Image>, StoreError> {
+        sqlx::query_as!(
+            Row,
+            r#"select tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at
+            from images
+            where coalesce(tenant, '') in ($1, '')
+            order by reference, tenant nulls last"#,
+            tenant.as_str(),
+        )
+        .fetch_all(&self.pool)
+        .await?
+        .into_iter()
+        .map(Row::read)
+        .collect()
+    }
+
+    /// Takes the reference away, the tenant's own or — `None` — the shared one. Answers what it named.
+    pub async fn remove_image(&self, tenant: Option<&TenantId>, reference: &str) -> Result<Option<Image>, StoreError> {
+        sqlx::query_as!(
+            Row,
+            r#"delete from images where coalesce(tenant, '') = coalesce($1, '') and reference = $2
+            returning tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at"#,
+            tenant.map(TenantId::as_str),
+            reference,
+        )
+        .fetch_optional(&self.pool)
+        .await?
+        .map(Row::read)
+        .transpose()
+    }
+
+    /// Whether a reference or a sandbox that has yet to end still needs this unpacked root.
+    pub async fn needs_root(&self, root: &ImageId) -> Result<bool, StoreError> {
+        let is_needed = sqlx::query_scalar!(
+            r#"select exists (select 1 from images where root = $1)
+                or exists (select 1 from sandboxes where state = 'queued' and image_root = $1)
+                or exists (select 1 from sandboxes where state in ('starting', 'running') and image_root = $1) as "is_needed!""#,
+            root.to_string(),
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(is_needed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn image(tenant: Option<&str>, reference: &str, digit: char) -> NewImage {
+        let root = digit.to_string().repeat(64);
+        let config = json!({ "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": [] } });
+        NewImage {
+            tenant: tenant.map(|tenant| TenantId::proven(tenant.into())),
+            reference: reference.into(),
+            digest: format!("sha256:{root}"),
+            root: root.try_into().unwrap(),
+            config: serde_json::from_value(config).unwrap(),
+            size_bytes: 1,
+            created_at: OffsetDateTime::UNIX_EPOCH,
+        }
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn a_tenants_own_image_comes_before_the_shared_one(pool: sqlx::PgPool) {
+        let store = Store { pool };
+        store.record_image(&image(None, "python", 'a')).await.unwrap();
+        store.record_image(&image(Some("acme"), "python", 'b')).await.unwrap();
+
+        let own = store.find_image(&TenantId::proven("acme".into()), "python").await.unwrap().unwrap();
+        let shared = store.find_image(&TenantId::proven("other".into()), "python").await.unwrap().unwrap();
+        assert!(own.digest.ends_with('b') && !own.is_shared);
+        assert!(shared.digest.ends_with('a') && shared.is_shared);
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn another_tenants_image_is_not_found(pool: sqlx::PgPool) {
+        let store = Store { pool };
+        store.record_image(&image(Some("acme"), "secret", 'a')).await.unwrap();
+        let other = TenantId::proven("other".into());
+        assert!(store.find_image(&other, "secret").await.unwrap().is_none());
+        assert!(store.list_images(&other).await.unwrap().is_empty());
+        assert!(store.remove_image(Some(&other), "secret").await.unwrap().is_none());
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn a_second_import_moves_the_reference(pool: sqlx::PgPool) {
+        let store = Store { pool };
+        store.record_image(&image(None, "python", 'a')).await.unwrap();
+        store.record_image(&image(None, "python", 'b')).await.unwrap();
+        let images = store.list_images(&TenantId::proven("acme".into())).await.unwrap();
+        assert_eq!(images.len(), 1);
+        assert!(images[0].digest.ends_with('b'));
+        assert!(!store.needs_root(&"a".repeat(64).try_into().unwrap()).await.unwrap());
+        assert!(store.needs_root(&"b".repeat(64).try_into().unwrap()).await.unwrap());
+    }
+}

@@ -1,0 +1,478 @@
+//! Table `sandboxes`, with the ledger and the outbox that are written together with it.
+
+use std::collections::BTreeMap;
+
+use sandbox_core::protocol::OutputPolicy;
+use sqlx::types::Json;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use super::{NodeId, Store, StoreError, bigint, damaged, unsigned};
+use crate::sandbox::{Finish, ImageUsed, Kind, Limits, LogTail, Outcome, Program, Sandbox, SandboxId, State, TenantId};
+
+/// Which sandboxes of a tenant to list.
+#[derive(Debug, Clone, Default)]
+pub struct Filter {
+    pub states: Vec<State>,
+    /// All of these labels with these values.
+    pub labels: BTreeMap<String, String>,
+    /// Older than this one.
+    pub before: Option<SandboxId>,
+    pub limit: u32,
+}
+
+/// An end, to be stored.
+#[derive(Debug, Clone)]
+pub struct Ended<'a> {
+    pub finish: &'a Finish,
+    pub log_tail: &'a LogTail,
+    pub log_file: LogKept,
+}
+
+/// How long the node keeps the whole log of an ended sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogKept {
+    /// Not at all: what is stored with the outcome is everything.
+    No,
+    Until(OffsetDateTime),
+    UntilDeleted,
+}
+
+/// What is stored of the log of a sandbox that ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredLog {
+    pub tail: LogTail,
+    /// Whether its node still has all of it.
+    pub has_file: bool,
+}
+
+/// What a deleted row said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deleted {
+    pub state: State,
+    pub has_log_file: bool,
+}
+
+/// Short, since Postgres cuts the names of columns at 63 bytes, and sqlx reads types from them.
+pub(super) type Labels = Json<BTreeMap<String, String>>;
+
+/// A row of `sandboxes` without its log.
+pub(super) struct Row {
+    pub(super) id: Uuid,
+    pub(super) tenant: String,
+    pub(super) principal: String,
+    pub(super) kind: String,
+    pub(super) state: String,
+    pub(super) name: Option<String>,
+    pub(super) image_reference: String,
+    pub(super) image_digest: String,
+    pub(super) image_root: String,
+    pub(super) program: Json<Program>,
+    pub(super) limits: Json<Limits>,
+    pub(super) output_policy: String,
+    pub(super) labels: Labels,
+    pub(super) created_at: OffsetDateTime,
+    pub(super) claimed_at: Option<OffsetDateTime>,
+    pub(super) started_at: Option<OffsetDateTime>,
+    pub(super) finished_at: Option<OffsetDateTime>,
+    pub(super) expires_at: Option<OffsetDateTime>,
+    pub(super) outcome: Option<Json<Outcome>>,
+}
+
+/// Reads whole rows; the condition and what follows it are the caller's.
+macro_rules! select_sandboxes {
+    ($condition:literal $(, $argument:expr)* $(,)?) => {
+        sqlx::query_as!(
+            crate::store::sandboxes::Row,
+            r#"select id, tenant, principal, kind, state, name, image_reference, image_digest, image_root,
+                program as "program: sqlx::types::Json<crate::sandbox::Program>",
+                limits as "limits: sqlx::types::Json<crate::sandbox::Limits>",
+                output_policy,
+                labels as "labels: crate::store::sandboxes::Labels",
+                created_at, claimed_at, started_at, finished_at, expires_at,
+                outcome as "outcome: sqlx::types::Json<crate::sandbox::Outcome>"
+            from sandboxes
+            where "# + $condition
+            $(, $argument)*
+        )
+    };
+}
+pub(super) use select_sandboxes;
+
+impl Row {
+    pub(super) fn read(self) -> Result<Sandbox, StoreError> {
+        Ok(Sandbox {
+            id: SandboxId(self.id),
+            tenant: TenantId::proven(self.tenant),
+            principal: self.principal,
+            kind: match self.kind.as_str() {
+                "run" => Kind::Run,
+                "sandbox" => Kind::Sandbox,
+                other => return Err(damaged(format_args!("the kind {other}"))),
+            },
+            state: state_of(&self.state)?,
+            name: self.name,
+            image: ImageUsed {
+                reference: self.image_reference,
+                digest: self.image_digest,
+                root: self.image_root.try_into().map_err(damaged)?,
+            },
+            program: self.program.0,
+            limits: self.limits.0,
+            output_policy: match self.output_policy.as_str() {
+                "truncate" => OutputPolicy::Truncate,
+                "kill" => OutputPolicy::Kill,
+                "discard" => OutputPolicy::Discard,
+                other => return Err(damaged(format_args!("the output policy {other}"))),
+            },
+            labels: self.labels.0,
+            created_at: self.created_at,
+            claimed_at: self.claimed_at,
+            started_at: self.started_at,
+            finished_at: self.finished_at,
+            expires_at: self.expires_at,
+            outcome: self.outcome.map(|outcome| outcome.0),
+        })
+    }
+}
+
+fn state_of(name: &str) -> Result<State, StoreError> {
+    State::named(name).ok_or_else(|| damaged(format_args!("the state {name}")))
+}
+
+pub(super) const fn policy_name(policy: OutputPolicy) -> &'static str {
+    match policy {
+        OutputPolicy::Truncate => "truncate",
+        OutputPolicy::Kill => "kill",
+        OutputPolicy::Discard => "discard",
+    }
+}
+
+impl Store {
+    /// Inserts the sandbox as claimed by this node, in the state that it has — unless others wait in the queue, who come first: then
+    /// nothing is inserted and the answer is false.
+    pub async fn admit(&self, sandbox: &Sandbox, node: NodeId) -> Result<bool, StoreError> {
+        let inserted = sqlx::query!(
+            "with known as (
+                insert into tenants (id, created_at) values ($2, $15) on conflict do nothing
+            )
+            insert into sandboxes (
+                id, tenant, principal, kind, state, name, image_reference, image_digest, image_root, program, limits, output_policy,
+                labels, memory_bytes, cpu_millis, node, created_at, claimed_at, expires_at
+            )
+            select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $19, $18, $15, $16, $17
+            where not exists (select 1 from sandboxes where state = 'queued')",
+            sandbox.id.0,
+            sandbox.tenant.as_str(),
+            sandbox.principal,
+            sandbox.kind.as_str(),
+            sandbox.state.as_str(),
+            sandbox.name.as_deref() as _,
+            sandbox.image.reference,
+            sandbox.image.digest,
+            sandbox.image.root.to_string(),
+            Json(&sandbox.program) as _,
+            Json(&sandbox.limits) as _,
+            policy_name(sandbox.output_policy),
+            Json(&sandbox.labels) as _,
+            bigint(sandbox.limits.memory_bytes()),
+            sandbox.created_at,
+            sandbox.claimed_at as _,
+            sandbox.expires_at as _,
+            node.0,
+            bigint(sandbox.limits.cpu_millis()),
+        )
+        .execute(&self.pool)
+        .await?;
+        Ok(inserted.rows_affected() == 1)
+    }
+
+    /// The sandbox of this tenant.
+    pub async fn find(&self, tenant: &TenantId, id: SandboxId) -> Result<Option<Sandbox>, StoreError> {
+        let row = select_sandboxes!("id = $1 and tenant = $2", id.0, tenant.as_str()).fetch_optional(&self.pool).await?;
+        row.map(Row::read).transpose()
+    }
+
+    /// The tenant's long-lived sandboxes, newest first.
+    pub async fn list(&self, tenant: &TenantId, filter: &Filter) -> Result<Vec<Sandbox>, StoreError> {
+        let states: Vec<String> = filter.states.iter().map(|state| state.as_str().to_owned()).collect();
+        select_sandboxes!(
+            "tenant = $1 and kind = 'sandbox'
+                and (cardinality($2::text[]) = 0 or state = any($2))
+                and labels @> $3
+                and ($4::uuid is null or id < $4)
+            order by id desc
+            limit $5",
+            tenant.as_str(),
+            &states,
+            Json(&filter.labels) as _,
+            filter.before.map(|id| id.0) as _,
+            i64::from(filter.limit),
+        )
+        .fetch_all(&self.pool)
+        .await?
+        .into_iter()
+        .map(Row::read)
+        .collect()
+    }
+
+    /// Every sandbox that this node claimed and whose end is not stored.
+    pub async fn live_of(&self, node: NodeId) -> Result<Vec<Sandbox>, StoreError> {
+        let rows = select_sandboxes!("node = $1 and state in ('starting', 'running')", node.0).fetch_all(&self.pool).await?;
+        rows.into_iter().map(Row::read).collect()
+    }
+
+    /// Notes that the payload runs. Nothing happens if the sandbox is not starting any more.
+    pub async fn mark_running(&self, id: SandboxId, started_at: OffsetDateTime) -> Result<(), StoreError> {
+        sqlx::query!("update sandboxes set state = 'running', started_at = $2 where id = $1 and state = 'starting'", id.0, started_at)
+            .execute(&self.pool)
+            .await?;
+        Ok(())
+    }
+
+    /// Stores the end of a sandbox whose state is one of `from`, with its line in the ledger and its event: all or nothing. False if it
+    /// had another state: then its end was stored before.
+    pub async fn finish(&self, id: SandboxId, from: &[State], ended: &Ended<'_>) -> Result<bool, StoreError> {
+        let Ended { finish, log_tail, log_file } = ended;
+        let from: Vec<String> = from.iter().map(|state| state.as_str().to_owned()).collect();
+        let (has_log_file, log_expires_at) = match *log_file {
+            LogKept::No => (false, None),
+            LogKept::Until(at) => (true, Some(at)),
+            LogKept::UntilDeleted => (true, None),
+        };
+        let count = sqlx::query_scalar!(
+            r#"with ended as (
+                update sandboxes
+                set state = $3, outcome = $4, reason = $5, started_at = $6, finished_at = $7, log_tail = $8,
+                    stdout_omitted_bytes = $9, stderr_omitted_bytes = $10, has_log_file = $11, log_expires_at = $12
+                where id = $1 and state = any($2)
+                returning id, tenant, principal, kind, memory_bytes, labels
+            ), counted as (
+                insert into usage (
+                    sandbox, tenant, principal, kind, wall_us, cpu_us, memory_peak_bytes, memory_limit_bytes, output_bytes, ended_at
+                )
+                select id, tenant, principal, kind, $13, $14, $15, memory_bytes, $16, $7 from ended
+            ), told as (
+                insert into events (tenant, sandbox, kind, at, data)
+                select tenant, id, 'sandbox.ended', $7,
+                    jsonb_build_object('kind', kind, 'state', $3::text, 'labels', labels, 'outcome', $4::jsonb)
+                from ended
+            ), dropped as (
+                delete from inputs using ended where inputs.sandbox = ended.id
+            )
+            select count(*) as "count!" from ended"#,
+            id.0,
+            &from,
+            finish.state.as_str(),
+            Json(&finish.outcome) as _,
+            finish.outcome.reason.as_str(),
+            finish.started_at as _,
+            finish.finished_at,
+            log_tail.bytes,
+            bigint(log_tail.stdout_omitted_bytes),
+            bigint(log_tail.stderr_omitted_bytes),
+            has_log_file,
+            log_expires_at as _,
+            bigint(finish.used.wall_us),
+            bigint(finish.used.cpu_us),
+            bigint(finish.used.memory_peak_bytes),
+            bigint(finish.used.stdout_bytes.saturating_add(finish.used.stderr_bytes)),
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(count == 1)
+    }
+
+    /// What is stored of the log of a sandbox that ended; `None` if it has not, or is unknown.
+    pub async fn find_log(&self, id: SandboxId) -> Result<Option<StoredLog>, StoreError> {
+        let row = sqlx::query!(
+            "select log_tail, stdout_omitted_bytes, stderr_omitted_bytes, has_log_file
+            from sandboxes where id = $1 and state in ('exited', 'failed')",
+            id.0
+        )
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(row.map(|row| StoredLog {
+            tail: LogTail {
+                bytes: row.log_tail.unwrap_or_default(),
+                stdout_omitted_bytes: unsigned(row.stdout_omitted_bytes),
+                stderr_omitted_bytes: unsigned(row.stderr_omitted_bytes),
+            },
+            has_file: row.has_log_file,
+        }))
+    }
+
+    /// Removes a long-lived sandbox of this tenant that does not run, and tells of it. `None` if there is none, or it runs.
+    pub async fn delete(&self, tenant: &TenantId, id: SandboxId, now: OffsetDateTime) -> Result<Option<Deleted>, StoreError> {
+        let row = sqlx::query!(
+            "with gone as (
+                delete from sandboxes
+                where id = $1 and tenant = $2 and kind = 'sandbox' and state in ('queued', 'exited', 'failed')
+                returning id, tenant, state, has_log_file, labels
+            ), told as (
+                insert into events (tenant, sandbox, kind, at, data)
+                select tenant, id, 'sandbox.deleted', $3, jsonb_build_object('state', state, 'labels', labels) from gone
+            )
+            select state, has_log_file from gone",
+            id.0,
+            tenant.as_str(),
+            now,
+        )
+        .fetch_optional(&self.pool)
+        .await?;
+        row.map(|row| Ok(Deleted { state: state_of(&row.state)?, has_log_file: row.has_log_file })).transpose()
+    }
+
+    /// Ended sandboxes of this node whose whole log it still keeps; with `overdue_at`, only those whose time is over by then.
+    pub async fn kept_logs(&self, node: NodeId, overdue_at: Option<OffsetDateTime>) -> Result<Vec<SandboxId>, StoreError> {
+        let ids = sqlx::query_scalar!(
+            "select id from sandboxes where node = $1 and has_log_file and ($2::timestamptz is null or log_expires_at <= $2)",
+            node.0,
+            overdue_at as _,
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(ids.into_iter().map(SandboxId).collect())
+    }
+
+    /// Notes that the node keeps these logs no more.
+    pub async fn drop_kept_logs(&self, ids: &[SandboxId]) -> Result<(), StoreError> {
+        let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
+        sqlx::query!("update sandboxes set has_log_file = false, log_expires_at = null where id = any($1)", &ids)
+            .execute(&self.pool)
+            .await?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use sandbox_core::protocol::Cause;
+    use serde_json::json;
+    use sqlx::PgPool;
+
+    use super::*;
+    use crate::sandbox::{Phases, RequestedLimits};
+
+    pub(in crate::store) fn sandbox(tenant: &str, kind: Kind, name: Option<&str>) -> Sandbox {
+        let root = "a".repeat(64);
+        let now = OffsetDateTime::UNIX_EPOCH;
+        Sandbox {
+            id: SandboxId(Uuid::now_v7()),
+            tenant: TenantId::proven(tenant.into()),
+            principal: "alice".into(),
+            kind,
+            state: State::Starting,
+            name: name.map(Into::into),
+            image: ImageUsed { reference: "python".into(), digest: format!("sha256:{root}"), root: root.try_into().unwrap() },
+            program: serde_json::from_value(json!({"args": ["a"], "env": [], "cwd": "/", "user": {"ids": {"uid": 0, "gid": 0}}})).unwrap(),
+            limits: Limits::of(kind, RequestedLimits::default()).unwrap(),
+            output_policy: OutputPolicy::Truncate,
+            labels: BTreeMap::from([("exercise".into(), "7".into())]),
+            created_at: now,
+            claimed_at: Some(now),
+            started_at: None,
+            finished_at: None,
+            expires_at: None,
+            outcome: None,
+        }
+    }
+
+    pub(in crate::store) async fn store_with_node(pool: PgPool) -> (Store, NodeId) {
+        let store = Store { pool };
+        let node = store.register_node("node", 1, 1, OffsetDateTime::UNIX_EPOCH).await.unwrap();
+        (store, node)
+    }
+
+    fn lost(sandbox: &Sandbox) -> Finish {
+        let cause = Cause::InfraError { message: "gone".into() };
+        Finish::without_usage(cause, OffsetDateTime::UNIX_EPOCH, &sandbox.limits, Phases::default())
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn a_sandbox_reads_back_as_it_was_admitted(pool: PgPool) {
+        let (store, node) = store_with_node(pool).await;
+        let sandbox = sandbox("acme", Kind::Sandbox, Some("box"));
+        assert!(store.admit(&sandbox, node).await.unwrap());
+        assert_eq!(store.find(&sandbox.tenant, sandbox.id).await.unwrap(), Some(sandbox.clone()));
+        assert_eq!(store.live_of(node).await.unwrap(), [sandbox]);
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn another_tenants_sandbox_is_not_found(pool: PgPool) {
+        let (store, node) = store_with_node(pool).await;
+        let sandbox = sandbox("acme", Kind::Sandbox, None);
+        store.admit(&sandbox, node).await.unwrap();
+        let other = TenantId::proven("other".into());
+        assert_eq!(store.find(&other, sandbox.id).await.unwrap(), None);
+        assert_eq!(store.delete(&other, sandbox.id, OffsetDateTime::UNIX_EPOCH).await.unwrap(), None);
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn a_name_is_given_once_to_a_tenant_and_again_to_another(pool: PgPool) {
+        let (store, node) = store_with_node(pool).await;
+        store.admit(&sandbox("acme", Kind::Sandbox, Some("box")), node).await.unwrap();
+        let again = store.admit(&sandbox("acme", Kind::Sandbox, Some("box")), node).await;
+        assert!(matches!(again, Err(StoreError::NameTaken)));
+        assert!(store.admit(&sandbox("other", Kind::Sandbox, Some("box")), node).await.unwrap());
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn an_end_is_stored_and_counted_once(pool: PgPool) {
+        let (store, node) = store_with_node(pool.clone()).await;
+        let sandbox = sandbox("acme", Kind::Run, None);
+        store.admit(&sandbox, node).await.unwrap();
+        let finish = lost(&sandbox);
+        let tail = LogTail { bytes: vec![1, 2], stdout_omitted_bytes: 3, stderr_omitted_bytes: 0 };
+        let ended = Ended { finish: &finish, log_tail: &tail, log_file: LogKept::UntilDeleted };
+
+        assert!(store.finish(sandbox.id, &[State::Starting, State::Running], &ended).await.unwrap());
+        assert!(!store.finish(sandbox.id, &[State::Starting, State::Running], &ended).await.unwrap());
+
+        let stored = store.find(&sandbox.tenant, sandbox.id).await.unwrap().unwrap();
+        assert_eq!((stored.state, stored.outcome.as_ref()), (State::Failed, Some(&finish.outcome)));
+        assert_eq!(store.find_log(sandbox.id).await.unwrap(), Some(StoredLog { tail, has_file: true }));
+        assert_eq!(store.kept_logs(node, None).await.unwrap(), [sandbox.id]);
+        assert_eq!(store.kept_logs(node, Some(OffsetDateTime::UNIX_EPOCH)).await.unwrap(), []);
+        let lines = sqlx::query_scalar!(r#"select count(*) as "count!" from usage"#).fetch_one(&pool).await.unwrap();
+        let events = sqlx::query_scalar!(r#"select count(*) as "count!" from events"#).fetch_one(&pool).await.unwrap();
+        assert_eq!((lines, events), (1, 1));
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn a_running_sandbox_is_not_deleted_and_an_ended_one_is(pool: PgPool) {
+        let (store, node) = store_with_node(pool).await;
+        let sandbox = sandbox("acme", Kind::Sandbox, None);
+        store.admit(&sandbox, node).await.unwrap();
+        store.mark_running(sandbox.id, OffsetDateTime::UNIX_EPOCH).await.unwrap();
+        assert_eq!(store.delete(&sandbox.tenant, sandbox.id, OffsetDateTime::UNIX_EPOCH).await.unwrap(), None);
+
+        let finish = lost(&sandbox);
+        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
+        store.finish(sandbox.id, &[State::Running], &ended).await.unwrap();
+        let deleted = store.delete(&sandbox.tenant, sandbox.id, OffsetDateTime::UNIX_EPOCH).await.unwrap();
+        assert_eq!(deleted, Some(Deleted { state: State::Failed, has_log_file: false }));
+        assert_eq!(store.find(&sandbox.tenant, sandbox.id).await.unwrap(), None);
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn a_list_is_newest_first_filtered_and_paged(pool: PgPool) {
+        let (store, node) = store_with_node(pool).await;
+        let first = sandbox("acme", Kind::Sandbox, None);
+        let second = sandbox("acme", Kind::Sandbox, None);
+        let run = sandbox("acme", Kind::Run, None);
+        for sandbox in [&first, &second, &run] {
+            store.admit(sandbox, node).await.unwrap();
+        }
+        let list = async |filter: Filter| -> Vec<SandboxId> {
+            store.list(&first.tenant, &filter).await.unwrap().into_iter().map(|sandbox| sandbox.id).collect()
+        };
+        let (id1, id2) = (first.id.max(second.id), first.id.min(second.id));
+        assert_eq!(list(Filter { limit: 10, ..Filter::default() }).await, [id1, id2]);
+        assert_eq!(list(Filter { limit: 1, ..Filter::default() }).await, [id1]);
+        assert_eq!(list(Filter { limit: 10, before: Some(id1), ..Filter::default() }).await, [id2]);
+        assert_eq!(list(Filter { limit: 10, states: vec![State::Exited], ..Filter::default() }).await, []);
+        let labels = BTreeMap::from([("exercise".to_owned(), "8".to_owned())]);
+        assert_eq!(list(Filter { limit: 10, labels, ..Filter::default() }).await, []);
+    }
+}
