@@ -1,0 +1,158 @@
+//! `/v1/images`: what sandboxes can be made of, and the way in for more.
+
+use std::sync::Arc;
+
+use axum::{
+    Json, Router,
+    body::Body,
+    extract::{Path, State},
+    http::{StatusCode, Uri, header},
+    response::{IntoResponse as _, Response},
+    routing::{get, post},
+};
+use serde::Serialize;
+use time::OffsetDateTime;
+
+use super::{App, caller::Caller, error::ApiError, query};
+use crate::{
+    images::ImportError,
+    sandbox::{ImageReference, Invalid},
+    store::Image,
+    token::Scope,
+};
+
+/// The routes below `/v1/images`.
+pub(super) fn router() -> Router<Arc<App>> {
+    Router::new()
+        .route("/v1/images", get(list))
+        .route("/v1/images/import", post(import))
+        // A reference may have slashes in it.
+        .route("/v1/images/{*reference}", get(read).delete(remove))
+}
+
+#[derive(Debug, Serialize)]
+struct ImageView {
+    reference: String,
+    digest: String,
+    /// Whether it is for all tenants.
+    shared: bool,
+    size_bytes: u64,
+    #[serde(with = "time::serde::rfc3339")]
+    created_at: OffsetDateTime,
+    config: ConfigView,
+}
+
+/// What a sandbox does when its request does not say otherwise.
+#[derive(Debug, Default, Serialize)]
+struct ConfigView {
+    entrypoint: Vec<String>,
+    command: Vec<String>,
+    env: Vec<String>,
+    workdir: String,
+    user: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Page {
+    items: Vec<ImageView>,
+}
+
+async fn import(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Body) -> Result<Response, ApiError> {
+    caller.require(Scope::ImagesWrite)?;
+    let reference = reference(query::pairs(&uri)?)?;
+    let tenant = (!caller.scopes.allow(Scope::Admin)).then_some(caller.tenant);
+    let upload = app.images.receive(body.into_data_stream()).await?;
+    let image = app.images.import(upload, reference, tenant).await?;
+    let location = format!("/v1/images/{}", image.reference);
+    Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(ImageView::from(image))).into_response())
+}
+
+async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<Page>, ApiError> {
+    caller.require(Scope::ImagesRead)?;
+    let mut items = app.store.list_images(&caller.tenant).await?;
+    // A tenant's own image hides the shared one of that name, here as in a run.
+    items.dedup_by(|next, kept| next.reference == kept.reference);
+    Ok(Json(Page { items: items.into_iter().map(ImageView::from).collect() }))
+}
+
+async fn read(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path<String>) -> Result<Json<ImageView>, ApiError> {
+    caller.require(Scope::ImagesRead)?;
+    let image = app.store.find_image(&caller.tenant, &reference).await?.ok_or(ApiError::ImageNotFound(reference))?;
+    Ok(Json(image.into()))
+}
+
+async fn remove(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path<String>) -> Result<StatusCode, ApiError> {
+    caller.require(Scope::ImagesWrite)?;
+    if app.images.remove(Some(&caller.tenant), &reference).await?.is_some() {
+        return Ok(StatusCode::NO_CONTENT);
+    }
+    // What is shared belongs to no tenant.
+    if app.store.find_image(&caller.tenant, &reference).await?.is_some() {
+        caller.require(Scope::Admin)?;
+        if app.images.remove(None, &reference).await?.is_some() {
+            return Ok(StatusCode::NO_CONTENT);
+        }
+    }
+    Err(ApiError::ImageNotFound(reference))
+}
+
+fn reference(pairs: Vec<(String, String)>) -> Result<ImageReference, ApiError> {
+    let mut found = None;
+    for (name, value) in pairs {
+        match name.as_str() {
+            "reference" if found.is_none() => found = Some(ImageReference::parse("reference", value)?),
+            "reference" => return Err(Invalid::new("reference", "an image has one reference").into()),
+            _ => return Err(query::unknown(&name)),
+        }
+    }
+    found.ok_or_else(|| Invalid::new("reference", "this parameter is missing: the name that the image is to have").into())
+}
+
+impl From<Image> for ImageView {
+    fn from(image: Image) -> Self {
+        let config = image.config.config().as_ref().map_or_else(ConfigView::default, |config| ConfigView {
+            entrypoint: config.entrypoint().clone().unwrap_or_default(),
+            command: config.cmd().clone().unwrap_or_default(),
+            env: config.env().clone().unwrap_or_default(),
+            workdir: config.working_dir().clone().unwrap_or_default(),
+            user: config.user().clone().unwrap_or_default(),
+        });
+        let Image { reference, digest, size_bytes, created_at, is_shared, .. } = image;
+        Self { reference, digest, shared: is_shared, size_bytes, created_at, config }
+    }
+}
+
+impl From<ImportError> for ApiError {
+    fn from(error: ImportError) -> Self {
+        match error {
+            ImportError::Invalid(why) => Invalid::new("", why).into(),
+            ImportError::TooLarge => Self::PayloadTooLarge(error.to_string()),
+            ImportError::Busy(why) => Self::NoCapacity(why),
+            ImportError::KeeperUnavailable => Self::KeeperUnavailable,
+            ImportError::Store(error) => error.into(),
+            ImportError::Internal(cause) => Self::Internal(cause),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(query: &str) -> Result<ImageReference, ApiError> {
+        reference(query::pairs(&format!("/v1/images/import?{query}").parse().unwrap())?)
+    }
+
+    #[test]
+    fn a_reference_may_be_encoded() {
+        assert_eq!(parsed("reference=library%2Fpython%3A3").unwrap().as_str(), "library/python:3");
+    }
+
+    #[test]
+    fn a_missing_or_unsound_reference_is_named() {
+        for query in ["", "reference=", "reference=a%20b", "reference=a&reference=b"] {
+            assert!(matches!(parsed(query), Err(ApiError::Invalid(invalid)) if invalid.field == "reference"), "{query}");
+        }
+        assert!(matches!(parsed("reference=a&colour=red"), Err(ApiError::Invalid(invalid)) if invalid.field == "colour"));
+    }
+}

@@ -1,0 +1,304 @@
+//! What an operator can set: flags, environment and one TOML file, which say the same things.
+
+mod account;
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+pub use account::Account;
+pub(crate) use account::finish;
+use anyhow::{Context, ensure};
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+
+use crate::token::{Rules, Secret};
+
+/// Connections to Postgres: fewer starve the hot path, more than this no server takes by default.
+const CONNECTIONS_MIN: u32 = 2;
+const CONNECTIONS_MAX: u32 = 1000;
+
+/// Everything that `serve` can be told, each given or not. The keys of the TOML file are the flags without their dashes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Options {
+    /// TOML file with any of these settings, named as the flags. A flag goes before the environment, and that before the file
+    #[arg(long, env = "MAYFLY_CONFIG", value_name = "PATH")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+    /// Address and port of the API; port 0 is any free one [default: 127.0.0.1:8080]
+    #[arg(long, env = "MAYFLY_LISTEN", value_name = "ADDRESS:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// Address and port of the metrics; port 0 is any free one [default: 127.0.0.1:9464]
+    #[arg(long, env = "MAYFLY_METRICS_LISTEN", value_name = "ADDRESS:PORT")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// Folder for everything that must survive a restart [default: /var/lib/mayfly]
+    #[arg(long, env = "MAYFLY_DATA_DIR", value_name = "PATH")]
+    pub data_dir: Option<PathBuf>,
+    /// URL of a Postgres database (also DATABASE_URL) [default: a private cluster in the data folder]
+    #[arg(long, env = "MAYFLY_DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    pub database_url: Option<String>,
+    /// The name that many hosts give to the same thing.
+    #[arg(long, env = "DATABASE_URL", hide = true, hide_env_values = true)]
+    #[serde(skip)]
+    pub usual_database_url: Option<String>,
+    /// Connections to Postgres, 2 to 1000 [default: 16]
+    #[arg(long, env = "MAYFLY_DATABASE_CONNECTIONS", value_name = "COUNT")]
+    pub database_connections: Option<u32>,
+    /// Folder with Postgres's programs [default: the newest in /usr/lib/postgresql, else in /usr/local/pgsql/bin, /usr/local/bin or /usr/bin]
+    #[arg(long, env = "MAYFLY_POSTGRES_BIN_DIR", value_name = "PATH")]
+    pub postgres_bin_dir: Option<PathBuf>,
+    /// User that the service becomes when it is started as root [default: mayfly]
+    #[arg(long, env = "MAYFLY_USER", value_name = "NAME")]
+    pub user: Option<String>,
+    /// The keeper's program [default: sandbox-keeper beside this program]
+    #[arg(long, env = "MAYFLY_KEEPER_BIN", value_name = "PATH")]
+    pub keeper_bin: Option<PathBuf>,
+    /// Socket of a keeper that somebody else starts and stops [default: keeper.sock in the data folder, started as needed]
+    #[arg(long, env = "MAYFLY_KEEPER_SOCKET", value_name = "PATH")]
+    pub keeper_socket: Option<PathBuf>,
+    /// File with the secret that tokens are signed with, at least 32 bytes [default: jwt-secret in the data folder, made as needed]
+    #[arg(long, env = "MAYFLY_JWT_SECRET_FILE", value_name = "PATH")]
+    pub jwt_secret_file: Option<PathBuf>,
+    /// The only `iss` that a token may have [default: any]
+    #[arg(long, env = "MAYFLY_JWT_ISSUER", value_name = "TEXT")]
+    pub jwt_issuer: Option<String>,
+    /// The `aud` that a token must have [default: mayfly]
+    #[arg(long, env = "MAYFLY_JWT_AUDIENCE", value_name = "TEXT")]
+    pub jwt_audience: Option<String>,
+    /// Name of the claim that holds the tenant [default: tenant]
+    #[arg(long, env = "MAYFLY_TENANT_CLAIM", value_name = "NAME")]
+    pub tenant_claim: Option<String>,
+    /// Memory that sandboxes together may be promised, in bytes [default: 80 % of this machine's]
+    #[arg(long, env = "MAYFLY_CAPACITY_MEMORY_BYTES", value_name = "BYTES")]
+    pub capacity_memory_bytes: Option<u64>,
+    /// CPU that sandboxes together may be promised, in thousandths of a core [default: 8 times this machine's]
+    #[arg(long, env = "MAYFLY_CAPACITY_CPU_MILLIS", value_name = "MILLIS")]
+    pub capacity_cpu_millis: Option<u64>,
+    /// How log lines on stderr look [default: text]
+    #[arg(long, env = "MAYFLY_LOG_FORMAT", value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+}
+
+/// How a line of the service's own log looks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+/// The settings in force: every one decided.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    pub listen: SocketAddr,
+    pub metrics_listen: SocketAddr,
+    pub data_dir: PathBuf,
+    /// `None`: the private cluster.
+    pub database_url: Option<String>,
+    pub database_connections: u32,
+    pub postgres_bin_dir: Option<PathBuf>,
+    pub user: String,
+    pub keeper_bin: Option<PathBuf>,
+    /// `None`: a keeper of our own.
+    pub keeper_socket: Option<PathBuf>,
+    /// `None`: the data folder's.
+    pub jwt_secret_file: Option<PathBuf>,
+    pub token_rules: Rules,
+    pub capacity_memory_bytes: Option<u64>,
+    pub capacity_cpu_millis: Option<u64>,
+    pub log_format: LogFormat,
+}
+
+impl Options {
+    /// Decides every setting: what is given here, else in the file, else the default. Fails when the file cannot be read, holds a
+    /// key that is none, or a value that cannot be.
+    pub fn settle(self) -> anyhow::Result<Settings> {
+        let file = match &self.config {
+            Some(path) => read(path)?,
+            None => Self::default(),
+        };
+        let nearer = self.database_url.or(self.usual_database_url);
+        let database_connections = self.database_connections.or(file.database_connections).unwrap_or(16);
+        ensure!(
+            (CONNECTIONS_MIN..=CONNECTIONS_MAX).contains(&database_connections),
+            "database-connections: {database_connections} is out of range: {CONNECTIONS_MIN} to {CONNECTIONS_MAX}"
+        );
+        let data_dir = self.data_dir.or(file.data_dir).unwrap_or_else(|| "/var/lib/mayfly".into());
+        Ok(Settings {
+            listen: self.listen.or(file.listen).unwrap_or(loopback(8080)),
+            metrics_listen: self.metrics_listen.or(file.metrics_listen).unwrap_or(loopback(9464)),
+            data_dir: std::path::absolute(&data_dir).with_context(|| format!("data-dir: {}", data_dir.display()))?,
+            database_url: given(nearer).or(given(file.database_url)),
+            database_connections,
+            postgres_bin_dir: self.postgres_bin_dir.or(file.postgres_bin_dir),
+            user: self.user.or(file.user).unwrap_or_else(|| "mayfly".into()),
+            keeper_bin: self.keeper_bin.or(file.keeper_bin),
+            keeper_socket: self.keeper_socket.or(file.keeper_socket),
+            jwt_secret_file: self.jwt_secret_file.or(file.jwt_secret_file),
+            token_rules: Rules {
+                audience: self.jwt_audience.or(file.jwt_audience).unwrap_or_else(|| "mayfly".into()),
+                issuer: self.jwt_issuer.or(file.jwt_issuer),
+                tenant_claim: self.tenant_claim.or(file.tenant_claim).unwrap_or_else(|| "tenant".into()),
+            },
+            capacity_memory_bytes: positive("capacity-memory-bytes", self.capacity_memory_bytes.or(file.capacity_memory_bytes))?,
+            capacity_cpu_millis: positive("capacity-cpu-millis", self.capacity_cpu_millis.or(file.capacity_cpu_millis))?,
+            log_format: self.log_format.or(file.log_format).unwrap_or_default(),
+        })
+    }
+}
+
+impl Settings {
+    /// Where the secret is, or will be made.
+    pub fn secret_file(&self) -> PathBuf {
+        self.jwt_secret_file.clone().unwrap_or_else(|| self.data_dir.join("jwt-secret"))
+    }
+
+    /// The secret that `serve` uses. Fails if there is none yet.
+    pub fn secret(&self) -> anyhow::Result<Secret> {
+        let path = self.secret_file();
+        let is_missing = self.jwt_secret_file.is_none() && matches!(path.try_exists(), Ok(false));
+        ensure!(!is_missing, "there is no {} yet: `mayfly serve` makes it, or give --jwt-secret-file", path.display());
+        Secret::read(&path)
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<Options> {
+    let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    // The library's own message shows the line, even one with a password.
+    toml::from_str(&text).map_err(|error| {
+        let number = error.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
+        let line = text.lines().nth(number - 1).unwrap_or_default().trim();
+        let shown = if line.contains("database-url") { "database-url" } else { line };
+        anyhow::anyhow!("{}, line {number}: {shown}: {}", path.display(), error.message())
+    })
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)
+}
+
+/// An empty text is how an environment says «nothing».
+fn given(text: Option<String>) -> Option<String> {
+    text.filter(|text| !text.is_empty())
+}
+
+fn positive(name: &str, number: Option<u64>) -> anyhow::Result<Option<u64>> {
+    ensure!(number != Some(0), "{name}: 0 is out of range: at least 1");
+    Ok(number)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn flags(flags: &[&str]) -> Options {
+        let line = Line::try_parse_from(["serve"].iter().chain(flags)).unwrap();
+        line.options
+    }
+
+    /// A file with this content, and options that name it.
+    fn file(content: &str) -> (tempfile::TempDir, Options) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("mayfly.toml");
+        fs::write(&path, content).unwrap();
+        (folder, Options { config: Some(path), ..Options::default() })
+    }
+
+    #[test]
+    fn what_nobody_sets_has_its_default() {
+        let settings = Options::default().settle().unwrap();
+        assert_eq!(settings.listen.to_string(), "127.0.0.1:8080");
+        assert_eq!(settings.metrics_listen.to_string(), "127.0.0.1:9464");
+        assert_eq!(settings.secret_file(), Path::new("/var/lib/mayfly/jwt-secret"));
+        assert_eq!(settings.user, "mayfly");
+        assert_eq!(settings.database_url, None);
+        assert_eq!(settings.token_rules, Rules { audience: "mayfly".into(), issuer: None, tenant_claim: "tenant".into() });
+    }
+
+    #[test]
+    fn the_file_goes_before_the_default() {
+        let (_folder, options) = file("listen = \"127.0.0.1:1\"\nlog-format = \"json\"\ncapacity-cpu-millis = 500\n");
+        let settings = options.settle().unwrap();
+        assert_eq!(settings.listen.port(), 1);
+        assert_eq!(settings.log_format, LogFormat::Json);
+        assert_eq!(settings.capacity_cpu_millis, Some(500));
+    }
+
+    #[test]
+    fn a_flag_goes_before_the_file() {
+        let (_folder, options) = file("listen = \"127.0.0.1:1\"\nuser = \"other\"\n");
+        let settings = Options { config: options.config, ..flags(&["--listen", "127.0.0.1:2"]) }.settle().unwrap();
+        assert_eq!(settings.listen.port(), 2);
+        assert_eq!(settings.user, "other");
+    }
+
+    #[test]
+    fn every_flag_can_be_set_by_the_environment() {
+        let command = Line::command();
+        let without: Vec<_> = command.get_arguments().filter(|arg| arg.get_env().is_none() && arg.get_id() != "help").collect();
+        assert!(without.is_empty(), "{without:?}");
+    }
+
+    #[test]
+    fn every_flag_but_the_files_own_is_a_key_of_the_file() {
+        for flag in
+            Line::command().get_arguments().filter_map(|arg| arg.get_long()).filter(|flag| !["config", "usual-database-url"].contains(flag))
+        {
+            let error = toml::from_str::<Options>(&format!("{flag} = []")).unwrap_err();
+            assert!(!error.message().contains("unknown field"), "{flag}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_line() {
+        let (_folder, options) = file("listen = \"127.0.0.1:1\"\nlistn = \"127.0.0.1:1\"\n");
+        let error = options.settle().unwrap_err().to_string();
+        assert!(error.contains("listn") && error.contains("line 2"), "{error}");
+    }
+
+    #[test]
+    fn a_bad_value_is_named_with_its_key() {
+        let (_folder, options) = file("listen = \"here\"\n");
+        let error = options.settle().unwrap_err().to_string();
+        assert!(error.contains("listen") && error.contains("here"), "{error}");
+    }
+
+    #[test]
+    fn no_error_shows_a_password() {
+        let (_folder, options) = file("database-url = \"postgres://me:very-secret@host\n");
+        let error = options.settle().unwrap_err().to_string();
+        assert!(error.contains("database-url") && !error.contains("very-secret"), "{error}");
+    }
+
+    #[test]
+    fn a_number_out_of_range_is_named_with_its_bounds() {
+        let error = Options { database_connections: Some(1), ..Options::default() }.settle().unwrap_err().to_string();
+        assert!(error.contains("database-connections") && error.contains("2 to 1000"), "{error}");
+    }
+
+    #[test]
+    fn our_own_name_for_the_database_goes_before_the_usual_one() {
+        let usual = Options { usual_database_url: Some("postgres://usual".into()), ..Options::default() };
+        let both = Options { database_url: Some("postgres://ours".into()), ..usual.clone() };
+        assert_eq!(usual.settle().unwrap().database_url.as_deref(), Some("postgres://usual"));
+        assert_eq!(both.settle().unwrap().database_url.as_deref(), Some("postgres://ours"));
+    }
+
+    #[test]
+    fn an_empty_database_url_is_none() {
+        let options = Options { usual_database_url: Some(String::new()), ..Options::default() };
+        assert_eq!(options.settle().unwrap().database_url, None);
+    }
+}

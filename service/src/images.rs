@@ -1,0 +1,332 @@
+//! Images come in: an archive that somebody sent becomes checked blobs, an unpacked root in the keeper's store, and a row.
+
+mod archive;
+mod blob;
+mod layout;
+
+use std::{
+    collections::HashSet,
+    fs::{self, File},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::Context;
+use futures_util::{Stream, StreamExt};
+use oci_spec::image::Sha256Digest;
+use sandbox_core::protocol::{FailureKind, ImageId, UnpackLimits};
+use tokio::{
+    io::AsyncWriteExt,
+    sync::{RwLock, Semaphore, SemaphorePermit},
+};
+
+use crate::{
+    clock::Clock,
+    runtime::{CallError, Keeper},
+    sandbox::{ImageReference, TenantId},
+    store::{Image, NewImage, Store, StoreError},
+};
+use archive::{ARCHIVE_BYTES_MAX, Archive};
+use blob::Blobs;
+use layout::Found;
+
+/// Uploads that this node receives at one time. Each may fill as much disk as an archive may have.
+const UPLOADS_MAX: usize = 8;
+/// Archives that are read at one time. The keeper unpacks one after the other anyway.
+const IMPORTS_MAX: usize = 2;
+/// An upload that brings nothing for so long was given up.
+const UPLOAD_IDLE: Duration = Duration::from_secs(60);
+
+/// What an image may be at the most, unpacked, and how much larger than its layers.
+const UNPACKED_BYTES_MAX: u64 = 16 << 30;
+const UNPACKED_BYTES_FREE: u64 = 64 << 20;
+const UNPACKED_RATIO_MAX: u64 = 200;
+const UNPACKED_ENTRIES_MAX: u64 = 1_000_000;
+const UNPACK_MS: u64 = 600_000;
+
+/// The images of this node.
+#[derive(Debug)]
+pub struct Images {
+    store: Store,
+    keeper: Keeper,
+    clock: Clock,
+    uploads: PathBuf,
+    blobs: Arc<Blobs>,
+    receiving: Semaphore,
+    importing: Semaphore,
+    /// Held for reading by who adds blobs and roots, for writing by who takes them away.
+    content: RwLock<()>,
+    /// Roots that no reference named any more while a sandbox still needed them.
+    leftover: Mutex<HashSet<ImageId>>,
+}
+
+/// Why an image did not come in, or did not go.
+#[derive(Debug, thiserror::Error)]
+pub enum ImportError {
+    /// The archive is at fault. The text says how.
+    #[error("{0}")]
+    Invalid(String),
+    #[error("the archive has more than {ARCHIVE_BYTES_MAX} bytes")]
+    TooLarge,
+    /// Later it may work.
+    #[error("{0}")]
+    Busy(String),
+    #[error("the keeper of this node is not available")]
+    KeeperUnavailable,
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Internal(anyhow::Error),
+}
+
+/// What stops the reading of an archive.
+#[derive(Debug)]
+enum Fault {
+    /// The archive's fault.
+    Invalid(String),
+    /// This machine's.
+    Host(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Fault {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Host(error)
+    }
+}
+
+impl From<Fault> for ImportError {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::Invalid(why) => Self::Invalid(why),
+            Fault::Host(error) => Self::Internal(error),
+        }
+    }
+}
+
+impl From<CallError> for ImportError {
+    fn from(error: CallError) -> Self {
+        match error {
+            CallError::Lost => Self::KeeperUnavailable,
+            CallError::Failed(failure) => match failure.kind {
+                FailureKind::Refused => Self::Invalid(format!("the image cannot be unpacked: {failure}")),
+                FailureKind::Busy => Self::Busy(failure.message),
+                FailureKind::Gone | FailureKind::Host => Self::Internal(failure.into()),
+            },
+        }
+    }
+}
+
+/// An archive as it was sent: a file without a name, gone when this is dropped, however that happens.
+#[derive(Debug)]
+pub struct Upload<'a> {
+    file: File,
+    _place: SemaphorePermit<'a>,
+}
+
+impl Images {
+    /// Takes over the folders `blobs` and `uploads` of the data folder.
+    pub fn open(store: Store, keeper: Keeper, clock: Clock, data_dir: &Path) -> anyhow::Result<Arc<Self>> {
+        let (blobs, uploads) = (data_dir.join("blobs"), data_dir.join("uploads"));
+        // Where a file system knows no files without a name, they have one for a moment.
+        for entry in fs::read_dir(&uploads).with_context(|| uploads.display().to_string())? {
+            fs::remove_file(entry?.path()).with_context(|| uploads.display().to_string())?;
+        }
+        Ok(Arc::new(Self {
+            store,
+            keeper,
+            clock,
+            uploads,
+            blobs: Arc::new(Blobs::open(&blobs).with_context(|| blobs.display().to_string())?),
+            receiving: Semaphore::new(UPLOADS_MAX),
+            importing: Semaphore::new(IMPORTS_MAX),
+            content: RwLock::default(),
+            leftover: Mutex::default(),
+        }))
+    }
+
+    /// Receives an archive of at most 8 GiB.
+    pub async fn receive<B, E>(&self, body: impl Stream<Item = Result<B, E>>) -> Result<Upload<'_>, ImportError>
+    where
+        B: AsRef<[u8]>,
+        E: std::error::Error,
+    {
+        let full = |_| ImportError::Busy(format!("{UPLOADS_MAX} uploads are in progress, which is all that this node takes at one time"));
+        let place = self.receiving.try_acquire().map_err(full)?;
+        let file = tempfile::tempfile_in(&self.uploads).context("making a file for an upload").map_err(ImportError::Internal)?;
+        let mut to = tokio::io::BufWriter::with_capacity(1 << 20, tokio::fs::File::from_std(file));
+        let mut body = std::pin::pin!(body);
+        let mut len = 0;
+        loop {
+            let next = tokio::time::timeout(UPLOAD_IDLE, body.next()).await;
+            let next = next.map_err(|_| ImportError::Invalid(format!("the upload brought nothing for {} s", UPLOAD_IDLE.as_secs())))?;
+            let Some(chunk) = next else { break };
+            let chunk = chunk.map_err(|error| ImportError::Invalid(format!("the upload broke off: {error}")))?;
+            len += chunk.as_ref().len() as u64;
+            if len > ARCHIVE_BYTES_MAX {
+                return Err(ImportError::TooLarge);
+            }
+            to.write_all(chunk.as_ref()).await.context("keeping an upload").map_err(ImportError::Internal)?;
+        }
+        to.flush().await.context("keeping an upload").map_err(ImportError::Internal)?;
+        Ok(Upload { file: to.into_inner().into_std().await, _place: place })
+    }
+
+    /// Makes `reference` name the image in the archive, for this tenant or — `None` — for all. A caller who goes away after the upload
+    /// changes nothing: what was begun is finished.
+    pub async fn import(
+        self: &Arc<Self>,
+        upload: Upload<'_>,
+        reference: ImageReference,
+        tenant: Option<TenantId>,
+    ) -> Result<Image, ImportError> {
+        let images = Arc::clone(self);
+        let Upload { file, _place } = upload;
+        let work = tokio::spawn(async move { images.take_in(file, reference, tenant).await });
+        work.await.unwrap_or_else(|panic| Err(ImportError::Internal(panic.into())))
+    }
+
+    /// Takes a reference away, the tenant's own or — `None` — the shared one, and its content when nothing else needs it. Answers what it
+    /// named.
+    pub async fn remove(&self, tenant: Option<&TenantId>, reference: &str) -> Result<Option<Image>, ImportError> {
+        let removed = self.store.remove_image(tenant, reference).await?;
+        if let Some(image) = &removed {
+            self.unlink(image.root.clone(), HashSet::new()).await;
+        }
+        Ok(removed)
+    }
+
+    async fn take_in(&self, file: File, reference: ImageReference, tenant: Option<TenantId>) -> Result<Image, ImportError> {
+        let _turn = self.importing.acquire().await.context("nobody closes this").map_err(ImportError::Internal)?;
+        let (blobs, scratch, name) = (Arc::clone(&self.blobs), self.uploads.clone(), reference.as_str().to_owned());
+        let read = tokio::task::spawn_blocking(move || {
+            let archive = Archive::open(file, &scratch)?;
+            let found = layout::find(&archive, &name)?;
+            Ok::<_, Fault>((archive, found, blobs))
+        });
+        let (archive, found, blobs) = read.await.map_err(|panic| ImportError::Internal(panic.into()))??;
+        let (digests, manifest) = (found.digests(), found.manifest.digest.clone());
+
+        let adding = self.content.read().await;
+        let kept = tokio::task::spawn_blocking(move || keep(&blobs, &archive, &found).map(|layers| (found, layers))).await;
+        let imported = match kept.unwrap_or_else(|panic| Err(Fault::Host(panic.into()))) {
+            Ok((found, layers)) => self.unpack_and_record(&found, layers, reference, tenant).await,
+            Err(fault) => Err(fault.into()),
+        };
+        drop(adding);
+        match imported {
+            Ok((image, replaced)) => {
+                if let Some(root) = replaced {
+                    self.unlink(root, HashSet::new()).await;
+                }
+                Ok(image)
+            }
+            Err(error) => {
+                tracing::info!(%error, image.digest = %manifest, "an image was not imported");
+                self.unlink(root_of(&manifest), digests).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// The row as it is now, and the root that its reference named before, if that was another.
+    async fn unpack_and_record(
+        &self,
+        found: &Found,
+        layers: Vec<OwnedFd>,
+        reference: ImageReference,
+        tenant: Option<TenantId>,
+    ) -> Result<(Image, Option<ImageId>), ImportError> {
+        let root = root_of(&found.manifest.digest);
+        let size_bytes = found.size_bytes();
+        let bytes = (size_bytes.saturating_mul(UNPACKED_RATIO_MAX).saturating_add(UNPACKED_BYTES_FREE)).min(UNPACKED_BYTES_MAX);
+        let limits = UnpackLimits { bytes, entries: UNPACKED_ENTRIES_MAX, wall_ms: UNPACK_MS };
+        self.keeper.unpack(root.clone(), layers, limits).await?;
+
+        let before = self.named(tenant.as_ref(), reference.as_str()).await?;
+        let mut config = found.configuration.clone();
+        // How it was built is in the blob; the row is read at every launch.
+        config.set_history(None);
+        let image = NewImage {
+            tenant,
+            reference: reference.as_str().to_owned(),
+            digest: format!("sha256:{}", found.manifest.digest),
+            root: root.clone(),
+            config,
+            size_bytes,
+            created_at: self.clock.now(),
+        };
+        let image = self.store.record_image(&image).await?;
+        tracing::info!(image.reference = image.reference, image.digest = image.digest, "an image was imported");
+        Ok((image, before.filter(|before| *before != root)))
+    }
+
+    /// The root that a reference of exactly this owner names.
+    async fn named(&self, tenant: Option<&TenantId>, reference: &str) -> Result<Option<ImageId>, ImportError> {
+        // No tenant has an empty name, so with it none but the shared image is found.
+        let nobody = TenantId::proven(String::new());
+        let image = self.store.find_image(tenant.unwrap_or(&nobody), reference).await?;
+        Ok(image.filter(|image| image.is_shared == tenant.is_none()).map(|image| image.root))
+    }
+
+    /// Deletes a root that has no name, or lost one, with the blobs it is made of and these, unless something still needs them; and
+    /// the roots that something still needed when it was tried before. What fails is logged: the caller's own work is done.
+    async fn unlink(&self, root: ImageId, mut blobs: HashSet<Sha256Digest>) {
+        let candidates: Vec<_> = {
+            let mut leftover = self.leftover.lock().unwrap_or_else(PoisonError::into_inner);
+            leftover.insert(root);
+            leftover.iter().cloned().collect()
+        };
+        for root in candidates {
+            if let Err(error) = self.unlink_one(&root, std::mem::take(&mut blobs)).await {
+                tracing::warn!(error = format!("{error:#}"), image.root = %root, "an image that nothing names could not be deleted");
+            }
+        }
+    }
+
+    async fn unlink_one(&self, root: &ImageId, mut digests: HashSet<Sha256Digest>) -> anyhow::Result<()> {
+        let _taking = self.content.write().await;
+        if !self.store.needs_root(root).await? {
+            self.keeper.remove_image(root.clone()).await?;
+            self.leftover.lock().unwrap_or_else(PoisonError::into_inner).remove(root);
+            // An image that never came so far has no manifest here.
+            digests.extend(self.blobs.references(&digest_of_root(root)).unwrap_or_default());
+        }
+        let roots = self.keeper.images().await?;
+        let blobs = Arc::clone(&self.blobs);
+        tokio::task::spawn_blocking(move || blobs.release(digests, roots.iter().map(digest_of_root))).await?
+    }
+}
+
+/// Checks every byte against its digest, keeps it all, and opens the layers, bottom first.
+fn keep(blobs: &Blobs, archive: &Archive, found: &Found) -> Result<Vec<OwnedFd>, Fault> {
+    let mut layers = Vec::new();
+    let mut kept = HashSet::new();
+    for layer in &found.layers {
+        if kept.insert(&layer.digest) {
+            blobs.keep(&layer.digest, layer.section.bytes, archive.reader(layer.section))?;
+        }
+        layers.push(blobs.open_blob(&layer.digest)?.into());
+    }
+    for document in [&found.config, &found.manifest] {
+        blobs.keep(&document.digest, document.bytes.len() as u64, &document.bytes[..])?;
+    }
+    Ok(layers)
+}
+
+/// An image's root is called by its manifest's digest.
+fn root_of(manifest: &Sha256Digest) -> ImageId {
+    manifest.digest().parse().expect("both are 64 lower-case hex digits")
+}
+
+fn digest_of_root(root: &ImageId) -> Sha256Digest {
+    root.to_string().parse().expect("both are 64 lower-case hex digits")
+}
+
+/// The configuration of the image in an archive, checked as an import checks it, but for its layers.
+#[cfg(test)]
+pub(crate) fn configuration_in(archive: File, reference: &str) -> anyhow::Result<oci_spec::image::ImageConfiguration> {
+    let archive = Archive::open(archive, &std::env::temp_dir()).map_err(ImportError::from)?;
+    Ok(layout::find(&archive, reference).map_err(ImportError::from)?.configuration)
+}

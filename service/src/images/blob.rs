@@ -1,0 +1,198 @@
+//! Content by its digest, in the data folder: manifests, configurations and layers of the images that were imported.
+
+use std::{
+    collections::HashSet,
+    fs::{self, File},
+    io::{self, Read, Write},
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context;
+use oci_spec::image::{ImageManifest, Sha256Digest};
+use sha2::{Digest as _, Sha256};
+
+use super::Fault;
+
+/// The folder of blobs. A file in it holds what its name says.
+#[derive(Debug)]
+pub(super) struct Blobs {
+    folder: PathBuf,
+}
+
+impl Blobs {
+    /// Opens the folder, after removing what an interrupted import left.
+    pub(super) fn open(folder: &Path) -> io::Result<Self> {
+        let folder = folder.join("sha256");
+        fs::create_dir_all(&folder)?;
+        for entry in fs::read_dir(&folder)? {
+            let entry = entry?;
+            let is_blob = entry.file_name().to_str().is_some_and(|name| name.parse::<Sha256Digest>().is_ok());
+            if !is_blob {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(Self { folder })
+    }
+
+    /// Keeps what `from` holds, if it has this size and this digest. It is read to its end even if it is here already: who names a
+    /// digest must have its content.
+    pub(super) fn keep(&self, digest: &Sha256Digest, bytes: u64, from: impl Read) -> Result<(), Fault> {
+        let path = self.path(digest);
+        let mut to = None;
+        if !path.exists() {
+            to = Some(tempfile::NamedTempFile::new_in(&self.folder).context("keeping a blob")?);
+        }
+        let (found, len) = hash(from, |chunk| to.as_mut().map_or(Ok(()), |to| to.write_all(chunk)))?;
+        if found != *digest || len != bytes {
+            return Err(Fault::Invalid(format!(
+                "the content of sha256:{digest} ({bytes} bytes) has another digest: sha256:{found} ({len} bytes)"
+            )));
+        }
+        if let Some(to) = to {
+            to.as_file().sync_all().context("keeping a blob")?;
+            to.persist(&path).map_err(|error| error.error).with_context(|| path.display().to_string())?;
+            File::open(&self.folder).and_then(|folder| folder.sync_all()).context("keeping a blob")?;
+        }
+        Ok(())
+    }
+
+    /// Opens what was kept.
+    pub(super) fn open_blob(&self, digest: &Sha256Digest) -> anyhow::Result<File> {
+        let path = self.path(digest);
+        File::open(&path).with_context(|| path.display().to_string())
+    }
+
+    /// Deletes a manifest and what it refers to, less what one of the manifests in `kept` refers to. All that could not be deleted is
+    /// in the error.
+    pub(super) fn release(&self, blobs: HashSet<Sha256Digest>, kept: impl IntoIterator<Item = Sha256Digest>) -> anyhow::Result<()> {
+        let mut needed = HashSet::new();
+        for digest in kept {
+            // One whose blobs were lost holds on to nothing.
+            needed.extend(self.references(&digest).unwrap_or_default());
+            needed.insert(digest);
+        }
+        let mut faults = Vec::new();
+        for digest in blobs.difference(&needed) {
+            if let Err(error) = fs::remove_file(self.path(digest))
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                faults.push(format!("{digest}: {error}"));
+            }
+        }
+        anyhow::ensure!(faults.is_empty(), "blobs that could not be deleted: {}", faults.join(", "));
+        Ok(())
+    }
+
+    /// What the manifest of this digest refers to, and itself. Fails if it is not here.
+    pub(super) fn references(&self, manifest: &Sha256Digest) -> anyhow::Result<HashSet<Sha256Digest>> {
+        let parsed: ImageManifest = serde_json::from_reader(io::BufReader::new(self.open_blob(manifest)?))?;
+        let descriptors = parsed.layers().iter().chain([parsed.config()]);
+        let mut all: HashSet<_> = descriptors.filter_map(|descriptor| descriptor.as_digest_sha256()?.parse().ok()).collect();
+        all.insert(manifest.clone());
+        Ok(all)
+    }
+
+    fn path(&self, digest: &Sha256Digest) -> PathBuf {
+        self.folder.join(digest.digest())
+    }
+}
+
+/// Reads to the end, shows each part to `see`, and says digest and length of it all.
+pub(super) fn hash(mut from: impl Read, mut see: impl FnMut(&[u8]) -> io::Result<()>) -> Result<(Sha256Digest, u64), Fault> {
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 18];
+    let mut len = 0;
+    loop {
+        let have = match from.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(have) => have,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(Fault::Host(anyhow::Error::new(error).context("reading an upload"))),
+        };
+        hasher.update(&buffer[..have]);
+        see(&buffer[..have]).context("keeping a blob")?;
+        len += have as u64;
+    }
+    Ok((hex_digest(hasher), len))
+}
+
+/// The digest of bytes in memory.
+pub(super) fn digest_of(bytes: &[u8]) -> Sha256Digest {
+    hex_digest(Sha256::new_with_prefix(bytes))
+}
+
+fn hex_digest(hasher: Sha256) -> Sha256Digest {
+    hex::encode(hasher.finalize()).parse().expect("32 bytes are 64 hex digits")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn blobs() -> (tempfile::TempDir, Blobs) {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::open(folder.path()).unwrap();
+        (folder, blobs)
+    }
+
+    fn keep(blobs: &Blobs, content: &[u8]) -> Sha256Digest {
+        let digest = digest_of(content);
+        blobs.keep(&digest, content.len() as u64, content).unwrap();
+        digest
+    }
+
+    fn descriptor(digest: &Sha256Digest) -> Value {
+        json!({ "mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": format!("sha256:{digest}"), "size": 1 })
+    }
+
+    fn manifest(blobs: &Blobs, config: &Sha256Digest, layers: &[&Sha256Digest]) -> Sha256Digest {
+        let layers: Vec<_> = layers.iter().map(|layer| descriptor(layer)).collect();
+        keep(blobs, json!({ "schemaVersion": 2, "config": descriptor(config), "layers": layers }).to_string().as_bytes())
+    }
+
+    #[test]
+    fn what_was_kept_reads_back() {
+        let (_folder, blobs) = blobs();
+        let digest = keep(&blobs, b"content");
+        assert_eq!(io::read_to_string(blobs.open_blob(&digest).unwrap()).unwrap(), "content");
+    }
+
+    #[test]
+    fn content_of_another_digest_is_refused_and_leaves_nothing() {
+        let (folder, blobs) = blobs();
+        let fault = blobs.keep(&digest_of(b"promised"), 8, &b"sent ..."[..]).unwrap_err();
+        assert!(matches!(fault, Fault::Invalid(text) if text.contains("digest")));
+        assert_eq!(fs::read_dir(folder.path().join("sha256")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn to_know_a_digest_is_not_to_have_its_content() {
+        let (_folder, blobs) = blobs();
+        let digest = keep(&blobs, b"another tenant's layer");
+        assert!(blobs.keep(&digest, 22, &b"guessed"[..]).is_err());
+    }
+
+    #[test]
+    fn what_an_interrupted_import_left_is_removed() {
+        let (folder, blobs) = blobs();
+        keep(&blobs, b"content");
+        fs::write(folder.path().join("sha256/.tmpAbCdEf"), "half").unwrap();
+        Blobs::open(folder.path()).unwrap();
+        assert_eq!(fs::read_dir(folder.path().join("sha256")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_released_image_leaves_what_another_one_shares() {
+        let (_folder, blobs) = blobs();
+        let [shared, own, config, other_config] = [&b"shared"[..], b"own", b"config", b"other"].map(|content| keep(&blobs, content));
+        let released = manifest(&blobs, &config, &[&shared, &own]);
+        let stays = manifest(&blobs, &other_config, &[&shared]);
+
+        blobs.release(blobs.references(&released).unwrap(), [stays.clone()]).unwrap();
+
+        assert!([&own, &config, &released].iter().all(|digest| blobs.open_blob(digest).is_err()));
+        assert!([&shared, &other_config, &stays].iter().all(|digest| blobs.open_blob(digest).is_ok()));
+    }
+}

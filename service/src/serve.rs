@@ -1,0 +1,307 @@
+//! `mayfly serve`: from root to an unprivileged process that serves, and back to nothing.
+
+mod folders;
+mod helpers;
+
+use std::{
+    io::{self, IsTerminal, Write},
+    net::{SocketAddr, TcpListener},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, bail, ensure};
+use axum::{Router, serve::ListenerExt};
+use helpers::Helpers;
+use rustix::process::{Resource, Rlimit};
+use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::{EnvFilter, layer::SubscriberExt, util::SubscriberInitExt};
+
+use crate::{
+    api,
+    clock::Clock,
+    config::{Account, LogFormat, Settings},
+    engine::{self, Engine},
+    images::Images,
+    metrics::Metrics,
+    postgres::Cluster,
+    runtime::Keeper,
+    store::Store,
+    token::{Secret, Verifier},
+};
+
+/// How long requests in progress have to end by themselves, once we are told to stop.
+const DRAIN: Duration = Duration::from_secs(5);
+/// How long sandboxes have to end when they are told to.
+const END_SANDBOXES: Duration = Duration::from_secs(10);
+/// How long the answers have that tell of those ends.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
+
+/// A node gives away its CPU several times over: few payloads compute all the time, and each is held to its own limit.
+const CPU_OVERCOMMIT: u64 = 8;
+/// Of the machine's memory; the rest is for the service, Postgres and the kernel.
+const MEMORY_SHARE_PERCENT: u64 = 80;
+
+/// Serves until it is told to stop, and stops what it started. Started as root it becomes an unprivileged user before it listens to
+/// anybody; the order of its steps is this function's.
+pub fn run(settings: Settings) -> anyhow::Result<()> {
+    start_log(settings.log_format);
+    let is_root = rustix::process::geteuid().is_root();
+    let account = if is_root { service_account(&settings.user)? } else { Account::current()? };
+    let doors = Doors { api: listen(settings.listen)?, metrics: listen(settings.metrics_listen)? };
+    let folder = settings.data_dir.as_path();
+    // Before anything is made: what is missing on this machine should leave no trace.
+    let cluster = match &settings.database_url {
+        None => Some(Cluster::find(&folder.join("postgres"), &account, settings.postgres_bin_dir.as_deref())?),
+        Some(_) => None,
+    };
+    folders::prepare(folder, &account, is_root)?;
+    let _alone = folders::lock(folder)?;
+    let secret = secret(&settings, is_root.then_some(&account))?;
+    raise_descriptor_limit();
+
+    let helpers = Helpers::start(&settings, cluster, &account, is_root)?;
+    let served = serve_unprivileged(&settings, &account, is_root, doors, &secret, &helpers);
+    let stopped = match &served {
+        Ok(_) => helpers.stop(),
+        Err(_) => helpers.stop_started(),
+    };
+    match served? {
+        Ended::Told => stopped,
+        Ended::WithoutKeeper => {
+            stopped?;
+            bail!("the keeper is gone, and its sandboxes with it; start the service again")
+        }
+    }
+}
+
+/// Where requests come in.
+struct Doors {
+    api: TcpListener,
+    metrics: TcpListener,
+}
+
+/// Why the service stopped serving.
+enum Ended {
+    Told,
+    WithoutKeeper,
+}
+
+fn serve_unprivileged(
+    settings: &Settings,
+    account: &Account,
+    is_root: bool,
+    doors: Doors,
+    secret: &Secret,
+    helpers: &Helpers,
+) -> anyhow::Result<Ended> {
+    if is_root {
+        sandbox_core::privileges::become_user(account.uid, account.gid).with_context(|| format!("becoming the user {}", account.name))?;
+    }
+    // What we write from here on is for us alone. Not earlier: whom we started would have it too.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    // Only now may there be a second thread: capabilities belong to threads.
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting threads")?;
+    let ended = runtime.block_on(serve(settings, doors, secret, helpers));
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    ended
+}
+
+async fn serve(settings: &Settings, doors: Doors, secret: &Secret, helpers: &Helpers) -> anyhow::Result<Ended> {
+    // First of all, so that a stop in the middle of a start is one too.
+    let mut signals = Signals::new()?;
+    let started = tokio::select! {
+        started = start(settings, doors, secret, helpers) => started?,
+        () = signals.next() => return Ok(Ended::Told),
+    };
+    let Started { app, api, metrics, addresses, stopping } = started;
+    say(&format!("mayfly is ready on http://{}, metrics on http://{}/metrics", addresses.0, addresses.1));
+
+    let ended = tokio::select! {
+        () = signals.next() => Ended::Told,
+        () = app.keeper.gone() => Ended::WithoutKeeper,
+    };
+    match ended {
+        Ended::Told => {
+            tracing::info!("stopping");
+            let last = async {
+                stopping.cancel();
+                let mut api = api;
+                if tokio::time::timeout(DRAIN, &mut api).await.is_err() {
+                    app.engine.stop(END_SANDBOXES).await;
+                    drop(tokio::time::timeout(LAST_ANSWERS, &mut api).await);
+                } else {
+                    app.engine.stop(END_SANDBOXES).await;
+                }
+            };
+            tokio::select! {
+                () = last => {}
+                () = signals.next() => tracing::warn!("told twice: not waiting for requests and sandboxes in progress"),
+            }
+        }
+        Ended::WithoutKeeper => {
+            tracing::error!("the keeper is gone: no sandbox of this node can run or be started");
+            stopping.cancel();
+            drop(tokio::time::timeout(LAST_ANSWERS, api).await);
+        }
+    }
+    metrics.abort();
+    app.store.close().await;
+    Ok(ended)
+}
+
+/// The service at work.
+struct Started {
+    app: Arc<api::App>,
+    api: JoinHandle<io::Result<()>>,
+    metrics: JoinHandle<io::Result<()>>,
+    addresses: (SocketAddr, SocketAddr),
+    stopping: CancellationToken,
+}
+
+async fn start(settings: &Settings, doors: Doors, secret: &Secret, helpers: &Helpers) -> anyhow::Result<Started> {
+    let addresses = (doors.api.local_addr()?, doors.metrics.local_addr()?);
+    let keeper = Keeper::connect(helpers.keeper_socket()).await?;
+    let options = match (&settings.database_url, helpers.cluster()) {
+        (Some(url), _) => url.parse().context("database-url")?,
+        (None, Some(cluster)) => cluster.connect_options(),
+        (None, None) => bail!("there is no database"),
+    };
+    let store = connect(options, settings.database_connections).await?;
+    store.migrate().await.context("bringing the database's schema up to date")?;
+    let (clock, figures) = (Clock::System, Arc::new(Metrics::new()?));
+    let engine_settings = engine::Settings {
+        node_name: node_name(&settings.data_dir),
+        logs_dir: settings.data_dir.join("logs"),
+        capacity_memory_bytes: settings.capacity_memory_bytes.unwrap_or_else(memory_to_give),
+        capacity_cpu_millis: settings.capacity_cpu_millis.unwrap_or_else(cpu_to_give),
+        clock: clock.clone(),
+        metrics: Arc::clone(&figures),
+    };
+    let engine = Engine::start(store.clone(), keeper.clone(), engine_settings).await?;
+    let images = Images::open(store.clone(), keeper.clone(), clock.clone(), &settings.data_dir)?;
+    let verifier = Verifier::new(secret, &settings.token_rules);
+    let app = Arc::new(api::App { engine, store, keeper, verifier, images, clock, metrics: figures });
+    let stopping = CancellationToken::new();
+    let metrics = open(doors.metrics, api::metrics_router(Arc::clone(&app)), stopping.clone())?;
+    let api = open(doors.api, api::router(Arc::clone(&app)), stopping.clone())?;
+    Ok(Started { app, api, metrics, addresses, stopping })
+}
+
+/// Serves until `stopping`, and then until the requests in progress have ended.
+fn open(door: TcpListener, router: Router, stopping: CancellationToken) -> anyhow::Result<JoinHandle<io::Result<()>>> {
+    door.set_nonblocking(true)?;
+    let listener = tokio::net::TcpListener::from_std(door)?.tap_io(|stream| {
+        // An answer of two packets would otherwise wait for the client's delayed acknowledgement, 40 ms.
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "a connection without TCP_NODELAY");
+        }
+    });
+    Ok(tokio::spawn(async move { axum::serve(listener, router).with_graceful_shutdown(stopping.cancelled_owned()).await }))
+}
+
+/// Tries once by hand: a pool would only say that it had to wait for too long.
+async fn connect(options: PgConnectOptions, connections: u32) -> anyhow::Result<Store> {
+    let place = format!("the database {} of {} at {}", options.get_database().unwrap_or("(unnamed)"), options.get_username(), at(&options));
+    let first = PgConnection::connect_with(&options).await.with_context(|| format!("{place} cannot be reached"))?;
+    // Its end is all the same to us.
+    drop(first.close().await);
+    Store::connect(options, connections).await.with_context(|| format!("{place} cannot be reached"))
+}
+
+fn at(options: &PgConnectOptions) -> String {
+    match options.get_socket() {
+        Some(folder) => folder.display().to_string(),
+        None => format!("{}:{}", options.get_host(), options.get_port()),
+    }
+}
+
+/// SIGTERM and SIGINT, from the moment this is made.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+fn service_account(user: &str) -> anyhow::Result<Account> {
+    let account = Account::find(user)?
+        .with_context(|| format!("there is no user {user}: useradd --system --user-group {user}, or give another --user"))?;
+    ensure!(account.uid != 0 && account.gid != 0, "the service must not run as root: --user {user} will not do");
+    Ok(account)
+}
+
+fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).with_context(|| format!("listening on {address}"))
+}
+
+/// The secret that is configured, or the data folder's own, which is made at the first start.
+fn secret(settings: &Settings, owner: Option<&Account>) -> anyhow::Result<Secret> {
+    let path = settings.secret_file();
+    if settings.jwt_secret_file.is_none()
+        && let Some(secret) = Secret::create(&path, owner.map(|account| (account.uid, account.gid)))?
+    {
+        tracing::info!("no key for tokens is configured: made one in {}", path.display());
+        return Ok(secret);
+    }
+    Secret::read(&path)
+}
+
+fn start_log(format: LogFormat) {
+    let filter = EnvFilter::builder().with_default_directive(tracing::Level::INFO.into()).from_env_lossy();
+    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
+    let registry = tracing_subscriber::registry().with(filter);
+    match format {
+        LogFormat::Text => registry.with(lines).init(),
+        LogFormat::Json => registry.with(lines.json()).init(),
+    }
+}
+
+/// Every connection is a descriptor, and the soft limit is what programs with select(2) can bear.
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = rustix::process::getrlimit(Resource::Nofile);
+    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}
+
+/// The same machine and folder, the same node.
+fn node_name(data_dir: &Path) -> String {
+    format!("{}:{}", rustix::system::uname().nodename().to_string_lossy(), data_dir.display())
+}
+
+fn memory_to_give() -> u64 {
+    let info = rustix::system::sysinfo();
+    let total = info.totalram.saturating_mul(u64::from(info.mem_unit));
+    total / 100 * MEMORY_SHARE_PERCENT
+}
+
+fn cpu_to_give() -> u64 {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    cores as u64 * 1000 * CPU_OVERCOMMIT
+}
+
+/// A line for whoever started us. Nobody listening is no reason not to serve.
+fn say(line: &str) {
+    let mut stdout = io::stdout().lock();
+    if let Err(error) = writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
+        tracing::warn!(%error, "stdout is closed; what was to be said is: {line}");
+    }
+}
