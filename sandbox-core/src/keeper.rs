@@ -78,6 +78,19 @@ const FIRST_ID: u32 = 0x7000_0000;
 /// How many keepers fit beside each other on one machine.
 const KEEPERS_MAX: u32 = 16;
 
+/// What every sandbox has on every kernel that a keeper starts on.
+const FENCES: [&str; 9] = [
+    "user_namespace",
+    "mount_namespace",
+    "pid_namespace",
+    "network_namespace",
+    "ipc_namespace",
+    "cgroup",
+    "capabilities",
+    "seccomp",
+    "no_new_privs",
+];
+
 /// How long init has for a kill of its own before all of it is killed from outside.
 const FORCE_AFTER_NS: u64 = 50_000_000;
 /// How long the payload may take to start.
@@ -147,6 +160,7 @@ pub struct Keeper {
     store: Store,
     programs: build::Programs,
     seccomp: Vec<(u16, u8, u8, u32)>,
+    has_landlock: bool,
     logs: PathBuf,
     group: u32,
     hello: Hello,
@@ -174,15 +188,14 @@ impl Keeper {
         let tree = Tree::open(&name_of(number))?;
         let mode = tree.mode();
         let ranges = Ranges::new(FIRST_ID + number * SANDBOXES_MAX * ids::RANGE, SANDBOXES_MAX);
+        let has_landlock = crate::landlock::is_available();
         let hello = Hello {
             version: VERSION,
             pid: std::process::id(),
             started_at_us: unix_us(),
             cgroup: mode,
             sandboxes_max: SANDBOXES_MAX,
-            fences: ["user_namespace", "mount_namespace", "pid_namespace", "network_namespace", "cgroup", "seccomp", "no_new_privs"]
-                .map(str::to_owned)
-                .to_vec(),
+            fences: FENCES.into_iter().chain(has_landlock.then_some("landlock")).map(str::to_owned).collect(),
         };
         let mut signals = SigSet::empty();
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD] {
@@ -207,6 +220,7 @@ impl Keeper {
             store: Store::open(&options.images)?,
             programs: build::Programs::load(options)?,
             seccomp: program.iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect(),
+            has_landlock,
             logs: options.logs.clone(),
             group: options.group,
             hello,

@@ -10,6 +10,7 @@ pub mod files;
 mod ids;
 pub mod init;
 pub mod keeper;
+mod landlock;
 pub mod log;
 mod network;
 mod policy;

@@ -100,8 +100,7 @@ fn swap() -> Check {
 }
 
 fn landlock() -> Check {
-    let lsms = lsms();
-    if lsms.contains("landlock") {
+    if crate::landlock::is_available() {
         ok("landlock", "enabled")
     } else {
         problem("landlock", Status::Warn, "not enabled", "boot with landlock in lsm= for a second fence around files")
@@ -109,30 +108,16 @@ fn landlock() -> Check {
 }
 
 fn apparmor() -> Check {
-    if lsms().contains("apparmor") {
+    if has_apparmor() {
         ok("apparmor", "enabled")
     } else {
         problem("apparmor", Status::Warn, "not enabled", "boot with apparmor in lsm= for a further fence")
     }
 }
 
-fn lsms() -> String {
-    // securityfs need not be mounted; the kernel's own list of it then cannot be read, but /proc/sys/kernel has traces of both.
-    std::fs::read_to_string("/sys/kernel/security/lsm").unwrap_or_else(|_| {
-        let mut found = String::new();
-        if Path::new("/sys/module/apparmor/parameters/enabled").exists() {
-            found.push_str("apparmor,");
-        }
-        if has_landlock() {
-            found.push_str("landlock");
-        }
-        found
-    })
-}
-
-/// Asks the kernel for its Landlock version (landlock_create_ruleset(2), `LANDLOCK_CREATE_RULESET_VERSION`).
-fn has_landlock() -> bool {
-    crate::sys::landlock_version().is_ok_and(|version| version > 0)
+fn has_apparmor() -> bool {
+    // securityfs need not be mounted; the module's own switch is then what can be read.
+    std::fs::read_to_string("/sys/module/apparmor/parameters/enabled").is_ok_and(|enabled| enabled.trim() == "Y")
 }
 
 fn namespaces() -> Check {

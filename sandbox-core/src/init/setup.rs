@@ -18,7 +18,7 @@ use nix::{
 use super::{next, own_cpu_us};
 use crate::{
     error::{LaunchError, Step},
-    ids,
+    ids, landlock,
     privileges::{self, disarm_root, limit_bounding_set},
     protocol::init::Setup,
     rootfs::{self, Layout, Parts},
@@ -83,6 +83,9 @@ pub(super) fn enter(setup: Setup, descriptors: &mut VecDeque<OwnedFd>) -> Result
     nix::sys::prctl::set_dumpable(false).step("forbidding traces")?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     default_signals().step("resetting signals")?;
+    if setup.has_landlock {
+        landlock::restrict().step("setting up Landlock")?;
+    }
     let program: Vec<libc::sock_filter> = setup.seccomp.iter().map(|&(code, jt, jf, k)| libc::sock_filter { code, jt, jf, k }).collect();
     sys::set_seccomp_filter(&program).step("loading the seccomp filter")?;
     Ok(writable)

@@ -143,6 +143,7 @@ impl Keeper {
             cgroup_hierarchies: u32::try_from(tasks.len()).map_err(io::Error::other)?,
             has_target: target.is_some(),
             payload_capabilities: blueprint.capabilities,
+            has_landlock: self.has_landlock,
             seccomp: self.seccomp.clone(),
         });
         let mut descriptors: Vec<BorrowedFd<'_>> = vec![namespace, image.as_fd(), base.as_fd()];

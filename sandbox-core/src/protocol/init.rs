@@ -33,6 +33,8 @@ pub struct Setup {
     pub has_target: bool,
     /// Capabilities that the payload may have, as a bit mask. None but for unpacking.
     pub payload_capabilities: u64,
+    /// Whether the kernel has Landlock: then the second fence is a must.
+    pub has_landlock: bool,
     /// The seccomp program, as (code, jt, jf, k).
     pub seccomp: Vec<(u16, u8, u8, u32)>,
 }

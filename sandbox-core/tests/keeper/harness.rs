@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{BufRead, BufReader, Seek, Write},
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{Mutex, OnceLock},
@@ -204,6 +204,15 @@ impl Run {
 
     pub(crate) fn launch(&self, client: &mut Client) -> Answer {
         let stdin = self.stdin.as_deref().map(memory);
+        self.launch_with(client, stdin.as_ref().map(AsFd::as_fd))
+    }
+
+    /// Launches it with a descriptor of the test's own as its standard input.
+    pub(crate) fn launch_with_stdin(&self, client: &mut Client, stdin: BorrowedFd<'_>) -> Answer {
+        self.launch_with(client, Some(stdin))
+    }
+
+    fn launch_with(&self, client: &mut Client, stdin: Option<BorrowedFd<'_>>) -> Answer {
         let files = (!self.files.is_empty()).then(|| memory(&self.files));
         let launch = Launch {
             id: self.id,
@@ -213,7 +222,7 @@ impl Run {
             stdin: if stdin.is_some() { Stdin::Descriptor } else { Stdin::Null },
             has_files: files.is_some(),
         };
-        let descriptors: Vec<_> = stdin.iter().chain(&files).map(AsFd::as_fd).collect();
+        let descriptors: Vec<_> = stdin.into_iter().chain(files.iter().map(AsFd::as_fd)).collect();
         client.call(&Request::Launch(Box::new(launch)), &descriptors).unwrap()
     }
 

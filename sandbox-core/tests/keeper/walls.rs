@@ -1,6 +1,8 @@
 //! The walls of a sandbox, tried from inside.
 
-use sandbox_core::protocol::{Cause, Request};
+use std::os::fd::AsFd;
+
+use sandbox_core::protocol::{Answer, Cause, Request};
 
 use crate::harness::{Done, kill, node, output, shell, wait};
 
@@ -187,4 +189,18 @@ fn a_hostile_layer_is_refused_with_the_reason_and_leaves_nothing() {
     let answer = node().unpack(&"e".repeat(64), layer.into_inner().unwrap());
     let sandbox_core::protocol::Answer::Failed(failure) = answer else { panic!("{answer:?}") };
     assert!(failure.message.contains("../escape"), "{}", failure.message);
+}
+
+/// Landlock's fence. Without it this leads into the host: a folder of the host's that gets in as a descriptor is a way out for path look-ups.
+#[test]
+fn a_descriptor_of_the_hosts_that_leaks_in_opens_nothing() {
+    let mut client = node().client();
+    let run = shell("ls /proc/self/fd/0/ && echo breached; cat /proc/self/fd/0/etc/hostname && echo breached; true");
+    let host = std::fs::File::open("/").unwrap();
+    assert!(matches!(run.launch_with_stdin(&mut client, host.as_fd()), Answer::Launched(_)));
+    wait(&mut client, run.id);
+    let (stdout, stderr) = output(&node().log_path(run.id));
+    client.call(&Request::Forget { id: run.id }, &[]).unwrap();
+    assert_eq!(stdout, "", "{stderr}");
+    assert_eq!(stderr.matches("Permission denied").count(), 2, "{stderr}");
 }

@@ -1,0 +1,38 @@
+//! Landlock as a second fence: what a hole in the first would lead to is out of reach as well.
+//!
+//! Everything below the sandbox's own root is allowed, everything else is not: a descriptor of the host's that leaked, or a way out of
+//! the mount namespace, opens nothing (landlock(7)). Signals and abstract unix sockets end at the sandbox, too, where the kernel can do that.
+
+use std::io;
+
+use landlock::{
+    ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError,
+    RulesetStatus, Scope,
+};
+
+use crate::sys;
+
+/// The newest version that is asked for. An older kernel gives what it has.
+const NEWEST: ABI = ABI::V6;
+
+/// Whether this kernel has Landlock, and it is switched on.
+pub(crate) fn is_available() -> bool {
+    sys::landlock_version().is_ok_and(|version| version > 0)
+}
+
+/// Restricts the calling process and all that it starts, for good. `no_new_privs` must already be set.
+///
+/// # Errors
+/// The kernel enforces nothing of it.
+pub(crate) fn restrict() -> io::Result<()> {
+    let root = PathFd::new("/").map_err(io::Error::other)?;
+    let status = enforce(root).map_err(io::Error::other)?;
+    if status == RulesetStatus::NotEnforced { Err(io::Error::other("the kernel does not enforce it")) } else { Ok(()) }
+}
+
+fn enforce(root: PathFd) -> Result<RulesetStatus, RulesetError> {
+    let all = AccessFs::from_all(NEWEST);
+    let ruleset =
+        Ruleset::default().set_compatibility(CompatLevel::BestEffort).handle_access(all)?.scope(Scope::from_all(NEWEST))?.create()?;
+    Ok(ruleset.add_rule(PathBeneath::new(root, all))?.restrict_self()?.ruleset)
+}
