@@ -36,13 +36,13 @@ pub(super) struct Payload {
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Prepares the working folder and the files, then starts the program. When this returns, it runs.
-pub(super) fn start(start: &Start, mut descriptors: VecDeque<OwnedFd>) -> Result<Payload, LaunchError> {
+pub(super) fn start(start: &Start, capabilities: u64, mut descriptors: VecDeque<OwnedFd>) -> Result<Payload, LaunchError> {
     let stdin =
         if start.has_stdin { next(&mut descriptors, "stdin")? } else { File::open("/dev/null").step_on("opening", "/dev/null")?.into() };
     let stdio = [stdin, next(&mut descriptors, "stdout")?, next(&mut descriptors, "stderr")?];
     let files = if start.has_files { Some(next(&mut descriptors, "files")?) } else { None };
     let inherited: Vec<OwnedFd> = descriptors.drain(..).collect();
-    let identity = Identity::find(&start.user)?;
+    let identity = Identity { capabilities, ..Identity::find(&start.user)? };
     let cwd = make_folder(&start.cwd, &identity)?;
     let exec = Exec::new(start, &identity)?;
 
@@ -246,13 +246,13 @@ fn pass_on(inherited: &[OwnedFd]) -> io::Result<Vec<OwnedFd>> {
 }
 
 impl Identity {
-    /// Becomes this user, for good, with no capability beyond those of the bounding set.
+    /// Becomes this user, for good. A capability that is dropped here cannot come back at execve (`no_new_privs`).
     fn assume(&self) -> Result<(), LaunchError> {
         let groups: Vec<Gid> = self.groups.iter().copied().map(Gid::from_raw).collect();
         nix::unistd::setgroups(&groups).step("setting the groups")?;
         let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
         nix::unistd::setresgid(gid, gid, gid).step_on("becoming the group", self.gid)?;
         nix::unistd::setresuid(uid, uid, uid).step_on("becoming the user", self.uid)?;
-        sys::set_capabilities(0).step("dropping capabilities")
+        sys::set_capabilities(self.capabilities).step("dropping capabilities")
     }
 }

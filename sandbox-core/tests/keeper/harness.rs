@@ -121,6 +121,10 @@ fn busybox_layer() -> Vec<u8> {
     append(&mut layer, "bin/busybox", 0o755, &busybox);
     append(&mut layer, "etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nann:x:1000:1000::/home:/bin/sh\n");
     append(&mut layer, "etc/group", 0o644, b"root:x:0:\nann:x:1000:\naudio:x:29:ann\n");
+    let mut owned = header(tar::EntryType::Regular, 0o4751);
+    owned.set_uid(1000);
+    owned.set_gid(42);
+    layer.append_data(&mut owned, "home/of-another", &[][..]).unwrap();
     append(&mut layer, "bin/not-executable", 0o644, b"#!/bin/sh\n");
     append(&mut layer, "bin/set-uid", 0o4755, &busybox);
     for applet in

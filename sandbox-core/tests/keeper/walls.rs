@@ -147,6 +147,11 @@ fn the_image_below_is_not_changed_by_what_a_sandbox_writes() {
 }
 
 #[test]
+fn an_image_keeps_its_owners_and_modes() {
+    assert_eq!(said("stat -c '%u %g %a' /home/of-another"), "1000 42 4751\n");
+}
+
+#[test]
 fn the_network_is_loopback_alone_and_up() {
     let devices = said("cat /proc/net/dev");
     assert_eq!(devices.lines().count(), 3, "{devices}");

@@ -22,6 +22,8 @@ pub(super) struct Identity {
     pub(super) gid: u32,
     pub(super) groups: Vec<u32>,
     pub(super) home: String,
+    /// As a bit mask; none unless the keeper says so.
+    pub(super) capabilities: u64,
 }
 
 /// The most bytes of a passwd or group file that are read.
@@ -43,7 +45,7 @@ impl Identity {
         match user {
             User::Ids { uid, gid, groups } => {
                 let home = passwd.iter().filter_map(|line| Entry::parse(line)).find(|entry| entry.uid == *uid).map(|entry| entry.home);
-                Ok(Self { uid: *uid, gid: *gid, groups: groups.clone(), home: home.unwrap_or("/").to_owned() })
+                Ok(Self { uid: *uid, gid: *gid, groups: groups.clone(), home: home.unwrap_or("/").to_owned(), capabilities: 0 })
             }
             User::Named(text) => {
                 let (name, group_name) = text.split_once(':').map_or((text.as_str(), None), |(name, group)| (name, Some(group)));
@@ -59,7 +61,7 @@ impl Identity {
                     },
                 };
                 let groups = if group_name.is_none() { groups_of(group, entry.name) } else { Vec::new() };
-                Ok(Self { uid: entry.uid, gid, groups, home: entry.home.to_owned() })
+                Ok(Self { uid: entry.uid, gid, groups, home: entry.home.to_owned(), capabilities: 0 })
             }
         }
     }
@@ -132,7 +134,7 @@ mod tests {
     #[test]
     fn a_name_brings_its_groups_and_home() {
         let found = find(&User::Named("ann".into())).unwrap();
-        assert_eq!(found, Identity { uid: 1000, gid: 1000, groups: vec![29], home: "/home/ann".into() });
+        assert_eq!(found, Identity { uid: 1000, gid: 1000, groups: vec![29], home: "/home/ann".into(), capabilities: 0 });
     }
 
     #[test]
@@ -150,6 +152,6 @@ mod tests {
     #[test]
     fn numbers_need_no_entry() {
         let found = find(&User::Ids { uid: 4242, gid: 7, groups: vec![] }).unwrap();
-        assert_eq!(found, Identity { uid: 4242, gid: 7, groups: vec![], home: "/".into() });
+        assert_eq!(found, Identity { uid: 4242, gid: 7, groups: vec![], home: "/".into(), capabilities: 0 });
     }
 }
