@@ -1,13 +1,16 @@
 #!/bin/busybox sh
-# The first program in the machine of test-vm.sh: finds the disk and hands over to it. The tests cannot run from here, since
-# the kernel refuses pivot_root out of an initial ramdisk.
+# The first program in the machine of test-vm.sh: makes a disk and hands over to it. The tests cannot run from the initial ramdisk,
+# out of which the kernel refuses pivot_root, and whose files cannot be mounted with mapped ids before Linux 6.3.
 # shellcheck shell=dash
+set -e
 /bin/busybox --install -s /bin
 export PATH=/bin
 mount -t devtmpfs dev /dev
-for module in /modules/*; do
-    insmod "$module" || exit 1
-done
-mount -t ext4 /dev/vda /disk || exit 1
+insmod /modules/overlay.ko
+insmod /modules/brd.ko rd_nr=1 rd_size=393216
+mke2fs -F /dev/ram0 >/dev/null
+mount -t ext4 /dev/ram0 /disk
+cp -a /root/. /disk
+cp /bin/busybox /disk/bin/busybox
 umount /dev
 exec switch_root /disk /sbin/init
