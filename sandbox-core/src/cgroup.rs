@@ -219,7 +219,7 @@ fn make_parent(point: &Path, name: &str, mode: CgroupMode) -> io::Result<OwnedFd
 
 /// Hands the controllers on to the children of a cgroup v2 group (cgroup-v2, «Enabling and Disabling»).
 fn enable_controllers(folder: BorrowedFd<'_>) -> io::Result<()> {
-    write(folder, "cgroup.subtree_control", "+memory +cpu +pids +io")
+    write(folder, "cgroup.subtree_control", "+memory +cpu +pids")
 }
 
 impl Group {

@@ -59,6 +59,8 @@ pub(crate) mod base {
 /// layer's file system, for [`rustix::fs::fstatfs`].
 pub(crate) fn enter(layout: Layout, parts: Parts) -> Result<OwnedFd, LaunchError> {
     let Layout { id_base, disk_bytes, inodes, shm_bytes } = layout;
+    // Modes below are meant as they stand; init sets the payload's umask later.
+    rustix::process::umask(Mode::empty());
     let writable = tmpfs(&[("size", disk_bytes), ("nr_inodes", inodes + OWN_INODES), ("mode", 0o755)], NOSUID_NODEV)
         .step_on("mounting the writable layer", format_args!("{disk_bytes} bytes, {inodes} inodes"))?;
     move_mount(&writable, "", CWD, ".", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).step("attaching the writable layer")?;
@@ -91,7 +93,8 @@ pub(crate) fn enter(layout: Layout, parts: Parts) -> Result<OwnedFd, LaunchError
 }
 
 /// Inodes of the writable layer that are ours and not the payload's: its root, the five folders, and what the overlay makes below `work`
-/// (`work`, `incompat/volatile/dirty`), one of which it needs only for a moment.
+/// (`work`, `incompat/volatile/dirty`), and one for the overlay's extended attributes, which tmpfs charges to the inodes from Linux 6.6 on.
+/// Before that the payload has this one as well.
 const OWN_INODES: u64 = 11;
 
 const NOSUID_NODEV: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV);
@@ -118,7 +121,6 @@ fn devices(root: BorrowedFd<'_>, id_base: u32, shm_bytes: u64) -> Result<OwnedFd
     let all = Mode::from_raw_mode(0o666);
     for (name, major, minor) in [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)] {
         mknodat(&dev, name, FileType::CharacterDevice, all, makedev(major, minor)).step_on("making a device", name)?;
-        rustix::fs::chmodat(&dev, name, all, rustix::fs::AtFlags::empty()).step_on("making a device", name)?;
         chown(dev.as_fd(), name, id_base).step_on("making a device", name)?;
     }
     for (name, to) in [

@@ -108,8 +108,9 @@ fn used_up_inodes_are_told_and_as_many_as_promised() {
     let mut run = shell("i=0; while touch /tmp/f$i 2>/dev/null; do i=$((i+1)); done; echo $i").with("/process/cwd", "/tmp");
     run.supervision.inodes = 64;
     let done = run.run();
-    // One is the copy of /tmp itself.
-    assert_eq!((done.stdout.as_str(), done.ending.limits_hit), ("63\n", vec![Limit::Inodes]), "{}", done.stderr);
+    // One is the copy of /tmp itself. Before Linux 6.6 the overlay needs one less for itself.
+    assert!(["63\n", "64\n"].contains(&done.stdout.as_str()), "{} {}", done.stdout, done.stderr);
+    assert_eq!(done.ending.limits_hit, [Limit::Inodes]);
 }
 
 #[test]

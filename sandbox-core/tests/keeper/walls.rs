@@ -166,11 +166,16 @@ fn a_keeper_that_is_killed_leaves_no_process_behind() {
     let marker = format!("{}", 100_000 + std::process::id());
     let run = shell(&format!("sleep {marker}"));
     run.launch(&mut client);
-    assert!(processes_with(&marker) > 0, "the payload is not there to begin with");
+    // The kernel shows the new command line a moment after it has closed what execve(2) closes.
+    wait_until("the payload is not there to begin with", || processes_with(&marker) > 0);
     drop(node);
+    wait_until("a process outlives its keeper", || processes_with(&marker) == 0);
+}
+
+fn wait_until(otherwise: &str, is_so: impl Fn() -> bool) {
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
-    while processes_with(&marker) > 0 {
-        assert!(std::time::Instant::now() < deadline, "a process outlives its keeper");
+    while !is_so() {
+        assert!(std::time::Instant::now() < deadline, "{otherwise}");
         std::thread::yield_now();
     }
 }
