@@ -17,6 +17,7 @@ pub enum Kind {
 #[derive(Debug, thiserror::Error)]
 pub struct LaunchError {
     pub kind: Kind,
+    /// Empty when `source` says all.
     pub step: &'static str,
     pub target: String,
     #[source]
@@ -26,7 +27,11 @@ pub struct LaunchError {
 impl fmt::Display for LaunchError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { step, target, source, .. } = self;
-        if target.is_empty() { write!(f, "{step} failed: {source}") } else { write!(f, "{step} failed on {target}: {source}") }
+        match (step.is_empty(), target.is_empty()) {
+            (true, _) => write!(f, "{source}"),
+            (false, true) => write!(f, "{step} failed: {source}"),
+            (false, false) => write!(f, "{step} failed on {target}: {source}"),
+        }
     }
 }
 

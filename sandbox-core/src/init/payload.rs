@@ -72,7 +72,7 @@ pub(super) fn start(start: &Start, capabilities: u64, mut descriptors: VecDeque<
         return Ok(Payload { pid, pidfd, started_at_ns });
     }
     let (kind, message): (Kind, String) = postcard::from_bytes(&text).map_err(io::Error::other).step("reading how execve went")?;
-    Err(LaunchError { kind, step: "starting the payload", target: String::new(), source: io::Error::other(message) })
+    Err(LaunchError { kind, step: "", target: String::new(), source: io::Error::other(message) })
 }
 
 /// Turns the freshly cloned child into the payload. Comes back only with a failure.
@@ -217,15 +217,15 @@ impl Exec {
                 Err(error @ (nix::Error::ENOENT | nix::Error::ENOTDIR)) if refused == nix::Error::ENOENT => refused = error,
                 Err(nix::Error::ENOENT | nix::Error::ENOTDIR) => {}
                 Err(nix::Error::EACCES) => refused = nix::Error::EACCES,
-                Err(error) => return Err(error).spec("executing", name),
+                Err(error) => return Err(error).spec("starting the command", format!("{name:?}")),
                 Ok(never) => match never {},
             }
         }
         if !matches!(refused, nix::Error::ENOENT | nix::Error::ENOTDIR) {
-            return Err(refused).spec("executing", name);
+            return Err(refused).spec("starting the command", format!("{name:?}"));
         }
         let why = if name.contains('/') { "no such file in the image" } else { "no such program in the PATH of the image" };
-        Err(never("executing", name, why))
+        Err(never("starting the command", format!("{name:?}"), why))
     }
 }
 

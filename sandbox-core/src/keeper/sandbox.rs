@@ -134,7 +134,8 @@ impl Sandbox {
             wall_us,
             cpu_us: if self.launched.is_some() { counters.cpu_us.saturating_sub(own_cpu_us) } else { 0 },
             memory_peak_bytes: counters.memory_peak_bytes,
-            pids_peak: counters.pids_peak.saturating_sub(1),
+            // The one that is to become the payload counts only if it does.
+            pids_peak: if self.launched.is_some() { counters.pids_peak.saturating_sub(1) } else { 0 },
             throttled_us: counters.throttled_us,
             stdout_bytes: self.output.written_bytes(Kind::Stdout),
             stderr_bytes: self.output.written_bytes(Kind::Stderr),
