@@ -51,9 +51,16 @@ fn children(node: &Node) -> Vec<String> {
 
 /// The keeper's own parent group, in every hierarchy: one of its inits says how it is called.
 fn parents(node: &Node) -> Vec<PathBuf> {
-    let init = children(node).into_iter().next().expect("a sandbox stands ready");
-    let groups = std::fs::read_to_string(format!("/proc/{init}/cgroup")).unwrap();
-    let name = groups.split("/mayfly/").nth(1).and_then(|path| path.split('/').next()).expect("init is in a group of ours").to_owned();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let name = loop {
+        assert!(Instant::now() < deadline, "no sandbox stands ready");
+        // One that has not joined its groups yet, or is gone by now, does not say.
+        let groups =
+            children(node).iter().find_map(|init| std::fs::read_to_string(format!("/proc/{init}/cgroup")).ok()).unwrap_or_default();
+        if let Some(name) = groups.split("/mayfly/").nth(1).and_then(|path| path.split('/').next()) {
+            break name.to_owned();
+        }
+    };
     let hierarchies = std::fs::read_dir("/sys/fs/cgroup").unwrap().map(|entry| entry.unwrap().path());
     let points = hierarchies.chain([PathBuf::from("/sys/fs/cgroup")]);
     points.map(|point| point.join("mayfly").join(&name)).filter(|path| path.exists()).collect()
