@@ -55,15 +55,15 @@ async fn the_keepers_socket_is_for_root_and_the_services_group() {
     assert_eq!(meta.permissions().mode() & 0o777, 0o660);
     assert_eq!(meta.uid(), 0);
     assert_ne!(meta.gid(), 0);
-    let script = "import socket, sys\ns = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\ns.connect(sys.argv[1])";
+    let script = "use Socket; socket(my $s, AF_UNIX, SOCK_SEQPACKET, 0) or die; connect($s, sockaddr_un($ARGV[0])) or die $!";
     let stranger = Command::new("setpriv")
-        .args(["--reuid=nobody", "--regid=nogroup", "--clear-groups", "--", "python3", "-c", script])
+        .args(["--reuid=nobody", "--regid=nogroup", "--clear-groups", "--", "perl", "-e", script])
         .arg(&socket)
         .output()
         .unwrap();
-    let control = Command::new("python3").args(["-c", script]).arg(&socket).output().unwrap();
+    let control = Command::new("perl").args(["-e", script]).arg(&socket).output().unwrap();
     assert!(control.status.success(), "the control failed: {}", String::from_utf8_lossy(&control.stderr));
-    assert!(String::from_utf8_lossy(&stranger.stderr).contains("PermissionError"), "{stranger:?}");
+    assert!(String::from_utf8_lossy(&stranger.stderr).contains("Permission denied"), "{stranger:?}");
 }
 
 #[tokio::test]

@@ -204,21 +204,37 @@ async fn a_stopped_service_leaves_nothing() {
 #[tokio::test]
 async fn ended_sandboxes_leave_nothing_while_the_service_goes_on() {
     let service = Service::start();
-    assert_exit(&client(&service).shell("true").await, 0);
-    let before = sandbox_traces(&service);
-    for _ in 0..20 {
-        assert_exit(&client(&service).shell("sleep 1000 & true").await, 0);
-    }
+    twenty_runs(&service).await;
+    let before = settled_traces(&service).await;
 
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
-    while sandbox_traces(&service) > before {
-        assert!(tokio::time::Instant::now() < deadline, "{} things were there before, now {}", before, sandbox_traces(&service));
-        tokio::time::sleep(Duration::from_millis(50)).await;
+    twenty_runs(&service).await;
+
+    assert_eq!(settled_traces(&service).await, before);
+}
+
+async fn twenty_runs(service: &Service) {
+    let client = client(service);
+    for _ in 0..20 {
+        assert_exit(&client.shell("sleep 1000 & true").await, 0);
     }
 }
 
-/// How many processes and log files there are of this service's keeper.
-fn sandbox_traces(service: &Service) -> usize {
-    let logs = std::fs::read_dir(service.place().data_dir.join("logs")).unwrap().count();
-    host::descendants(service.place().keeper_pid()).len() + logs
+/// How many processes and log files of this service's keeper there are, once that does not change for half a second.
+///
+/// The keeper has some sandboxes prepared ahead, so it is not none.
+async fn settled_traces(service: &Service) -> usize {
+    let traces = || {
+        let logs = std::fs::read_dir(service.place().data_dir.join("logs")).unwrap().count();
+        host::descendants(service.place().keeper_pid()).len() + logs
+    };
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+    let (mut last, mut same) = (traces(), 0);
+    while same < 10 {
+        assert!(tokio::time::Instant::now() < deadline, "still changing: {last}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let now = traces();
+        same = if now == last { same + 1 } else { 0 };
+        last = now;
+    }
+    last
 }

@@ -12,7 +12,7 @@ use mayfly_tests::{
 };
 
 fn main() -> Result<()> {
-    let mut service = Service::start_with(&[])?;
+    let mut service = Service::start_shared()?;
     service.import("busybox")?;
     service.import("python")?;
     let mut place = service.place().clone();

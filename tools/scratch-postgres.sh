@@ -1,6 +1,6 @@
 # A Postgres that lives as long as the script that sources this: on loopback, in a temporary folder, without durability.
 # shellcheck shell=bash
-# Sets scratch_url. To be sourced under `set -euo pipefail`.
+# Sets scratch_url. To be sourced under `set -euo pipefail`; whoever sources it traps EXIT with scratch_postgres_stop.
 
 scratch_bin=$(compgen -G '/usr/lib/postgresql/*/bin' | sort -V | tail -n 1)
 scratch_folder=
@@ -17,7 +17,6 @@ scratch_postgres_start() {
     scratch_folder=$(mktemp -d /tmp/mayfly-postgres.XXXXXX)
     chmod 755 "$scratch_folder"
     ((EUID != 0)) || chown nobody "$scratch_folder"
-    trap scratch_postgres_stop EXIT
     (
         cd "$scratch_folder" || exit
         scratch_as_user "$scratch_bin/initdb" -D "$scratch_folder/data" -U mayfly --auth=trust --no-sync -E UTF8 --locale=C.UTF-8 >/dev/null

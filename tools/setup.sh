@@ -35,7 +35,7 @@ for_test() {
     for_run
     need skopeo skopeo
     need setsid util-linux
-    need python3 python3
+    need pgrep procps
 }
 for_vm() {
     for_build

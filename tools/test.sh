@@ -13,12 +13,34 @@ cargo build --workspace --locked
 images/busybox/build.sh >/dev/null
 images/python/build.sh >/dev/null
 
+# Every service of this run keeps its data below this folder, so that what an interrupted run leaves is known by it and ended.
+MAYFLY_TEST_FOLDER=$(mktemp -d /var/tmp/mayfly-tests.XXXXXX)
+export MAYFLY_TEST_FOLDER
+chmod 755 "$MAYFLY_TEST_FOLDER"
+
 # shellcheck source=tools/scratch-postgres.sh
 source tools/scratch-postgres.sh
+# shellcheck disable=SC2317 # the trap calls it
+clean_up() {
+    local signal pid
+    for signal in TERM QUIT KILL; do
+        for pid in $(pgrep -f "$MAYFLY_TEST_FOLDER"); do
+            printf 'test: ending what was left running: %s\n' "$(tr '\0' ' ' <"/proc/$pid/cmdline" | cut -c -100)" >&2
+            kill "-$signal" "$pid" || true
+        done
+        for _ in {1..50}; do
+            pgrep -f "$MAYFLY_TEST_FOLDER" >/dev/null || break 2
+            sleep 0.1
+        done
+    done
+    rm -rf --one-file-system "$MAYFLY_TEST_FOLDER"
+    scratch_postgres_stop
+}
+trap clean_up EXIT
 scratch_postgres_start
 
-# One service for all tests that do not need their own. It lives as long as we hold its stdin.
-coproc SERVICE { exec "$CARGO_TARGET_DIR/debug/mayfly-test-service"; }
+# One service for all tests that do not need their own. It lives as long as we hold its stdin, and Ctrl-C is not for it.
+coproc SERVICE { exec setsid "$CARGO_TARGET_DIR/debug/mayfly-test-service"; }
 # shellcheck disable=SC2153 # coproc sets it
 service_pid=$SERVICE_PID
 service_in=${SERVICE[1]}

@@ -1,8 +1,13 @@
 //! Holds answers against `openapi.yaml`: every status and every body that the service sends must be promised there.
 
-use std::{path::Path, sync::LazyLock};
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{Arc, LazyLock, Mutex},
+};
 
 use anyhow::{Context, Result, bail, ensure};
+use jsonschema::Validator;
 use serde_json::{Value, json};
 
 static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
@@ -66,10 +71,13 @@ pub fn check(method: &str, path: &str, status: u16, content_type: &str, body: &s
         return Ok(());
     };
     ensure!(content.get(media_type).is_some(), "{method} {path}: {status} came as `{media_type}`, which is not promised");
-    if !media_type.ends_with("json") {
-        return Ok(());
-    }
-    validate(&format!("{place}/content/{}/schema", escape(media_type)), body).with_context(|| format!("{method} {path}: {status}"))
+    let schema = format!("{place}/content/{}/schema", escape(media_type));
+    let checked = match media_type {
+        "application/x-ndjson" => body.lines().try_for_each(|line| validate(&schema, line)),
+        _ if media_type.ends_with("json") => validate(&schema, body),
+        _ => Ok(()),
+    };
+    checked.with_context(|| format!("{method} {path}: {status}"))
 }
 
 fn find(method: &str, path: &str) -> Option<Operation> {
@@ -80,21 +88,46 @@ fn find(method: &str, path: &str) -> Option<Operation> {
     operations().into_iter().find(|o| o.method == method && fits(&o.template))
 }
 
+/// Whether a frame of a log stream is one that the contract promises.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_frame(frame: &Value) -> Result<()> {
+    validate_value("#/components/schemas/LogFrame", frame)
+}
+
 fn validate(schema: &str, body: &str) -> Result<()> {
-    let body: Value = serde_json::from_str(body).with_context(|| format!("not JSON: {body:?}"))?;
-    // The document itself is the schema, so that every `$ref` in it finds its target; only `$ref` at the top is looked at.
-    let mut root = document().clone();
-    root["$schema"] = json!("https://json-schema.org/draft/2020-12/schema");
-    root["$ref"] = json!(schema);
-    let validator = jsonschema::options()
-        .should_validate_formats(true)
-        .build(&root)
-        .map_err(|e| anyhow::anyhow!("the schema at {schema} is not usable: {e}"))?;
-    let faults: Vec<_> = validator.iter_errors(&body).map(|e| format!("{} at `{}`", e, e.instance_path())).collect();
+    validate_value(schema, &serde_json::from_str(body).with_context(|| format!("not JSON: {body:?}"))?)
+}
+
+fn validate_value(schema: &str, body: &Value) -> Result<()> {
+    let validator = validator(schema)?;
+    let faults: Vec<_> = validator.iter_errors(body).map(|e| format!("{} at `{}`", e, e.instance_path())).collect();
     if !faults.is_empty() {
         bail!("breaks {schema}: {}\n{body:#}", faults.join("; "));
     }
     Ok(())
+}
+
+/// The schema at a place in the document, made ready once.
+fn validator(schema: &str) -> Result<Arc<Validator>> {
+    static READY: LazyLock<Mutex<HashMap<String, Arc<Validator>>>> = LazyLock::new(Mutex::default);
+    let mut ready = READY.lock().map_err(|_| anyhow::anyhow!("another test panicked here"))?;
+    if let Some(validator) = ready.get(schema) {
+        return Ok(validator.clone());
+    }
+    // The document itself is the schema, so that every `$ref` in it finds its target; only `$ref` at the top is looked at.
+    let mut root = document().clone();
+    root["$schema"] = json!("https://json-schema.org/draft/2020-12/schema");
+    // Braces of path templates may not stand in a URI reference as they are (RFC 3986).
+    root["$ref"] = json!(schema.replace('{', "%7B").replace('}', "%7D"));
+    let validator = jsonschema::options()
+        .should_validate_formats(true)
+        .build(&root)
+        .map_err(|e| anyhow::anyhow!("the schema at {schema} is not usable: {e}"))?;
+    let validator = Arc::new(validator);
+    ready.insert(schema.to_owned(), validator.clone());
+    Ok(validator)
 }
 
 /// A key as a part of a JSON pointer that stands in a URI fragment (RFC 6901).

@@ -128,9 +128,11 @@ pub fn mayfly() -> Command {
 /// A folder that the service's own user can reach, on a disk: an image store on tmpfs is refused on older kernels.
 ///
 /// # Errors
-/// `/var/tmp` cannot be written.
+/// It cannot be made.
 pub fn folder() -> Result<tempfile::TempDir> {
-    let folder = tempfile::Builder::new().prefix("mayfly-test.").tempdir_in("/var/tmp")?;
+    #[expect(clippy::disallowed_methods, reason = "this is how `make test` says where all of its services live")]
+    let parent = std::env::var("MAYFLY_TEST_FOLDER").unwrap_or_else(|_| "/var/tmp".to_owned());
+    let folder = tempfile::Builder::new().prefix("mayfly-test.").tempdir_in(parent)?;
     fs::set_permissions(folder.path(), Permissions::from_mode(0o755))?;
     Ok(folder)
 }
@@ -142,7 +144,8 @@ pub struct Service {
     args: Vec<String>,
     child: Option<Child>,
     place: Place,
-    _load: File,
+    /// `None`: it serves other tests, which hold their own shares of the machine.
+    _load: Option<File>,
 }
 
 impl Service {
@@ -154,11 +157,23 @@ impl Service {
         service
     }
 
+    /// Starts one that tests share.
+    ///
+    /// # Errors
+    /// As [`Self::start_with`].
+    pub fn start_shared() -> Result<Self> {
+        Self::launch(&[], None)
+    }
+
     /// Starts one without images, with further arguments of `serve`.
     ///
     /// # Errors
     /// It did not come to serve; the text holds what it said.
     pub fn start_with(args: &[&str]) -> Result<Self> {
+        Self::launch(args, Some(host::busy()))
+    }
+
+    fn launch(args: &[&str], load: Option<File>) -> Result<Self> {
         ensure!(nix::unistd::geteuid().is_root(), "these tests start sandboxes: they need root");
         let folder = folder()?;
         let place = Place {
@@ -169,7 +184,7 @@ impl Service {
             busybox_root: PathBuf::new(),
         };
         let args = args.iter().map(|&a| a.to_owned()).collect();
-        let mut service = Self { folder, args, child: None, place, _load: host::busy() };
+        let mut service = Self { folder, args, child: None, place, _load: load };
         service.start_again()?;
         Ok(service)
     }

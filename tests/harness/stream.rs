@@ -12,6 +12,8 @@ use tokio_tungstenite::{
     tungstenite::{Message, client::IntoClientRequest, http::HeaderValue},
 };
 
+use crate::contract;
+
 /// The longest that a test waits for the next frame.
 const FRAME_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -76,8 +78,11 @@ pub struct Frames {
 }
 
 impl Frames {
-    /// Adds one frame, and panics if it breaks what is promised: rising numbers, known streams, nothing after the end.
+    /// Adds one frame, and panics if it breaks what is promised: its form, rising numbers, known streams, nothing after the end.
     pub fn add(&mut self, frame: &Value) {
+        if let Err(breach) = contract::check_frame(frame) {
+            panic!("a frame breaks the contract: {breach:#}");
+        }
         assert!(self.end.is_none(), "a frame after the end: {frame}");
         if let Some(end) = frame.get("end") {
             self.end = Some(end.clone());
