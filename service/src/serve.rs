@@ -42,6 +42,8 @@ const DRAIN: Duration = Duration::from_secs(5);
 const END_SANDBOXES: Duration = Duration::from_secs(10);
 /// How long the answers have that tell of those ends.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
+/// How long connections to the database have to be given back.
+const CLOSE: Duration = Duration::from_secs(2);
 
 /// A node gives away its CPU several times over: few payloads compute all the time, and each is held to its own limit.
 const CPU_OVERCOMMIT: u64 = 8;
@@ -148,11 +150,15 @@ async fn serve(settings: &Settings, doors: Doors, secret: &Secret, helpers: &Hel
         Ended::WithoutKeeper => {
             tracing::error!("the keeper is gone: no sandbox of this node can run or be started");
             stopping.cancel();
+            // No end of a sandbox will be heard of.
+            app.engine.stop(Duration::ZERO).await;
             drop(tokio::time::timeout(LAST_ANSWERS, api).await);
         }
     }
     metrics.abort();
-    app.store.close().await;
+    if tokio::time::timeout(CLOSE, app.store.close()).await.is_err() {
+        tracing::warn!("a connection to the database is still in use");
+    }
     Ok(ended)
 }
 
@@ -265,7 +271,8 @@ fn secret(settings: &Settings, owner: Option<&Account>) -> anyhow::Result<Secret
 }
 
 fn start_log(format: LogFormat) {
-    let filter = EnvFilter::builder().with_default_directive(tracing::Level::INFO.into()).from_env_lossy();
+    // RUST_LOG is for who looks for a fault; sqlx calls every notice of Postgres's an information.
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,sqlx=warn"));
     let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
     let registry = tracing_subscriber::registry().with(filter);
     match format {
