@@ -12,12 +12,15 @@ pub use nodes::NodeId;
 pub use queue::{Candidate, Input, QueueListener};
 pub use sandboxes::{Deleted, Ended, Filter, LogKept, StoredLog};
 use sqlx::{
-    PgPool,
+    Connection as _, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 
 /// How long a request waits for a free connection before the database counts as unavailable.
 const ACQUIRE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// A connection that rested for longer is asked whether it still works before it is used.
+const TRUSTED_REST: Duration = Duration::from_secs(1);
 
 /// Postgres, with a bounded number of connections.
 #[derive(Debug, Clone)]
@@ -45,8 +48,11 @@ impl Store {
             .max_connections(connections)
             .min_connections(2.min(connections))
             .acquire_timeout(ACQUIRE_DEADLINE)
-            // A broken connection shows at its first use and costs that request a retry; a question before each use costs every request.
+            // A question before each use would cost every request; one that has rested may have outlived its server.
             .test_before_acquire(false)
+            .before_acquire(|connection, state| {
+                Box::pin(async move { Ok(state.idle_for < TRUSTED_REST || connection.ping().await.is_ok()) })
+            })
             .connect_with(options)
             .await?;
         Ok(Self { pool })
@@ -63,9 +69,11 @@ impl Store {
         Ok(())
     }
 
-    /// Closes every connection, after what they are doing.
+    /// Closes every connection, after what they are doing; one that is busy for longer than a moment is left to the end of the process.
     pub async fn close(&self) {
-        self.pool.close().await;
+        /// Longer than any statement of ours takes.
+        const PATIENCE: Duration = Duration::from_secs(2);
+        drop(tokio::time::timeout(PATIENCE, self.pool.close()).await);
     }
 }
 

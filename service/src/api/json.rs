@@ -52,7 +52,9 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Invalid> {
             _ => missing_field(&detail)
                 .map_or_else(|| path.clone(), |name| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }),
         };
-        Invalid { bound: bound_of(&field), field, detail }
+        let bound = bound_of(&field);
+        let detail = bound.map_or(detail, |bound| format!("not a whole number from {} to {} {}", bound.min, bound.max, bound.unit));
+        Invalid { bound, field, detail }
     })?;
     json.end().map_err(|error| Invalid::new("", format!("something follows the body's JSON: {error}")))?;
     Ok(value)

@@ -20,7 +20,7 @@ const POLL: Duration = Duration::from_secs(1);
 const BATCH: u32 = 32;
 
 impl Engine {
-    /// Schedules for good.
+    /// Schedules until the engine stops, or its keeper is gone.
     pub(super) async fn schedule(self: Arc<Self>) {
         let mut listener = None;
         let mut candidates = VecDeque::new();
@@ -36,6 +36,8 @@ impl Engine {
             }
             tokio::select! {
                 () = self.stopping.cancelled() => return,
+                // Nothing can be started any more, and what was running is over.
+                () = self.keeper.gone() => self.stopping.cancel(),
                 () = self.wake.notified() => {}
                 () = heard(&mut listener) => candidates.clear(),
                 () = tokio::time::sleep(POLL) => {

@@ -1,11 +1,13 @@
 //! The end of a sandbox: stored first, then told, then forgotten by the keeper.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use sandbox_core::protocol::Ending;
+use time::OffsetDateTime;
 
 use super::{Engine, Finished, live::Live};
 use crate::{
+    clock::at_us,
     sandbox::{Finish, Kind, LogTail, Phases, Sandbox, State},
     store::{Ended, LogKept},
 };
@@ -21,7 +23,7 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 impl Engine {
     /// Stores the end, however long that takes — the keeper has the record until then — and tells everyone who waits.
     pub(super) async fn settle(&self, live: &Live, ending: &Ending) {
-        let finish = Finish::of(ending, &live.sandbox.limits, self.phases(live));
+        let finish = Finish::of(ending, &live.sandbox.limits, phases(live, at_us(ending.ended_at_us)));
         let id = live.sandbox.id;
         let log_tail = self.logs.tail(id, LogTail::STORED_BYTES).await.unwrap_or_else(|error| {
             tracing::error!(sandbox.id = %id, %error, "reading its log failed");
@@ -59,7 +61,7 @@ impl Engine {
     }
 
     /// Has the keeper drop logs whose time is over, for good.
-    pub(super) async fn retain_logs(self: std::sync::Arc<Self>) {
+    pub(super) async fn retain_logs(self: Arc<Self>) {
         loop {
             tokio::time::sleep(RETENTION_PERIOD).await;
             if let Err(error) = self.drop_overdue_logs().await {
@@ -94,16 +96,17 @@ impl Engine {
             pause = (pause * 2).min(RETRY_MAX);
         }
     }
+}
 
-    fn phases(&self, live: &Live) -> Phases {
-        let Sandbox { created_at, claimed_at, .. } = live.sandbox;
-        let queued = claimed_at.map_or(Duration::ZERO, |claimed_at| (claimed_at - created_at).unsigned_abs());
-        Phases {
-            queue: Phases::ms(queued.saturating_sub(live.image_took)),
-            image: Phases::ms(live.image_took),
-            launch: 0.0,
-            total: Phases::ms((self.clock.now() - created_at).unsigned_abs()),
-        }
+/// Where the time of this sandbox went, as far as the service knows.
+fn phases(live: &Live, ended_at: OffsetDateTime) -> Phases {
+    let Sandbox { created_at, claimed_at, .. } = live.sandbox;
+    let since_created = |at: OffsetDateTime| Duration::try_from(at - created_at).unwrap_or(Duration::ZERO);
+    Phases {
+        queue: Phases::ms(claimed_at.map_or(Duration::ZERO, since_created).saturating_sub(live.image_took)),
+        image: Phases::ms(live.image_took),
+        launch: 0.0,
+        total: Phases::ms(since_created(ended_at)),
     }
 }
 
