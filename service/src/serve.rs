@@ -63,12 +63,14 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
         None => Some(Cluster::find(&folder.join("postgres"), &account, settings.postgres_bin_dir.as_deref())?),
         Some(_) => None,
     };
+    let keeper = helpers::look_for_keeper(&settings, is_root)?;
     folders::prepare(folder, &account, is_root)?;
     let _alone = folders::lock(folder)?;
     let secret = secret(&settings, is_root.then_some(&account))?;
     raise_descriptor_limit();
+    hold_signals()?;
 
-    let helpers = Helpers::start(&settings, cluster, &account, is_root)?;
+    let helpers = Helpers::start(&settings, keeper, cluster, &account)?;
     let served = serve_unprivileged(&settings, &account, is_root, doors, &secret, &helpers);
     let stopped = match &served {
         Ok(_) => helpers.stop(),
@@ -116,7 +118,6 @@ fn serve_unprivileged(
 }
 
 async fn serve(settings: &Settings, doors: Doors, secret: &Secret, helpers: &Helpers) -> anyhow::Result<Ended> {
-    // First of all, so that a stop in the middle of a start is one too.
     let mut signals = Signals::new()?;
     let started = tokio::select! {
         started = start(settings, doors, secret, helpers) => started?,
@@ -228,7 +229,7 @@ fn at(options: &PgConnectOptions) -> String {
     }
 }
 
-/// SIGTERM and SIGINT, from the moment this is made.
+/// SIGTERM and SIGINT, from the moment one of these is made for the first time.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -245,6 +246,14 @@ impl Signals {
             _ = self.interrupt.recv() => {}
         }
     }
+}
+
+/// From now on SIGTERM and SIGINT wait until somebody asks for them with [`Signals`]: whoever ends us in the middle of a start should
+/// not leave half of it running. Starts no thread.
+fn hold_signals() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().context("catching signals")?;
+    // The handlers stay installed when these are gone.
+    runtime.block_on(async { Signals::new() }).map(drop)
 }
 
 fn service_account(user: &str) -> anyhow::Result<Account> {

@@ -83,11 +83,11 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<()> {
         Some(given) => given,
         None => reference_of(&path)?,
     };
+    let archive = archive(&path, &program)?;
     let token = match token {
         Some(given) => given,
         None => key.sign(&operator(), 3600).context("signing a token; give one with --token")?,
     };
-    let archive = archive(&path, &program)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let imported = runtime.block_on(send(archive, &url, &reference, &token))?;
     super::print(format!("{} {}", imported.reference, imported.digest))

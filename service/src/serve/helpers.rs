@@ -41,33 +41,45 @@ enum Owner {
     Other,
     /// Ours, from a service before this one.
     Adopted,
+    /// Ours.
     Started,
+}
+
+/// The keeper that runs, or is to be started.
+#[derive(Debug)]
+pub(super) struct KeeperFound {
+    socket: PathBuf,
+    owner: Owner,
+}
+
+/// Looks whether a keeper answers. Fails if none does and we may not start one. Changes nothing.
+pub(super) fn look_for_keeper(settings: &Settings, is_root: bool) -> anyhow::Result<KeeperFound> {
+    let is_given = settings.keeper_socket.is_some();
+    let socket = settings.keeper_socket.clone().unwrap_or_else(|| settings.data_dir.join("keeper.sock"));
+    let len = socket.as_os_str().len();
+    ensure!(len <= SOCKET_PATH_BYTES_MAX, "the path of the keeper's socket is {} bytes too long", len - SOCKET_PATH_BYTES_MAX);
+    let owner = match Socket::connect(&socket) {
+        Ok(_) if is_given || !is_root => Owner::Other,
+        Ok(_) => Owner::Adopted,
+        Err(error) if is_given => return Err(error).with_context(|| format!("no keeper answers on {}", socket.display())),
+        Err(_) if !is_root => {
+            bail!("no keeper answers on {}: start mayfly as root, or a sandbox-keeper as root beforehand", socket.display())
+        }
+        Err(_) => Owner::Started,
+    };
+    Ok(KeeperFound { socket, owner })
 }
 
 impl Helpers {
     /// Starts what does not run yet. What was started is stopped again if the rest fails.
-    pub(super) fn start(settings: &Settings, cluster: Option<Cluster>, account: &Account, is_root: bool) -> anyhow::Result<Self> {
-        let keeper_socket = settings.keeper_socket.clone().unwrap_or_else(|| settings.data_dir.join("keeper.sock"));
-        let len = keeper_socket.as_os_str().len();
-        ensure!(len <= SOCKET_PATH_BYTES_MAX, "the path of the keeper's socket is {} bytes too long", len - SOCKET_PATH_BYTES_MAX);
-        let keeper = match Socket::connect(&keeper_socket) {
-            Ok(_) if settings.keeper_socket.is_some() || !is_root => Owner::Other,
-            Ok(_) => {
-                tracing::info!("taking over the keeper that runs");
-                Owner::Adopted
-            }
-            Err(error) if settings.keeper_socket.is_some() => {
-                return Err(error).with_context(|| format!("no keeper answers on {}", keeper_socket.display()));
-            }
-            Err(_) if !is_root => {
-                bail!("no keeper answers on {}: start mayfly as root, or a sandbox-keeper as root beforehand", keeper_socket.display())
-            }
-            Err(_) => {
-                start_keeper(settings, &keeper_socket, account)?;
-                Owner::Started
-            }
-        };
-        let mut helpers = Self { keeper_socket, keeper, cluster: None };
+    pub(super) fn start(settings: &Settings, keeper: KeeperFound, cluster: Option<Cluster>, account: &Account) -> anyhow::Result<Self> {
+        let KeeperFound { socket, owner } = keeper;
+        match owner {
+            Owner::Started => start_keeper(settings, &socket, account)?,
+            Owner::Adopted => tracing::info!("taking over the keeper that runs"),
+            Owner::Other => {}
+        }
+        let mut helpers = Self { keeper_socket: socket, keeper: owner, cluster: None };
         if let Some(cluster) = cluster {
             match cluster.start(settings.database_connections) {
                 Ok(start) => helpers.cluster = Some((cluster, start)),
