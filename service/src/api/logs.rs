@@ -33,6 +33,8 @@ use crate::{
 
 /// Between two signs of life to a reader for whom nothing comes.
 const PING_PERIOD: Duration = Duration::from_secs(20);
+/// A reader has nothing to say.
+const READER_MESSAGE_BYTES_MAX: usize = 4096;
 /// Codes of RFC 6455, section 7.4.1.
 const CLOSE_NORMAL: u16 = 1000;
 const CLOSE_INTERNAL: u16 = 1011;
@@ -84,7 +86,7 @@ pub(super) async fn read(
         return Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], lines(log)).into_response());
     }
     let upgrade = upgrade.map_err(|error| Invalid::new("", format!("this is no WebSocket handshake: {error}")))?;
-    Ok(upgrade.protocols([SUBPROTOCOL]).on_upgrade(|socket| serve(socket, log)))
+    Ok(upgrade.max_message_size(READER_MESSAGE_BYTES_MAX).protocols([SUBPROTOCOL]).on_upgrade(|socket| serve(socket, log)))
 }
 
 fn asked(pairs: Vec<(String, String)>) -> Result<(u64, bool), ApiError> {

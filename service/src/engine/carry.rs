@@ -35,6 +35,7 @@ enum Started<W> {
 impl Engine {
     /// Starts the sandbox, follows it, stores its end, gives its room back.
     pub(super) async fn carry(self: Arc<Self>, live: Arc<Live>, input: Input, reservation: Reservation) {
+        let _known = self.live.known(live.sandbox.id);
         let ending = self.launch_and_follow(&live, input).await;
         drop(reservation);
         self.settle(&live, &ending).await;
@@ -48,6 +49,7 @@ impl Engine {
         launched: Option<Launched>,
         reservation: Reservation,
     ) {
+        let _known = self.live.known(live.sandbox.id);
         if let Some(launched) = launched {
             live.running(launched);
         }

@@ -176,8 +176,9 @@ impl LogStream {
 
     /// Returns when something may have changed.
     async fn more(&mut self) {
-        /// Between two looks at a sandbox that this process does not follow.
+        /// Between two looks at a sandbox that this process does not follow, or that has no file yet.
         const LOOK: Duration = Duration::from_secs(1);
+        let has_file = self.reader.is_some();
         let has_read_all = self.reader.as_ref().is_some_and(LogReader::has_ended);
         let written = async {
             match &mut self.reader {
@@ -187,7 +188,8 @@ impl LogStream {
         };
         let moved = async {
             match &mut self.progress {
-                Some(progress) => drop(progress.changed().await),
+                Some(progress) if has_file => drop(progress.changed().await),
+                Some(progress) => drop(tokio::time::timeout(LOOK, progress.changed()).await),
                 None => tokio::time::sleep(LOOK).await,
             }
         };

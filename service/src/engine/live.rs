@@ -122,6 +122,19 @@ pub(super) struct Registry {
     metrics: Arc<Metrics>,
 }
 
+/// See [`Registry::known`].
+#[derive(Debug)]
+pub(super) struct Known<'a> {
+    registry: &'a Registry,
+    id: SandboxId,
+}
+
+impl Drop for Known<'_> {
+    fn drop(&mut self) {
+        self.registry.remove(self.id);
+    }
+}
+
 impl Registry {
     pub(super) fn new(metrics: Arc<Metrics>) -> Self {
         Self { live: Mutex::default(), metrics }
@@ -177,6 +190,11 @@ impl Registry {
             *progress = Progress::Gone;
             true
         });
+    }
+
+    /// Known until the guard is dropped: also one whose task panics is known no more, so that others can take it over.
+    pub(super) const fn known(&self, id: SandboxId) -> Known<'_> {
+        Known { registry: self, id }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<SandboxId, Arc<Live>>> {

@@ -7,47 +7,65 @@ use std::{
 };
 
 use anyhow::Context as _;
-use sandbox_core::protocol::KillReason;
+use sandbox_core::protocol::{KillReason, Record};
 
 use super::{Engine, capacity::Room};
-use crate::sandbox::SandboxId;
+use crate::sandbox::{Sandbox, SandboxId};
+
+/// How long after its claim a sandbox that nobody follows counts as left behind.
+const STRAY_AFTER: Duration = Duration::from_secs(30);
 
 impl Engine {
     /// Follows what lives, settles what ended, reports what is lost, and drops what nobody knows.
     pub(super) async fn recover(self: &Arc<Self>) -> anyhow::Result<()> {
-        let keeper = self.keeper.connected().await;
-        let records = self.keeper.list().await.context("asking the keeper for its sandboxes failed")?;
-        let mut records: HashMap<_, _> = records.into_iter().map(|record| (record.id, record)).collect();
         let rows = self.store.live_of(self.node).await.context("reading this node's sandboxes failed")?;
+        let records = self.keeper.list().await.context("asking the keeper for its sandboxes failed")?;
+        let leftover = self.take_over(rows, records).await;
+        let kept: HashSet<SandboxId> = self.store.kept_logs(self.node, None).await?.into_iter().collect();
+        for id in leftover.into_iter().filter(|id| !kept.contains(id)) {
+            tracing::info!(sandbox.id = %id, "the keeper has a sandbox that nobody asked for any more");
+            tokio::spawn(Arc::clone(self).drop_leftover(id));
+        }
+        Ok(())
+    }
+
+    /// Takes over rows of this node that are live and followed by nobody: the answer to their claim was lost on the way from Postgres, or
+    /// their task panicked.
+    pub(super) async fn recover_strays(self: &Arc<Self>) -> anyhow::Result<()> {
+        let claimed_before = self.clock.now() - STRAY_AFTER;
+        let mut strays = self.store.live_of(self.node).await?;
+        strays.retain(|row| self.live.get(row.id).is_none() && row.claimed_at.is_some_and(|at| at < claimed_before));
+        if !strays.is_empty() {
+            let records = self.keeper.list().await?;
+            self.take_over(strays, records).await;
+        }
+        Ok(())
+    }
+
+    /// Follows the sandboxes of these rows that the keeper has, settles those that it has not, and answers with records that belong to no row.
+    async fn take_over(self: &Arc<Self>, rows: Vec<Sandbox>, records: Vec<Record>) -> Vec<SandboxId> {
+        let keeper = self.keeper.connected().await;
+        let mut records: HashMap<_, _> = records.into_iter().map(|record| (record.id, record)).collect();
         let (mut adopted, mut lost) = (0_u32, 0_u32);
         for sandbox in rows {
             let room = Room { memory_bytes: sandbox.limits.memory_bytes(), cpu_millis: sandbox.limits.cpu_millis(), sandboxes: 1 };
             let record = records.remove(&sandbox.id);
             let live = self.live.insert(sandbox, Duration::ZERO);
-            match record {
-                Some(record) => {
-                    adopted += 1;
-                    let reservation = self.capacity.reserve_for_live(room);
-                    tokio::spawn(Arc::clone(self).adopt(live, keeper.started_at_us, record.launched, reservation));
-                }
-                None => {
-                    lost += 1;
-                    let message = "its node's keeper was started anew, or never got the order to start it";
-                    let ending = self.infra_error(message.to_owned());
-                    let engine = Arc::clone(self);
-                    tokio::spawn(async move { engine.settle(&live, &ending).await });
-                }
+            if let Some(record) = record {
+                adopted += 1;
+                let reservation = self.capacity.reserve_for_live(room);
+                tokio::spawn(Arc::clone(self).adopt(live, keeper.started_at_us, record.launched, reservation));
+            } else {
+                lost += 1;
+                let ending = self.infra_error("its node's keeper was started anew, or never got the order to start it".to_owned());
+                let engine = Arc::clone(self);
+                tokio::spawn(async move { engine.settle(&live, &ending).await });
             }
         }
-        let kept: HashSet<SandboxId> = self.store.kept_logs(self.node, None).await?.into_iter().collect();
-        let leftover: Vec<_> = records.into_keys().filter(|id| !kept.contains(id)).collect();
-        if adopted + lost > 0 || !leftover.is_empty() {
-            tracing::info!(adopted, lost, leftover = leftover.len(), "took over what the last service left behind");
+        if adopted + lost > 0 {
+            tracing::info!(adopted, lost, "took over sandboxes that nobody followed");
         }
-        for id in leftover {
-            tokio::spawn(Arc::clone(self).drop_leftover(id));
-        }
-        Ok(())
+        records.into_keys().collect()
     }
 
     /// Ends and forgets a sandbox whose row is final or gone.

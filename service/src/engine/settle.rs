@@ -14,8 +14,8 @@ use crate::{
 
 /// How long the whole log of a run is kept when it does not fit beside the outcome.
 const RUN_LOG_RETENTION: Duration = Duration::from_secs(3600);
-/// Between two looks for logs whose time is over.
-const RETENTION_PERIOD: Duration = Duration::from_secs(30);
+/// Between two rounds of housekeeping.
+const HOUSEKEEPING_PERIOD: Duration = Duration::from_secs(30);
 /// Between two attempts to store an outcome: first this, then doubled up to the other.
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(5);
@@ -34,8 +34,10 @@ impl Engine {
             Kind::Run => LogKept::Until(finish.finished_at + RUN_LOG_RETENTION),
             Kind::Sandbox => LogKept::UntilDeleted,
         };
-        self.store_end(live, &[State::Starting, State::Running], &Ended { finish: &finish, log_tail: &log_tail, log_file }).await;
-        self.metrics.ended(live.sandbox.kind, &finish.outcome);
+        let ended = Ended { finish: &finish, log_tail: &log_tail, log_file };
+        if self.store_end(live, &[State::Starting, State::Running], &ended).await {
+            self.metrics.ended(live.sandbox.kind, &finish.outcome);
+        }
         live.ended(finished(&live.sandbox, finish, log_tail));
         self.live.remove(id);
         if log_file == LogKept::No {
@@ -60,12 +62,18 @@ impl Engine {
         }
     }
 
-    /// Has the keeper drop logs whose time is over, for good.
-    pub(super) async fn retain_logs(self: Arc<Self>) {
+    /// Now and then, for good: has the keeper drop logs whose time is over, and looks for sandboxes that nobody follows.
+    pub(super) async fn keep_house(self: Arc<Self>) {
         loop {
-            tokio::time::sleep(RETENTION_PERIOD).await;
+            tokio::select! {
+                () = self.stopping.cancelled() => return,
+                () = tokio::time::sleep(HOUSEKEEPING_PERIOD) => {}
+            }
             if let Err(error) = self.drop_overdue_logs().await {
                 tracing::warn!(%error, "dropping old logs failed");
+            }
+            if let Err(error) = self.recover_strays().await {
+                tracing::warn!(error = format!("{error:#}"), "looking for sandboxes that nobody follows failed");
             }
         }
     }
@@ -81,15 +89,12 @@ impl Engine {
         self.store.drop_kept_logs(&overdue).await
     }
 
-    async fn store_end(&self, live: &Live, from: &[State], ended: &Ended<'_>) {
+    /// Tries until it works. False: it was stored before.
+    async fn store_end(&self, live: &Live, from: &[State], ended: &Ended<'_>) -> bool {
         let mut pause = RETRY_MIN;
         loop {
             match self.store.finish(live.sandbox.id, from, ended).await {
-                Ok(true) => return,
-                Ok(false) => {
-                    tracing::debug!(sandbox.id = %live.sandbox.id, "its end was stored before");
-                    return;
-                }
+                Ok(is_first) => return is_first,
                 Err(error) => tracing::error!(sandbox.id = %live.sandbox.id, %error, "storing its end failed; it is tried again"),
             }
             tokio::time::sleep(pause).await;
