@@ -1,0 +1,130 @@
+//! The table against a real database.
+
+use sandbox_core::protocol::Cause;
+use serde_json::json;
+use sqlx::PgPool;
+
+use super::*;
+use crate::sandbox::{Phases, RequestedLimits};
+
+pub(in crate::store) fn sandbox(tenant: &str, kind: Kind, name: Option<&str>) -> Sandbox {
+    let root = "a".repeat(64);
+    let now = OffsetDateTime::UNIX_EPOCH;
+    Sandbox {
+        id: SandboxId(Uuid::now_v7()),
+        tenant: TenantId::proven(tenant.into()),
+        principal: "alice".into(),
+        kind,
+        state: State::Starting,
+        name: name.map(Into::into),
+        image: ImageUsed { reference: "python".into(), digest: format!("sha256:{root}"), root: root.try_into().unwrap() },
+        program: serde_json::from_value(json!({"args": ["a"], "env": [], "cwd": "/", "user": {"ids": {"uid": 0, "gid": 0}}})).unwrap(),
+        limits: Limits::of(kind, RequestedLimits::default()).unwrap(),
+        output_policy: OutputPolicy::Truncate,
+        labels: BTreeMap::from([("exercise".into(), "7".into())]),
+        created_at: now,
+        claimed_at: Some(now),
+        started_at: None,
+        finished_at: None,
+        expires_at: None,
+        outcome: None,
+    }
+}
+
+pub(in crate::store) async fn store_with_node(pool: PgPool) -> (Store, NodeId) {
+    let store = Store { pool };
+    let node = store.register_node("node", 1, 1, OffsetDateTime::UNIX_EPOCH).await.unwrap();
+    (store, node)
+}
+
+fn lost(sandbox: &Sandbox) -> Finish {
+    let cause = Cause::InfraError { message: "gone".into() };
+    Finish::without_usage(cause, OffsetDateTime::UNIX_EPOCH, &sandbox.limits, Phases::default())
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn a_sandbox_reads_back_as_it_was_admitted(pool: PgPool) {
+    let (store, node) = store_with_node(pool).await;
+    let sandbox = sandbox("acme", Kind::Sandbox, Some("box"));
+    assert!(store.admit(&sandbox, node).await.unwrap());
+    assert_eq!(store.find(&sandbox.tenant, sandbox.id).await.unwrap(), Some(sandbox.clone()));
+    assert_eq!(store.live_of(node).await.unwrap(), [sandbox]);
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn another_tenants_sandbox_is_not_found(pool: PgPool) {
+    let (store, node) = store_with_node(pool).await;
+    let sandbox = sandbox("acme", Kind::Sandbox, None);
+    store.admit(&sandbox, node).await.unwrap();
+    let other = TenantId::proven("other".into());
+    assert_eq!(store.find(&other, sandbox.id).await.unwrap(), None);
+    assert_eq!(store.delete(&other, sandbox.id, OffsetDateTime::UNIX_EPOCH).await.unwrap(), None);
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn a_name_is_given_once_to_a_tenant_and_again_to_another(pool: PgPool) {
+    let (store, node) = store_with_node(pool).await;
+    store.admit(&sandbox("acme", Kind::Sandbox, Some("box")), node).await.unwrap();
+    let again = store.admit(&sandbox("acme", Kind::Sandbox, Some("box")), node).await;
+    assert!(matches!(again, Err(StoreError::NameTaken)));
+    assert!(store.admit(&sandbox("other", Kind::Sandbox, Some("box")), node).await.unwrap());
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn an_end_is_stored_and_counted_once(pool: PgPool) {
+    let (store, node) = store_with_node(pool.clone()).await;
+    let sandbox = sandbox("acme", Kind::Run, None);
+    store.admit(&sandbox, node).await.unwrap();
+    let finish = lost(&sandbox);
+    let tail = LogTail { bytes: vec![1, 2], stdout_omitted_bytes: 3, stderr_omitted_bytes: 0 };
+    let ended = Ended { finish: &finish, log_tail: &tail, log_file: LogKept::UntilDeleted };
+
+    assert!(store.finish(sandbox.id, &[State::Starting, State::Running], &ended).await.unwrap());
+    assert!(!store.finish(sandbox.id, &[State::Starting, State::Running], &ended).await.unwrap());
+
+    let stored = store.find(&sandbox.tenant, sandbox.id).await.unwrap().unwrap();
+    assert_eq!((stored.state, stored.outcome.as_ref()), (State::Failed, Some(&finish.outcome)));
+    assert_eq!(store.find_log(sandbox.id).await.unwrap(), Some(StoredLog { tail, has_file: true }));
+    assert_eq!(store.kept_logs(node, None).await.unwrap(), [sandbox.id]);
+    assert_eq!(store.kept_logs(node, Some(OffsetDateTime::UNIX_EPOCH)).await.unwrap(), []);
+    let lines = sqlx::query_scalar!(r#"select count(*) as "count!" from usage"#).fetch_one(&pool).await.unwrap();
+    let events = sqlx::query_scalar!(r#"select count(*) as "count!" from events"#).fetch_one(&pool).await.unwrap();
+    assert_eq!((lines, events), (1, 1));
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn a_running_sandbox_is_not_deleted_and_an_ended_one_is(pool: PgPool) {
+    let (store, node) = store_with_node(pool).await;
+    let sandbox = sandbox("acme", Kind::Sandbox, None);
+    store.admit(&sandbox, node).await.unwrap();
+    store.mark_running(sandbox.id, OffsetDateTime::UNIX_EPOCH).await.unwrap();
+    assert_eq!(store.delete(&sandbox.tenant, sandbox.id, OffsetDateTime::UNIX_EPOCH).await.unwrap(), None);
+
+    let finish = lost(&sandbox);
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
+    store.finish(sandbox.id, &[State::Running], &ended).await.unwrap();
+    let deleted = store.delete(&sandbox.tenant, sandbox.id, OffsetDateTime::UNIX_EPOCH).await.unwrap();
+    assert_eq!(deleted, Some(Deleted { state: State::Failed, has_log_file: false }));
+    assert_eq!(store.find(&sandbox.tenant, sandbox.id).await.unwrap(), None);
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn a_list_is_newest_first_filtered_and_paged(pool: PgPool) {
+    let (store, node) = store_with_node(pool).await;
+    let first = sandbox("acme", Kind::Sandbox, None);
+    let second = sandbox("acme", Kind::Sandbox, None);
+    let run = sandbox("acme", Kind::Run, None);
+    for sandbox in [&first, &second, &run] {
+        store.admit(sandbox, node).await.unwrap();
+    }
+    let list = async |filter: Filter| -> Vec<SandboxId> {
+        store.list(&first.tenant, &filter).await.unwrap().into_iter().map(|sandbox| sandbox.id).collect()
+    };
+    let (id1, id2) = (first.id.max(second.id), first.id.min(second.id));
+    assert_eq!(list(Filter { limit: 10, ..Filter::default() }).await, [id1, id2]);
+    assert_eq!(list(Filter { limit: 1, ..Filter::default() }).await, [id1]);
+    assert_eq!(list(Filter { limit: 10, before: Some(id1), ..Filter::default() }).await, [id2]);
+    assert_eq!(list(Filter { limit: 10, states: vec![State::Exited], ..Filter::default() }).await, []);
+    let labels = BTreeMap::from([("exercise".to_owned(), "8".to_owned())]);
+    assert_eq!(list(Filter { limit: 10, labels, ..Filter::default() }).await, []);
+}
