@@ -155,7 +155,7 @@ impl Engine {
         });
         engine.recover().await?;
         tokio::spawn(Arc::clone(&engine).schedule());
-        tokio::spawn(Arc::clone(&engine).retain_logs());
+        tokio::spawn(Arc::clone(&engine).keep_house());
         Ok(engine)
     }
 
