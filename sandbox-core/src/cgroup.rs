@@ -225,7 +225,7 @@ fn enable_controllers(folder: BorrowedFd<'_>) -> io::Result<()> {
 impl Group {
     /// The folder to be born in (`CLONE_INTO_CGROUP`): the whole of it on v2, its killing part on a hybrid host.
     pub(crate) fn birthplace(&self) -> Option<BorrowedFd<'_>> {
-        self.tree.0.places.unified.map(|index| self.folders[index].as_fd())
+        self.tree.0.places.unified.and_then(|index| self.folders.get(index)).map(AsFd::as_fd)
     }
 
     /// The `tasks` file of each v1 hierarchy, for a process to join by writing 0.
@@ -268,8 +268,8 @@ impl Group {
 
     /// SIGKILL to every process in it, by the kernel and at once, where it has a cgroup2 (cgroup-v2, `cgroup.kill`).
     pub(crate) fn kill(&self) -> io::Result<()> {
-        match self.tree.0.places.unified {
-            Some(index) => write(self.folders[index].as_fd(), "cgroup.kill", "1"),
+        match self.birthplace() {
+            Some(folder) => write(folder, "cgroup.kill", "1"),
             None => Ok(()),
         }
     }

@@ -6,7 +6,10 @@ use std::{
     os::fd::OwnedFd,
 };
 
-use nix::sched::CloneFlags;
+use nix::{
+    sched::CloneFlags,
+    unistd::{Gid, Uid},
+};
 
 use crate::sys::{self, Cloned};
 
@@ -46,11 +49,17 @@ impl Ranges {
 /// route or a host name (user_namespaces(7), «Interaction of user namespaces and other types of namespaces»).
 pub(crate) fn new_user_namespace(base: u32) -> io::Result<OwnedFd> {
     let keeper = nix::unistd::getpid();
-    let child = match sys::clone3(CloneFlags::CLONE_NEWUSER, false, None)? {
-        Cloned::Child => hold_open(keeper),
+    let (ready, tell) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    let child = match sys::clone3(CloneFlags::empty(), false, None)? {
+        Cloned::Child => hold_open(keeper, base, &tell),
         Cloned::Parent(child) => child,
     };
+    drop(tell);
     let made = (|| {
+        let mut entered = [0];
+        if rustix::io::retry_on_intr(|| rustix::io::read(&ready, &mut entered))? == 0 {
+            return Err(io::Error::other("the process that was to make a user namespace ended"));
+        }
         let map = format!("0 {base} {RANGE}\n");
         // One write each: the kernel takes a map once and whole.
         File::options().write(true).open(format!("/proc/{}/uid_map", child.pid))?.write_all(map.as_bytes())?;
@@ -62,15 +71,34 @@ pub(crate) fn new_user_namespace(base: u32) -> io::Result<OwnedFd> {
     made
 }
 
-/// Keeps the namespace that this process was born in alive until the keeper has a descriptor for it and kills this process, or dies.
-fn hold_open(keeper: nix::unistd::Pid) -> ! {
-    let is_bound = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).is_ok();
-    // A keeper that died before the line above sends no signal any more.
-    while is_bound && nix::unistd::getppid() == keeper {
+/// Makes the namespace, and keeps it alive until the keeper has a descriptor for it and kills this process, or dies.
+fn hold_open(keeper: nix::unistd::Pid, base: u32, tell: &OwnedFd) -> ! {
+    let is_made = enter_new_namespace(base).is_ok() && rustix::io::write(tell, &[1]) == Ok(1);
+    // A keeper that died before this process was bound to it sends no signal any more.
+    while is_made && nix::unistd::getppid() == keeper {
         nix::unistd::pause();
     }
     std::process::exit(1)
 }
+
+/// The kernel charges what happens in a user namespace to its maker, too (inotify instances, pending signals, message queues). Made by
+/// root, all sandboxes would share root's own limits; made by the sandbox's first id, each has its own.
+fn enter_new_namespace(base: u32) -> io::Result<()> {
+    nix::sys::prctl::set_keepcaps(true)?;
+    nix::unistd::setgroups(&[])?;
+    let (uid, gid) = (Uid::from_raw(base), Gid::from_raw(base));
+    nix::unistd::setresgid(gid, gid, gid)?;
+    nix::unistd::setresuid(uid, uid, uid)?;
+    // Where only the privileged may make user namespaces, this process still may.
+    sys::set_capabilities(SYS_ADMIN)?;
+    nix::sched::unshare(CloneFlags::CLONE_NEWUSER)?;
+    // Last: a change of ids takes it back.
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+    Ok(())
+}
+
+/// `CAP_SYS_ADMIN` of capabilities(7), as a bit mask.
+const SYS_ADMIN: u64 = 1 << 21;
 
 #[cfg(test)]
 mod tests {

@@ -97,6 +97,18 @@ const FORCE_AFTER_NS: u64 = 50_000_000;
 const START_WITHIN_NS: u64 = 30_000_000_000;
 /// The time between two looks at a counter or a group that is not ready yet.
 const AGAIN_AFTER_NS: u64 = 1_000_000;
+/// How often a counter is looked at for an OOM that was announced.
+const OOM_LOOKS_MAX: u32 = 20;
+/// CPU time that a sandbox may use beyond its limit before it is noticed, over all cores.
+const CPU_OVERSHOOT_NS: u64 = 8_000_000;
+/// Turns of reading that empty the largest pipe (`/proc/sys/fs/pipe-max-size`, 1 MiB), with room to spare.
+const PIPE_TURNS_MAX: usize = 4;
+/// The time between two attempts at a cgroup that cannot be removed.
+const REMOVE_AGAIN_AFTER_NS: u64 = 1_000_000_000;
+/// Clients at one time: one service, its successor, a few tools.
+const CONNECTIONS_MAX: usize = 64;
+/// Requests that may wait for one sandbox.
+const WAITERS_MAX: usize = 64;
 /// The keeper's nice value: what holds sandboxes to their limits must not wait for them (sched(7)).
 const NICE: i32 = -11;
 /// How long nothing must happen before sandboxes are prepared ahead, in milliseconds.
@@ -114,10 +126,11 @@ enum Source {
     Stdout,
     Stderr,
     OutOfMemory,
+    Payload,
 }
 
 impl Source {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Listener,
         Self::Signals,
         Self::Timer,
@@ -127,6 +140,7 @@ impl Source {
         Self::Stdout,
         Self::Stderr,
         Self::OutOfMemory,
+        Self::Payload,
     ];
 
     fn number(self, serial: u64) -> u64 {
@@ -164,6 +178,7 @@ pub struct Keeper {
     logs: PathBuf,
     group: u32,
     hello: Hello,
+    cores: u64,
     buffer: Vec<u8>,
     shutdown: Option<Vec<Asker>>,
     /// Held as long as this keeper lives: its name and its id ranges are its own.
@@ -224,6 +239,7 @@ impl Keeper {
             logs: options.logs.clone(),
             group: options.group,
             hello,
+            cores: std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64),
             buffer: vec![0; log::DATA_BYTES_MAX],
             shutdown: None,
             _lock: lock,
@@ -251,7 +267,7 @@ impl Keeper {
             let timeout = may_refill.then_some(&idle);
             rustix::io::retry_on_intr(|| epoll::wait(&self.epoll, spare_capacity(&mut events), timeout))?;
             if events.is_empty() {
-                may_refill = self.shutdown.is_none() && (self.park()? || self.slots.refill()?);
+                may_refill = self.shutdown.is_none() && self.prepare_ahead();
                 continue;
             }
             for event in &events {
@@ -264,20 +280,32 @@ impl Keeper {
         }
     }
 
+    /// Makes one thing that will be needed. False: there is enough, or it cannot be made now; what needs it then says why.
+    fn prepare_ahead(&mut self) -> bool {
+        match self.park().and_then(|is_parked| if is_parked { Ok(true) } else { self.slots.refill() }) {
+            Ok(is_more) => is_more,
+            Err(error) => {
+                warn(format_args!("preparing a sandbox ahead failed: {error}"));
+                false
+            }
+        }
+    }
+
     /// Keeps what went wrong with one sandbox or client from the others: it is ended, the keeper goes on.
     fn contain(&mut self, source: Source, serial: u64, handled: io::Result<()>) -> io::Result<()> {
         let Err(error) = handled else { return Ok(()) };
         match source {
             Source::Listener | Source::Signals | Source::Timer => Err(error),
             Source::Connection => {
-                eprintln!("sandbox-keeper: disconnecting a client: {error}");
+                warn(format_args!("disconnecting a client: {error}"));
                 self.disconnect(serial);
                 Ok(())
             }
-            Source::Control | Source::Init | Source::Stdout | Source::Stderr | Source::OutOfMemory => {
-                eprintln!("sandbox-keeper: a sandbox is ended because its supervision failed: {error}");
+            Source::Control | Source::Init | Source::Stdout | Source::Stderr | Source::OutOfMemory | Source::Payload => {
+                warn(format_args!("a sandbox is ended because its supervision failed: {error}"));
+                self.kill_by_force(serial)?;
                 self.end(serial, None, Some(Cause::InfraError { message: format!("supervising the sandbox failed: {error}") }));
-                self.kill_by_force(serial)
+                Ok(())
             }
         }
     }
@@ -292,7 +320,8 @@ impl Keeper {
             Source::Init => self.on_init_death(serial),
             Source::Stdout => self.on_output(serial, Kind::Stdout),
             Source::Stderr => self.on_output(serial, Kind::Stderr),
-            Source::OutOfMemory => self.on_out_of_memory(serial),
+            Source::OutOfMemory => self.on_oom_notice(serial),
+            Source::Payload => self.on_payload_death(serial),
         }
     }
 
@@ -302,10 +331,12 @@ impl Keeper {
             // The other side left again, or descriptors are short for the moment.
             Err(_) => return Ok(()),
         };
-        transport::enlarge(&socket)?;
         let serial = self.serial();
-        self.watch(socket.as_fd(), Source::Connection, serial)?;
-        self.connections.insert(serial, Connection::new(socket));
+        // Dropped, and so closed, if it is one too many or cannot be watched.
+        let is_welcome = self.connections.len() < CONNECTIONS_MAX && transport::enlarge(&socket).is_ok();
+        if is_welcome && self.watch(socket.as_fd(), Source::Connection, serial).is_ok() {
+            self.connections.insert(serial, Connection::new(socket));
+        }
         Ok(())
     }
 
@@ -340,7 +371,7 @@ impl Keeper {
                 Ok(None) => return Ok(()),
                 Err(error) => {
                     if error.kind() != io::ErrorKind::ConnectionReset {
-                        eprintln!("sandbox-keeper: disconnecting a client: {error}");
+                        warn(format_args!("disconnecting a client: {error}"));
                     }
                     self.disconnect(serial);
                     return Ok(());
@@ -362,6 +393,7 @@ impl Keeper {
             Request::Wait { id } => match self.by_id.get(&id).and_then(|serial| self.sandboxes.get_mut(serial)) {
                 None => failed(FailureKind::Gone, format!("no sandbox {id}")),
                 Some(Sandbox { ending: Some(ending), .. }) => Answer::Ended(Box::new(ending.clone())),
+                Some(sandbox) if sandbox.waiters.len() >= WAITERS_MAX => failed(FailureKind::Busy, "too many wait for this sandbox"),
                 Some(sandbox) => {
                     sandbox.waiters.push(asker);
                     return Ok(());
@@ -375,7 +407,8 @@ impl Keeper {
                 }
             },
             Request::List => Answer::Records(self.records()),
-            Request::Forget { id } => self.forget(id),
+            Request::Forget { id } => self.forget(id, LogFile::Delete),
+            Request::ForgetRecord { id } => self.forget(id, LogFile::Keep),
             Request::Images => match self.store.images() {
                 Ok(images) => Answer::Images(images),
                 Err(error) => failed(FailureKind::Host, format!("listing the images failed: {error}")),
@@ -405,24 +438,28 @@ impl Keeper {
     }
 
     fn records(&self) -> Vec<Record> {
-        let record = |sandbox: &Sandbox| match &sandbox.purpose {
-            Purpose::Payload { id } => Some(Record { id: *id, launched: sandbox.launched, is_ended: sandbox.ending.is_some() }),
-            Purpose::Unpack { .. } => None,
+        // By id: one that is forgotten and still being dismantled is not to be told.
+        let record = |(id, serial): (&SandboxId, &u64)| {
+            let sandbox = self.sandboxes.get(serial)?;
+            Some(Record { id: *id, launched: sandbox.launched, is_ended: sandbox.ending.is_some() })
         };
-        self.sandboxes.values().filter_map(record).collect()
+        self.by_id.iter().filter_map(record).collect()
     }
 
-    fn forget(&mut self, id: SandboxId) -> Answer {
-        let Some(&serial) = self.by_id.get(&id) else { return Answer::Done };
-        if self.sandboxes.get(&serial).is_some_and(|sandbox| sandbox.ending.is_none()) {
+    fn forget(&mut self, id: SandboxId, log_file: LogFile) -> Answer {
+        let serial = self.by_id.get(&id).copied();
+        let sandbox = serial.and_then(|serial| self.sandboxes.get(&serial));
+        if sandbox.is_some_and(|sandbox| sandbox.ending.is_none()) {
             return failed(FailureKind::Busy, "the sandbox has not ended");
         }
-        match std::fs::remove_file(log::path(&self.logs, id)) {
+        let removed = if log_file == LogFile::Delete { std::fs::remove_file(log::path(&self.logs, id)) } else { Ok(()) };
+        match removed {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return failed(FailureKind::Host, format!("removing the log failed: {error}"));
             }
             _ => {}
         }
+        let Some(serial) = serial else { return Answer::Done };
         self.by_id.remove(&id);
         // One that is still being dismantled is dropped when it is done (`clean_up`).
         if self.sandboxes.get(&serial).is_some_and(|sandbox| sandbox.body.is_none()) {
@@ -439,7 +476,7 @@ impl Keeper {
             Err(error) => Err(error),
         };
         if let Err(error) = answered {
-            eprintln!("sandbox-keeper: disconnecting a client that does not read: {error}");
+            warn(format_args!("disconnecting a client that does not read: {error}"));
             self.disconnect(asker.connection);
         }
     }
@@ -498,7 +535,7 @@ impl Keeper {
                 if let Some(parked) = self.lot.get_mut(serial) {
                     parked.is_doomed = true;
                     let class = parked.class.clone();
-                    eprintln!("sandbox-keeper: building a sandbox ahead failed: {cause:?}");
+                    warn(format_args!("building a sandbox ahead failed: {cause:?}"));
                     self.lot.give_up(|given_up| *given_up == class);
                 }
                 self.end(serial, None, Some(cause));
@@ -513,6 +550,9 @@ impl Keeper {
     }
 
     fn on_started(&mut self, serial: u64, at_ns: u64, own_cpu_us: u64) -> io::Result<()> {
+        if let Some(payload) = self.sandboxes.get(&serial).and_then(|sandbox| sandbox.body.as_ref()?.payload.as_ref()) {
+            self.watch(payload.as_fd(), Source::Payload, serial)?;
+        }
         let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return Ok(()) };
         let since_us = monotonic_ns().saturating_sub(at_ns) / 1000;
         let launched = Launched {
@@ -551,24 +591,42 @@ impl Keeper {
         }
     }
 
-    /// The kernel announces an OOM before it kills, so the counter may still be on its way.
-    fn on_out_of_memory(&mut self, serial: u64) -> io::Result<()> {
-        let Some(sandbox) = self.sandboxes.get(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return Ok(()) };
-        let Some(body) = &sandbox.body else { return Ok(()) };
-        if let Some(notice) = &body.oom_notice {
-            match rustix::io::read(notice, &mut [0; 8]) {
-                Ok(_) | Err(rustix::io::Errno::AGAIN) => {}
-                Err(error) => return Err(error.into()),
-            }
+    fn on_oom_notice(&mut self, serial: u64) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
+        let Some(notice) = sandbox.body.as_ref().and_then(|body| body.oom_notice.as_ref()) else { return Ok(()) };
+        // Read in any case: it stays readable otherwise.
+        match rustix::io::read(notice, &mut [0; 8]) {
+            Ok(_) | Err(rustix::io::Errno::AGAIN) => {}
+            Err(error) => return Err(error.into()),
         }
+        let is_being_looked_for = std::mem::replace(&mut sandbox.oom_looks, OOM_LOOKS_MAX) > 0;
+        if is_being_looked_for { Ok(()) } else { self.look_for_oom(serial) }
+    }
+
+    /// The kernel announces an OOM before it kills, so the counter may still be on its way; it may also find memory after all.
+    fn look_for_oom(&mut self, serial: u64) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return Ok(()) };
+        let Some(body) = &sandbox.body else { return Ok(()) };
         if body.slot.group.oom_kills()? > 0 {
             return self.decide(serial, Decision::OutOfMemory);
         }
-        self.timer.set(monotonic_ns() + AGAIN_AFTER_NS, serial, Due::Oom)
+        sandbox.oom_looks = sandbox.oom_looks.saturating_sub(1);
+        if sandbox.oom_looks == 0 { Ok(()) } else { self.timer.set(monotonic_ns() + AGAIN_AFTER_NS, serial, Due::Oom) }
+    }
+
+    fn on_payload_death(&mut self, serial: u64) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
+        sandbox.dead_at_ns.get_or_insert_with(monotonic_ns);
+        match sandbox.body.as_ref().and_then(|body| body.payload.as_ref()) {
+            Some(payload) => Ok(epoll::delete(&self.epoll, payload)?),
+            None => Ok(()),
+        }
     }
 
     fn on_timer(&mut self) -> io::Result<()> {
-        while let Some((serial, due)) = self.timer.next(monotonic_ns())? {
+        // The time of this turn: what sets itself anew waits for the next one, so that the loop goes on to others in between.
+        let now_ns = monotonic_ns();
+        while let Some((serial, due)) = self.timer.next(now_ns)? {
             let handled = self.on_due(serial, due);
             self.contain(Source::Control, serial, handled)?;
         }
@@ -586,24 +644,26 @@ impl Keeper {
             Due::Start if !is_launched => self.kill_by_force(serial),
             Due::Wall if !is_over => self.decide(serial, Decision::WallTimeout),
             Due::Cpu if !is_over => self.check_cpu(serial),
-            Due::Oom if !is_over => self.on_out_of_memory(serial),
+            Due::Oom if !is_over => self.look_for_oom(serial),
             Due::Start | Due::Wall | Due::Cpu | Due::Oom | Due::Remove => Ok(()),
         }
     }
 
-    /// Ends a sandbox that has used up its CPU time, or comes back when it could have: sooner the closer it is.
+    /// Ends a sandbox that has used up its CPU time, or comes back when it could have at the earliest: all cores busy for it.
+    ///
+    /// One that uses none is looked at more and more rarely, as far as the allowed overshoot goes.
     fn check_cpu(&mut self, serial: u64) -> io::Result<()> {
-        let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
         let (Some(limit_ms), Some(body)) = (sandbox.supervision.cpu_ms, &sandbox.body) else { return Ok(()) };
         let used_us = body.slot.group.cpu_us()?.saturating_sub(sandbox.init_cpu_us);
         let left_us = limit_ms.saturating_mul(1000).saturating_sub(used_us);
         if left_us == 0 {
             return self.decide(serial, Decision::CpuTimeout);
         }
-        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
-        let speed_millis = sandbox.cpu_millis.clamp(1, cores * 1000);
-        // A full quota can be spent at once at the start of a period, on all cores, so a slow group is looked at as if it were not.
-        let wait_ns = (left_us * 1_000_000 / speed_millis.max(1000)).max(AGAIN_AFTER_NS);
+        let (last_us, last_wait_ns) = sandbox.cpu_look;
+        let floor_ns = if used_us == last_us { (last_wait_ns * 2).min(CPU_OVERSHOOT_NS / self.cores) } else { 0 };
+        let wait_ns = (left_us * 1000 / self.cores).max(floor_ns).max(AGAIN_AFTER_NS);
+        sandbox.cpu_look = (used_us, wait_ns);
         self.timer.set(monotonic_ns() + wait_ns, serial, Due::Cpu)
     }
 
@@ -662,8 +722,8 @@ impl Keeper {
         let Some(body) = &sandbox.body else { return };
         let mut failure = failure;
         for kind in [Kind::Stdout, Kind::Stderr] {
-            // Every writer is dead, so this ends at what is in the pipe.
-            loop {
+            // Every writer is dead or about to die; more than a pipe holds can only come from one that is not dead yet.
+            for _ in 0..PIPE_TURNS_MAX {
                 match sandbox.output.pump(kind, &mut self.buffer, unix_us()) {
                     Ok(Pumped::More) => {}
                     Ok(Pumped::Empty | Pumped::Closed) => break,
@@ -681,7 +741,7 @@ impl Keeper {
         let evidence = Evidence { ended, counters, now_ns: monotonic_ns(), now_us: unix_us(), failure };
         let ending = sandbox.judge(evidence);
         if let Err(error) = sandbox.output.finish(ending.ended_at_us) {
-            eprintln!("sandbox-keeper: ending a log failed: {error}");
+            warn(format_args!("ending a log failed: {error}"));
         }
         sandbox.ending = Some(ending.clone());
         let askers = sandbox.take_askers();
@@ -713,9 +773,18 @@ impl Keeper {
         if !body.init.is_dead {
             return Ok(());
         }
-        if !body.slot.group.remove()? {
-            body.slot.group.kill()?;
-            return self.timer.set(monotonic_ns() + AGAIN_AFTER_NS, serial, Due::Remove);
+        let removed = match body.slot.group.remove() {
+            Ok(false) => body.slot.group.kill().map(|()| false),
+            other => other,
+        };
+        match removed {
+            Ok(true) => {}
+            // Again and again: what is given up here would be left behind.
+            Ok(false) => return self.timer.set(monotonic_ns() + AGAIN_AFTER_NS, serial, Due::Remove),
+            Err(error) => {
+                warn(format_args!("removing a cgroup failed, and is tried again: {error}"));
+                return self.timer.set(monotonic_ns() + REMOVE_AGAIN_AFTER_NS, serial, Due::Remove);
+            }
         }
         let id_base = body.slot.id_base;
         self.slots.give_back(id_base);
@@ -726,7 +795,7 @@ impl Keeper {
         sandbox.body = None;
         sandbox.pending = None;
         let is_forgotten = match &sandbox.purpose {
-            Purpose::Payload { id } => !self.by_id.contains_key(id),
+            Purpose::Payload { id } => self.by_id.get(id) != Some(&serial),
             Purpose::Unpack { .. } => true,
         };
         if is_forgotten {
@@ -756,6 +825,13 @@ impl Keeper {
     }
 }
 
+/// What becomes of the log of a sandbox that is forgotten.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LogFile {
+    Keep,
+    Delete,
+}
+
 fn kill_init(body: &sandbox::Body) -> io::Result<()> {
     if body.init.is_dead {
         return Ok(());
@@ -771,6 +847,12 @@ fn raise_descriptor_limit() -> io::Result<()> {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
     let raised = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
     Ok(rustix::process::setrlimit(rustix::process::Resource::Nofile, raised)?)
+}
+
+/// Says something to whoever keeps the keeper's log; if nobody reads it any more, then not.
+fn warn(message: std::fmt::Arguments<'_>) {
+    use std::io::Write;
+    drop(writeln!(io::stderr(), "sandbox-keeper: {message}"));
 }
 
 /// The lowest number that no living keeper of this machine has. The lock goes with the process.
@@ -804,8 +886,12 @@ fn name_of(number: u32) -> String {
 fn sweep_dead_keepers(run: &std::path::Path, own: u32) -> io::Result<()> {
     for number in (0..KEEPERS_MAX).filter(|number| *number != own && stage_of(run, *number).exists()) {
         if let Some(_lock) = try_lock(run, number)? {
-            Tree::open(&name_of(number))?.remove()?;
-            std::fs::remove_dir(stage_of(run, number))?;
+            let swept =
+                Tree::open(&name_of(number)).and_then(|tree| tree.remove()).and_then(|()| std::fs::remove_dir(stage_of(run, number)));
+            if let Err(error) = swept {
+                // Not ours: the next keeper tries again.
+                warn(format_args!("what keeper {number} left could not be removed: {error}"));
+            }
         }
     }
     Ok(())

@@ -36,3 +36,34 @@ fn enforce(root: PathFd) -> Result<RulesetStatus, RulesetError> {
         Ruleset::default().set_compatibility(CompatLevel::BestEffort).handle_access(all)?.scope(Scope::from_all(NEWEST))?.create()?;
     Ok(ruleset.add_rule(PathBeneath::new(root, all))?.restrict_self()?.ruleset)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use rustix::{
+        fs::{CWD, Mode, OFlags, openat},
+        mount::{OpenTreeFlags, open_tree},
+    };
+
+    use super::*;
+
+    /// Whether a file can be opened through a mount that is not below this process's root: what a leaked descriptor would be.
+    fn opens(outside: impl AsFd) -> bool {
+        openat(outside, "hostname", OFlags::RDONLY, Mode::empty()).is_ok()
+    }
+
+    /// Needs root and Landlock, as sandboxes do.
+    #[test]
+    fn what_is_not_below_the_root_cannot_be_opened_even_through_a_descriptor() {
+        let outside = open_tree(CWD, "/etc", OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC).unwrap();
+        assert!(opens(&outside), "the control: without Landlock it opens");
+        // Landlock restricts a thread; this one ends with the test.
+        let restricted = std::thread::spawn(move || {
+            rustix::thread::set_no_new_privs(true).unwrap();
+            restrict().unwrap();
+            (opens(&outside), std::fs::File::open("/etc/hostname").is_ok())
+        });
+        assert_eq!(restricted.join().unwrap(), (false, true));
+    }
+}

@@ -103,7 +103,7 @@ impl Plan {
         if hostname.as_ref().is_some_and(|name| name.is_empty() || name.len() > 63) {
             return Err(Refused("hostname must have 1 to 63 bytes".to_owned()));
         }
-        let mut rlimits = vec![(libc::RLIMIT_CORE, 0)];
+        let mut rlimits = Vec::new();
         for limit in process.rlimits().iter().flatten() {
             const SETTABLE: [(PosixRlimitType, u32); 4] = [
                 (PosixRlimitType::RlimitNofile, libc::RLIMIT_NOFILE),

@@ -115,8 +115,10 @@ pub enum Request {
     /// Every record that was not forgotten yet. Answered by [`Answer::Records`].
     List,
     /// Drop the record of an ended sandbox and delete its log file. The service says this once it has both in safety.
-    /// Answered by [`Answer::Done`], also if nothing was known; `Busy` if it has not ended.
+    /// Answered by [`Answer::Done`], also if there is no record, as of a keeper that was started since; `Busy` if it has not ended.
     Forget { id: SandboxId },
+    /// Drop the record of an ended sandbox but keep its log file, for a later [`Request::Forget`]. Answered like that.
+    ForgetRecord { id: SandboxId },
     /// Unpack layers, bottom first, into the image store, inside a throw-away sandbox. Descriptors: one readable regular file a
     /// layer (tar; plain, gzip or zstd). Answered by [`Answer::Unpacked`]; at once if the store already has this image.
     Unpack { image: ImageId, layers: u32, limits: UnpackLimits },

@@ -8,7 +8,7 @@ mod rules;
 
 use std::ops::RangeInclusive;
 
-pub use rules::{Call, Check, Rule, Test, rules};
+pub use rules::{Call, Check, Half, Rule, Test, rules};
 
 /// What the filter decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,7 +112,8 @@ fn leaf(check: &Check) -> Vec<libc::sock_filter> {
                 // Every test that fails skips what is left of this case: 2 or 3 instructions a test, and the verdict.
                 let lengths: Vec<usize> = tests.iter().map(|test| if test.mask == u32::MAX { 2 } else { 3 }).collect();
                 for (i, test) in tests.iter().enumerate() {
-                    code.push(load(AT_ARGUMENTS + 8 * u32::from(test.argument)));
+                    let half = if test.half == Half::High { 4 } else { 0 };
+                    code.push(load(AT_ARGUMENTS + 8 * u32::from(test.argument) + half));
                     if test.mask != u32::MAX {
                         code.push(instruction(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, test.mask));
                     }

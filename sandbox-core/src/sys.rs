@@ -152,6 +152,16 @@ pub(crate) fn set_seccomp_filter(program: &[libc::sock_filter]) -> io::Result<()
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Closes every descriptor from `first` up (close_range(2)).
+///
+/// Only for a child that works by path and then exits: what it copied from its parent stays open for as long as it lives otherwise, and
+/// nothing in it may use an owner of one of these again.
+pub(crate) fn close_from(first: u32) -> io::Result<()> {
+    // SAFETY: takes numbers only. That no owner of a closed descriptor acts any more is what this function's contract asks.
+    let rc = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Marks every descriptor from `first` up close-on-exec (close_range(2)).
 pub(crate) fn close_on_exec_from(first: u32) -> io::Result<()> {
     // SAFETY: takes numbers only, and closes nothing now.

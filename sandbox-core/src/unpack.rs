@@ -79,20 +79,27 @@ fn apply(
     done: &mut Unpacked,
 ) -> Result<(), UnpackError> {
     done.entries += 1;
-    if done.entries > bounds.entries {
+    if done.entries + target.implied_folders() > bounds.entries {
         return Err(UnpackError::TooManyEntries(bounds.entries));
     }
     let path = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
     let failed = |source| UnpackError::Entry { layer, path: path.clone(), source };
     let names = names(&entry.path_bytes()).map_err(failed)?;
     let kind = entry.header().entry_type();
+    done.bytes = done.bytes.saturating_add(extended_bytes(&mut entry).map_err(failed)?);
     if matches!(kind, EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse) {
         done.bytes = done.bytes.saturating_add(entry.size());
-        if done.bytes > bounds.bytes {
-            return Err(UnpackError::TooManyBytes(bounds.bytes));
-        }
+    }
+    if done.bytes > bounds.bytes {
+        return Err(UnpackError::TooManyBytes(bounds.bytes));
     }
     place(&mut entry, kind, &names, target).map_err(failed)
+}
+
+/// Bytes of the extended attributes and long names that come with an entry: they are stored, too.
+fn extended_bytes(entry: &mut Entry<'_, impl Read>) -> io::Result<u64> {
+    let Some(extensions) = entry.pax_extensions()? else { return Ok(0) };
+    extensions.map(|extension| Ok(extension?.value_bytes().len() as u64)).sum()
 }
 
 /// Puts one entry where it belongs.

@@ -10,12 +10,18 @@ use crate::protocol::CgroupMode;
 pub(crate) struct Counters {
     pub(crate) cpu_us: u64,
     pub(crate) memory_peak_bytes: u64,
+    /// Processes that an OOM killer killed, whoever called it.
     pub(crate) oom_kills: u64,
+    /// Whether the group ever met its own memory limit: if not, the machine ran out of memory, or a group above.
+    pub(crate) is_at_memory_limit: bool,
     pub(crate) pids_peak: u64,
     /// How often a fork was refused by the pids limit.
     pub(crate) pids_refused: u64,
     pub(crate) throttled_us: u64,
 }
+
+/// The largest single request for memory that the limit may have refused: a huge page.
+const NEAR_BYTES: u64 = 2 << 20;
 
 impl Group {
     /// All counters at once.
@@ -28,6 +34,7 @@ impl Group {
             cpu_us: self.cpu_us()?,
             memory_peak_bytes: number(self.memory(), memory_peak)?,
             oom_kills: self.oom_kills()?,
+            is_at_memory_limit: self.is_at_memory_limit()?,
             pids_peak: number(self.pids(), "pids.peak")?,
             pids_refused: field(self.pids(), "pids.events", "max")?,
             throttled_us,
@@ -39,6 +46,17 @@ impl Group {
         match self.tree.0.mode {
             CgroupMode::V2 => field(self.cpu(), "cpu.stat", "usage_usec"),
             CgroupMode::V1 | CgroupMode::Hybrid => Ok(number(self.cpuacct(), "cpuacct.usage")? / 1000),
+        }
+    }
+
+    fn is_at_memory_limit(&self) -> io::Result<bool> {
+        match self.tree.0.mode {
+            CgroupMode::V2 => Ok(field(self.memory(), "memory.events", "max")? > 0),
+            // There is no such counter (memory.failcnt is not kept by all kernels). Nothing but its own limit stops a group this close to it.
+            CgroupMode::V1 | CgroupMode::Hybrid => {
+                let (peak, limit) = (number(self.memory(), "memory.max_usage_in_bytes")?, number(self.memory(), "memory.limit_in_bytes")?);
+                Ok(limit.saturating_sub(peak) <= NEAR_BYTES)
+            }
         }
     }
 

@@ -32,6 +32,9 @@ pub(super) struct Payload {
     pub(super) started_at_ns: u64,
 }
 
+/// The most of a program's name that is told when it cannot be started.
+const NAME_CHARS_MAX: usize = 256;
+
 /// Where programs are looked for when the environment does not say.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -202,7 +205,8 @@ impl Exec {
     /// execve(2) on the first candidate that exists. Errors are those of execvp(3): a program that may not be executed is reported, unless
     /// a later folder has one that may.
     fn run(&self, inherited: &[OwnedFd]) -> Result<std::convert::Infallible, LaunchError> {
-        let name = self.args.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        // The parent reads why only when this process has ended, so it must fit the pipe.
+        let name: String = self.args.first().map(|name| name.to_string_lossy().chars().take(NAME_CHARS_MAX).collect()).unwrap_or_default();
         let parked = pass_on(inherited).step("passing on descriptors")?;
         // Nothing of init's but these numbers crosses the execve (CVE-2024-21626).
         sys::close_on_exec_from(first_free(inherited).unsigned_abs()).step("closing descriptors")?;

@@ -42,7 +42,8 @@ pub(super) fn join_cgroups(hierarchies: u32, descriptors: &mut VecDeque<OwnedFd>
             descriptors.remove(first).ok_or_else(super::unexpected).step_on("joining the cgroups", format_args!("hierarchy {n}"))?;
         std::fs::File::from(tasks).write_all(b"0").step_on("joining the cgroups", format_args!("hierarchy {n}"))?;
     }
-    let before_us = own_cpu_us();
+    // Without v1 hierarchies it was born in its group, which then has all its time.
+    let before_us = if hierarchies == 0 { 0 } else { own_cpu_us() };
     // From here on the sandbox's own cgroups are the root that it sees in /proc/self/cgroup.
     unshare(CloneFlags::CLONE_NEWCGROUP).step("making the cgroup namespace")?;
     Ok(before_us)
@@ -83,6 +84,8 @@ pub(super) fn enter(setup: Setup, descriptors: &mut VecDeque<OwnedFd>) -> Result
     nix::sys::prctl::set_dumpable(false).step("forbidding traces")?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     default_signals().step("resetting signals")?;
+    // Not 0: that is ignored for a core_pattern that starts a helper on the host, and 1 is what switches the helper off (core(5)).
+    sys::set_rlimit(libc::RLIMIT_CORE, 1).step("switching off core dumps")?;
     if setup.has_landlock {
         landlock::restrict().step("setting up Landlock")?;
     }

@@ -11,13 +11,17 @@ use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
 };
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::{
+    fs::{MemfdFlags, SealFlags},
+    process::pidfd_send_signal,
+};
 
 use super::{
     Keeper, Options, Source, monotonic_ns,
     parked::Parked,
     sandbox::{Body, Init},
     slot::Slot,
+    warn,
 };
 use crate::{
     init::CONTROL,
@@ -116,9 +120,19 @@ impl Keeper {
         let serial = self.serial();
         match self.clone_and_set_up(&slot, blueprint) {
             Ok(init) => {
-                self.watch(init.child.pidfd.as_fd(), Source::Init, serial)?;
-                self.watch(init.control.as_fd(), Source::Control, serial)?;
-                Ok((serial, Body { slot, init, oom_notice: None, payload: None }))
+                // Without this watch it could not be followed; both descriptors were made a moment ago, so only want of memory can fail here.
+                let watched = self
+                    .watch(init.child.pidfd.as_fd(), Source::Init, serial)
+                    .and_then(|()| self.watch(init.control.as_fd(), Source::Control, serial));
+                match watched {
+                    Ok(()) => Ok((serial, Body { slot, init, oom_notice: None, payload: None })),
+                    Err(error) => {
+                        pidfd_send_signal(&init.child.pidfd, rustix::process::Signal::KILL).map_err(io::Error::from)?;
+                        sys::reap(init.child.pid, true)?;
+                        self.slots.put_back(slot)?;
+                        Err(BuildError::Host(error))
+                    }
+                }
             }
             Err(error) => {
                 self.slots.put_back(slot)?;
@@ -162,7 +176,7 @@ impl Keeper {
             Cloned::Parent(child) => Ok(child),
             Cloned::Child => {
                 let failed = become_init(&self.programs.init, init_end);
-                eprintln!("sandbox-keeper: starting init failed: {failed}");
+                warn(format_args!("starting init failed: {failed}"));
                 std::process::exit(1)
             }
         }

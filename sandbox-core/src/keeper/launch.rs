@@ -5,7 +5,10 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::{
+    event::epoll::{self, EventData, EventFlags},
+    fs::FileType,
+};
 
 use super::{
     Due, Keeper, START_WITHIN_NS, Source,
@@ -15,6 +18,7 @@ use super::{
     output::{Output, Sink},
     parked::Class,
     sandbox::{Body, Pending, Purpose, Sandbox},
+    warn,
 };
 use crate::{
     cgroup::Limits,
@@ -73,6 +77,12 @@ impl Keeper {
             (_, descriptor) => Ok(descriptor),
         };
         let stdin = next(launch.stdin == Stdin::Descriptor, "stdin")?;
+        // A folder of the host's would be a way out for path look-ups (CVE-2024-21626), a device more than policy allows.
+        if let Some(stdin) = &stdin
+            && !is_stream(stdin).unwrap_or(false)
+        {
+            return Err(refused("stdin must be a regular file or a pipe".to_owned()));
+        }
         let files = next(launch.has_files, "the files")?;
         let image = self.store.image(&launch.image).map_err(|error| {
             Box::new(if error.kind() == io::ErrorKind::NotFound {
@@ -143,7 +153,7 @@ impl Keeper {
             env: Vec::new(),
             cwd: "/".to_owned(),
             user: User::Ids { uid: 0, gid: 0, groups: Vec::new() },
-            rlimits: vec![(libc::RLIMIT_CORE, 0), (libc::RLIMIT_FSIZE, limits.bytes)],
+            rlimits: vec![(libc::RLIMIT_FSIZE, limits.bytes)],
             has_stdin: false,
             has_files: false,
         };
@@ -185,7 +195,7 @@ impl Keeper {
             Ok(unpacked) => Answer::Unpacked(unpacked),
             Err((kind, message)) => {
                 if let Err(error) = self.store.discard(&folder) {
-                    eprintln!("sandbox-keeper: removing {folder} failed: {error}");
+                    warn(format_args!("removing {folder} failed: {error}"));
                 }
                 failed(kind, message)
             }
@@ -195,6 +205,12 @@ impl Keeper {
 
     /// Gives the payload to a sandbox that stands ready for it, or to a new one.
     fn spawn(&mut self, asked: Preparation, received_at_ns: u64) -> io::Result<()> {
+        // First, because from the next line on there is something to clean up.
+        let pipes = output_pipe().and_then(|stdout| Ok((stdout, output_pipe()?)));
+        let ((stdout, stdout_end), (stderr, stderr_end)) = match pipes {
+            Ok(pipes) => pipes,
+            Err(error) => return self.give_up(&asked, BuildError::Host(error)),
+        };
         let parked = asked.class().and_then(|class| self.lot.take(&class, received_at_ns));
         let (serial, body, start) = match parked {
             Some((serial, body)) => (serial, body, crate::protocol::Start::Warm),
@@ -203,8 +219,6 @@ impl Keeper {
                 Err(failure) => return self.give_up(&asked, failure),
             },
         };
-        let (stdout, stdout_end) = output_pipe()?;
-        let (stderr, stderr_end) = output_pipe()?;
         let Preparation { purpose, image_id, supervision, sink, limits, hostname, start: program, stdin, descriptors, asker, .. } = asked;
         let launch_asker = match &purpose {
             Purpose::Payload { id } => {
@@ -215,21 +229,19 @@ impl Keeper {
             Purpose::Unpack { .. } => None,
         };
         let output = Output::new(sink, supervision.output_bytes, supervision.output_policy, stdout, stderr);
-        for (kind, source) in [(Kind::Stdout, Source::Stdout), (Kind::Stderr, Source::Stderr)] {
-            self.watch(output.pipe(kind).expect("the pipes are new"), source, serial)?;
-        }
-        self.timer.set(received_at_ns + START_WITHIN_NS, serial, Due::Start)?;
         let descriptors = stdin.into_iter().chain([stdout_end, stderr_end]).chain(descriptors).collect();
         let sandbox = Sandbox {
             purpose,
             image: image_id,
             supervision,
-            cpu_millis: limits.cpu_quota_us * 1000 / limits.cpu_period_us,
             received_at_ns,
             start,
             output,
             decision: None,
             killed_at_ns: None,
+            dead_at_ns: None,
+            cpu_look: (0, 0),
+            oom_looks: 0,
             launched: None,
             started_at_ns: None,
             init_cpu_us: 0,
@@ -240,7 +252,21 @@ impl Keeper {
             body: Some(body),
         };
         self.sandboxes.insert(serial, sandbox);
+        // What fails from here on is the sandbox's end, and is cleaned up like any other.
+        let watched = self.watch_new(serial, received_at_ns);
+        if let Err(error) = watched {
+            return self.contain(Source::Control, serial, Err(error));
+        }
         if start == crate::protocol::Start::Warm { self.begin(serial) } else { Ok(()) }
+    }
+
+    fn watch_new(&mut self, serial: u64, received_at_ns: u64) -> io::Result<()> {
+        self.timer.set(received_at_ns + START_WITHIN_NS, serial, Due::Start)?;
+        let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
+        for (kind, source) in [(Kind::Stdout, Source::Stdout), (Kind::Stderr, Source::Stderr)] {
+            self.watch(sandbox.output.pipe(kind).expect("the pipes are new"), source, serial)?;
+        }
+        Ok(())
     }
 
     /// Sets the limits and gives init, which waits, its payload.
@@ -303,9 +329,16 @@ impl Preparation {
 /// What the unpacker may use: it streams, so a little memory does; page cache that it fills is given back.
 const UNPACK_LIMITS: Limits = Limits { memory_bytes: 512 << 20, cpu_quota_us: 100_000, cpu_period_us: 100_000, pids: 4 };
 
+fn is_stream(descriptor: &OwnedFd) -> io::Result<bool> {
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(descriptor)?.st_mode);
+    Ok(matches!(kind, FileType::RegularFile | FileType::Fifo))
+}
+
 /// A pipe whose reading end, which is ours, does not block; the payload's does, as programs expect.
 fn output_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
     rustix::io::ioctl_fionbio(&ours, true)?;
+    // Programs open /dev/stdout and /dev/stderr, which is this pipe, as whatever user they are: for writing alone.
+    rustix::fs::fchmod(&theirs, rustix::fs::Mode::from_raw_mode(0o222))?;
     Ok((ours, theirs))
 }

@@ -134,7 +134,12 @@ impl Output {
     pub(super) fn finish(&mut self, at_us: u64) -> io::Result<()> {
         self.stdout.pipe = None;
         self.stderr.pipe = None;
-        self.sink.append(Kind::End, &[], at_us)
+        let ended = self.sink.append(Kind::End, &[], at_us);
+        if let Sink::Log { .. } = self.sink {
+            // The record of an ended sandbox may be kept for long; its descriptor need not.
+            self.sink = Sink::Memory { stdout: Vec::new(), stderr: Vec::new() };
+        }
+        ended
     }
 
     fn stream(&self, kind: Kind) -> &Stream {

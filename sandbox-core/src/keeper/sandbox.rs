@@ -41,8 +41,6 @@ pub(super) struct Sandbox {
     pub(super) purpose: Purpose,
     pub(super) image: Option<ImageId>,
     pub(super) supervision: Supervision,
-    /// CPU time that it can use in a second of real time, in thousandths of a CPU.
-    pub(super) cpu_millis: u64,
     /// `CLOCK_MONOTONIC` at the receipt of the request, in nanoseconds.
     pub(super) received_at_ns: u64,
     pub(super) start: crate::protocol::Start,
@@ -50,6 +48,12 @@ pub(super) struct Sandbox {
     pub(super) decision: Option<Decision>,
     /// `CLOCK_MONOTONIC` when the payload was killed for it, in nanoseconds.
     pub(super) killed_at_ns: Option<u64>,
+    /// `CLOCK_MONOTONIC` when the payload's first process was seen to be dead, in nanoseconds.
+    pub(super) dead_at_ns: Option<u64>,
+    /// The last CPU time seen, in microseconds, and how long to wait before the next look, in nanoseconds.
+    pub(super) cpu_look: (u64, u64),
+    /// How often a counter was looked at for the OOM that was announced last.
+    pub(super) oom_looks: u32,
     pub(super) launched: Option<Launched>,
     /// `CLOCK_MONOTONIC` of the payload's execve, in nanoseconds.
     pub(super) started_at_ns: Option<u64>,
@@ -126,7 +130,8 @@ impl Sandbox {
         // What was killed runs no instruction of its own any more; how long the kernel takes to bury it is not its time.
         let ended_at_ns = match (by_itself, self.killed_at_ns) {
             (None, Some(killed_at_ns)) => killed_at_ns,
-            _ => ended.map_or(now_ns, |ended| ended.at_ns),
+            // Init, which shares the payload's CPU limit, may have noticed later than the keeper.
+            _ => ended.map_or(now_ns, |ended| ended.at_ns).min(self.dead_at_ns.unwrap_or(u64::MAX)),
         };
         let wall_us = self.started_at_ns.map_or(0, |started| ended_at_ns.saturating_sub(started) / 1000);
         let own_cpu_us = self.init_cpu_us + ended.map_or(0, |ended| ended.own_cpu_us);
@@ -145,6 +150,9 @@ impl Sandbox {
         let cause = match (failure, self.decision) {
             (_, Some(Decision::Killed(reason))) if self.launched.is_none() => Cause::Killed(reason),
             (Some(failure @ Cause::StartFailed { .. }), _) => failure,
+            _ if counters.oom_kills > 0 && !counters.is_at_memory_limit => {
+                Cause::InfraError { message: "this machine ran out of memory and the kernel chose the sandbox".to_owned() }
+            }
             _ if counters.oom_kills > 0 || self.decision == Some(Decision::OutOfMemory) => Cause::OomKilled,
             (Some(failure), _) => failure,
             (_, Some(Decision::LogFailed(errno))) => {

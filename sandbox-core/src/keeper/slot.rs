@@ -71,8 +71,10 @@ impl Slots {
 
     /// Takes back a slot in which nothing was started.
     pub(super) fn put_back(&mut self, mut slot: Slot) -> io::Result<()> {
-        slot.group.remove()?;
-        self.ranges.give_back(slot.id_base);
+        // A group that something still sits in keeps its id range for good: better a range less than one with two owners.
+        if slot.group.remove()? {
+            self.ranges.give_back(slot.id_base);
+        }
         Ok(())
     }
 

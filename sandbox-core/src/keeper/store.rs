@@ -31,10 +31,15 @@ impl Store {
     /// Opens the store at `folder`, after removing what an interrupted unpacking or removal left.
     pub(super) fn open(folder: &Path) -> io::Result<Self> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+        let mut trash = 0;
         for entry in fs::read_dir(folder)? {
             let name = entry?.file_name().to_string_lossy().into_owned();
             if [BASE, EMPTY].contains(&name.as_str()) || name.starts_with(NEW) || name.starts_with(TRASH) {
-                fs::remove_dir_all(folder.join(&name))?;
+                // Only renamed here: however large or deep it is, it does not hold up the start.
+                trash += 1;
+                let away = folder.join(format!("{TRASH}{}-{trash}", std::process::id()));
+                fs::rename(folder.join(&name), &away)?;
+                remove_in_background(&away)?;
             }
         }
         make_folder(&folder.join(EMPTY))?;
@@ -108,7 +113,8 @@ impl Store {
 fn remove_in_background(path: &Path) -> io::Result<()> {
     match sys::clone3(nix::sched::CloneFlags::empty(), false, None)? {
         sys::Cloned::Child => {
-            let is_removed = fs::remove_dir_all(path).is_ok();
+            // A copy of a descriptor that the keeper closes would keep it alive, and watched.
+            let is_removed = sys::close_from(3).is_ok() && fs::remove_dir_all(path).is_ok();
             std::process::exit(if is_removed { 0 } else { 1 });
         }
         // Reaped by the keeper's loop at its SIGCHLD. What is not deleted is found at the next start.

@@ -56,7 +56,7 @@ fn an_ordinary_spec_passes_with_all_its_values() {
     let plan = check(&spec()).unwrap();
     assert_eq!(plan.limits, Limits { memory_bytes: 64 << 20, cpu_quota_us: 50_000, cpu_period_us: 100_000, pids: 32 });
     assert_eq!(plan.user, User::Ids { uid: 1000, gid: 100, groups: vec![] });
-    assert_eq!(plan.rlimits, [(libc::RLIMIT_CORE, 0), (libc::RLIMIT_NOFILE, 64)]);
+    assert_eq!(plan.rlimits, [(libc::RLIMIT_NOFILE, 64)]);
 }
 
 #[test]

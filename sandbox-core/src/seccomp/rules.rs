@@ -43,16 +43,34 @@ impl Check {
     }
 }
 
-/// The low 32 bits of an argument, masked, are equal to a value. (All arguments tested here are `int` or smaller to the kernel.)
+/// One half of an argument, masked, is equal to a value. What is an `int` to the kernel is tested by its low half alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Test {
     pub argument: u8,
+    /// Which half of the argument.
+    pub half: Half,
     pub mask: u32,
     pub value: u32,
 }
 
+/// Half of a 64-bit argument, as BPF loads it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Half {
+    Low,
+    High,
+}
+
 const fn is(argument: u8, value: u32) -> Test {
-    Test { argument, mask: u32::MAX, value }
+    Test { argument, half: Half::Low, mask: u32::MAX, value }
+}
+
+const fn has_none_of(argument: u8, bits: u32) -> Test {
+    Test { argument, half: Half::Low, mask: bits, value: 0 }
+}
+
+/// Together with [`is`] of 0: a null pointer.
+const fn has_no_high_half(argument: u8) -> Test {
+    Test { argument, half: Half::High, mask: u32::MAX, value: 0 }
 }
 
 macro_rules! calls {
@@ -93,14 +111,14 @@ fn plain() -> Vec<Rule> {
         ),
         allow(
             "memory of its own, counted by the memory limit",
-            calls!(SYS_mmap SYS_munmap SYS_mprotect SYS_mremap SYS_madvise SYS_msync SYS_brk SYS_mlock SYS_mlock2 SYS_munlock SYS_mlockall
-                SYS_munlockall SYS_memfd_create SYS_membarrier SYS_pkey_alloc SYS_pkey_free SYS_pkey_mprotect SYS_mseal),
+            calls!(SYS_munmap SYS_mprotect SYS_mremap SYS_madvise SYS_msync SYS_brk SYS_mlock SYS_mlock2 SYS_munlock SYS_mlockall
+                SYS_munlockall SYS_membarrier SYS_pkey_alloc SYS_pkey_free SYS_pkey_mprotect SYS_mseal),
         ),
         allow(
             "processes of its own pid namespace, counted by the pids limit",
             calls!(SYS_execve SYS_execveat SYS_exit SYS_exit_group SYS_wait4 SYS_waitid SYS_getpid SYS_getppid SYS_gettid SYS_getpgid SYS_setpgid
                 SYS_getsid SYS_setsid SYS_set_tid_address SYS_set_robust_list SYS_get_robust_list SYS_rseq SYS_futex SYS_futex_waitv SYS_pidfd_open
-                SYS_pidfd_send_signal SYS_prctl SYS_getrusage SYS_times SYS_getpriority SYS_setpriority SYS_getrlimit SYS_setrlimit SYS_prlimit64
+                SYS_pidfd_send_signal SYS_prctl SYS_getrusage SYS_times SYS_getpriority SYS_setpriority SYS_getrlimit
                 SYS_restart_syscall SYS_capget SYS_capset),
         ),
         allow(
@@ -122,7 +140,7 @@ fn plain() -> Vec<Rule> {
         allow(
             "waiting for descriptors",
             calls!(SYS_ppoll SYS_pselect6 SYS_epoll_create1 SYS_epoll_ctl SYS_epoll_pwait SYS_epoll_pwait2 SYS_eventfd2 SYS_pipe2 SYS_inotify_init1
-                SYS_inotify_add_watch SYS_inotify_rm_watch SYS_io_setup SYS_io_destroy SYS_io_submit SYS_io_cancel SYS_io_getevents),
+                SYS_inotify_add_watch SYS_inotify_rm_watch ),
         ),
         allow(
             "ids: changing them needs capabilities that the payload has not; init uses these to become its user",
@@ -168,11 +186,35 @@ fn with_conditions() -> Vec<Rule> {
             | libc::CLONE_NEWNET,
     );
     const SOCK_TYPE: u32 = 0xf;
-    let type_is = |value: libc::c_int| Test { argument: 1, mask: SOCK_TYPE, value: unsigned(value) };
+    let type_is = |value: libc::c_int| Test { argument: 1, half: Half::Low, mask: SOCK_TYPE, value: unsigned(value) };
+    let internet =
+        |family: libc::c_int, kind: libc::c_int, protocol: libc::c_int| [is(0, unsigned(family)), type_is(kind), is(2, unsigned(protocol))];
+    let core = libc::RLIMIT_CORE;
     vec![
         Rule {
+            calls: calls!(SYS_mmap),
+            check: cases(&[(&[has_none_of(3, unsigned(libc::MAP_HUGETLB))], Verdict::Allow)], Verdict::Errno(libc::ENOMEM)),
+            reason: "memory of its own; the host's pool of huge pages is not counted by the memory limit",
+        },
+        Rule {
+            calls: calls!(SYS_memfd_create),
+            check: cases(&[(&[has_none_of(1, libc::MFD_HUGETLB)], Verdict::Allow)], Verdict::Errno(libc::ENOMEM)),
+            reason: "files in memory, counted by the memory limit, which huge pages are not",
+        },
+        Rule {
+            calls: calls!(SYS_prlimit64),
+            check: cases(&[(&[is(1, core), is(2, 0), has_no_high_half(2)], Verdict::Allow), (&[is(1, core)], eperm)], Verdict::Allow),
+            reason: "limits of its own; the size of a core stays 1, at which the kernel starts no core_pattern helper on the host (core(5))",
+        },
+        Rule { calls: calls!(SYS_setrlimit), check: cases(&[(&[is(0, core)], eperm)], Verdict::Allow), reason: "as prlimit64" },
+        Rule {
+            calls: calls!(SYS_io_setup SYS_io_destroy SYS_io_submit SYS_io_cancel SYS_io_getevents),
+            check: Check::Always(Verdict::Errno(libc::ENOSYS)),
+            reason: "the host has one number of asynchronous requests for all (fs.aio-max-nr), which one sandbox could take; programs fall back",
+        },
+        Rule {
             calls: calls!(SYS_clone),
-            check: cases(&[(&[Test { argument: 0, mask: namespaces, value: 0 }], Verdict::Allow)], eperm),
+            check: cases(&[(&[has_none_of(0, namespaces)], Verdict::Allow)], eperm),
             reason: "threads and processes, but no new namespaces",
         },
         Rule {
@@ -185,15 +227,19 @@ fn with_conditions() -> Vec<Rule> {
             check: cases(
                 &[
                     (&[is(0, unsigned(libc::AF_UNIX))], Verdict::Allow),
-                    (&[is(0, unsigned(libc::AF_INET)), type_is(libc::SOCK_STREAM)], Verdict::Allow),
-                    (&[is(0, unsigned(libc::AF_INET)), type_is(libc::SOCK_DGRAM)], Verdict::Allow),
-                    (&[is(0, unsigned(libc::AF_INET6)), type_is(libc::SOCK_STREAM)], Verdict::Allow),
-                    (&[is(0, unsigned(libc::AF_INET6)), type_is(libc::SOCK_DGRAM)], Verdict::Allow),
+                    (&internet(libc::AF_INET, libc::SOCK_STREAM, 0), Verdict::Allow),
+                    (&internet(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_TCP), Verdict::Allow),
+                    (&internet(libc::AF_INET, libc::SOCK_DGRAM, 0), Verdict::Allow),
+                    (&internet(libc::AF_INET, libc::SOCK_DGRAM, libc::IPPROTO_UDP), Verdict::Allow),
+                    (&internet(libc::AF_INET6, libc::SOCK_STREAM, 0), Verdict::Allow),
+                    (&internet(libc::AF_INET6, libc::SOCK_STREAM, libc::IPPROTO_TCP), Verdict::Allow),
+                    (&internet(libc::AF_INET6, libc::SOCK_DGRAM, 0), Verdict::Allow),
+                    (&internet(libc::AF_INET6, libc::SOCK_DGRAM, libc::IPPROTO_UDP), Verdict::Allow),
                     (&[is(0, unsigned(libc::AF_NETLINK)), is(2, unsigned(libc::NETLINK_ROUTE))], Verdict::Allow),
                 ],
                 Verdict::Errno(libc::EAFNOSUPPORT),
             ),
-            reason: "local, TCP and UDP sockets, and the list of interfaces; not AF_ALG (CVE-2026-31431), AF_VSOCK (reaches the hypervisor, not namespaced), \
+            reason: "local, TCP and UDP sockets, and the list of interfaces; not SCTP, L2TP and whatever else loads a module, AF_ALG (CVE-2026-31431), AF_VSOCK (reaches the hypervisor, not namespaced), \
                      AF_PACKET, raw sockets",
         },
         Rule {
@@ -221,7 +267,7 @@ fn with_conditions() -> Vec<Rule> {
             calls: calls!(SYS_seccomp),
             check: cases(
                 // SECCOMP_FILTER_FLAG_NEW_LISTENER
-                &[(&[Test { argument: 1, mask: 1 << 3, value: 0 }], Verdict::Allow)],
+                &[(&[has_none_of(1, 1 << 3)], Verdict::Allow)],
                 eperm,
             ),
             reason: "a program may fence itself further; a listener would decide for others",

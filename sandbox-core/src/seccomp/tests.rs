@@ -142,6 +142,35 @@ fn sockets_are_local_tcp_udp_and_route_only() {
 }
 
 #[test]
+fn no_protocol_but_tcp_and_udp_is_loaded() {
+    for (kind, protocol) in
+        [(libc::SOCK_STREAM, libc::IPPROTO_SCTP), (libc::SOCK_STREAM, 262), (libc::SOCK_DGRAM, 115), (libc::SOCK_DGRAM, 136)]
+    {
+        let socket = native(libc::SYS_socket, [argument(libc::AF_INET), argument(kind), argument(protocol), 0, 0, 0]);
+        assert_eq!(socket, refused(libc::EAFNOSUPPORT), "protocol {protocol}");
+    }
+    assert_eq!(native(libc::SYS_socket, [argument(libc::AF_INET6), argument(libc::SOCK_STREAM), 6, 0, 0, 0]), ALLOWED);
+}
+
+#[test]
+fn the_size_of_a_core_can_be_read_but_not_changed() {
+    let core = u64::from(libc::RLIMIT_CORE);
+    let prlimit = |resource: u64, new: u64| native(libc::SYS_prlimit64, [0, resource, new, 0x7000, 0, 0]);
+    assert_eq!(prlimit(core, 0), ALLOWED);
+    assert_eq!(prlimit(core, 0x7fff_0000_1000), refused(libc::EPERM));
+    // A pointer whose low half is zero is a pointer.
+    assert_eq!(prlimit(core, 0x1_0000_0000), refused(libc::EPERM));
+    assert_eq!(prlimit(u64::from(libc::RLIMIT_NOFILE), 0x7fff_0000_1000), ALLOWED);
+}
+
+#[test]
+fn the_hosts_huge_pages_are_out_of_reach() {
+    let flags = |flags: i32| native(libc::SYS_mmap, [0, 4096, 3, argument(flags), u64::MAX, 0]);
+    assert_eq!(flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS), ALLOWED);
+    assert_eq!(flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB), refused(libc::ENOMEM));
+}
+
+#[test]
 fn an_argument_is_compared_as_the_kernel_reads_it() {
     // The kernel takes an int: high bits of the register change nothing for it, so they must not for the filter.
     let high = 0xdead_beef_0000_0000_u64;

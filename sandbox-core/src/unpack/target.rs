@@ -20,6 +20,8 @@ pub struct Target {
     root: OwnedFd,
     /// Times of folders, by path: set last, because every entry made in a folder changes them. Later ones win.
     folder_times: BTreeMap<Vec<Vec<u8>>, u64>,
+    /// Folders that no entry named but that entries needed.
+    implied_folders: std::cell::Cell<u64>,
 }
 
 type Names<'a> = &'a [Vec<u8>];
@@ -27,11 +29,17 @@ type Names<'a> = &'a [Vec<u8>];
 impl Target {
     /// Unpacks into `root`, a folder opened for reading.
     pub fn new(root: OwnedFd) -> Self {
-        Self { root, folder_times: BTreeMap::new() }
+        Self { root, folder_times: BTreeMap::new(), implied_folders: std::cell::Cell::new(0) }
+    }
+
+    /// How many folders were made that no entry named.
+    pub(super) fn implied_folders(&self) -> u64 {
+        self.implied_folders.get()
     }
 
     pub(super) fn folder(&mut self, folders: Names<'_>, name: &[u8], attributes: Attributes) -> io::Result<()> {
         let parent = self.parent(folders)?;
+        check_depth(&parent)?;
         match statat(&parent, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Directory => {}
             Ok(_) => {
@@ -150,6 +158,8 @@ impl Target {
             match self.open(&folders[..depth], OFlags::PATH | OFlags::DIRECTORY) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     let at = self.open(&folders[..depth - 1], OFlags::PATH | OFlags::DIRECTORY)?;
+                    check_depth(&at)?;
+                    self.implied_folders.set(self.implied_folders.get() + 1);
                     mkdirat(&at, folders[depth - 1].as_slice(), Mode::from_raw_mode(0o755))?;
                 }
                 other => drop(other?),
@@ -167,6 +177,14 @@ impl Target {
         remove_tree(&parent, name)?;
         Ok(parent)
     }
+}
+
+/// Refuses to nest further in a folder that is too deep already, wherever links led: what is deeper cannot be deleted any more.
+fn check_depth(folder: &OwnedFd) -> io::Result<()> {
+    use std::os::{fd::AsRawFd, unix::ffi::OsStrExt};
+    let path = std::fs::read_link(format!("/proc/self/fd/{}", folder.as_raw_fd()))?;
+    let depth = path.as_os_str().as_bytes().iter().filter(|byte| **byte == b'/').count();
+    if depth > super::DEPTH_MAX { Err(super::invalid("the folders are nested too deep")) } else { Ok(()) }
 }
 
 /// Ownership first: chown(2) clears the set-id bits that the mode then sets.

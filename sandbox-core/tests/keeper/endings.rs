@@ -2,7 +2,7 @@
 
 use sandbox_core::protocol::{Answer, Cause, FailureKind, KillReason, Request};
 
-use crate::harness::{command, kill, node, shell, wait};
+use crate::harness::{command, kill, node, output, shell, wait};
 
 #[test]
 fn hello_world_exits_with_its_output_and_plausible_usage() {
@@ -34,6 +34,13 @@ fn a_program_that_is_not_there_is_named() {
         assert!(message.contains(name) && message.contains("no such"), "{message}");
         assert_eq!(done.launched, None);
     }
+}
+
+#[test]
+fn a_very_long_name_of_a_program_is_cut_and_holds_nothing_up() {
+    let done = command(&["\u{1}".repeat(20_000).as_str()]).run();
+    let Cause::StartFailed { message } = &done.ending.cause else { panic!("{:?}", done.ending.cause) };
+    assert!(message.len() < 2000, "{}", message.len());
 }
 
 #[test]
@@ -106,6 +113,20 @@ fn an_ending_is_told_to_all_who_ask_until_it_is_forgotten() {
     assert_eq!(second.call(&Request::Forget { id: run.id }, &[]).unwrap(), Answer::Done);
     let Answer::Failed(failure) = second.call(&Request::Wait { id: run.id }, &[]).unwrap() else { panic!() };
     assert_eq!(failure.kind, FailureKind::Gone);
+    assert!(!node().log_path(run.id).exists());
+}
+
+#[test]
+fn a_log_outlives_its_record_until_it_is_forgotten_too() {
+    let mut client = node().client();
+    let run = shell("echo kept");
+    run.launch(&mut client);
+    wait(&mut client, run.id);
+    assert_eq!(client.call(&Request::ForgetRecord { id: run.id }, &[]).unwrap(), Answer::Done);
+    let Answer::Records(records) = client.call(&Request::List, &[]).unwrap() else { panic!() };
+    assert!(records.iter().all(|record| record.id != run.id));
+    assert_eq!(output(&node().log_path(run.id)).0, "kept\n");
+    assert_eq!(client.call(&Request::Forget { id: run.id }, &[]).unwrap(), Answer::Done);
     assert!(!node().log_path(run.id).exists());
 }
 

@@ -20,12 +20,14 @@ fn sandbox(decision: Option<Decision>) -> Sandbox {
             disk_bytes: 1,
             inodes: 1,
         },
-        cpu_millis: 1000,
         received_at_ns: 0,
         start: Start::Cold,
         output: Output::new(sink, 10, OutputPolicy::Truncate, pipe(), pipe()),
         decision,
         killed_at_ns: None,
+        dead_at_ns: None,
+        cpu_look: (0, 0),
+        oom_looks: 0,
         launched: Some(Launched { started_at_us: 1, launch_us: 1, start: Start::Cold }),
         started_at_ns: Some(1_000_000),
         init_cpu_us: 300,
@@ -62,9 +64,17 @@ fn a_sigkill_that_nobody_here_sent_is_the_payloads_own() {
 
 #[test]
 fn memory_comes_from_the_kernels_counter_even_behind_an_exit_of_zero() {
-    let counters = Counters { oom_kills: 1, ..Counters::default() };
+    let counters = Counters { oom_kills: 1, is_at_memory_limit: true, ..Counters::default() };
     let ending = judged(&sandbox(None), WaitStatus::Exited { code: 0 }, 20, counters);
     assert_eq!((ending.cause, ending.limits_hit), (Cause::OomKilled, vec![Limit::Memory]));
+}
+
+#[test]
+fn a_kill_far_below_the_limit_is_the_machines_want_of_memory_and_not_the_payloads() {
+    let counters = Counters { oom_kills: 1, ..Counters::default() };
+    let ending = judged(&sandbox(None), KILLED, 20, counters);
+    assert!(matches!(ending.cause, Cause::InfraError { .. }), "{:?}", ending.cause);
+    assert_eq!(ending.limits_hit, []);
 }
 
 #[test]
@@ -94,6 +104,14 @@ fn a_refused_fork_is_told_without_ending_anything() {
     let counters = Counters { pids_refused: 9, ..Counters::default() };
     let ending = judged(&sandbox(None), WaitStatus::Exited { code: 0 }, 20, counters);
     assert_eq!((ending.cause, ending.limits_hit), (Cause::Exited { code: 0 }, vec![Limit::Pids]));
+}
+
+#[test]
+fn an_end_that_init_noticed_late_is_not_charged_to_the_payload() {
+    let mut sandbox = sandbox(None);
+    sandbox.dead_at_ns = Some(1_000_000 + 950_000_000);
+    let ending = judged(&sandbox, WaitStatus::Exited { code: 0 }, 1010, Counters::default());
+    assert_eq!((ending.cause, ending.usage.wall_us), (Cause::Exited { code: 0 }, 950_000));
 }
 
 #[test]
