@@ -36,7 +36,7 @@ check: ## format, lints, licences and sources of dependencies, documentation, sh
 	@tools/setup.sh check
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
-	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --document-private-items --locked --quiet
+	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc --workspace --no-deps --document-private-items --locked --quiet
 	cargo fetch --locked --quiet
 	cargo deny --offline --all-features check licenses bans sources
 	shellcheck -x .ci/run tools/*.sh images/*.sh images/*/build.sh

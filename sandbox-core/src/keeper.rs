@@ -1,7 +1,7 @@
 //! The one privileged process of a node: one thread, one loop, owner of every sandbox.
 //!
 //! It launches, limits, supervises and records. It knows no HTTP and no SQL, and believes neither the service nor a sandbox: requests are held
-//! against [`crate::policy`], and what comes from inside a sandbox is data.
+//! against the policy of `policy.rs`, and what comes from inside a sandbox is data.
 
 mod build;
 mod connection;

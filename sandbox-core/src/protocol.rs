@@ -178,7 +178,7 @@ pub enum CgroupMode {
 pub struct Launch {
     pub id: SandboxId,
     pub image: ImageId,
-    /// An `oci_spec::runtime::Spec` as JSON. See [`crate::policy`] for what the keeper accepts in it.
+    /// An `oci_spec::runtime::Spec` as JSON. The keeper accepts what `policy.rs` names and nothing else.
     pub spec: Vec<u8>,
     pub supervision: Supervision,
     pub stdin: Stdin,

@@ -1,4 +1,4 @@
-//! The system calls that a payload may make: data in [`rules`], compiled here to one small cBPF program.
+//! The system calls that a payload may make: data in [`rules()`], compiled here to one small cBPF program.
 //!
 //! The program checks the ABI, then finds the call's number in a balanced tree of number ranges, then — for the few calls whose
 //! arguments matter — checks those (seccomp(2)). Everything that is not allowed fails with an error number; only a call through a
