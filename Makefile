@@ -31,6 +31,10 @@ run: ## set up, build, start the service, do a first run, serve until Ctrl-C (DA
 test: ## run all tests that this machine can run (ARGS='--test limits' for some)
 	@tools/test.sh $(ARGS)
 
+.PHONY: test-vm
+test-vm: ## the keeper's tests in an emulated machine with Linux 6.1, pure cgroup v2 and AppArmor (part of make test; ARGS=limits for some)
+	@tools/test-vm.sh $(ARGS)
+
 .PHONY: check
 check: ## format, lints, licences and sources of dependencies, documentation, shell scripts
 	@tools/setup.sh check

@@ -15,7 +15,7 @@ mount -t sysfs sys /sys
 mount -t tmpfs run /run
 mount -t securityfs security /sys/kernel/security
 mount -t cgroup2 cgroup2 /sys/fs/cgroup || die 'no cgroup2'
-hostname machine
+hostname -F /etc/hostname
 ifconfig lo 127.0.0.1 up
 
 # Without these two it would only repeat what other machines test.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the keeper's tests where cgroup v2 is the only one and AppArmor is on: in a small emulated machine with Debian's kernel.
-# Arguments go to the tests, as in `tools/test-vm.sh limits --exact …`. Nothing of it needs root but installing packages.
+# Arguments go to the tests, as in `tools/test-vm.sh limits --exact …`. Only installing packages needs root.
+# TIMEOUT_S (600) bounds the machine's life.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,20 +18,31 @@ mkdir -p "$cache"
 work=$(mktemp -d "$cache/.work.XXXXXX")
 trap 'rm -rf --one-file-system "$work"' EXIT
 
-# The kernel package is unpacked, not installed: this machine's own boot is none of our business.
-kernel_package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/^ *Depends: //p')
-[[ -n $kernel_package ]] || fail 'apt knows no linux-image-cloud-amd64'
-kernel=$cache/$kernel_package
-if [[ ! -d $kernel ]]; then
+# The kernel's package is unpacked, not installed: how this machine boots is none of our business.
+find_kernel() { kernel_package=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/^ *Depends: //p' | head -n 1); }
+fetch_kernel() {
+    [[ -n $kernel_package ]] || return
+    [[ ! -d $cache/$kernel_package ]] || return 0
     say "fetching $kernel_package"
     # apt's own user, to which it drops for the download, may not look into our folder.
-    (cd "$work" && apt-get download -q -o APT::Sandbox::User=root "$kernel_package" >&2) || fail 'fetching the kernel failed (apt-get update may help)'
-    dpkg -x "$work/$kernel_package"_*.deb "$work/kernel"
-    mv -T "$work/kernel" "$kernel"
+    (cd "$work" && apt-get download -q -o APT::Sandbox::User=root "$kernel_package" >&2) &&
+        dpkg -x "$work/$kernel_package"_*.deb "$work/package" &&
+        mkdir "$work/kernel" &&
+        mv "$work/package/boot"/vmlinuz-* "$work/kernel/vmlinuz" &&
+        find "$work/package/lib/modules" \( -name overlay.ko -o -name brd.ko \) -exec mv -t "$work/kernel" {} + &&
+        mv -T "$work/kernel" "$cache/$kernel_package"
+}
+find_kernel
+if ! fetch_kernel; then
+    say 'refreshing the package lists'
+    apt-get update -q >&2 || true
+    find_kernel
+    fetch_kernel || fail 'fetching the kernel (linux-image-cloud-amd64) failed'
 fi
+kernel=$cache/$kernel_package
 
 say 'building'
-built=$(cargo build --package sandbox-core --test keeper --locked --message-format json | sed -nE 's/.*"executable":"([^"]+)".*/\1/p')
+built=$(cargo build --workspace --test keeper --locked --message-format json | sed -nE 's/.*"executable":"([^"]+)".*/\1/p')
 suite=$(grep '/keeper-[^/]*$' <<<"$built") || fail 'cargo built no test program'
 
 # One initial ramdisk holds everything. The programs and their libraries lie at the paths that they have here, where they look for
@@ -48,28 +60,26 @@ while IFS= read -r program; do
 done <<<"$built"$'\n'"$(command -v setsid)"
 printf 'root:x:0:0:root:/root:/bin/sh\n' >"$root/etc/passwd"
 printf 'root:x:0:\n' >"$root/etc/group"
+echo machine >"$root/etc/hostname"
 printf '%s\n' "$suite" "$@" >"$root/etc/command"
 install -D tools/test-vm-guest.sh "$root/sbin/init"
 install tools/test-vm-boot.sh "$initial/init"
 install "$(command -v busybox)" "$initial/bin/busybox"
-for module in brd overlay; do
-    file=$(find "$kernel/lib/modules" -name "$module.ko")
-    [[ -n $file ]] || fail "$kernel_package has no module $module"
-    cp "$file" "$initial/modules/"
-done
+cp "$kernel"/*.ko "$initial/modules/"
 (cd "$initial" && find . | cpio --quiet -o -H newc -R 0:0) >"$work/initial.cpio"
 
-# Its clock counts instructions (two nanoseconds each), not the time of this machine: however slow emulation is and however busy
-# this machine, limits in time are met exactly or not at all. That takes one processor, and no device that answers in our time.
+# Its clock counts instructions (two nanoseconds each), not the time of this machine: however slow emulation is and however busy this
+# machine, limits in time are met exactly or not at all. That takes one processor, and no device that answers in our time. The rest is
+# speed: string instructions (erms, fsrm) are emulated byte by byte under such a clock; a larger cache of translated code
+# (tb-size, in MiB) is searched longer than it saves; mitigations of processor errata switch page tables all the time.
 emulator=(
-    qemu-system-x86_64 -accel tcg -icount 'shift=1,sleep=off' -rtc clock=vm -cpu max -smp 1 -m 1024 -no-reboot
-    -display none -vga none -monitor none -net none -serial stdio
-    -kernel "$kernel"/boot/vmlinuz-* -initrd "$work/initial.cpio"
-    # mitigations=off spares the emulator page table switches; processor errata are not what is tested.
+    qemu-system-x86_64 -accel 'tcg,tb-size=256' -cpu 'max,erms=off,fsrm=off' -smp 1 -m 1024 -icount 'shift=1,sleep=off' -rtc clock=vm
+    -display none -vga none -monitor none -net none -serial stdio -no-reboot
+    -kernel "$kernel/vmlinuz" -initrd "$work/initial.cpio"
     -append 'console=ttyS0 loglevel=1 panic=-1 mitigations=off cgroup_no_v1=all security=apparmor'
 )
 say 'booting'
-timeout --kill-after=5 "${TIMEOUT_S:-300}" "${emulator[@]}" </dev/null | sed -uE 's/\r$//; /reboot: Power down$/d' | tee "$work/console" ||
+timeout --foreground --kill-after=5 "${TIMEOUT_S:-600}" "${emulator[@]}" </dev/null | sed -uE 's/\r$//; /reboot: Power down$/d' | tee "$work/console" ||
     fail 'the machine did not come to its end; what it said stands above'
 status=$(sed -n 's/^test-vm: the tests ended with //p' "$work/console")
 [[ -n $status ]] || fail 'the machine ended without a result; what it said stands above'
