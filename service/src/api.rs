@@ -71,5 +71,6 @@ pub fn router(app: Arc<App>) -> Router {
 
 /// The listener of its own that Prometheus reads.
 pub fn metrics_router(app: Arc<App>) -> Router {
-    Router::new().route("/metrics", get(operations::metrics)).with_state(app)
+    let routes = Router::new().route("/metrics", get(operations::metrics)).fallback(async || ApiError::NotFound);
+    routes.layer(middleware::from_fn(observe::tell_problems)).with_state(app)
 }

@@ -13,7 +13,9 @@ pub use limits::{Bound, Limits, RequestedLimits, bound_of, bounds};
 pub use log_tail::{LogTail, TailCollector};
 pub use outcome::{Finish, Outcome, Phases, Reason, Truncated, Usage};
 pub use program::{Program, spec};
-pub use request::{Content, File, ImageReference, Invalid, LIST_LIMIT, NewSandbox, RunRequest, SandboxRequest, TTL_MS, WAIT_MS};
+pub use request::{
+    Content, File, ImageReference, Invalid, LIST_LIMIT, LabelFault, NewSandbox, RunRequest, SandboxRequest, TTL_MS, WAIT_MS, check_label,
+};
 use sandbox_core::protocol::OutputPolicy;
 pub use sandbox_core::protocol::{ImageId, SandboxId};
 use serde::{Deserialize, Serialize};

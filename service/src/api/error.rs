@@ -33,8 +33,12 @@ pub enum ApiError {
     PayloadTooLarge(String),
     #[error(transparent)]
     Invalid(#[from] Invalid),
+    /// Larger than all that there is: it will never work here.
     #[error("{0}")]
     NoCapacity(String),
+    /// There is no room now.
+    #[error("{0}")]
+    Busy(String),
     #[error("the database is not available")]
     DatabaseUnavailable,
     #[error("the keeper of this node is not available")]
@@ -73,7 +77,7 @@ impl ApiError {
             Self::Conflict(_) => (StatusCode::CONFLICT, "conflict", "Conflict"),
             Self::PayloadTooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", "Payload too large"),
             Self::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_request", "Invalid request"),
-            Self::NoCapacity(_) => (StatusCode::SERVICE_UNAVAILABLE, "no_capacity", "No capacity"),
+            Self::NoCapacity(_) | Self::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, "no_capacity", "No capacity"),
             Self::DatabaseUnavailable => (StatusCode::SERVICE_UNAVAILABLE, "database_unavailable", "Database unavailable"),
             Self::KeeperUnavailable => (StatusCode::SERVICE_UNAVAILABLE, "keeper_unavailable", "Keeper unavailable"),
             Self::Timeout => (StatusCode::GATEWAY_TIMEOUT, "timeout", "Timeout"),
@@ -84,7 +88,7 @@ impl ApiError {
     /// Whether the same request may be answered otherwise later.
     const fn is_retryable(&self) -> bool {
         match self {
-            Self::DatabaseUnavailable | Self::KeeperUnavailable | Self::Timeout | Self::Internal(_) => true,
+            Self::Busy(_) | Self::DatabaseUnavailable | Self::KeeperUnavailable | Self::Timeout | Self::Internal(_) => true,
             Self::Unauthenticated(_)
             | Self::Forbidden(_)
             | Self::NotFound
@@ -143,7 +147,7 @@ impl IntoResponse for ApiError {
         if status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
-        if status == StatusCode::SERVICE_UNAVAILABLE {
+        if status == StatusCode::SERVICE_UNAVAILABLE && self.is_retryable() {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response.extensions_mut().insert(problem);
@@ -195,5 +199,19 @@ impl From<CallError> for ApiError {
 impl From<anyhow::Error> for ApiError {
     fn from(error: anyhow::Error) -> Self {
         Self::Internal(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_may_work_later_says_when_to_come_again() {
+        let larger = ApiError::NoCapacity("larger".into()).into_response();
+        let busy = ApiError::Busy("busy".into()).into_response();
+        assert_eq!((larger.status(), busy.status()), (StatusCode::SERVICE_UNAVAILABLE, StatusCode::SERVICE_UNAVAILABLE));
+        assert!(!larger.headers().contains_key(header::RETRY_AFTER));
+        assert!(busy.headers().contains_key(header::RETRY_AFTER));
     }
 }

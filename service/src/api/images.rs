@@ -25,10 +25,14 @@ use crate::{
 pub(super) fn router() -> Router<Arc<App>> {
     Router::new()
         .route("/v1/images", get(list))
+        // No image has this name: it could be read by no one.
         .route("/v1/images/import", post(import))
         // A reference may have slashes in it.
         .route("/v1/images/{*reference}", get(read).delete(remove))
 }
+
+/// What stands in the place of a reference in the path of an import.
+const IMPORT: &str = "import";
 
 #[derive(Debug, Serialize)]
 struct ImageView {
@@ -77,12 +81,14 @@ async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<Page>,
 
 async fn read(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path<String>) -> Result<Json<ImageView>, ApiError> {
     caller.require(Scope::ImagesRead)?;
+    let reference = named(reference)?;
     let image = app.store.find_image(&caller.tenant, &reference).await?.ok_or(ApiError::ImageNotFound(reference))?;
     Ok(Json(image.into()))
 }
 
 async fn remove(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path<String>) -> Result<StatusCode, ApiError> {
     caller.require(Scope::ImagesWrite)?;
+    let reference = named(reference)?;
     if app.images.remove(Some(&caller.tenant), &reference).await?.is_some() {
         return Ok(StatusCode::NO_CONTENT);
     }
@@ -96,10 +102,19 @@ async fn remove(State(app): State<Arc<App>>, caller: Caller, Path(reference): Pa
     Err(ApiError::ImageNotFound(reference))
 }
 
+/// The reference in a path. What cannot be one names no image.
+fn named(text: String) -> Result<String, ApiError> {
+    match ImageReference::parse("reference", text.clone()) {
+        Ok(_) => Ok(text),
+        Err(_) => Err(ApiError::ImageNotFound(text)),
+    }
+}
+
 fn reference(pairs: Vec<(String, String)>) -> Result<ImageReference, ApiError> {
     let mut found = None;
     for (name, value) in pairs {
         match name.as_str() {
+            "reference" if value == IMPORT => return Err(Invalid::new("reference", "no image can have the name of this route").into()),
             "reference" if found.is_none() => found = Some(ImageReference::parse("reference", value)?),
             "reference" => return Err(Invalid::new("reference", "an image has one reference").into()),
             _ => return Err(query::unknown(&name)),
@@ -127,7 +142,7 @@ impl From<ImportError> for ApiError {
         match error {
             ImportError::Invalid(why) => Invalid::new("", why).into(),
             ImportError::TooLarge => Self::PayloadTooLarge(error.to_string()),
-            ImportError::Busy(why) => Self::NoCapacity(why),
+            ImportError::Busy(why) => Self::Busy(why),
             ImportError::KeeperUnavailable => Self::KeeperUnavailable,
             ImportError::Store(error) => error.into(),
             ImportError::Internal(cause) => Self::Internal(cause),
@@ -149,8 +164,14 @@ mod tests {
     }
 
     #[test]
+    fn a_path_that_can_be_no_reference_names_no_image() {
+        assert!(matches!(named("a\0b".into()), Err(ApiError::ImageNotFound(_))));
+        assert_eq!(named("library/python:3".into()).unwrap(), "library/python:3");
+    }
+
+    #[test]
     fn a_missing_or_unsound_reference_is_named() {
-        for query in ["", "reference=", "reference=a%20b", "reference=a&reference=b"] {
+        for query in ["", "reference=", "reference=a%20b", "reference=import", "reference=a&reference=b"] {
             assert!(matches!(parsed(query), Err(ApiError::Invalid(invalid)) if invalid.field == "reference"), "{query}");
         }
         assert!(matches!(parsed("reference=a&colour=red"), Err(ApiError::Invalid(invalid)) if invalid.field == "colour"));

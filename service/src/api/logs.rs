@@ -86,7 +86,8 @@ pub(super) async fn read(
         return Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], lines(log)).into_response());
     }
     let upgrade = upgrade.map_err(|error| Invalid::new("", format!("this is no WebSocket handshake: {error}")))?;
-    Ok(upgrade.max_message_size(READER_MESSAGE_BYTES_MAX).protocols([SUBPROTOCOL]).on_upgrade(|socket| serve(socket, log)))
+    let bounded = upgrade.max_message_size(READER_MESSAGE_BYTES_MAX).max_frame_size(READER_MESSAGE_BYTES_MAX);
+    Ok(bounded.protocols([SUBPROTOCOL]).on_upgrade(|socket| serve(socket, log)))
 }
 
 fn asked(pairs: Vec<(String, String)>) -> Result<(u64, bool), ApiError> {

@@ -43,6 +43,12 @@ pub(super) async fn observe(State(app): State<Arc<App>>, request: Request, next:
     response
 }
 
+/// The part of [`observe`] that is for people: every refusal leaves as a problem.
+pub(super) async fn tell_problems(request: Request, next: Next) -> Response {
+    let id = request_id(&request);
+    with_problem(next.run(request).await, &id)
+}
+
 /// The caller's, if it is fit to be repeated; else one of ours.
 fn request_id(request: &Request) -> String {
     let given = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok());

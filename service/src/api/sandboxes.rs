@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::{App, caller::Caller, error::ApiError, json, query, view::SandboxView};
 use crate::{
-    sandbox::{Invalid, Kind, LIST_LIMIT, SandboxId, SandboxRequest, State as SandboxState},
+    sandbox::{Invalid, Kind, LIST_LIMIT, LabelFault, SandboxId, SandboxRequest, State as SandboxState, check_label},
     store::Filter,
     token::Scope,
 };
@@ -76,6 +76,7 @@ fn filter(pairs: Vec<(String, String)>) -> Result<Filter, ApiError> {
             }
             "label" => {
                 let (key, value) = text.split_once('=').ok_or_else(|| Invalid::new("label", "a label is asked for as key=value"))?;
+                check_label(key, value).map_err(|(LabelFault::Key(detail) | LabelFault::Value(detail))| Invalid::new("label", detail))?;
                 if filter.labels.insert(key.to_owned(), value.to_owned()).is_some_and(|other| other != value) {
                     return Err(Invalid::new("label", "no sandbox has two values for one key").into());
                 }
@@ -124,6 +125,8 @@ mod tests {
         assert_eq!(field_of(&parsed("cursor=%00nonsense").unwrap_err()), "cursor");
         assert_eq!(field_of(&parsed("state=gone").unwrap_err()), "state");
         assert_eq!(field_of(&parsed("label=a").unwrap_err()), "label");
+        assert_eq!(field_of(&parsed("label=a%3D%00").unwrap_err()), "label");
+        assert_eq!(field_of(&parsed("label=%00%3Db").unwrap_err()), "label");
         assert_eq!(field_of(&parsed("colour=red").unwrap_err()), "colour");
     }
 

@@ -7,6 +7,7 @@ use oci_spec::image::{
 };
 use sandbox_core::protocol::DESCRIPTORS_MAX;
 use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
 
 use super::{
     Fault,
@@ -219,19 +220,26 @@ fn configuration(bytes: &[u8], layers: usize) -> Result<ImageConfiguration, Faul
         let lists = [config.entrypoint(), config.cmd(), config.env()];
         let texts = lists.into_iter().flatten().flatten().chain(config.user()).chain(config.working_dir());
         let labels = config.labels().iter().flatten().flat_map(|(key, value)| [key, value]);
-        let (mut len, mut has_zero) = (0, false);
-        for text in texts.chain(labels) {
-            len += text.len() + 1;
-            has_zero |= text.contains('\0');
-        }
+        let len: usize = texts.chain(labels).map(|text| text.len() + 1).sum();
         if len > CONFIG_BYTES_MAX {
             return invalid(format!("command, environment and labels of the image are {len} bytes; at most {CONFIG_BYTES_MAX}"));
         }
-        if has_zero {
-            return invalid("the image's configuration holds a zero byte in its command, environment or labels");
-        }
+    }
+    // What a row holds: all that was understood, not only what a launch needs.
+    if has_zero(&serde_json::to_value(&parsed).map_err(anyhow::Error::from)?) {
+        return invalid("the image's configuration holds a zero byte");
     }
     Ok(parsed)
+}
+
+/// Whether a text in it holds a zero byte, which no program can be given and no row can hold.
+fn has_zero(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.contains('\0'),
+        Value::Array(values) => values.iter().any(has_zero),
+        Value::Object(fields) => fields.iter().any(|(key, value)| key.contains('\0') || has_zero(value)),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+    }
 }
 
 /// An image in `manifest.json` of `docker save`.

@@ -282,16 +282,31 @@ fn labels(labels: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, 
         return Err(Invalid::new("labels", format!("{} labels; at most {LABELS_MAX}", labels.len())));
     }
     for (key, value) in &labels {
-        let is_sound =
-            (1..=LABEL_KEY_BYTES_MAX).contains(&key.len()) && key.bytes().all(|b| b.is_ascii_alphanumeric() || b"._/-".contains(&b));
-        if !is_sound {
-            return Err(Invalid::new("labels", "the key of a label is 1 to 63 letters, digits and ._/-"));
-        }
-        if value.len() > LABEL_VALUE_BYTES_MAX || value.contains('\0') {
-            return Err(Invalid::new(format!("labels.{key}"), "the value of a label is at most 256 bytes, none of them zero"));
-        }
+        check_label(key, value).map_err(|fault| match fault {
+            LabelFault::Key(detail) => Invalid::new("labels", detail),
+            LabelFault::Value(detail) => Invalid::new(format!("labels.{key}"), detail),
+        })?;
     }
     Ok(labels)
+}
+
+/// What no sandbox's label is like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LabelFault {
+    Key(&'static str),
+    Value(&'static str),
+}
+
+/// Whether a sandbox can have this label.
+pub fn check_label(key: &str, value: &str) -> Result<(), LabelFault> {
+    let is_sound = (1..=LABEL_KEY_BYTES_MAX).contains(&key.len()) && key.bytes().all(|b| b.is_ascii_alphanumeric() || b"._/-".contains(&b));
+    if !is_sound {
+        return Err(LabelFault::Key("the key of a label is 1 to 63 letters, digits and ._/-"));
+    }
+    if value.len() > LABEL_VALUE_BYTES_MAX || value.contains('\0') {
+        return Err(LabelFault::Value("the value of a label is at most 256 bytes, none of them zero"));
+    }
+    Ok(())
 }
 
 fn name(name: String) -> Result<String, Invalid> {

@@ -251,6 +251,17 @@ fn an_environment_that_no_launch_can_carry_is_refused() {
 }
 
 #[test]
+fn a_zero_byte_outside_of_what_a_launch_needs_is_refused_too() {
+    let mut packer = Packer::new();
+    let mut config = config(&here(), &[b"layer"]);
+    config["author"] = json!("\0");
+    let config = packer.blob(CONFIG, config.to_string().as_bytes());
+    let layer = packer.blob(LAYER, b"layer");
+    let manifest = packer.blob(MANIFEST, manifest(&config, &[layer]).to_string().as_bytes());
+    refused(packer.index(&[manifest]).find(), "zero byte");
+}
+
+#[test]
 fn a_zero_byte_that_no_row_can_hold_is_refused() {
     let mut packer = Packer::new();
     let mut config = config(&here(), &[b"layer"]);
