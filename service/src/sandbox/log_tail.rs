@@ -1,7 +1,5 @@
 //! The end of what a payload wrote, small enough to be stored beside its outcome.
 
-use std::collections::VecDeque;
-
 use sandbox_core::log::{self, Kind, Record};
 
 /// The last records of each stream, in the format of [`sandbox_core::log`], in order, without the end mark.
@@ -26,7 +24,7 @@ impl LogTail {
     pub fn records(&self) -> impl Iterator<Item = Record<'_>> {
         let mut rest = self.bytes.as_slice();
         std::iter::from_fn(move || {
-            let (record, behind) = log::parse(rest).ok()??;
+            let (record, behind) = first(rest)?;
             rest = behind;
             Some(record)
         })
@@ -41,11 +39,14 @@ pub struct TailCollector {
     stderr: Stream,
 }
 
+/// One buffer for all records: a payload that writes byte by byte would else cost an allocation a byte.
 #[derive(Debug, Default)]
 struct Stream {
-    /// Whole records with their headers, and the length of their data.
-    kept: VecDeque<(u64, Vec<u8>, usize)>,
-    kept_bytes: usize,
+    /// Whole records with their headers; those before `begin` are dropped.
+    bytes: Vec<u8>,
+    begin: usize,
+    /// Data of the records from `begin` on, without headers.
+    data_bytes: usize,
     omitted_bytes: u64,
 }
 
@@ -55,34 +56,67 @@ impl TailCollector {
     }
 
     pub fn push(&mut self, record: Record<'_>) {
-        let stream = match record.kind {
-            Kind::Stdout => &mut self.stdout,
-            Kind::Stderr => &mut self.stderr,
-            Kind::End => return,
-        };
-        let mut bytes = Vec::with_capacity(log::HEADER_BYTES + record.data.len());
-        record.append_to(&mut bytes);
-        stream.kept.push_back((record.seq, bytes, record.data.len()));
-        stream.kept_bytes += record.data.len();
-        while let Some((_, _, oldest)) = stream.kept.front()
-            && stream.kept_bytes - oldest >= self.stream_bytes
-            && stream.kept.len() > 1
-        {
-            stream.kept_bytes -= oldest;
-            stream.omitted_bytes += *oldest as u64;
-            stream.kept.pop_front();
+        match record.kind {
+            Kind::Stdout => self.stdout.push(record, self.stream_bytes),
+            Kind::Stderr => self.stderr.push(record, self.stream_bytes),
+            Kind::End => {}
         }
     }
 
-    pub fn finish(mut self) -> LogTail {
-        let mut kept: Vec<_> = self.stdout.kept.drain(..).chain(self.stderr.kept.drain(..)).collect();
-        kept.sort_unstable_by_key(|(seq, _, _)| *seq);
+    pub fn finish(self) -> LogTail {
+        let (stdout, stderr) = (self.stdout.bytes(), self.stderr.bytes());
         LogTail {
-            bytes: kept.into_iter().flat_map(|(_, bytes, _)| bytes).collect(),
+            bytes: merged(stdout, stderr),
             stdout_omitted_bytes: self.stdout.omitted_bytes,
             stderr_omitted_bytes: self.stderr.omitted_bytes,
         }
     }
+}
+
+impl Stream {
+    fn bytes(&self) -> &[u8] {
+        &self.bytes[self.begin..]
+    }
+
+    fn push(&mut self, record: Record<'_>, stream_bytes: usize) {
+        record.append_to(&mut self.bytes);
+        self.data_bytes += record.data.len();
+        while let Some((oldest, behind)) = first(self.bytes())
+            && self.data_bytes - oldest.data.len() >= stream_bytes
+            && !behind.is_empty()
+        {
+            let (dropped, left) = (oldest.data.len(), behind.len());
+            self.data_bytes -= dropped;
+            self.omitted_bytes += dropped as u64;
+            self.begin = self.bytes.len() - left;
+        }
+        // Moved together when as much is dropped as is kept, so that a byte is moved about once.
+        if self.begin > self.bytes.len() / 2 {
+            self.bytes.drain(..self.begin);
+            self.begin = 0;
+        }
+    }
+}
+
+/// The records of both, by their sequence numbers.
+fn merged(mut left: &[u8], mut right: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(left.len() + right.len());
+    while let Some((record, behind)) = first(left) {
+        while let Some((earlier, rest)) = first(right)
+            && earlier.seq < record.seq
+        {
+            earlier.append_to(&mut bytes);
+            right = rest;
+        }
+        record.append_to(&mut bytes);
+        left = behind;
+    }
+    bytes.extend_from_slice(right);
+    bytes
+}
+
+fn first(bytes: &[u8]) -> Option<(Record<'_>, &[u8])> {
+    log::parse(bytes).ok()?
 }
 
 #[cfg(test)]
@@ -110,6 +144,14 @@ mod tests {
         let tail = tail_of(4, &[(Kind::Stderr, b"first"), (Kind::Stdout, b"abc"), (Kind::Stdout, b"def"), (Kind::Stdout, b"ghi")]);
         assert_eq!((tail.stdout_omitted_bytes, tail.stderr_omitted_bytes), (3, 0));
         assert_eq!(tail.records().map(|r| r.seq).collect::<Vec<_>>(), [0, 2, 3]);
+    }
+
+    #[test]
+    fn many_small_records_are_kept_in_order_and_the_rest_is_counted() {
+        let records: Vec<(Kind, &[u8])> = std::iter::repeat_n((Kind::Stdout, b"x".as_slice()), 10_000).collect();
+        let tail = tail_of(100, &records);
+        assert_eq!(tail.records().map(|r| r.seq).collect::<Vec<_>>(), (9_900..10_000).collect::<Vec<_>>());
+        assert_eq!(tail.stdout_omitted_bytes, 9_900);
     }
 
     #[test]
