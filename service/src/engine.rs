@@ -47,7 +47,9 @@ const ANSWER_STREAM_BYTES: usize = 8 * 1024 * 1024;
 /// What an engine is told at its start.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Names this node for good: the same host and data folder, the same name.
+    /// Names this node for good.
+    pub node: NodeId,
+    /// For people.
     pub node_name: String,
     /// Where the keeper writes logs.
     pub logs_dir: PathBuf,
@@ -123,10 +125,10 @@ pub struct Output {
 impl Engine {
     /// Takes over what this node left behind — lives on with what lives, settles what ended — and begins to schedule.
     pub async fn start(store: Store, keeper: Keeper, settings: Settings) -> anyhow::Result<Arc<Self>> {
-        let Settings { node_name, logs_dir, capacity_memory_bytes, capacity_cpu_millis, clock, metrics } = settings;
+        let Settings { node, node_name, logs_dir, capacity_memory_bytes, capacity_cpu_millis, clock, metrics } = settings;
         let hello = keeper.connected().await;
-        let node = store
-            .register_node(&node_name, capacity_memory_bytes, capacity_cpu_millis, clock.now())
+        store
+            .register_node(node, &node_name, capacity_memory_bytes, capacity_cpu_millis, clock.now())
             .await
             .context("registering this node failed")?;
         let total =
@@ -214,23 +216,43 @@ impl Engine {
         let input = input::encode(&asked.files, asked.stdin);
         let image_took = (image_found_at - created_at).unsigned_abs();
 
-        if let Some(reservation) = self.capacity.reserve(room)
-            && self.store.admit(&sandbox, self.node).await?
-        {
-            let live = self.live.insert(sandbox, image_took);
-            tokio::spawn(Arc::clone(&self).carry(Arc::clone(&live), input, reservation));
-            return Ok(Followed::new(live));
+        if let Some(reservation) = self.capacity.reserve(room) {
+            match self.store.admit(&sandbox, self.node).await {
+                Ok(true) => {
+                    let live = self.live.insert(sandbox, image_took);
+                    tokio::spawn(Arc::clone(&self).carry(Arc::clone(&live), input, reservation));
+                    return Ok(Followed::new(live));
+                }
+                Ok(false) => {}
+                Err(error) => return Err(self.not_made(sandbox, error)),
+            }
         }
         let queued = Sandbox { state: State::Queued, claimed_at: None, ..sandbox };
         // Known before it can be claimed, so that whoever claims it finds those who wait for it.
         let live = self.live.insert(queued.clone(), image_took);
-        if let Err(error) = self.store.enqueue(&queued, &input).await {
-            self.live.remove(queued.id);
-            return Err(error.into());
+        match self.store.enqueue(&queued, &input).await {
+            Ok(true) => {}
+            Ok(false) => {
+                self.live.remove(queued.id);
+                return Err(EngineError::ImageNotFound(queued.image.reference));
+            }
+            Err(error) => {
+                self.live.remove(queued.id);
+                return Err(self.not_made(queued, error));
+            }
         }
         self.has_queue.store(true, Ordering::SeqCst);
         self.wake.notify_one();
         Ok(Followed::new(live))
+    }
+
+    /// What the creator hears of a sandbox that was not stored, as far as we know.
+    fn not_made(self: &Arc<Self>, sandbox: Sandbox, error: StoreError) -> EngineError {
+        if matches!(error, StoreError::Unavailable(_)) {
+            // The connection may have broken between the commit and its answer.
+            self.settle_unclear(sandbox);
+        }
+        error.into()
     }
 
     /// The tenant's sandbox of this kind as it is now.
@@ -264,7 +286,7 @@ impl Engine {
     }
 
     /// Ends the tenant's long-lived sandbox if it lives, and removes it. False if there is none.
-    pub async fn delete(&self, tenant: &TenantId, id: SandboxId) -> Result<bool, EngineError> {
+    pub async fn delete(self: &Arc<Self>, tenant: &TenantId, id: SandboxId) -> Result<bool, EngineError> {
         /// Between two orders to end it, should the first have been lost with the connection.
         const REPEAT: Duration = Duration::from_secs(1);
         const ATTEMPTS: u32 = 20;
@@ -272,7 +294,7 @@ impl Engine {
             if let Some(deleted) = self.store.delete(tenant, id, self.clock.now()).await? {
                 self.live.remove(id);
                 if deleted.has_log_file {
-                    self.forget(id).await;
+                    tokio::spawn(Arc::clone(self).forget_log(id));
                 }
                 return Ok(true);
             }
@@ -348,12 +370,30 @@ impl Engine {
         }
     }
 
-    async fn forget(&self, id: SandboxId) {
-        match self.keeper.forget(id).await {
-            Ok(()) => {}
-            // The next start finds the record and drops it.
-            Err(CallError::Lost) => {}
-            Err(CallError::Failed(failure)) => tracing::warn!(sandbox.id = %id, %failure, "the keeper did not drop a record"),
+    /// Has the keeper drop record and log; false if it did not.
+    async fn forget(&self, id: SandboxId) -> bool {
+        is_done(id, self.keeper.forget(id).await)
+    }
+
+    /// Has the keeper drop the record; the log stays.
+    async fn forget_record(&self, id: SandboxId) {
+        is_done(id, self.keeper.forget_record(id).await);
+    }
+
+    /// Has the keeper drop a log that no row speaks of any more: nobody else will think of it.
+    async fn forget_log(self: Arc<Self>, id: SandboxId) {
+        loop {
+            tokio::select! {
+                _ = self.keeper.connected() => {}
+                () = self.keeper.gone() => return,
+            }
+            match self.keeper.forget(id).await {
+                Err(CallError::Lost) => tokio::time::sleep(Duration::from_millis(100)).await,
+                answer @ (Ok(()) | Err(CallError::Failed(_))) => {
+                    is_done(id, answer);
+                    return;
+                }
+            }
         }
     }
 }
@@ -370,6 +410,18 @@ impl Output {
             }
         }
         output
+    }
+}
+
+fn is_done(id: SandboxId, answer: Result<(), CallError>) -> bool {
+    match answer {
+        Ok(()) => true,
+        // The next start finds the record and drops it.
+        Err(CallError::Lost) => false,
+        Err(CallError::Failed(failure)) => {
+            tracing::warn!(sandbox.id = %id, %failure, "the keeper did not drop a record");
+            false
+        }
     }
 }
 

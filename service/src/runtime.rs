@@ -202,6 +202,11 @@ impl Keeper {
         self.done(Request::Forget { id }).await
     }
 
+    /// Drops the record of a sandbox that ended, but not its log.
+    pub async fn forget_record(&self, id: SandboxId) -> Result<(), CallError> {
+        self.done(Request::ForgetRecord { id }).await
+    }
+
     /// Unpacks layers, bottom first, into the root of this image.
     pub async fn unpack(&self, image: ImageId, layers: Vec<OwnedFd>, limits: UnpackLimits) -> Result<Unpacked, CallError> {
         let count = u32::try_from(layers.len()).unwrap_or(u32::MAX);

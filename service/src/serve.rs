@@ -2,6 +2,7 @@
 
 mod folders;
 mod helpers;
+mod node;
 
 use std::{
     io::{self, IsTerminal, Write},
@@ -32,7 +33,7 @@ use crate::{
     metrics::Metrics,
     postgres::Cluster,
     runtime::Keeper,
-    store::Store,
+    store::{NodeId, Store},
     token::{Secret, Verifier},
 };
 
@@ -67,11 +68,12 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
     folders::prepare(folder, &account, is_root)?;
     let _alone = folders::lock(folder)?;
     let secret = secret(&settings, is_root.then_some(&account))?;
+    let node = node::id(folder, is_root.then_some(&account))?;
     raise_descriptor_limit();
     hold_signals()?;
 
     let helpers = Helpers::start(&settings, keeper, cluster, &account)?;
-    let served = serve_unprivileged(&settings, &account, is_root, doors, &secret, &helpers);
+    let served = serve_unprivileged(&settings, &account, is_root, doors, Identity { node, secret: &secret }, &helpers);
     let stopped = match &served {
         Ok(_) => helpers.stop(),
         Err(_) => helpers.stop_started(),
@@ -83,6 +85,13 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
             bail!("the keeper is gone, and its sandboxes with it; start the service again")
         }
     }
+}
+
+/// What this service is known by: as a node, and to who brings a token.
+#[derive(Clone, Copy)]
+struct Identity<'a> {
+    node: NodeId,
+    secret: &'a Secret,
 }
 
 /// Where requests come in.
@@ -102,7 +111,7 @@ fn serve_unprivileged(
     account: &Account,
     is_root: bool,
     doors: Doors,
-    secret: &Secret,
+    identity: Identity<'_>,
     helpers: &Helpers,
 ) -> anyhow::Result<Ended> {
     if is_root {
@@ -112,15 +121,15 @@ fn serve_unprivileged(
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     // Only now may there be a second thread: capabilities belong to threads.
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting threads")?;
-    let ended = runtime.block_on(serve(settings, doors, secret, helpers));
+    let ended = runtime.block_on(serve(settings, doors, identity, helpers));
     runtime.shutdown_timeout(Duration::from_secs(1));
     ended
 }
 
-async fn serve(settings: &Settings, doors: Doors, secret: &Secret, helpers: &Helpers) -> anyhow::Result<Ended> {
+async fn serve(settings: &Settings, doors: Doors, identity: Identity<'_>, helpers: &Helpers) -> anyhow::Result<Ended> {
     let mut signals = Signals::new()?;
     let started = tokio::select! {
-        started = start(settings, doors, secret, helpers) => started?,
+        started = start(settings, doors, identity, helpers) => started?,
         () = signals.next() => return Ok(Ended::Told),
     };
     let Started { app, api, metrics, addresses, stopping } = started;
@@ -172,7 +181,7 @@ struct Started {
     stopping: CancellationToken,
 }
 
-async fn start(settings: &Settings, doors: Doors, secret: &Secret, helpers: &Helpers) -> anyhow::Result<Started> {
+async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helpers: &Helpers) -> anyhow::Result<Started> {
     let addresses = (doors.api.local_addr()?, doors.metrics.local_addr()?);
     let keeper = Keeper::connect(helpers.keeper_socket()).await?;
     let options = match (&settings.database_url, helpers.cluster()) {
@@ -184,6 +193,7 @@ async fn start(settings: &Settings, doors: Doors, secret: &Secret, helpers: &Hel
     store.migrate().await.context("bringing the database's schema up to date")?;
     let (clock, figures) = (Clock::System, Arc::new(Metrics::new()?));
     let engine_settings = engine::Settings {
+        node: identity.node,
         node_name: node_name(&settings.data_dir),
         logs_dir: settings.data_dir.join("logs"),
         capacity_memory_bytes: settings.capacity_memory_bytes.unwrap_or_else(memory_to_give),
@@ -193,7 +203,7 @@ async fn start(settings: &Settings, doors: Doors, secret: &Secret, helpers: &Hel
     };
     let engine = Engine::start(store.clone(), keeper.clone(), engine_settings).await?;
     let images = Images::open(store.clone(), keeper.clone(), clock.clone(), &settings.data_dir)?;
-    let verifier = Verifier::new(secret, &settings.token_rules);
+    let verifier = Verifier::new(identity.secret, &settings.token_rules);
     let app = Arc::new(api::App { engine, store, keeper, verifier, images, clock, metrics: figures });
     let stopping = CancellationToken::new();
     let metrics = open(doors.metrics, api::metrics_router(Arc::clone(&app)), stopping.clone())?;
@@ -298,7 +308,7 @@ fn raise_descriptor_limit() {
     }
 }
 
-/// The same machine and folder, the same node.
+/// What people know the node by.
 fn node_name(data_dir: &Path) -> String {
     format!("{}:{}", rustix::system::uname().nodename().to_string_lossy(), data_dir.display())
 }

@@ -10,6 +10,8 @@ use std::{io, time::Duration};
 pub use images::{Image, NewImage};
 pub use nodes::NodeId;
 pub use queue::{Candidate, Input, QueueListener};
+#[cfg(test)]
+pub(crate) use sandboxes::tests::sandbox as sandbox_for_tests;
 pub use sandboxes::{Deleted, Ended, Filter, LogKept, StoredLog};
 use sqlx::{
     Connection as _, PgPool,

@@ -2,7 +2,7 @@
 
 use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
-use sandbox_core::protocol::{Cause, Ending, FailureKind, KillReason, Launch, Launched, Stdin, Supervision};
+use sandbox_core::protocol::{Cause, Ending, FailureKind, Hello, KillReason, Launch, Launched, Stdin, Supervision};
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
@@ -93,9 +93,10 @@ impl Engine {
         let deadline = Instant::now() + LAUNCH_PATIENCE;
         let id = launch.id;
         loop {
-            let Ok(hello) = tokio::time::timeout_at(deadline, self.keeper.connected()).await else {
-                return Started::Over(self.infra_error("the keeper of this node did not answer".to_owned()));
+            let Ok(hello) = tokio::time::timeout_at(deadline, self.keeper_back()).await else {
+                return Started::Over(self.keeper_silent());
             };
+            let Some(hello) = hello else { return Started::Over(self.keeper_ended()) };
             let keeper_started_at_us = hello.started_at_us;
             let (error, wait) = match self.keeper.launch(launch.clone(), descriptors).await {
                 Err(error) => (error, None),
@@ -138,17 +139,27 @@ impl Engine {
         deadline: Instant,
     ) -> Result<Option<Option<Launched>>, Box<Ending>> {
         loop {
-            let Ok(hello) = tokio::time::timeout_at(deadline, self.keeper.connected()).await else {
-                return Err(self.infra_error("the keeper of this node did not answer".to_owned()));
+            let asked = async {
+                let hello = self.keeper_back().await?;
+                (hello.started_at_us == keeper_started_at_us).then_some(())?;
+                Some(self.keeper.list().await)
             };
-            if hello.started_at_us != keeper_started_at_us {
-                return Err(self.keeper_ended());
-            }
-            match self.keeper.list().await {
+            let Ok(answer) = tokio::time::timeout_at(deadline, asked).await else { return Err(self.keeper_silent()) };
+            let Some(answer) = answer else { return Err(self.keeper_ended()) };
+            match answer {
                 Ok(records) => return Ok(records.into_iter().find(|record| record.id == id).map(|record| record.launched)),
+                Err(CallError::Lost) if Instant::now() >= deadline => return Err(self.keeper_silent()),
                 Err(CallError::Lost) => {}
                 Err(CallError::Failed(failure)) => return Err(self.infra_error(failure.message)),
             }
+        }
+    }
+
+    /// The keeper, as soon as there is a connection to it; `None` when it is gone for good.
+    async fn keeper_back(&self) -> Option<Hello> {
+        tokio::select! {
+            hello = self.keeper.connected() => Some(hello),
+            () = self.keeper.gone() => None,
         }
     }
 
@@ -159,8 +170,7 @@ impl Engine {
         keeper_started_at_us: u64,
         first: Option<impl Future<Output = Result<Box<Ending>, CallError>>>,
     ) -> Box<Ending> {
-        let id = live.sandbox.id;
-        let mut ending = std::pin::pin!(self.wait_for_end(id, keeper_started_at_us, first));
+        let mut ending = std::pin::pin!(self.wait_for_end(live, keeper_started_at_us, first));
         let mark_after = match live.sandbox.kind {
             Kind::Run => MARK_RUNNING_AFTER,
             Kind::Sandbox => Duration::ZERO,
@@ -186,10 +196,11 @@ impl Engine {
 
     async fn wait_for_end(
         &self,
-        id: SandboxId,
+        live: &Live,
         keeper_started_at_us: u64,
         first: Option<impl Future<Output = Result<Box<Ending>, CallError>>>,
     ) -> Box<Ending> {
+        let id = live.sandbox.id;
         let mut answer = match first {
             Some(first) => first.await,
             None => Err(CallError::Lost),
@@ -200,8 +211,12 @@ impl Engine {
                 Err(CallError::Failed(failure)) => return self.infra_error(format!("the keeper does not know it: {failure}")),
                 Err(CallError::Lost) => {}
             }
-            if self.keeper.connected().await.started_at_us != keeper_started_at_us {
+            if self.keeper_back().await.is_none_or(|hello| hello.started_at_us != keeper_started_at_us) {
                 return self.keeper_ended();
+            }
+            if let Some(reason) = live.ordered_kill() {
+                // The order may have been lost with the connection.
+                self.kill(live, reason).await;
             }
             answer = match self.keeper.wait(id).await {
                 Ok(answer) => answer.await,
@@ -230,6 +245,10 @@ impl Engine {
 
     pub(super) fn infra_error(&self, message: String) -> Box<Ending> {
         self.ending(Cause::InfraError { message })
+    }
+
+    fn keeper_silent(&self) -> Box<Ending> {
+        self.infra_error("the keeper of this node did not answer".to_owned())
     }
 
     fn keeper_ended(&self) -> Box<Ending> {

@@ -81,6 +81,14 @@ impl Live {
         }
     }
 
+    /// When and how its payload was started, if it runs.
+    pub(super) fn launched(&self) -> Option<Launched> {
+        match &*self.progress.borrow() {
+            Progress::Running(launched) => Some(*launched),
+            Progress::Queued | Progress::Starting | Progress::Ended(_) | Progress::Gone => None,
+        }
+    }
+
     /// The payload runs.
     pub(super) fn running(&self, launched: Launched) {
         self.advance(Event::Launched, Progress::Running(launched));
@@ -155,6 +163,7 @@ impl Registry {
     pub(super) fn claimed(&self, sandbox: Sandbox) -> Arc<Live> {
         let mut all = self.lock();
         let before = all.remove(&sandbox.id);
+        let ordered_kill = before.as_ref().and_then(|before| before.ordered_kill());
         let (progress, image_took) = before.map_or_else(
             || {
                 self.metrics.moved(None, Some(State::Starting));
@@ -166,7 +175,8 @@ impl Registry {
             },
         );
         let id = sandbox.id;
-        let live = Arc::new(Live { sandbox, image_took, progress, killed_for: Mutex::default(), metrics: Arc::clone(&self.metrics) });
+        let killed_for = Mutex::new(ordered_kill);
+        let live = Arc::new(Live { sandbox, image_took, progress, killed_for, metrics: Arc::clone(&self.metrics) });
         all.insert(id, Arc::clone(&live));
         live
     }

@@ -1,16 +1,16 @@
 //! The scheduler: takes queued sandboxes, in fair order, whenever there is room.
 
 use std::{
-    collections::VecDeque,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use sandbox_core::protocol::{Cause, KillReason};
+use tokio::time::MissedTickBehavior;
 
 use super::{Engine, capacity::Room};
 use crate::{
-    sandbox::{Finish, Phases},
+    sandbox::{Finish, Phases, SandboxId, TenantId},
     store::{Candidate, QueueListener, StoreError},
 };
 
@@ -23,7 +23,10 @@ impl Engine {
     /// Schedules until the engine stops, or its keeper is gone.
     pub(super) async fn schedule(self: Arc<Self>) {
         let mut listener = None;
-        let mut candidates = VecDeque::new();
+        let mut candidates = Vec::new();
+        // Made once: whatever else wakes us, and however often, must not put it off.
+        let mut look = tokio::time::interval(POLL);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             if self.stopping.is_cancelled() {
                 return;
@@ -40,7 +43,7 @@ impl Engine {
                 () = self.keeper.gone() => self.stopping.cancel(),
                 () = self.wake.notified() => {}
                 () = heard(&mut listener) => candidates.clear(),
-                () = tokio::time::sleep(POLL) => {
+                _ = look.tick() => {
                     candidates.clear();
                     self.look_around().await;
                 }
@@ -48,28 +51,74 @@ impl Engine {
         }
     }
 
-    async fn claim_what_fits(self: &Arc<Self>, candidates: &mut VecDeque<Candidate>) -> Result<(), StoreError> {
-        loop {
+    /// Claims in fair order. A tenant whose first does not fit is passed over, with all that it has behind it: its order is kept, and no
+    /// other tenant waits for it. `candidates` are in order; those of tenants that were passed over stay in it.
+    async fn claim_what_fits(self: &Arc<Self>, candidates: &mut Vec<Candidate>) -> Result<(), StoreError> {
+        let mut passed_over: Vec<TenantId> = Vec::new();
+        let mut at = 0;
+        while !self.stopping.is_cancelled() {
             // Set before looking, so that room which becomes free from now on wakes the scheduler.
             self.has_queue.store(true, Ordering::SeqCst);
-            if candidates.is_empty() {
-                candidates.extend(self.store.next_queued(BATCH).await?);
-            }
-            let Some(candidate) = candidates.front() else {
-                self.has_queue.store(false, Ordering::SeqCst);
-                self.metrics.queue_depth.set(0);
-                return Ok(());
+            let Some(candidate) = candidates.get(at) else {
+                let more = self.store.next_queued(BATCH, &passed_over).await?;
+                if more.is_empty() {
+                    if passed_over.is_empty() {
+                        self.has_queue.store(false, Ordering::SeqCst);
+                        self.metrics.queue_depth.set(0);
+                    }
+                    return Ok(());
+                }
+                candidates.extend(more);
+                continue;
             };
+            if passed_over.contains(&candidate.tenant) {
+                at += 1;
+                continue;
+            }
             let room = Room { memory_bytes: candidate.memory_bytes, cpu_millis: candidate.cpu_millis, sandboxes: 1 };
-            // The first in the queue is not overtaken by smaller ones behind it: it would wait for ever.
-            let Some(reservation) = self.capacity.reserve(room) else { return Ok(()) };
-            let claimed = self.store.claim(candidate.id, self.node, self.clock.now()).await?;
-            candidates.pop_front();
-            if let Some((sandbox, input)) = claimed {
-                let live = self.live.claimed(sandbox);
-                tokio::spawn(Arc::clone(self).carry(live, input, reservation));
+            let Some(reservation) = self.capacity.reserve(room) else {
+                passed_over.push(candidate.tenant.clone());
+                continue;
+            };
+            let id = candidate.id;
+            match self.store.claim(id, self.node, self.clock.now()).await {
+                Ok(claimed) => {
+                    candidates.remove(at);
+                    if let Some((sandbox, input)) = claimed {
+                        let live = self.live.claimed(sandbox);
+                        tokio::spawn(Arc::clone(self).carry(live, input, reservation));
+                    }
+                }
+                Err(error) => {
+                    if matches!(error, StoreError::Unavailable(_)) {
+                        self.end_unclear_claim(id).await;
+                    }
+                    candidates.clear();
+                    return Err(error);
+                }
             }
         }
+        Ok(())
+    }
+
+    /// Ends a sandbox whose claim may have been committed or not: what it was to be given is lost with the answer. Returns when that is
+    /// clear: until then it must not be claimed again.
+    async fn end_unclear_claim(self: &Arc<Self>, id: SandboxId) {
+        let rows = loop {
+            tokio::select! {
+                () = self.stopping.cancelled() => return,
+                () = tokio::time::sleep(POLL) => {}
+            }
+            match self.store.live_of(self.node).await {
+                Ok(rows) => break rows,
+                Err(error) => tracing::warn!(sandbox.id = %id, %error, "whether it was claimed is not known yet"),
+            }
+        };
+        let Some(row) = rows.into_iter().find(|row| row.id == id) else { return };
+        let live = self.live.claimed(row);
+        let ending = self.infra_error("the connection to the database broke while it was taken from the queue".to_owned());
+        let engine = Arc::clone(self);
+        tokio::spawn(async move { engine.settle(&live, &ending).await });
     }
 
     async fn look_around(&self) {

@@ -9,7 +9,7 @@ use std::{
 use anyhow::Context as _;
 use sandbox_core::protocol::{KillReason, Record};
 
-use super::{Engine, capacity::Room};
+use super::{Engine, Progress, capacity::Room};
 use crate::sandbox::{Sandbox, SandboxId};
 
 /// How long after its claim a sandbox that nobody follows counts as left behind.
@@ -22,7 +22,12 @@ impl Engine {
         let records = self.keeper.list().await.context("asking the keeper for its sandboxes failed")?;
         let leftover = self.take_over(rows, records).await;
         let kept: HashSet<SandboxId> = self.store.kept_logs(self.node, None).await?.into_iter().collect();
-        for id in leftover.into_iter().filter(|id| !kept.contains(id)) {
+        for id in leftover {
+            if kept.contains(&id) {
+                // Its end is stored; the service before this one had no time to say so.
+                self.forget_record(id).await;
+                continue;
+            }
             tracing::info!(sandbox.id = %id, "the keeper has a sandbox that nobody asked for any more");
             tokio::spawn(Arc::clone(self).drop_leftover(id));
         }
@@ -34,7 +39,9 @@ impl Engine {
     pub(super) async fn recover_strays(self: &Arc<Self>) -> anyhow::Result<()> {
         let claimed_before = self.clock.now() - STRAY_AFTER;
         let mut strays = self.store.live_of(self.node).await?;
-        strays.retain(|row| self.live.get(row.id).is_none() && row.claimed_at.is_some_and(|at| at < claimed_before));
+        // One that is still thought to be queued was claimed without our hearing of it.
+        let is_followed = |row: &Sandbox| self.live.get(row.id).is_some_and(|live| !matches!(live.progress(), Progress::Queued));
+        strays.retain(|row| !is_followed(row) && row.claimed_at.is_some_and(|at| at < claimed_before));
         if !strays.is_empty() {
             let records = self.keeper.list().await?;
             self.take_over(strays, records).await;
@@ -50,7 +57,7 @@ impl Engine {
         for sandbox in rows {
             let room = Room { memory_bytes: sandbox.limits.memory_bytes(), cpu_millis: sandbox.limits.cpu_millis(), sandboxes: 1 };
             let record = records.remove(&sandbox.id);
-            let live = self.live.insert(sandbox, Duration::ZERO);
+            let live = self.live.claimed(sandbox);
             if let Some(record) = record {
                 adopted += 1;
                 let reservation = self.capacity.reserve_for_live(room);

@@ -72,7 +72,8 @@ fn is_ours(data_dir: &Path) -> anyhow::Result<bool> {
         Err(error) => return Err(error).with_context(|| data_dir.display().to_string()),
     };
     let names: Vec<_> = entries.map(|entry| entry.map(|entry| entry.file_name())).collect::<io::Result<_>>()?;
-    let is_known = |name: &std::ffi::OsString| FOLDERS.iter().any(|(folder, _, _)| name == folder) || name == "jwt-secret";
+    let is_known =
+        |name: &std::ffi::OsString| FOLDERS.iter().any(|(folder, _, _)| name == folder) || name == "jwt-secret" || name == "node-id";
     Ok(names.iter().all(|name| name == "lost+found") || names.iter().any(is_known))
 }
 

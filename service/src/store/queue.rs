@@ -10,7 +10,7 @@ use super::{
     sandboxes::{Row, policy_name, select_sandboxes},
     unsigned,
 };
-use crate::sandbox::{Sandbox, SandboxId};
+use crate::sandbox::{Sandbox, SandboxId, TenantId};
 
 /// The channel that every node listens on for new work.
 const CHANNEL: &str = "mayfly_queue";
@@ -31,17 +31,18 @@ impl fmt::Debug for Input {
 }
 
 /// A queued sandbox and the room that it needs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Candidate {
     pub id: SandboxId,
+    pub tenant: TenantId,
     pub memory_bytes: u64,
     pub cpu_millis: u64,
 }
 
 impl Store {
-    /// Puts the sandbox, which must be `queued`, at the end of its tenant's queue, and wakes the nodes.
-    pub async fn enqueue(&self, sandbox: &Sandbox, input: &Input) -> Result<(), StoreError> {
-        sqlx::query!(
+    /// Puts the sandbox, which must be `queued`, at the end of its tenant's queue, and wakes the nodes. False: its image was removed.
+    pub async fn enqueue(&self, sandbox: &Sandbox, input: &Input) -> Result<bool, StoreError> {
+        let told = sqlx::query!(
             "with known as (
                 insert into tenants (id, created_at) values ($2, $16) on conflict do nothing
             ), added as (
@@ -49,7 +50,8 @@ impl Store {
                     id, tenant, principal, kind, state, name, image_reference, image_digest, image_root, program, limits, output_policy,
                     labels, memory_bytes, cpu_millis, created_at, expires_at
                 )
-                values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
+                select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17
+                where exists (select 1 from images where root = $9)
                 returning id
             ), given as (
                 insert into inputs (sandbox, files, stdin)
@@ -77,28 +79,32 @@ impl Store {
             input.stdin as _,
             CHANNEL,
         )
-        .fetch_one(&self.pool)
+        .fetch_optional(&self.pool)
         .await?;
-        Ok(())
+        Ok(told.is_some())
     }
 
-    /// The next sandboxes to be started, fairest first: every tenant's oldest, then every tenant's second, and so on.
-    pub async fn next_queued(&self, limit: u32) -> Result<Vec<Candidate>, StoreError> {
+    /// The next sandboxes to be started, fairest first: every tenant's oldest, then every tenant's second, and so on. None of these tenants.
+    pub async fn next_queued(&self, limit: u32, without: &[TenantId]) -> Result<Vec<Candidate>, StoreError> {
+        let without: Vec<String> = without.iter().map(|tenant| tenant.as_str().to_owned()).collect();
         let rows = sqlx::query!(
-            "select id, memory_bytes, cpu_millis
+            "select id, tenant, memory_bytes, cpu_millis
             from (
-                select id, memory_bytes, cpu_millis, created_at, row_number() over (partition by tenant order by created_at, id) as turn
+                select id, tenant, memory_bytes, cpu_millis, created_at,
+                    row_number() over (partition by tenant order by created_at, id) as turn
                 from sandboxes
-                where state = 'queued'
+                where state = 'queued' and tenant <> all($2)
             ) as queue
             order by turn, created_at, id
             limit $1",
             i64::from(limit),
+            &without,
         )
         .fetch_all(&self.pool)
         .await?;
         let candidates = rows.into_iter().map(|row| Candidate {
             id: SandboxId(row.id),
+            tenant: TenantId::proven(row.tenant),
             memory_bytes: unsigned(row.memory_bytes),
             cpu_millis: unsigned(row.cpu_millis),
         });
@@ -175,7 +181,7 @@ mod tests {
     use sqlx::PgPool;
 
     use super::{super::sandboxes::tests::*, *};
-    use crate::sandbox::{Kind, State};
+    use crate::sandbox::{Kind, Limits, RequestedLimits, State};
 
     fn queued(tenant: &str) -> Sandbox {
         Sandbox { state: State::Queued, claimed_at: None, ..sandbox(tenant, Kind::Run, None) }
@@ -211,8 +217,29 @@ mod tests {
         for sandbox in [&first, &second, &other] {
             store.enqueue(sandbox, &Input::default()).await.unwrap();
         }
-        let order: Vec<_> = store.next_queued(10).await.unwrap().into_iter().map(|candidate| candidate.id).collect();
+        let order: Vec<_> = store.next_queued(10, &[]).await.unwrap().into_iter().map(|candidate| candidate.id).collect();
         assert_eq!(order, [first.id, other.id, second.id]);
+        let others = store.next_queued(10, std::slice::from_ref(&first.tenant)).await.unwrap();
+        assert_eq!(others.into_iter().map(|candidate| candidate.id).collect::<Vec<_>>(), [other.id]);
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn a_large_one_that_waits_holds_back_its_own_tenant_alone(pool: PgPool) {
+        let (store, node) = store_with_node(pool).await;
+        let asked: RequestedLimits = serde_json::from_value(serde_json::json!({"memory_bytes": 4_u64 << 30})).unwrap();
+        let large = Sandbox { limits: Limits::of(Kind::Run, asked).unwrap(), ..queued("acme") };
+        assert!(store.enqueue(&large, &Input::default()).await.unwrap());
+        assert!(!store.admit(&sandbox("acme", Kind::Run, None), node).await.unwrap());
+        assert!(store.admit(&sandbox("other", Kind::Run, None), node).await.unwrap());
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn no_sandbox_is_made_of_an_image_that_was_removed(pool: PgPool) {
+        let (store, node) = store_with_node(pool).await;
+        store.remove_image(None, "python").await.unwrap().unwrap();
+        assert!(!store.admit(&sandbox("acme", Kind::Run, None), node).await.unwrap());
+        assert!(!store.enqueue(&queued("acme"), &Input::default()).await.unwrap());
+        assert_eq!(store.queue_depth().await.unwrap(), 0);
     }
 
     #[sqlx::test(migrations = "../migrations")]

@@ -149,8 +149,8 @@ pub(super) const fn policy_name(policy: OutputPolicy) -> &'static str {
 }
 
 impl Store {
-    /// Inserts the sandbox as claimed by this node, in the state that it has — unless others wait in the queue, who come first: then
-    /// nothing is inserted and the answer is false.
+    /// Inserts the sandbox as claimed by this node, in the state that it has — unless its image was removed, or others wait who come first:
+    /// those of its tenant, and of any tenant those that would fit where it fits. Then nothing is inserted and the answer is false.
     pub async fn admit(&self, sandbox: &Sandbox, node: NodeId) -> Result<bool, StoreError> {
         let inserted = sqlx::query!(
             "with known as (
@@ -161,7 +161,9 @@ impl Store {
                 labels, memory_bytes, cpu_millis, node, created_at, claimed_at, expires_at
             )
             select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $19, $18, $15, $16, $17
-            where not exists (select 1 from sandboxes where state = 'queued')",
+            where exists (select 1 from images where root = $9) and not exists (
+                select 1 from sandboxes where state = 'queued' and (tenant = $2 or (memory_bytes <= $14 and cpu_millis <= $19))
+            )",
             sandbox.id.0,
             sandbox.tenant.as_str(),
             sandbox.principal,
@@ -243,7 +245,7 @@ impl Store {
         let count = sqlx::query_scalar!(
             r#"with ended as (
                 update sandboxes
-                set state = $3, outcome = $4, reason = $5, started_at = $6, finished_at = $7, log_tail = $8,
+                set state = $3, outcome = $4, reason = $5, started_at = coalesce($6, started_at), finished_at = $7, log_tail = $8,
                     stdout_omitted_bytes = $9, stderr_omitted_bytes = $10, has_log_file = $11, log_expires_at = $12
                 where id = $1 and state = any($2)
                 returning id, tenant, principal, kind, memory_bytes, labels

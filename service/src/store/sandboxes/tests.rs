@@ -5,9 +5,12 @@ use serde_json::json;
 use sqlx::PgPool;
 
 use super::*;
-use crate::sandbox::{Phases, RequestedLimits};
+use crate::{
+    sandbox::{Phases, RequestedLimits},
+    store::NewImage,
+};
 
-pub(in crate::store) fn sandbox(tenant: &str, kind: Kind, name: Option<&str>) -> Sandbox {
+pub(crate) fn sandbox(tenant: &str, kind: Kind, name: Option<&str>) -> Sandbox {
     let root = "a".repeat(64);
     let now = OffsetDateTime::UNIX_EPOCH;
     Sandbox {
@@ -33,7 +36,20 @@ pub(in crate::store) fn sandbox(tenant: &str, kind: Kind, name: Option<&str>) ->
 
 pub(in crate::store) async fn store_with_node(pool: PgPool) -> (Store, NodeId) {
     let store = Store { pool };
-    let node = store.register_node("node", 1, 1, OffsetDateTime::UNIX_EPOCH).await.unwrap();
+    let (node, now) = (NodeId(Uuid::now_v7()), OffsetDateTime::UNIX_EPOCH);
+    store.register_node(node, "node", 1, 1, now).await.unwrap();
+    let root = "a".repeat(64);
+    let config = json!({ "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": [] } });
+    let image = NewImage {
+        tenant: None,
+        reference: "python".into(),
+        digest: format!("sha256:{root}"),
+        root: root.try_into().unwrap(),
+        config: serde_json::from_value(config).unwrap(),
+        size_bytes: 1,
+        created_at: now,
+    };
+    store.record_image(&image).await.unwrap();
     (store, node)
 }
 
@@ -90,6 +106,19 @@ async fn an_end_is_stored_and_counted_once(pool: PgPool) {
     let lines = sqlx::query_scalar!(r#"select count(*) as "count!" from usage"#).fetch_one(&pool).await.unwrap();
     let events = sqlx::query_scalar!(r#"select count(*) as "count!" from events"#).fetch_one(&pool).await.unwrap();
     assert_eq!((lines, events), (1, 1));
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn an_end_that_knows_no_start_leaves_the_one_that_was_noted(pool: PgPool) {
+    let (store, node) = store_with_node(pool).await;
+    let sandbox = sandbox("acme", Kind::Sandbox, None);
+    store.admit(&sandbox, node).await.unwrap();
+    let started_at = OffsetDateTime::UNIX_EPOCH + std::time::Duration::from_secs(1);
+    store.mark_running(sandbox.id, started_at).await.unwrap();
+    let finish = lost(&sandbox);
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
+    store.finish(sandbox.id, &[State::Running], &ended).await.unwrap();
+    assert_eq!(store.find(&sandbox.tenant, sandbox.id).await.unwrap().unwrap().started_at, Some(started_at));
 }
 
 #[sqlx::test(migrations = "../migrations")]
