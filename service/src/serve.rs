@@ -1,5 +1,6 @@
 //! `mayfly serve`: from root to an unprivileged process that serves, and back to nothing.
 
+mod door;
 mod folders;
 mod helpers;
 mod node;
@@ -13,7 +14,8 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use axum::{Router, serve::ListenerExt};
+use axum::Router;
+use door::Bounds;
 use helpers::Helpers;
 use rustix::process::{Resource, Rlimit};
 use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
@@ -45,6 +47,12 @@ const END_SANDBOXES: Duration = Duration::from_secs(10);
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
 /// How long connections to the database have to be given back.
 const CLOSE: Duration = Duration::from_secs(2);
+
+/// How long a client may take for the head of a request.
+const HEAD_DEADLINE: Duration = Duration::from_secs(10);
+/// Connections at one time; waiting runs and followed logs hold one each.
+const CONNECTIONS_MAX: usize = 4096;
+const METRICS_CONNECTIONS_MAX: usize = 64;
 
 /// A node gives away its CPU several times over: few payloads compute all the time, and each is held to its own limit.
 const CPU_OVERCOMMIT: u64 = 8;
@@ -175,8 +183,8 @@ async fn serve(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
 /// The service at work.
 struct Started {
     app: Arc<api::App>,
-    api: JoinHandle<io::Result<()>>,
-    metrics: JoinHandle<io::Result<()>>,
+    api: JoinHandle<()>,
+    metrics: JoinHandle<()>,
     addresses: (SocketAddr, SocketAddr),
     stopping: CancellationToken,
 }
@@ -206,21 +214,23 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
     let verifier = Verifier::new(identity.secret, &settings.token_rules);
     let app = Arc::new(api::App { engine, store, keeper, verifier, images, clock, metrics: figures });
     let stopping = CancellationToken::new();
-    let metrics = open(doors.metrics, api::metrics_router(Arc::clone(&app)), stopping.clone())?;
-    let api = open(doors.api, api::router(Arc::clone(&app)), stopping.clone())?;
+    let metrics = open(doors.metrics, api::metrics_router(Arc::clone(&app)), METRICS_CONNECTIONS_MAX, stopping.clone())?;
+    let api = open(doors.api, api::router(Arc::clone(&app)), connections_max(), stopping.clone())?;
     Ok(Started { app, api, metrics, addresses, stopping })
 }
 
-/// Serves until `stopping`, and then until the requests in progress have ended.
-fn open(door: TcpListener, router: Router, stopping: CancellationToken) -> anyhow::Result<JoinHandle<io::Result<()>>> {
-    door.set_nonblocking(true)?;
-    let listener = tokio::net::TcpListener::from_std(door)?.tap_io(|stream| {
-        // An answer of two packets would otherwise wait for the client's delayed acknowledgement, 40 ms.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "a connection without TCP_NODELAY");
-        }
-    });
-    Ok(tokio::spawn(async move { axum::serve(listener, router).with_graceful_shutdown(stopping.cancelled_owned()).await }))
+/// Serves in a task of its own, as [`door::serve`] does.
+fn open(listener: TcpListener, router: Router, connections: usize, stopping: CancellationToken) -> anyhow::Result<JoinHandle<()>> {
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    let bounds = Bounds { connections, head_deadline: HEAD_DEADLINE };
+    Ok(tokio::spawn(door::serve(listener, router, bounds, stopping)))
+}
+
+/// As many as there are descriptors for, with as many again for what requests need.
+fn connections_max() -> usize {
+    let descriptors = rustix::process::getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    usize::try_from(descriptors / 2).unwrap_or(usize::MAX).min(CONNECTIONS_MAX)
 }
 
 /// Tries once by hand: a pool would only say that it had to wait for too long.

@@ -1,0 +1,184 @@
+//! The connections of one listener: bounded in their number and in the time that the head of a request may take.
+
+use std::{
+    io,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// What a listener's clients may take.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    /// Whoever is one too many waits in the kernel's queue.
+    pub(super) connections: usize,
+    /// For the head of each request, from the connection's beginning or from the answer before it: also how long a connection may rest.
+    pub(super) head_deadline: Duration,
+}
+
+/// Serves until `stopping`, and then until the requests in progress have ended. A connection that became a WebSocket is not waited for.
+pub(super) async fn serve(listener: TcpListener, router: Router, bounds: Bounds, stopping: CancellationToken) {
+    let room = Arc::new(Semaphore::new(bounds.connections));
+    let open = TaskTracker::new();
+    loop {
+        let counted = tokio::select! {
+            counted = accept(&listener, &room) => counted,
+            () = stopping.cancelled() => break,
+        };
+        open.spawn(attend(counted, router.clone(), bounds.head_deadline, stopping.clone()));
+    }
+    drop(listener);
+    open.close();
+    open.wait().await;
+}
+
+/// The next connection, when there is room for one.
+async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> Counted {
+    /// Until descriptors or memory may be there again.
+    const PAUSE: Duration = Duration::from_secs(1);
+    let permit = Arc::clone(room).acquire_owned().await.expect("the semaphore is never closed");
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                // An answer of two packets would otherwise wait for the client's delayed acknowledgement, 40 ms.
+                if let Err(error) = stream.set_nodelay(true) {
+                    tracing::debug!(%error, "a connection without TCP_NODELAY");
+                }
+                return Counted { stream, _permit: permit };
+            }
+            Err(error) if is_the_clients(&error) => tracing::debug!(%error, "a client went away before it was accepted"),
+            Err(error) => {
+                tracing::error!(%error, "accepting a connection failed");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+fn is_the_clients(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset)
+}
+
+async fn attend(counted: Counted, router: Router, head_deadline: Duration, stopping: CancellationToken) {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(head_deadline);
+    let connection = http.serve_connection(TokioIo::new(counted), TowerToHyperService::new(router)).with_upgrades();
+    let mut connection = pin!(connection);
+    let served = tokio::select! {
+        served = &mut connection => served,
+        () = stopping.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = served {
+        tracing::debug!(%error, "a connection broke");
+    }
+}
+
+/// A connection that counts for as long as its descriptor is open, whatever it becomes.
+#[derive(Debug)]
+struct Counted {
+    stream: TcpStream,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, context: &mut Context<'_>, parts: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use axum::routing::get;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        task::JoinHandle,
+        time::timeout,
+    };
+
+    use super::*;
+
+    const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+    const SOON: Duration = Duration::from_secs(5);
+
+    async fn open(bounds: Bounds) -> (SocketAddr, CancellationToken, JoinHandle<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (address, stopping) = (listener.local_addr().unwrap(), CancellationToken::new());
+        let router = Router::new().route("/", get(async || "hello"));
+        (address, stopping.clone(), tokio::spawn(serve(listener, router, bounds, stopping)))
+    }
+
+    #[tokio::test]
+    async fn a_head_that_does_not_end_ends_the_connection() {
+        let (address, ..) = open(Bounds { connections: 9, head_deadline: Duration::from_millis(50) }).await;
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\nhost:").await.unwrap();
+        let mut answer = Vec::new();
+        timeout(SOON, client.read_to_end(&mut answer)).await.unwrap().unwrap();
+        assert!(!answer.starts_with(b"HTTP/1.1 200"));
+    }
+
+    #[tokio::test]
+    async fn one_connection_too_many_waits_for_another_to_end() {
+        let (address, ..) = open(Bounds { connections: 1, head_deadline: SOON * 4 }).await;
+        let first = TcpStream::connect(address).await.unwrap();
+        let mut second = TcpStream::connect(address).await.unwrap();
+        second.write_all(REQUEST).await.unwrap();
+        assert!(timeout(Duration::from_millis(100), second.readable()).await.is_err());
+        drop(first);
+        let mut answer = [0; 12];
+        timeout(SOON, second.read_exact(&mut answer)).await.unwrap().unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 200");
+    }
+
+    #[tokio::test]
+    async fn a_stop_ends_connections_that_rest() {
+        let (address, stopping, served) = open(Bounds { connections: 9, head_deadline: SOON * 4 }).await;
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all(REQUEST).await.unwrap();
+        let mut answer = [0; 12];
+        client.read_exact(&mut answer).await.unwrap();
+        stopping.cancel();
+        timeout(SOON, served).await.unwrap().unwrap();
+    }
+}
