@@ -102,7 +102,8 @@ async fn an_endless_loop_ends_at_the_wall_limit() {
     assert_eq!(run["outcome"]["signal"], "SIGKILL");
     assert_limits_hit(&run, &["wall"]);
     assert_within(&run, "wall_ms", 500..=500 + WALL_OVERSHOOT_MS);
-    assert_within(&run, "cpu_ms", 400..=500 + WALL_OVERSHOOT_MS);
+    // How much of a core it got meanwhile is the machine's affair; `the_figures_of_a_known_program_are_true` holds the figure itself.
+    assert_within(&run, "cpu_ms", 100..=500 + WALL_OVERSHOOT_MS);
     assert!(run["outcome"]["message"].as_str().unwrap().contains("500 ms"), "{run:#}");
 }
 

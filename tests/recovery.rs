@@ -168,7 +168,7 @@ async fn a_dead_keepers_sandboxes_are_dead_and_told() {
 
 #[tokio::test]
 async fn a_keeper_that_was_killed_leaves_nothing_once_the_next_has_started_and_stopped() {
-    let mut service = Service::start();
+    let mut service = Service::start_alone();
     for _ in 0..3 {
         start(&client(&service), "/v1/sandboxes", "exec sleep 1000").await;
     }
@@ -189,7 +189,7 @@ async fn a_keeper_that_was_killed_leaves_nothing_once_the_next_has_started_and_s
 
 #[tokio::test]
 async fn a_stopped_service_leaves_nothing() {
-    let mut service = Service::start();
+    let mut service = Service::start_alone();
     assert_exit(&client(&service).shell("true").await, 0);
     let id = start(&client(&service), "/v1/sandboxes", "exec sleep 1000").await;
     client(&service).until(&format!("/v1/sandboxes/{id}"), |s| s["state"] == "running").await;

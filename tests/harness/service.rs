@@ -157,6 +157,14 @@ impl Service {
         service
     }
 
+    /// Starts one while no other test starts any: for a look at what it leaves. Numbers of keepers, which name cgroups, are given again.
+    #[must_use]
+    pub fn start_alone() -> Self {
+        let service = Self::launch(&[], Some(host::quiet())).expect("the service starts");
+        service.import("busybox").expect("the image is imported");
+        service
+    }
+
     /// Starts one that tests share.
     ///
     /// # Errors
