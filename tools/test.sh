@@ -13,6 +13,15 @@ cargo build --workspace --locked
 images/busybox/build.sh >/dev/null
 images/python/build.sh >/dev/null
 
+# The other cgroup world, first: the summary of all other tests is what should stand last. Whoever named some tests did not ask for it.
+outcome=0
+if (($# == 0)); then
+    if [[ $(uname -m) == x86_64 ]]; then
+        tools/test-vm.sh || outcome=1
+    else
+        echo 'test: not run on this machine: the keeper under pure cgroup v2 (tools/test-vm.sh boots an x86-64 machine)' >&2
+    fi
+fi
 # Every service of this run keeps its data below this folder, so that what an interrupted run leaves is known by it and ended.
 MAYFLY_TEST_FOLDER=$(mktemp -d /var/tmp/mayfly-tests.XXXXXX)
 export MAYFLY_TEST_FOLDER
@@ -50,7 +59,6 @@ runner=(test --no-fail-fast)
 if cargo nextest --version >/dev/null 2>&1; then
     runner=(nextest run --no-fail-fast)
 fi
-outcome=0
 MAYFLY_TEST_SERVICE=$place DATABASE_URL=$scratch_url cargo "${runner[@]}" --workspace --locked "$@" || outcome=$?
 
 exec {service_in}>&-
@@ -59,12 +67,4 @@ if ! wait "$service_pid"; then
     outcome=1
 fi
 
-# The other cgroup world. Whoever named some tests did not ask for it.
-if (($# == 0)); then
-    if [[ $(uname -m) == x86_64 ]]; then
-        tools/test-vm.sh || outcome=1
-    else
-        echo 'test: not run on this machine: the keeper under pure cgroup v2 (tools/test-vm.sh boots an x86-64 machine)' >&2
-    fi
-fi
 exit "$outcome"
