@@ -97,6 +97,8 @@ const FORCE_AFTER_NS: u64 = 50_000_000;
 const START_WITHIN_NS: u64 = 30_000_000_000;
 /// The time between two looks at a counter or a group that is not ready yet.
 const AGAIN_AFTER_NS: u64 = 1_000_000;
+/// How long preparing one thing may take on a busy machine: with a deadline closer than that, none is begun.
+const PREPARING_NS: u64 = 30_000_000;
 /// How often a counter is looked at for an OOM that was announced.
 const OOM_LOOKS_MAX: u32 = 20;
 /// CPU time that a sandbox may use beyond its limit before it is noticed, over all cores.
@@ -282,6 +284,10 @@ impl Keeper {
 
     /// Makes one thing that will be needed. False: there is enough, or it cannot be made now; what needs it then says why.
     fn prepare_ahead(&mut self) -> bool {
+        // Making a network namespace can wait for the kernel to bury others; no limit in time waits with it.
+        if !self.timer.is_free_for(monotonic_ns(), PREPARING_NS) {
+            return true;
+        }
         match self.park().and_then(|is_parked| if is_parked { Ok(true) } else { self.slots.refill() }) {
             Ok(is_more) => is_more,
             Err(error) => {

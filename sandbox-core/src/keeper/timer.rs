@@ -61,6 +61,11 @@ impl Timer {
         }
     }
 
+    /// Whether nothing is due for at least `span_ns` from now.
+    pub(super) fn is_free_for(&self, now_ns: u64, span_ns: u64) -> bool {
+        self.deadlines.peek().is_none_or(|Reverse((at_ns, ..))| *at_ns > now_ns.saturating_add(span_ns))
+    }
+
     fn arm(&mut self) -> io::Result<()> {
         let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
         let at = self.deadlines.peek().map_or(Ok(zero), |Reverse((at_ns, ..))| {
@@ -86,6 +91,7 @@ mod tests {
         timer.set(100, 1, Due::Wall).unwrap();
         timer.set(200, 2, Due::Cpu).unwrap();
         assert_eq!(timer.next(50).unwrap(), None);
+        assert!(timer.is_free_for(50, 49) && !timer.is_free_for(50, 50));
         assert_eq!(timer.next(250).unwrap(), Some((1, Due::Wall)));
         assert_eq!(timer.next(250).unwrap(), Some((2, Due::Cpu)));
         assert_eq!(timer.next(250).unwrap(), None);
