@@ -1,0 +1,202 @@
+//! The keeper's door: connections, requests, answers.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+};
+
+use rustix::{
+    event::epoll::{self, EventData, EventFlags},
+    net::{SocketFlags, accept_with},
+};
+
+use super::{
+    Keeper, Source,
+    connection::{Asker, Connection, failed},
+    monotonic_ns, parked,
+    sandbox::{Decision, Sandbox},
+    warn,
+};
+use crate::{
+    log,
+    protocol::{Answer, Call, FailureKind, ImageId, Record, Request, SandboxId, VERSION},
+    transport,
+};
+
+/// Clients at one time: one service, its successor, a few tools.
+const CONNECTIONS_MAX: usize = 64;
+/// Requests that may wait for one sandbox.
+const WAITERS_MAX: usize = 64;
+
+impl Keeper {
+    pub(super) fn accept(&mut self) -> io::Result<()> {
+        let socket = match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(socket) => socket,
+            // The other side left again, or descriptors are short for the moment.
+            Err(_) => return Ok(()),
+        };
+        let serial = self.serial();
+        // Dropped, and so closed, if it is one too many or cannot be watched.
+        let is_welcome = self.connections.len() < CONNECTIONS_MAX && transport::enlarge(&socket).is_ok();
+        if is_welcome && self.watch(socket.as_fd(), Source::Connection, serial).is_ok() {
+            self.connections.insert(serial, Connection::new(socket));
+        }
+        Ok(())
+    }
+
+    pub(super) fn on_connection(&mut self, serial: u64, flags: EventFlags) -> io::Result<()> {
+        if flags.contains(EventFlags::OUT) {
+            self.flush(serial)?;
+        }
+        // A bounded number at once, so that one busy client does not hold up the sandboxes.
+        for _ in 0..16 {
+            let Some(connection) = self.connections.get(&serial) else { return Ok(()) };
+            match connection.receive() {
+                Ok(Some(datagram)) => {
+                    let Call { tag, request } = datagram.message;
+                    self.on_request(Asker { connection: serial, tag }, request, datagram.descriptors)?;
+                }
+                Ok(None) => return Ok(()),
+                Err(error) => {
+                    if error.kind() != io::ErrorKind::ConnectionReset {
+                        warn(format_args!("disconnecting a client: {error}"));
+                    }
+                    self.disconnect(serial);
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn on_request(&mut self, asker: Asker, request: Request, descriptors: Vec<OwnedFd>) -> io::Result<()> {
+        let answer = match request {
+            Request::Hello { version } if version != VERSION => {
+                failed(FailureKind::Refused, format!("this keeper speaks version {VERSION} of its protocol, not {version}"))
+            }
+            Request::Hello { .. } => Answer::Hello(self.hello.clone()),
+            Request::Launch(_) | Request::Unpack { .. } if self.shutdown.is_some() => failed(FailureKind::Busy, "the keeper is stopping"),
+            Request::Launch(launch) => return self.launch(asker, *launch, descriptors),
+            Request::Unpack { image, layers, limits } => return self.unpack(asker, image, layers, limits, descriptors),
+            Request::Wait { id } => match self.by_id.get(&id).and_then(|serial| self.sandboxes.get_mut(serial)) {
+                None => failed(FailureKind::Gone, format!("no sandbox {id}")),
+                Some(Sandbox { ending: Some(ending), .. }) => Answer::Ended(Box::new(ending.clone())),
+                Some(sandbox) if sandbox.waiters.len() >= WAITERS_MAX => failed(FailureKind::Busy, "too many wait for this sandbox"),
+                Some(sandbox) => {
+                    sandbox.waiters.push(asker);
+                    return Ok(());
+                }
+            },
+            Request::Kill { id, reason } => match self.by_id.get(&id) {
+                None => failed(FailureKind::Gone, format!("no sandbox {id}")),
+                Some(&serial) => {
+                    self.decide(serial, Decision::Killed(reason))?;
+                    Answer::Done
+                }
+            },
+            Request::List => Answer::Records(self.records()),
+            Request::Forget { id } => self.forget(id, LogFile::Delete),
+            Request::ForgetRecord { id } => self.forget(id, LogFile::Keep),
+            Request::Images => match self.store.images() {
+                Ok(images) => Answer::Images(images),
+                Err(error) => failed(FailureKind::Host, format!("listing the images failed: {error}")),
+            },
+            Request::RemoveImage { image } if self.sandboxes.values().any(|s| s.body.is_some() && s.image.as_ref() == Some(&image)) => {
+                failed(FailureKind::Busy, "a sandbox runs on this image")
+            }
+            Request::RemoveImage { image } => match self.remove_image(&image) {
+                Ok(()) => Answer::Done,
+                Err(error) => failed(FailureKind::Host, format!("removing the image failed: {error}")),
+            },
+            Request::Shutdown => return self.stop(Some(asker)),
+        };
+        self.answer(asker, answer);
+        Ok(())
+    }
+
+    pub(super) fn remove_image(&mut self, image: &ImageId) -> io::Result<()> {
+        self.end_parked(|class| class.image == *image)?;
+        self.store.remove(image)
+    }
+
+    /// Ends what stands ready of these classes.
+    pub(super) fn end_parked(&mut self, of: impl Fn(&parked::Class) -> bool) -> io::Result<()> {
+        self.lot.give_up(of);
+        self.lot.expire(monotonic_ns()).into_iter().try_for_each(|serial| self.kill_by_force(serial))
+    }
+
+    pub(super) fn records(&self) -> Vec<Record> {
+        // By id: one that is forgotten and still being dismantled is not to be told.
+        let record = |(id, serial): (&SandboxId, &u64)| {
+            let sandbox = self.sandboxes.get(serial)?;
+            Some(Record { id: *id, launched: sandbox.launched, is_ended: sandbox.ending.is_some() })
+        };
+        self.by_id.iter().filter_map(record).collect()
+    }
+
+    fn forget(&mut self, id: SandboxId, log_file: LogFile) -> Answer {
+        let serial = self.by_id.get(&id).copied();
+        let sandbox = serial.and_then(|serial| self.sandboxes.get(&serial));
+        if sandbox.is_some_and(|sandbox| sandbox.ending.is_none()) {
+            return failed(FailureKind::Busy, "the sandbox has not ended");
+        }
+        let removed = if log_file == LogFile::Delete { std::fs::remove_file(log::path(&self.logs, id)) } else { Ok(()) };
+        match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return failed(FailureKind::Host, format!("removing the log failed: {error}"));
+            }
+            _ => {}
+        }
+        let Some(serial) = serial else { return Answer::Done };
+        self.by_id.remove(&id);
+        // One that is still being dismantled is dropped when it is done (`clean_up`).
+        if self.sandboxes.get(&serial).is_some_and(|sandbox| sandbox.body.is_none()) {
+            self.sandboxes.remove(&serial);
+        }
+        Answer::Done
+    }
+
+    pub(super) fn answer(&mut self, asker: Asker, answer: Answer) {
+        let Some(connection) = self.connections.get_mut(&asker.connection) else { return };
+        let answered = match connection.answer(asker.tag, answer) {
+            Ok(false) => Ok(()),
+            Ok(true) => self.wait_for(asker.connection, EventFlags::IN | EventFlags::OUT),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = answered {
+            warn(format_args!("disconnecting a client that does not read: {error}"));
+            self.disconnect(asker.connection);
+        }
+    }
+
+    pub(super) fn flush(&mut self, serial: u64) -> io::Result<()> {
+        match self.connections.get_mut(&serial).map(Connection::flush) {
+            Some(Ok(false)) => self.wait_for(serial, EventFlags::IN),
+            Some(Ok(true)) | None => Ok(()),
+            Some(Err(_)) => {
+                self.disconnect(serial);
+                Ok(())
+            }
+        }
+    }
+
+    pub(super) fn wait_for(&self, serial: u64, flags: EventFlags) -> io::Result<()> {
+        let Some(connection) = self.connections.get(&serial) else { return Ok(()) };
+        Ok(epoll::modify(&self.epoll, connection.socket.as_fd(), EventData::new_u64(Source::Connection.number(serial)), flags)?)
+    }
+
+    pub(super) fn disconnect(&mut self, serial: u64) {
+        self.connections.remove(&serial);
+        for sandbox in self.sandboxes.values_mut() {
+            sandbox.waiters.retain(|asker| asker.connection != serial);
+            sandbox.launch_asker = sandbox.launch_asker.filter(|asker| asker.connection != serial);
+        }
+    }
+}
+
+/// What becomes of the log of a sandbox that is forgotten.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LogFile {
+    Keep,
+    Delete,
+}

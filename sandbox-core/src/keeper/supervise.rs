@@ -1,0 +1,347 @@
+//! Supervising: what inits report, what payloads write, what is due, and how each sandbox ends and is taken apart.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd},
+};
+
+use rustix::{event::epoll, process::pidfd_send_signal};
+
+use super::{
+    Keeper, Source, monotonic_ns,
+    output::Pumped,
+    sandbox::{self, Decision, Ended, Evidence, Purpose},
+    timer::Due,
+    unix_us, warn,
+};
+use crate::{
+    log::Kind,
+    protocol::{
+        Answer, Cause, Launched,
+        init::{Order, Report},
+    },
+};
+
+/// How long init has for a kill of its own before all of it is killed from outside.
+const FORCE_AFTER_NS: u64 = 50_000_000;
+/// The time between two looks at a counter or a group that is not ready yet.
+const AGAIN_AFTER_NS: u64 = 1_000_000;
+/// How often a counter is looked at for an OOM that was announced.
+const OOM_LOOKS_MAX: u32 = 20;
+/// CPU time that a sandbox may use beyond its limit before it is noticed, over all cores.
+const CPU_OVERSHOOT_NS: u64 = 8_000_000;
+/// Turns of reading that empty the largest pipe (`/proc/sys/fs/pipe-max-size`, 1 MiB), with room to spare.
+const PIPE_TURNS_MAX: usize = 4;
+/// The time between two attempts at a cgroup that cannot be removed.
+const REMOVE_AGAIN_AFTER_NS: u64 = 1_000_000_000;
+
+impl Keeper {
+    pub(super) fn on_report(&mut self, serial: u64) -> io::Result<()> {
+        let Some(body) = self.body(serial) else { return Ok(()) };
+        let report = match body.init.control.recv::<Report>() {
+            Ok(Some(datagram)) => {
+                body.payload = body.payload.take().or_else(|| datagram.descriptors.into_iter().next());
+                datagram.message
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            // Init is dead or talks nonsense; its pidfd tells the rest.
+            Ok(None) | Err(_) => {
+                kill_init(body)?;
+                return self.unwatch(serial, |init| init.control.as_fd());
+            }
+        };
+        match report {
+            Report::Ready => match self.lot.get_mut(serial) {
+                Some(parked) => {
+                    parked.is_ready = true;
+                    Ok(())
+                }
+                None => self.begin(serial),
+            },
+            Report::Failed { kind, message } => {
+                let cause = match kind {
+                    crate::error::Kind::Spec => Cause::StartFailed { message },
+                    crate::error::Kind::Host => Cause::InfraError { message },
+                };
+                if let Some(parked) = self.lot.get_mut(serial) {
+                    parked.is_doomed = true;
+                    let class = parked.class.clone();
+                    warn(format_args!("building a sandbox ahead failed: {cause:?}"));
+                    self.lot.give_up(|given_up| *given_up == class);
+                }
+                self.end(serial, None, Some(cause));
+                self.kill_by_force(serial)
+            }
+            Report::Started { at_ns, own_cpu_us } => self.on_started(serial, at_ns, own_cpu_us),
+            Report::Ended { status, at_ns, own_cpu_us, is_disk_full, are_inodes_used_up } => {
+                self.end(serial, Some(Ended { status, at_ns, own_cpu_us, is_disk_full, are_inodes_used_up }), None);
+                self.kill_by_force(serial)
+            }
+        }
+    }
+
+    pub(super) fn on_started(&mut self, serial: u64, at_ns: u64, own_cpu_us: u64) -> io::Result<()> {
+        if let Some(payload) = self.sandboxes.get(&serial).and_then(|sandbox| sandbox.body.as_ref()?.payload.as_ref()) {
+            self.watch(payload.as_fd(), Source::Payload, serial)?;
+        }
+        let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return Ok(()) };
+        let since_us = monotonic_ns().saturating_sub(at_ns) / 1000;
+        let launched = Launched {
+            started_at_us: unix_us().saturating_sub(since_us),
+            launch_us: at_ns.saturating_sub(sandbox.received_at_ns) / 1000,
+            start: sandbox.start,
+        };
+        sandbox.launched = Some(launched);
+        sandbox.started_at_ns = Some(at_ns);
+        sandbox.init_cpu_us = own_cpu_us;
+        let limits = sandbox.supervision;
+        let asker = sandbox.launch_asker.take();
+        if let Some(wall_ms) = limits.wall_ms {
+            self.timer.set(at_ns.saturating_add(wall_ms.saturating_mul(1_000_000)), serial, Due::Wall)?;
+        }
+        if limits.cpu_ms.is_some() {
+            self.check_cpu(serial)?;
+        }
+        match asker {
+            Some(asker) => {
+                self.answer(asker, Answer::Launched(launched));
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn on_output(&mut self, serial: u64, kind: Kind) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
+        match sandbox.output.pump(kind, &mut self.buffer, unix_us()) {
+            Ok(Pumped::More | Pumped::Empty | Pumped::Closed) if sandbox.output.is_over_limit() => {
+                self.decide(serial, Decision::OutputLimit)
+            }
+            Ok(_) => Ok(()),
+            Err(error) => self.decide(serial, Decision::LogFailed(error.raw_os_error().unwrap_or(libc::EIO))),
+        }
+    }
+
+    pub(super) fn on_oom_notice(&mut self, serial: u64) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
+        let Some(notice) = sandbox.body.as_ref().and_then(|body| body.oom_notice.as_ref()) else { return Ok(()) };
+        // Read in any case: it stays readable otherwise.
+        match rustix::io::read(notice, &mut [0; 8]) {
+            Ok(_) | Err(rustix::io::Errno::AGAIN) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let is_being_looked_for = std::mem::replace(&mut sandbox.oom_looks, OOM_LOOKS_MAX) > 0;
+        if is_being_looked_for { Ok(()) } else { self.look_for_oom(serial) }
+    }
+
+    /// The kernel announces an OOM before it kills, so the counter may still be on its way; it may also find memory after all.
+    pub(super) fn look_for_oom(&mut self, serial: u64) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return Ok(()) };
+        let Some(body) = &sandbox.body else { return Ok(()) };
+        if body.slot.group.oom_kills()? > 0 {
+            return self.decide(serial, Decision::OutOfMemory);
+        }
+        sandbox.oom_looks = sandbox.oom_looks.saturating_sub(1);
+        if sandbox.oom_looks == 0 { Ok(()) } else { self.timer.set(monotonic_ns() + AGAIN_AFTER_NS, serial, Due::Oom) }
+    }
+
+    pub(super) fn on_payload_death(&mut self, serial: u64) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
+        sandbox.dead_at_ns.get_or_insert_with(monotonic_ns);
+        match sandbox.body.as_ref().and_then(|body| body.payload.as_ref()) {
+            Some(payload) => Ok(epoll::delete(&self.epoll, payload)?),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn on_timer(&mut self) -> io::Result<()> {
+        // The time of this turn: what sets itself anew waits for the next one, so that the loop goes on to others in between.
+        let now_ns = monotonic_ns();
+        while let Some((serial, due)) = self.timer.next(now_ns)? {
+            let handled = self.on_due(serial, due);
+            self.contain(Source::Control, serial, handled)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn on_due(&mut self, serial: u64, due: Due) -> io::Result<()> {
+        if due == Due::Remove {
+            return self.clean_up(serial);
+        }
+        let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
+        let (is_over, is_launched) = (sandbox.ending.is_some(), sandbox.launched.is_some());
+        match due {
+            Due::Force => self.kill_by_force(serial),
+            Due::Start if !is_launched => self.kill_by_force(serial),
+            Due::Wall if !is_over => self.decide(serial, Decision::WallTimeout),
+            Due::Cpu if !is_over => self.check_cpu(serial),
+            Due::Oom if !is_over => self.look_for_oom(serial),
+            Due::Start | Due::Wall | Due::Cpu | Due::Oom | Due::Remove => Ok(()),
+        }
+    }
+
+    /// Ends a sandbox that has used up its CPU time, or comes back when it could have at the earliest: all cores busy for it.
+    ///
+    /// One that uses none is looked at more and more rarely, as far as the allowed overshoot goes.
+    pub(super) fn check_cpu(&mut self, serial: u64) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
+        let (Some(limit_ms), Some(body)) = (sandbox.supervision.cpu_ms, &sandbox.body) else { return Ok(()) };
+        let used_us = body.slot.group.cpu_us()?.saturating_sub(sandbox.init_cpu_us);
+        let left_us = limit_ms.saturating_mul(1000).saturating_sub(used_us);
+        if left_us == 0 {
+            return self.decide(serial, Decision::CpuTimeout);
+        }
+        let (last_us, last_wait_ns) = sandbox.cpu_look;
+        let floor_ns = if used_us == last_us { (last_wait_ns * 2).min(CPU_OVERSHOOT_NS / self.cores) } else { 0 };
+        let wait_ns = (left_us * 1000 / self.cores).max(floor_ns).max(AGAIN_AFTER_NS);
+        sandbox.cpu_look = (used_us, wait_ns);
+        self.timer.set(monotonic_ns() + wait_ns, serial, Due::Cpu)
+    }
+
+    /// Notes why, then kills. The first reason stands.
+    pub(super) fn decide(&mut self, serial: u64, decision: Decision) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
+        if sandbox.ending.is_some() || sandbox.decision.is_some() {
+            return Ok(());
+        }
+        sandbox.decision = Some(decision);
+        let Some(body) = &sandbox.body else { return Ok(()) };
+        // The payload at once, from here, however busy its sandbox is; what it started by init, which then reports that all are dead:
+        // sooner than its own death would, with all that hangs on its namespaces.
+        if let Some(payload) = &body.payload {
+            match pidfd_send_signal(payload, rustix::process::Signal::KILL) {
+                Ok(()) => sandbox.killed_at_ns = Some(monotonic_ns()),
+                Err(rustix::io::Errno::SRCH) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        body.slot.group.lift_cpu_limit()?;
+        if sandbox.launched.is_some() && body.init.control.send(&Order::Kill, &[]).is_ok() {
+            return self.timer.set(monotonic_ns() + FORCE_AFTER_NS, serial, Due::Force);
+        }
+        self.kill_by_force(serial)
+    }
+
+    /// Kills init, and with it the whole pid namespace (pid_namespaces(7)).
+    pub(super) fn kill_by_force(&mut self, serial: u64) -> io::Result<()> {
+        self.body(serial).map_or(Ok(()), |body| kill_init(body))
+    }
+
+    /// What exists in the kernel for a sandbox, whether it has a request or not.
+    pub(super) fn body(&mut self, serial: u64) -> Option<&mut sandbox::Body> {
+        match self.sandboxes.get_mut(&serial) {
+            Some(sandbox) => sandbox.body.as_mut(),
+            None => self.lot.get_mut(serial).map(|parked| &mut parked.body),
+        }
+    }
+
+    /// Watches a descriptor of an init no longer; it may be so already.
+    pub(super) fn unwatch(&mut self, serial: u64, which: impl Fn(&sandbox::Init) -> BorrowedFd<'_>) -> io::Result<()> {
+        let body = match self.sandboxes.get(&serial) {
+            Some(sandbox) => sandbox.body.as_ref(),
+            None => self.lot.get_mut(serial).map(|parked| &parked.body),
+        };
+        match body.map(|body| epoll::delete(&self.epoll, which(&body.init))) {
+            None | Some(Ok(()) | Err(rustix::io::Errno::NOENT)) => Ok(()),
+            Some(Err(error)) => Err(error.into()),
+        }
+    }
+
+    /// The sandbox is over: reads the last output and the counters, notes the verdict, and answers. It is taken apart later.
+    pub(super) fn end(&mut self, serial: u64, ended: Option<Ended>, failure: Option<Cause>) {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return };
+        let Some(body) = &sandbox.body else { return };
+        let mut failure = failure;
+        for kind in [Kind::Stdout, Kind::Stderr] {
+            // Every writer is dead or about to die; more than a pipe holds can only come from one that is not dead yet.
+            for _ in 0..PIPE_TURNS_MAX {
+                match sandbox.output.pump(kind, &mut self.buffer, unix_us()) {
+                    Ok(Pumped::More) => {}
+                    Ok(Pumped::Empty | Pumped::Closed) => break,
+                    Err(error) => {
+                        failure = Some(Cause::InfraError { message: format!("writing the log failed: {error}") });
+                        break;
+                    }
+                }
+            }
+        }
+        let counters = body.slot.group.counters().unwrap_or_else(|error| {
+            failure.get_or_insert(Cause::InfraError { message: format!("reading the usage failed: {error}") });
+            crate::cgroup::Counters::default()
+        });
+        let evidence = Evidence { ended, counters, now_ns: monotonic_ns(), now_us: unix_us(), failure };
+        let ending = sandbox.judge(evidence);
+        if let Err(error) = sandbox.output.finish(ending.ended_at_us) {
+            warn(format_args!("ending a log failed: {error}"));
+        }
+        sandbox.ending = Some(ending.clone());
+        let askers = sandbox.take_askers();
+        if let Purpose::Payload { .. } = sandbox.purpose {
+            for asker in askers {
+                self.answer(asker, Answer::Ended(Box::new(ending.clone())));
+            }
+        } else {
+            self.unpacked(serial);
+        }
+    }
+
+    pub(super) fn on_init_death(&mut self, serial: u64) -> io::Result<()> {
+        self.on_report(serial)?;
+        let Some(body) = self.body(serial) else { return Ok(()) };
+        body.init.is_dead = true;
+        self.unwatch(serial, |init| init.child.pidfd.as_fd())?;
+        if let Some(sandbox) = self.sandboxes.get(&serial).filter(|sandbox| sandbox.ending.is_none()) {
+            let is_started = sandbox.launched.is_some() || sandbox.decision.is_some();
+            let never = || Cause::InfraError { message: "the sandbox's init ended before the payload started".to_owned() };
+            self.end(serial, None, (!is_started).then(never));
+        }
+        self.clean_up(serial)
+    }
+
+    /// Takes apart what is left, off the reply path, again and again until the kernel has let go of all of it.
+    pub(super) fn clean_up(&mut self, serial: u64) -> io::Result<()> {
+        let Some(body) = self.body(serial) else { return Ok(()) };
+        if !body.init.is_dead {
+            return Ok(());
+        }
+        let removed = match body.slot.group.remove() {
+            Ok(false) => body.slot.group.kill().map(|()| false),
+            other => other,
+        };
+        match removed {
+            Ok(true) => {}
+            // Again and again: what is given up here would be left behind.
+            Ok(false) => return self.timer.set(monotonic_ns() + AGAIN_AFTER_NS, serial, Due::Remove),
+            Err(error) => {
+                warn(format_args!("removing a cgroup failed, and is tried again: {error}"));
+                return self.timer.set(monotonic_ns() + REMOVE_AGAIN_AFTER_NS, serial, Due::Remove);
+            }
+        }
+        let id_base = body.slot.id_base;
+        self.slots.give_back(id_base);
+        if self.lot.remove(serial).is_some() {
+            return Ok(());
+        }
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
+        sandbox.body = None;
+        sandbox.pending = None;
+        let is_forgotten = match &sandbox.purpose {
+            Purpose::Payload { id } => self.by_id.get(id) != Some(&serial),
+            Purpose::Unpack { .. } => true,
+        };
+        if is_forgotten {
+            self.sandboxes.remove(&serial);
+        }
+        Ok(())
+    }
+}
+
+fn kill_init(body: &sandbox::Body) -> io::Result<()> {
+    if body.init.is_dead {
+        return Ok(());
+    }
+    match pidfd_send_signal(&body.init.child.pidfd, rustix::process::Signal::KILL) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
