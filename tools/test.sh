@@ -8,8 +8,8 @@ tools/setup.sh test
 
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
 export SQLX_OFFLINE=true
-# The programs that the tests start are built first: cargo builds a package's own programs for its tests, not another's.
-cargo build --workspace --locked
+# The programs that the tests start are built first, as cargo builds tests: it builds a package's own programs for its tests, not another's.
+cargo build --workspace --all-targets --locked
 images/busybox/build.sh >/dev/null
 images/python/build.sh >/dev/null
 

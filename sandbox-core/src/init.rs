@@ -46,19 +46,18 @@ fn live(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<(), La
     let Some(Order::Setup(setup)) = receive(control, descriptors).step("reading the orders")? else {
         return Err(unexpected()).step("reading the orders");
     };
-    let joined_at_us = setup::join_cgroups(setup.cgroup_hierarchies, descriptors)?;
-    let capabilities = setup.payload_capabilities;
-    let writable = setup::enter(setup, descriptors)?;
+    let joined_at_us = setup::join_cgroups(setup.cgroup_hierarchies, setup.fences, descriptors)?;
+    let tree = setup::enter(&setup, descriptors)?;
     transport::send(control.as_fd(), &Report::Ready, &[]).step("reporting that the sandbox is built")?;
     let Some(Order::Start(start)) = receive(control, descriptors).step("reading the orders")? else {
         return Err(unexpected()).step("reading the orders");
     };
-    let payload = payload::start(&start, capabilities, std::mem::take(descriptors))?;
+    let payload = payload::start(&start, &setup, &tree, std::mem::take(descriptors))?;
     let started_cpu_us = own_cpu_us();
     let started = Report::Started { at_ns: payload.started_at_ns, own_cpu_us: started_cpu_us.saturating_sub(joined_at_us) };
     transport::send(control.as_fd(), &started, &[payload.pidfd.as_fd()]).step("reporting the start")?;
     let (status, at_ns) = supervise(control, payload.pid, descriptors).step("supervising")?;
-    let space = rustix::fs::fstatfs(&writable).step("reading the use of the writable layer")?;
+    let space = rustix::fs::fstatfs(&tree.writable).step("reading the use of the writable layer")?;
     let ended = Report::Ended {
         status,
         at_ns,

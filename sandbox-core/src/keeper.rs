@@ -42,9 +42,11 @@ use timer::{Due, Timer};
 
 use crate::{
     cgroup::Tree,
+    fence::{Fence, Fences},
     ids::{self, Ranges},
     log::{self, Kind},
     protocol::{Answer, Cause, Hello, SandboxId, VERSION},
+    selinux::Labels,
     sys,
 };
 
@@ -64,6 +66,10 @@ pub struct Options {
     pub unpack: PathBuf,
     /// Where locks of this machine's keepers lie.
     pub run: PathBuf,
+    /// The SELinux labels of sandboxes. Given on a host without SELinux, the keeper does not start.
+    pub labels: Option<Labels>,
+    /// Fences without which the keeper does not start.
+    pub required: Fences,
 }
 
 /// Sandboxes of one keeper at a time. Each has an id range of its own.
@@ -74,19 +80,6 @@ const FIRST_ID: u32 = 0x7000_0000;
 
 /// How many keepers fit beside each other on one machine.
 const KEEPERS_MAX: u32 = 16;
-
-/// What every sandbox has on every kernel that a keeper starts on.
-const FENCES: [&str; 9] = [
-    "user_namespace",
-    "mount_namespace",
-    "pid_namespace",
-    "network_namespace",
-    "ipc_namespace",
-    "cgroup",
-    "capabilities",
-    "seccomp",
-    "no_new_privs",
-];
 
 /// How long the payload may take to start.
 const START_WITHIN_NS: u64 = 30_000_000_000;
@@ -157,7 +150,7 @@ pub struct Keeper {
     store: Store,
     programs: build::Programs,
     seccomp: Vec<(u16, u8, u8, u32)>,
-    has_landlock: bool,
+    labels: Option<Labels>,
     logs: PathBuf,
     group: u32,
     hello: Hello,
@@ -186,14 +179,14 @@ impl Keeper {
         let tree = Tree::open(&name_of(number))?;
         let mode = tree.mode();
         let ranges = Ranges::new(FIRST_ID + number * SANDBOXES_MAX * ids::RANGE, SANDBOXES_MAX);
-        let has_landlock = crate::landlock::is_available();
+        let fences = fences(options)?;
         let hello = Hello {
             version: VERSION,
             pid: std::process::id(),
             started_at_us: unix_us(),
             cgroup: mode,
             sandboxes_max: SANDBOXES_MAX,
-            fences: FENCES.into_iter().chain(has_landlock.then_some("landlock")).map(str::to_owned).collect(),
+            fences,
         };
         let mut signals = SigSet::empty();
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD] {
@@ -218,7 +211,7 @@ impl Keeper {
             store: Store::open(&options.images)?,
             programs: build::Programs::load(options)?,
             seccomp: program.iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect(),
-            has_landlock,
+            labels: options.labels.clone(),
             logs: options.logs.clone(),
             group: options.group,
             hello,
@@ -347,6 +340,36 @@ impl Keeper {
         }
         Ok(true)
     }
+}
+
+/// The fences that sandboxes on this host have, once they are set up.
+fn fences(options: &Options) -> io::Result<Fences> {
+    let mut fences = Fences::everywhere();
+    let mut missing = String::new();
+    if crate::landlock::is_available() {
+        fences = fences.with(Fence::Landlock);
+    }
+    if crate::apparmor::is_enabled() {
+        match crate::apparmor::load() {
+            Ok(()) => fences = fences.with(Fence::Apparmor),
+            Err(error) => {
+                warn(format_args!("sandboxes run without AppArmor: {error}"));
+                missing = format!(" ({error})");
+            }
+        }
+    }
+    match &options.labels {
+        Some(_) if crate::selinux::is_enabled() => fences = fences.with(Fence::Selinux),
+        // Who names a label relies on it.
+        Some(labels) => return Err(io::Error::other(format!("this host has no SELinux for the label {}", labels.process))),
+        None => {}
+    }
+    let lacking = options.required.without(fences);
+    if lacking.is_empty() {
+        return Ok(fences);
+    }
+    let names: Vec<&str> = lacking.iter().map(Fence::name).collect();
+    Err(io::Error::other(format!("this host lacks a fence that it must have: {}{missing}", names.join(", "))))
 }
 
 /// A sandbox takes about fifteen descriptors; shells and init systems allow far fewer than this machine can have.

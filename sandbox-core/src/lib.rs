@@ -3,9 +3,14 @@
 //! The library behind `sandbox-keeper` and `sandbox-init`, and the side of their protocol that a service uses.
 //! It knows Linux; it knows no HTTP, SQL, tenants or async.
 
+#[cfg(all(feature = "weaken", not(debug_assertions)))]
+compile_error!("the feature `weaken` is for tests: sandboxes that are for use have all their fences");
+
+mod apparmor;
 mod cgroup;
 pub mod client;
 pub mod error;
+pub mod fence;
 pub mod files;
 mod ids;
 pub mod init;
@@ -19,6 +24,7 @@ pub mod probe;
 pub mod protocol;
 mod rootfs;
 pub mod seccomp;
+pub mod selinux;
 mod sys;
 pub mod transport;
 pub mod unpack;

@@ -2,14 +2,18 @@
 //!
 //! The service is not trusted with the host: a spec that asks for a mount, a hook, a device, a capability, a namespace to join, or that
 //! leaves a limit out, is refused here whoever sends it. Accepted (runtime-spec, `config.md` and `config-linux.md`):
-//! `process.{user,args,env,cwd,rlimits,noNewPrivileges}`, `root.{path,readonly}`, `hostname`,
+//! `process.{user,args,env,cwd,rlimits,noNewPrivileges}`, `process.capabilities` up to [`privileges::OF_ROOT_IMAGE`], `root.{path,readonly}`, `hostname`,
 //! `linux.resources.{memory.limit,memory.swap,cpu.quota,cpu.period,pids.limit}`.
 
-use oci_spec::runtime::{LinuxResources, PosixRlimitType, Process, Spec};
+use std::collections::HashMap;
+
+use oci_spec::runtime::{Capabilities, Capability, LinuxResources, PosixRlimitType, Process, Spec};
 use serde_json::Value;
 
 use crate::{
     cgroup::Limits,
+    fence::{Fence, FenceUnknown, Fences},
+    privileges,
     protocol::{Launch, init::User},
 };
 
@@ -23,6 +27,10 @@ pub(crate) struct Plan {
     pub(crate) rlimits: Vec<(u32, u64)>,
     pub(crate) hostname: Option<String>,
     pub(crate) limits: Limits,
+    /// What user 0 may do, as a bit mask.
+    pub(crate) capabilities: u64,
+    /// Fences that are to be left out: none, except in tests of what each is for.
+    pub(crate) without: Fences,
 }
 
 /// What the spec asks for against the policy.
@@ -34,7 +42,7 @@ pub(crate) struct Refused(String);
 const MEMORY_BYTES_MIN: u64 = 4 << 20;
 
 /// Every field that a spec may have, by its path. Fields that are absent, `null`, `false` or empty ask for nothing and pass.
-const ACCEPTED: [&str; 17] = [
+const ACCEPTED: [&str; 20] = [
     "ociVersion",
     "hostname",
     "root.path",
@@ -47,6 +55,9 @@ const ACCEPTED: [&str; 17] = [
     "process.cwd",
     "process.rlimits",
     "process.noNewPrivileges",
+    "process.capabilities.bounding",
+    "process.capabilities.effective",
+    "process.capabilities.permitted",
     "linux.resources.memory.limit",
     "linux.resources.memory.swap",
     "linux.resources.cpu.quota",
@@ -56,7 +67,7 @@ const ACCEPTED: [&str; 17] = [
 
 /// Refuses the first field of `value` that [`ACCEPTED`] does not name, also one that no version of the standard has.
 fn check_fields(value: &Value, path: &str) -> Result<(), Refused> {
-    if ACCEPTED.contains(&path) {
+    if ACCEPTED.contains(&path) || cfg!(feature = "weaken") && path == "annotations.without" {
         return Ok(());
     }
     match value {
@@ -87,10 +98,11 @@ impl Plan {
             return Err(Refused("the writable layer needs at least 4096 bytes and one inode".to_owned()));
         }
         let process = spec.process().as_ref().ok_or_else(|| missing("process"))?;
-        Self::of_process(process, spec.hostname().clone(), limits)
+        let without = without(spec.annotations().as_ref())?;
+        Self::of_process(process, spec.hostname().clone(), limits, without)
     }
 
-    fn of_process(process: &Process, hostname: Option<String>, limits: Limits) -> Result<Self, Refused> {
+    fn of_process(process: &Process, hostname: Option<String>, limits: Limits, without: Fences) -> Result<Self, Refused> {
         if process.no_new_privileges() != Some(true) {
             return Err(Refused("process.noNewPrivileges must be true".to_owned()));
         }
@@ -127,8 +139,49 @@ impl Plan {
             rlimits,
             hostname,
             limits,
+            capabilities: capabilities(process, without)?,
+            without,
         })
     }
+}
+
+/// What the payload's user 0 may do. The sets must agree: what is bounding and not permitted would come back at the first execve of root's.
+fn capabilities(process: &Process, without: Fences) -> Result<u64, Refused> {
+    if without.has(Fence::Capabilities) {
+        let own = rustix::thread::capabilities(None).map_err(|e| Refused(e.to_string()))?;
+        return Ok(own.permitted.bits());
+    }
+    let Some(asked) = process.capabilities() else { return Ok(0) };
+    let mask = |set: &Option<Capabilities>| {
+        set.iter().flatten().try_fold(0, |mask, capability| {
+            let known = GRANTABLE.iter().find(|(grantable, _)| grantable == capability).map(|(_, bit)| mask | bit);
+            known.ok_or_else(|| Refused(format!("process.capabilities: {capability} is not for a request to have")))
+        })
+    };
+    let bounding = mask(asked.bounding())?;
+    if mask(asked.effective())? != bounding || mask(asked.permitted())? != bounding {
+        return Err(Refused("process.capabilities: bounding, effective and permitted must be the same".to_owned()));
+    }
+    Ok(bounding)
+}
+
+/// Capabilities that a request may ask for.
+const GRANTABLE: [(Capability, u64); 8] = [
+    (Capability::Chown, privileges::CHOWN),
+    (Capability::DacOverride, privileges::DAC_OVERRIDE),
+    (Capability::Fowner, privileges::FOWNER),
+    (Capability::Fsetid, privileges::FSETID),
+    (Capability::Kill, privileges::KILL),
+    (Capability::NetBindService, privileges::NET_BIND_SERVICE),
+    (Capability::Setgid, privileges::SETGID),
+    (Capability::Setuid, privileges::SETUID),
+];
+
+/// The fences that a test of what they are for leaves out.
+fn without(annotations: Option<&HashMap<String, String>>) -> Result<Fences, Refused> {
+    let names = annotations.and_then(|annotations| annotations.get("without"));
+    let fence = |name: &str| name.parse().map_err(|e: FenceUnknown| Refused(e.to_string()));
+    names.map_or(Ok(Fences::default()), |names| names.split(',').map(fence).collect())
 }
 
 fn limits(resources: &LinuxResources) -> Result<Limits, Refused> {

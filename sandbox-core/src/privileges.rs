@@ -15,10 +15,15 @@ pub const FSETID: u64 = 1 << 4;
 pub const KILL: u64 = 1 << 5;
 pub const SETGID: u64 = 1 << 6;
 pub const SETUID: u64 = 1 << 7;
+pub const NET_BIND_SERVICE: u64 = 1 << 10;
 
 /// What init keeps inside its user namespace: to prepare the payload's folder, to become its user, to end it. They reach
 /// only what the sandbox's own ids own.
 pub const OF_INIT: u64 = CHOWN | DAC_OVERRIDE | FOWNER | KILL | SETGID | SETUID;
+
+/// The most that a payload may ask for, as its user 0: Docker's default set without MKNOD, NET_RAW, SYS_CHROOT, AUDIT_WRITE, SETPCAP and SETFCAP.
+/// What package managers and servers that drop root need; over the sandbox's own ids alone.
+pub const OF_ROOT_IMAGE: u64 = CHOWN | DAC_OVERRIDE | FOWNER | FSETID | KILL | NET_BIND_SERVICE | SETGID | SETUID;
 
 /// What unpacking an image needs: files of any owner inside its id range, with their set-id bits.
 pub const OF_UNPACK: u64 = CHOWN | DAC_OVERRIDE | FOWNER | FSETID;

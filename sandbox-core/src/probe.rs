@@ -9,7 +9,7 @@ use std::{
 
 use serde::Serialize;
 
-use crate::{cgroup, ids, protocol::CgroupMode, rootfs};
+use crate::{apparmor, cgroup, ids, protocol::CgroupMode, rootfs, selinux};
 
 /// Whether something that sandboxes need is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -42,7 +42,7 @@ const PROBE_ID: u32 = 0x6fff_0000;
 /// Looks at everything. `data_dir` is where images will lie. Needs root for the checks that try something, and says so without it.
 pub fn run(data_dir: &Path) -> Vec<Check> {
     let is_root = rustix::process::geteuid().is_root();
-    let mut checks = vec![kernel(), cgroups(), swap(), landlock(), apparmor()];
+    let mut checks = vec![kernel(), cgroups(), swap(), landlock(), apparmor(), selinux()];
     if is_root {
         // The one that starts a thread comes last: the others clone, which takes a process of one thread.
         checks.extend([idmapped_mounts(data_dir), seccomp(), namespaces()]);
@@ -108,16 +108,19 @@ fn landlock() -> Check {
 }
 
 fn apparmor() -> Check {
-    if has_apparmor() {
-        ok("apparmor", "enabled")
-    } else {
-        problem("apparmor", Status::Warn, "not enabled", "boot with apparmor in lsm= for a further fence")
+    if !apparmor::is_enabled() {
+        return problem("apparmor", Status::Warn, "not enabled", "boot with apparmor in lsm= for a further fence");
+    }
+    match apparmor::has_parser() {
+        true => ok("apparmor", "enabled"),
+        false => {
+            problem("apparmor", Status::Warn, "enabled, but nothing to load a profile with", "install apparmor_parser (package apparmor)")
+        }
     }
 }
 
-fn has_apparmor() -> bool {
-    // securityfs need not be mounted; the module's own switch is then what can be read.
-    std::fs::read_to_string("/sys/module/apparmor/parameters/enabled").is_ok_and(|enabled| enabled.trim() == "Y")
+fn selinux() -> Check {
+    if selinux::is_enabled() { ok("selinux", "enabled; sandboxes get the label of --selinux-label") } else { ok("selinux", "not enabled") }
 }
 
 fn namespaces() -> Check {

@@ -12,6 +12,8 @@ use std::{fmt, str::FromStr};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::fence::Fences;
+
 pub mod init;
 
 /// Version of this protocol. Both sides refuse another one.
@@ -160,8 +162,8 @@ pub struct Hello {
     pub cgroup: CgroupMode,
     /// How many sandboxes this keeper can run at once (its id ranges).
     pub sandboxes_max: u32,
-    /// The fences that every sandbox on this node has, by name: `seccomp`, `landlock`, …
-    pub fences: Vec<String>,
+    /// The fences that every sandbox on this node has.
+    pub fences: Fences,
 }
 
 /// The node's cgroup world (cgroups(7)).
@@ -242,6 +244,8 @@ pub struct Launched {
     /// From the keeper's receipt of the request to the payload's execve, in microseconds.
     pub launch_us: u64,
     pub start: Start,
+    /// The fences that stand around this one.
+    pub fences: Fences,
 }
 
 /// Whether the parts of a sandbox that can be prepared ahead were.

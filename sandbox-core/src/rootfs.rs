@@ -19,17 +19,21 @@ use rustix::{
 
 use crate::{
     error::{LaunchError, Step},
+    fence::{Fence, Fences},
     sys::{self, MountAttributes},
 };
 
 /// What is particular about one sandbox's tree.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Layout {
+pub(crate) struct Layout<'a> {
     /// Host id that is 0 inside.
     pub(crate) id_base: u32,
     pub(crate) disk_bytes: u64,
     pub(crate) inodes: u64,
     pub(crate) shm_bytes: u64,
+    pub(crate) fences: Fences,
+    /// The SELinux label of its files.
+    pub(crate) label: Option<&'a str>,
 }
 
 /// The parts that the keeper prepares: detached mounts, read-only, mapped into the sandbox's ids.
@@ -55,13 +59,12 @@ pub(crate) mod base {
 
 /// Makes this process's root the sandbox's, with nothing of the host left in its mount namespace.
 ///
-/// The working folder must be an empty folder that exists in this mount namespace: the tree is built on it. Returns the writable
-/// layer's file system, for [`rustix::fs::fstatfs`].
-pub(crate) fn enter(layout: Layout, parts: Parts) -> Result<OwnedFd, LaunchError> {
-    let Layout { id_base, disk_bytes, inodes, shm_bytes } = layout;
+/// The working folder must be an empty folder that exists in this mount namespace: the tree is built on it.
+pub(crate) fn enter(layout: Layout<'_>, parts: Parts) -> Result<Tree, LaunchError> {
+    let Layout { id_base, disk_bytes, inodes, shm_bytes, fences, label } = layout;
     // Modes below are meant as they stand; init sets the payload's umask later.
     rustix::process::umask(Mode::empty());
-    let writable = tmpfs(&[("size", disk_bytes), ("nr_inodes", inodes + OWN_INODES), ("mode", 0o755)], NOSUID_NODEV)
+    let writable = tmpfs(&[("size", disk_bytes), ("nr_inodes", inodes + OWN_INODES), ("mode", 0o755)], NOSUID_NODEV, label)
         .step_on("mounting the writable layer", format_args!("{disk_bytes} bytes, {inodes} inodes"))?;
     move_mount(&writable, "", CWD, ".", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).step("attaching the writable layer")?;
     fchdir(&writable).step("entering the writable layer")?;
@@ -71,15 +74,15 @@ pub(crate) fn enter(layout: Layout, parts: Parts) -> Result<OwnedFd, LaunchError
     chown(CWD, "upper", id_base).step("giving the writable layer to the sandbox")?;
     attach(&parts.image, open_folder(CWD, "image")?.as_fd()).step("attaching the image")?;
     attach(&parts.base, open_folder(CWD, "base")?.as_fd()).step("attaching the base layer")?;
-    let root = overlay().step("mounting the overlay")?;
+    let root = overlay(fences, label).step("mounting the overlay")?;
     attach(&root, open_folder(CWD, "merged")?.as_fd()).step("attaching the overlay")?;
 
-    let proc =
-        mount_new("proc", &[], MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC)
-            .step("mounting /proc")?;
+    let proc = mount_new("proc", &[], NOSUID_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC, None).step("mounting /proc")?;
     attach(&proc, open_folder(root.as_fd(), "proc")?.as_fd()).step("attaching /proc")?;
-    let dev = devices(root.as_fd(), id_base, shm_bytes)?;
-    restrict_proc(proc.as_fd(), dev.as_fd())?;
+    let dev = devices(root.as_fd(), id_base, shm_bytes, label)?;
+    if fences.has(Fence::MaskedProc) {
+        restrict_proc(proc.as_fd(), dev.as_fd())?;
+    }
     if let Some(target) = parts.target {
         attach(&target, open_folder(root.as_fd(), "image")?.as_fd()).step("attaching the image that is being made")?;
     }
@@ -89,7 +92,16 @@ pub(crate) fn enter(layout: Layout, parts: Parts) -> Result<OwnedFd, LaunchError
     pivot_root(".", ".").step("pivot_root")?;
     umount2(".", MntFlags::MNT_DETACH).step("letting go of the host's root")?;
     nix::unistd::chdir("/").step("entering the new root")?;
-    Ok(writable)
+    Ok(Tree { writable, proc })
+}
+
+/// What init needs of the tree later.
+#[derive(Debug)]
+pub(crate) struct Tree {
+    /// The writable layer, for [`rustix::fs::fstatfs`].
+    pub(crate) writable: OwnedFd,
+    /// `/proc` itself, whatever an image or a payload puts in its way.
+    pub(crate) proc: OwnedFd,
 }
 
 /// Inodes of the writable layer that are ours and not the payload's: its root, the five folders, and what the overlay makes below `work`
@@ -99,7 +111,7 @@ const OWN_INODES: u64 = 11;
 
 const NOSUID_NODEV: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV);
 
-fn overlay() -> rustix::io::Result<OwnedFd> {
+fn overlay(fences: Fences, label: Option<&str>) -> rustix::io::Result<OwnedFd> {
     let fs = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&fs, "lowerdir", "base:image")?;
     fsconfig_set_string(&fs, "upperdir", "upper")?;
@@ -109,14 +121,20 @@ fn overlay() -> rustix::io::Result<OwnedFd> {
     fsconfig_set_string(&fs, "redirect_dir", "off")?;
     fsconfig_set_string(&fs, "metacopy", "off")?;
     fsconfig_set_string(&fs, "index", "off")?;
+    if let Some(label) = label {
+        fsconfig_set_string(&fs, "context", label)?;
+    }
     fsconfig_create(&fs)?;
-    fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, NOSUID_NODEV)
+    let mut attributes = NOSUID_NODEV;
+    attributes.set(MountAttrFlags::MOUNT_ATTR_NOSUID, fences.has(Fence::Nosuid));
+    attributes.set(MountAttrFlags::MOUNT_ATTR_NODEV, fences.has(Fence::Nodev));
+    fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
 /// `/dev`: the six devices every program expects, terminals, shared memory. Read-only itself, so it can hold nothing else.
-fn devices(root: BorrowedFd<'_>, id_base: u32, shm_bytes: u64) -> Result<OwnedFd, LaunchError> {
+fn devices(root: BorrowedFd<'_>, id_base: u32, shm_bytes: u64, label: Option<&str>) -> Result<OwnedFd, LaunchError> {
     let noexec = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    let dev = tmpfs(&[("size", 64 * 1024), ("nr_inodes", 32), ("mode", 0o755)], noexec).step("mounting /dev")?;
+    let dev = tmpfs(&[("size", 64 * 1024), ("nr_inodes", 32), ("mode", 0o755)], noexec, label).step("mounting /dev")?;
     attach(&dev, open_folder(root, "dev")?.as_fd()).step("attaching /dev")?;
     let all = Mode::from_raw_mode(0o666);
     for (name, major, minor) in [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)] {
@@ -138,9 +156,10 @@ fn devices(root: BorrowedFd<'_>, id_base: u32, shm_bytes: u64) -> Result<OwnedFd
     chown(dev.as_fd(), ".", id_base).step("giving /dev to the sandbox")?;
     let terminal_group = u64::from(id_base) + 5;
     let options = [("ptmxmode", 0o666), ("mode", 0o620), ("gid", terminal_group), ("max", 64)];
-    let terminals = mount_new("devpts", &options, noexec).step("mounting /dev/pts")?;
+    let terminals = mount_new("devpts", &options, noexec, label).step("mounting /dev/pts")?;
     attach(&terminals, open_folder(dev.as_fd(), "pts")?.as_fd()).step("attaching /dev/pts")?;
-    let shared = tmpfs(&[("size", shm_bytes), ("nr_inodes", 4096), ("mode", 0o1777)], noexec | NOSUID_NODEV).step("mounting /dev/shm")?;
+    let shared =
+        tmpfs(&[("size", shm_bytes), ("nr_inodes", 4096), ("mode", 0o1777)], noexec | NOSUID_NODEV, label).step("mounting /dev/shm")?;
     attach(&shared, open_folder(dev.as_fd(), "shm")?.as_fd()).step("attaching /dev/shm")?;
     sys::set_mount_attributes(dev.as_fd(), MountAttributes { read_only: true, ..MountAttributes::default() })
         .step("making /dev read-only")?;
@@ -164,7 +183,7 @@ fn restrict_proc(proc: BorrowedFd<'_>, dev: BorrowedFd<'_>) -> Result<(), Launch
     for name in HIDDEN_FOLDERS {
         let Some(folder) = open_existing(proc, name)? else { continue };
         let cover = match &empty {
-            None => tmpfs(&[("size", 4096), ("nr_inodes", 1), ("mode", 0o555)], NOSUID_NODEV | MountAttrFlags::MOUNT_ATTR_RDONLY),
+            None => tmpfs(&[("size", 4096), ("nr_inodes", 1), ("mode", 0o555)], NOSUID_NODEV | MountAttrFlags::MOUNT_ATTR_RDONLY, None),
             Some(first) => clone_mount(first, ""),
         };
         let cover = cover.step_on("hiding a folder of /proc", name)?;
@@ -194,16 +213,19 @@ fn clone_mount(folder: impl AsFd, name: &str) -> rustix::io::Result<OwnedFd> {
     open_tree(folder, name, flags)
 }
 
-fn tmpfs(options: &[(&str, u64)], attributes: MountAttrFlags) -> rustix::io::Result<OwnedFd> {
-    mount_new("tmpfs", options, attributes)
+fn tmpfs(options: &[(&str, u64)], attributes: MountAttrFlags, label: Option<&str>) -> rustix::io::Result<OwnedFd> {
+    mount_new("tmpfs", options, attributes, label)
 }
 
-/// A new file system, mounted nowhere yet. `mode` options are octal in text, as mount(8) has them.
-fn mount_new(kind: &str, options: &[(&str, u64)], attributes: MountAttrFlags) -> rustix::io::Result<OwnedFd> {
+/// A new file system, mounted nowhere yet, its files under an SELinux label if one is given. `mode` options are octal in text, as mount(8) has them.
+fn mount_new(kind: &str, options: &[(&str, u64)], attributes: MountAttrFlags, label: Option<&str>) -> rustix::io::Result<OwnedFd> {
     let fs = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
     for (key, value) in options {
         let value = if key.ends_with("mode") { format!("{value:o}") } else { value.to_string() };
         fsconfig_set_string(&fs, *key, value)?;
+    }
+    if let Some(label) = label {
+        fsconfig_set_string(&fs, "context", label)?;
     }
     fsconfig_create(&fs)?;
     fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)

@@ -281,6 +281,18 @@ pub(crate) fn set_signal_action(signal: Signal, action: &SigAction) -> nix::Resu
     unsafe { nix::sys::signal::sigaction(signal, action) }.map(drop)
 }
 
+/// Gives the calling process a session keyring of its own, empty, in place of the one it inherited (`KEYCTL_JOIN_SESSION_KEYRING`
+/// of keyctl(2)). A kernel without keyrings has none to leave.
+pub(crate) fn join_new_session_keyring() -> io::Result<()> {
+    // SAFETY: the name is a null pointer, which asks for an anonymous keyring; no memory of ours is read or written.
+    let rc = unsafe { libc::syscall(libc::SYS_keyctl, libc::KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<libc::c_char>()) };
+    match io::Error::last_os_error() {
+        _ if rc >= 0 => Ok(()),
+        error if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
+        error => Err(error),
+    }
+}
+
 /// The version of Landlock that this kernel has (landlock_create_ruleset(2)).
 pub(crate) fn landlock_version() -> io::Result<i64> {
     const VERSION: u32 = 1;

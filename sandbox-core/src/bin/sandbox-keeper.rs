@@ -5,7 +5,11 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Parser;
-use sandbox_core::keeper::{self, Options};
+use sandbox_core::{
+    fence::Fence,
+    keeper::{self, Options},
+    selinux::Labels,
+};
 
 /// Launches, limits and supervises the sandboxes of one node.
 #[derive(Debug, Parser)]
@@ -26,6 +30,15 @@ struct Arguments {
     /// Folder for the locks of this machine's keepers
     #[arg(long, default_value = "/run/mayfly")]
     run_dir: PathBuf,
+    /// Fence without which it does not start, as `landlock`, `apparmor`, `selinux` (repeatable)
+    #[arg(long = "require-fence", value_name = "FENCE")]
+    required: Vec<Fence>,
+    /// SELinux label of what runs in sandboxes
+    #[arg(long, value_name = "LABEL")]
+    selinux_label: Option<String>,
+    /// SELinux label of the files in sandboxes
+    #[arg(long, value_name = "LABEL", requires = "selinux_label")]
+    selinux_mount_label: Option<String>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -46,6 +59,8 @@ fn main() -> anyhow::Result<()> {
         init: programs.with_file_name("sandbox-init"),
         unpack: programs.with_file_name("sandbox-unpack"),
         run: arguments.run_dir,
+        labels: arguments.selinux_label.map(|process| Labels { process, mount: arguments.selinux_mount_label }),
+        required: arguments.required.into_iter().collect(),
     };
     keeper::run(&options, || println!("ready")).context("the keeper stopped")
 }

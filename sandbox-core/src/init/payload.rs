@@ -11,12 +11,14 @@ use std::{
 use nix::unistd::{Gid, Uid};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, mkdirat, openat2};
 
-use super::{never, next};
+use super::{never, next, setup::own_attribute};
 use crate::{
     error::{Kind, LaunchError, Step},
+    fence::{Fence, Fences},
     files,
-    protocol::init::{Program, Start},
-    sys,
+    protocol::init::{Program, Setup, Start},
+    rootfs::Tree,
+    selinux, sys,
 };
 
 mod user;
@@ -32,6 +34,14 @@ pub(super) struct Payload {
     pub(super) started_at_ns: u64,
 }
 
+/// The descriptors that came with the order to start.
+#[derive(Debug)]
+struct Brought {
+    stdio: [OwnedFd; 3],
+    files: Option<OwnedFd>,
+    inherited: Vec<OwnedFd>,
+}
+
 /// The most of a program's name that is told when it cannot be started.
 const NAME_CHARS_MAX: usize = 256;
 
@@ -39,25 +49,27 @@ const NAME_CHARS_MAX: usize = 256;
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Prepares the working folder and the files, then starts the program. When this returns, it runs.
-pub(super) fn start(start: &Start, capabilities: u64, mut descriptors: VecDeque<OwnedFd>) -> Result<Payload, LaunchError> {
+pub(super) fn start(start: &Start, setup: &Setup, tree: &Tree, mut descriptors: VecDeque<OwnedFd>) -> Result<Payload, LaunchError> {
     let stdin =
         if start.has_stdin { next(&mut descriptors, "stdin")? } else { File::open("/dev/null").step_on("opening", "/dev/null")?.into() };
     let stdio = [stdin, next(&mut descriptors, "stdout")?, next(&mut descriptors, "stderr")?];
     let files = if start.has_files { Some(next(&mut descriptors, "files")?) } else { None };
-    let inherited: Vec<OwnedFd> = descriptors.drain(..).collect();
-    let identity = Identity { capabilities, ..Identity::find(&start.user)? };
+    let brought = Brought { stdio, files, inherited: descriptors.drain(..).collect() };
+    let identity = Identity::find(&start.user)?;
+    // As in a root image: capabilities are for its user 0.
+    let identity = Identity { capabilities: if identity.uid == 0 { setup.payload_capabilities } else { 0 }, ..identity };
     let cwd = make_folder(&start.cwd, &identity)?;
     let exec = Exec::new(start, &identity)?;
 
     // The pipe closes by itself at a successful execve and carries the reason of a failed one.
     let (failed, low) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).step("making a pipe")?;
-    let report = rustix::io::fcntl_dupfd_cloexec(&low, first_free(&inherited)).step("making a pipe")?;
+    let report = rustix::io::fcntl_dupfd_cloexec(&low, first_free(&brought.inherited)).step("making a pipe")?;
     drop(low);
     // This process sleeps until the child has called execve or ended: no wake-up in between, no second message.
     let pid = match sys::clone_and_sleep().step("cloning the payload")? {
         Some(pid) => pid,
         None => {
-            let failure = become_payload(start, &identity, &exec, &cwd, &stdio, files, &inherited);
+            let failure = become_payload(start, (setup, tree), &identity, &exec, &cwd, brought);
             // The parent reads it from the pipe; there is nobody else to tell.
             let text = postcard::to_stdvec(&(failure.kind, failure.to_string())).unwrap_or_default();
             let is_told = File::from(report).write_all(&text).is_ok();
@@ -81,13 +93,13 @@ pub(super) fn start(start: &Start, capabilities: u64, mut descriptors: VecDeque<
 /// Turns the freshly cloned child into the payload. Comes back only with a failure.
 fn become_payload(
     start: &Start,
+    (setup, tree): (&Setup, &Tree),
     identity: &Identity,
     exec: &Exec,
     cwd: &OwnedFd,
-    stdio: &[OwnedFd; 3],
-    files: Option<OwnedFd>,
-    inherited: &[OwnedFd],
+    brought: Brought,
 ) -> LaunchError {
+    let Brought { stdio, files, inherited } = brought;
     let never_returns = || -> Result<std::convert::Infallible, LaunchError> {
         nix::unistd::setsid().step("making a session")?;
         identity.assume()?;
@@ -98,10 +110,14 @@ fn become_payload(
         for (resource, value) in &start.rlimits {
             sys::set_rlimit(*resource, *value).step_on("setting a resource limit", resource)?;
         }
-        for (number, descriptor) in (0..).zip(stdio) {
+        for (number, descriptor) in (0..).zip(&stdio) {
             sys::place_at(descriptor.as_fd(), number).step("placing the standard streams")?;
         }
-        exec.run(inherited)
+        if let Some(labels) = &setup.labels {
+            let exec = own_attribute(tree, "exec")?;
+            selinux::label_next_exec(exec, &labels.process).step_on("setting the SELinux label", &labels.process)?;
+        }
+        exec.run(&inherited, setup.fences)
     };
     match never_returns() {
         Ok(never) => match never {},
@@ -204,12 +220,14 @@ impl Exec {
 
     /// execve(2) on the first candidate that exists. Errors are those of execvp(3): a program that may not be executed is reported, unless
     /// a later folder has one that may.
-    fn run(&self, inherited: &[OwnedFd]) -> Result<std::convert::Infallible, LaunchError> {
+    fn run(&self, inherited: &[OwnedFd], fences: Fences) -> Result<std::convert::Infallible, LaunchError> {
         // The parent reads why only when this process has ended, so it must fit the pipe.
         let name: String = self.args.first().map(|name| name.to_string_lossy().chars().take(NAME_CHARS_MAX).collect()).unwrap_or_default();
         let parked = pass_on(inherited).step("passing on descriptors")?;
         // Nothing of init's but these numbers crosses the execve (CVE-2024-21626).
-        sys::close_on_exec_from(first_free(inherited).unsigned_abs()).step("closing descriptors")?;
+        if fences.has(Fence::Descriptors) {
+            sys::close_on_exec_from(first_free(inherited).unsigned_abs()).step("closing descriptors")?;
+        }
         if matches!(self.program, Program::Descriptor) {
             let program = parked.last().ok_or_else(super::unexpected).step("starting the payload")?;
             let failed = nix::unistd::fexecve(program, &self.args, &self.env);

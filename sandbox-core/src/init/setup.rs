@@ -15,13 +15,17 @@ use nix::{
     unistd::{Gid, Uid, setgroups, setresgid, setresuid},
 };
 
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+
 use super::{next, own_cpu_us};
 use crate::{
+    apparmor,
     error::{LaunchError, Step},
+    fence::{Fence, Fences},
     ids, landlock,
     privileges::{self, disarm_root, limit_bounding_set},
     protocol::init::Setup,
-    rootfs::{self, Layout, Parts},
+    rootfs::{self, Layout, Parts, Tree},
     sys,
 };
 
@@ -35,7 +39,7 @@ const NICE: i32 = -11;
 ///
 /// Descriptors in front: user namespace, image, base layer, then the `tasks` files. A process of one thread that writes 0 into `tasks` moves
 /// itself without waiting for a grace period of the whole machine, which a parent that writes a pid has to.
-pub(super) fn join_cgroups(hierarchies: u32, descriptors: &mut VecDeque<OwnedFd>) -> Result<u64, LaunchError> {
+pub(super) fn join_cgroups(hierarchies: u32, fences: Fences, descriptors: &mut VecDeque<OwnedFd>) -> Result<u64, LaunchError> {
     let first = 3;
     for n in 0..hierarchies {
         let tasks =
@@ -45,15 +49,18 @@ pub(super) fn join_cgroups(hierarchies: u32, descriptors: &mut VecDeque<OwnedFd>
     // Without v1 hierarchies it was born in its group, which then has all its time.
     let before_us = if hierarchies == 0 { 0 } else { own_cpu_us() };
     // From here on the sandbox's own cgroups are the root that it sees in /proc/self/cgroup.
-    unshare(CloneFlags::CLONE_NEWCGROUP).step("making the cgroup namespace")?;
+    if fences.has(Fence::CgroupNamespace) {
+        unshare(CloneFlags::CLONE_NEWCGROUP).step("making the cgroup namespace")?;
+    }
     Ok(before_us)
 }
 
 /// Builds the sandbox around this process and gives up all privilege but [`privileges::OF_INIT`] over the sandbox's own ids.
 ///
 /// The order is the kernel's: what needs the host's root first, the user namespace after the last mount, ids after the namespace,
-/// capabilities after the ids, the filter last. Returns the file system of the writable layer.
-pub(super) fn enter(setup: Setup, descriptors: &mut VecDeque<OwnedFd>) -> Result<OwnedFd, LaunchError> {
+/// capabilities after the ids, the filter last.
+pub(super) fn enter(setup: &Setup, descriptors: &mut VecDeque<OwnedFd>) -> Result<Tree, LaunchError> {
+    let fences = setup.fences;
     let user_namespace = next(descriptors, "user namespace")?;
     let parts = Parts {
         image: next(descriptors, "image")?,
@@ -63,35 +70,85 @@ pub(super) fn enter(setup: Setup, descriptors: &mut VecDeque<OwnedFd>) -> Result
     // Its orders are the limits: among busy processes of its group it comes first.
     sys::prefer_this_process(NICE).step("raising init's priority")?;
     std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ).step("raising oom_score_adj")?;
-    let layout = Layout { id_base: setup.id_base, disk_bytes: setup.disk_bytes, inodes: setup.inodes, shm_bytes: setup.shm_bytes };
-    let writable = rootfs::enter(layout, parts)?;
+    let layout = Layout {
+        id_base: setup.id_base,
+        disk_bytes: setup.disk_bytes,
+        inodes: setup.inodes,
+        shm_bytes: setup.shm_bytes,
+        fences,
+        label: setup.labels.as_ref().and_then(|labels| labels.mount.as_deref()),
+    };
+    #[cfg(feature = "weaken")]
+    if !fences.has(Fence::Descriptors) {
+        leak_the_hosts_root().step("leaking the host's root")?;
+    }
+    let tree = rootfs::enter(layout, parts)?;
     take_null()?;
 
-    setns(user_namespace.as_fd(), CloneFlags::CLONE_NEWUSER).step("entering the user namespace")?;
+    if fences.has(Fence::UserNamespace) {
+        setns(user_namespace.as_fd(), CloneFlags::CLONE_NEWUSER).step("entering the user namespace")?;
+    }
     drop(user_namespace);
     limit_bounding_set(setup.payload_capabilities).step("limiting the bounding set")?;
     if setup.payload_capabilities == 0 {
         disarm_root().step("taking root's privileges from user id 0")?;
     }
     setgroups(&[]).step("leaving all groups")?;
-    let (uid, gid) = (Uid::from_raw(ids::OF_INIT), Gid::from_raw(ids::OF_INIT));
+    if !fences.has(Fence::UserNamespace) {
+        // Here root is the host's, whose capabilities go with the id.
+        nix::sys::prctl::set_keepcaps(true).step("keeping capabilities")?;
+    }
+    let id = if fences.has(Fence::InitShield) { ids::OF_INIT } else { 0 };
+    let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
     setresgid(gid, gid, gid).step("becoming init's group")?;
     setresuid(uid, uid, uid).step("becoming init's user")?;
+    if fences.has(Fence::SessionKeyring) {
+        // Now, because a key counts against the id that makes it.
+        sys::join_new_session_keyring().step("making a session keyring")?;
+    }
     sys::set_capabilities(privileges::OF_INIT | setup.payload_capabilities).step("dropping capabilities")?;
-    rustix::thread::set_no_new_privs(true).step("setting no_new_privs")?;
+    if fences.has(Fence::Apparmor) {
+        // Before no_new_privs, under which only some changes of a profile are taken.
+        apparmor::enter(own_attribute(&tree, "apparmor/current")?).step("entering the AppArmor profile")?;
+    }
+    if fences.has(Fence::NoNewPrivs) {
+        rustix::thread::set_no_new_privs(true).step("setting no_new_privs")?;
+    }
     // Both are reset by the change of ids above (PR_SET_PDEATHSIG(2const), PR_SET_DUMPABLE(2const)).
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).step("binding this life to the keeper's")?;
-    nix::sys::prctl::set_dumpable(false).step("forbidding traces")?;
-    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    nix::sys::prctl::set_dumpable(!fences.has(Fence::InitShield)).step("forbidding traces")?;
+    rustix::process::umask(Mode::from_raw_mode(0o022));
     default_signals().step("resetting signals")?;
     // Not 0: that is ignored for a core_pattern that starts a helper on the host, and 1 is what switches the helper off (core(5)).
     sys::set_rlimit(libc::RLIMIT_CORE, 1).step("switching off core dumps")?;
-    if setup.has_landlock {
+    if fences.has(Fence::Landlock) {
         landlock::restrict().step("setting up Landlock")?;
     }
-    let program: Vec<libc::sock_filter> = setup.seccomp.iter().map(|&(code, jt, jf, k)| libc::sock_filter { code, jt, jf, k }).collect();
-    sys::set_seccomp_filter(&program).step("loading the seccomp filter")?;
-    Ok(writable)
+    if fences.has(Fence::Seccomp) {
+        let program: Vec<libc::sock_filter> =
+            setup.seccomp.iter().map(|&(code, jt, jf, k)| libc::sock_filter { code, jt, jf, k }).collect();
+        sys::set_seccomp_filter(&program).step("loading the seccomp filter")?;
+    }
+    Ok(tree)
+}
+
+/// A security attribute of the calling process, in the `/proc` that this process mounted: what an image or a payload mounts or links over it
+/// is not looked at (CVE-2025-52881).
+pub(super) fn own_attribute(tree: &Tree, name: &str) -> Result<std::fs::File, LaunchError> {
+    let path = format!("{}/attr/{name}", std::process::id());
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    openat2(&tree.proc, path.as_str(), flags, Mode::empty(), resolve)
+        .map(std::fs::File::from)
+        .step_on("opening", format_args!("/proc/{path}"))
+}
+
+/// What CVE-2024-21626 was: a folder of the host's stays open, and nothing closes it at execve.
+#[cfg(feature = "weaken")]
+fn leak_the_hosts_root() -> rustix::io::Result<()> {
+    let root = rustix::fs::openat(rustix::fs::CWD, "/", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())?;
+    let _number_that_stays_open = std::os::fd::IntoRawFd::into_raw_fd(root);
+    Ok(())
 }
 
 /// Standard input, output and error become the sandbox's own `/dev/null`: those of the keeper are the host's.

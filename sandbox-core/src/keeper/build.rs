@@ -18,12 +18,13 @@ use rustix::{
 
 use super::{
     Keeper, Options, Source, monotonic_ns,
-    parked::Parked,
+    parked::{Class, Parked},
     sandbox::{Body, Init},
     slot::Slot,
     warn,
 };
 use crate::{
+    fence::{Fence, Fences},
     init::CONTROL,
     protocol::init::{Order, Setup},
     rootfs::map_layer,
@@ -74,6 +75,7 @@ pub(super) struct Blueprint<'a> {
     pub(super) disk_bytes: u64,
     pub(super) inodes: u64,
     pub(super) capabilities: u64,
+    pub(super) fences: Fences,
 }
 
 /// Why no sandbox was built.
@@ -102,7 +104,8 @@ impl Keeper {
         }
         let Some(class) = self.lot.wanted(now_ns) else { return Ok(false) };
         let built = self.store.image(&class.image).map_err(BuildError::Host).and_then(|image| {
-            self.build(&Blueprint { image: &image, target: None, disk_bytes: class.disk_bytes, inodes: class.inodes, capabilities: 0 })
+            let Class { disk_bytes, inodes, capabilities, fences, .. } = class;
+            self.build(&Blueprint { image: &image, target: None, disk_bytes, inodes, capabilities, fences })
         });
         match built {
             Ok((serial, body)) => self.lot.insert(serial, Parked { class, body, is_ready: false, is_doomed: false }),
@@ -157,7 +160,8 @@ impl Keeper {
             cgroup_hierarchies: u32::try_from(tasks.len()).map_err(io::Error::other)?,
             has_target: target.is_some(),
             payload_capabilities: blueprint.capabilities,
-            has_landlock: self.has_landlock,
+            fences: blueprint.fences,
+            labels: self.labels.clone(),
             seccomp: self.seccomp.clone(),
         });
         let mut descriptors: Vec<BorrowedFd<'_>> = vec![namespace, image.as_fd(), base.as_fd()];
@@ -165,13 +169,18 @@ impl Keeper {
         descriptors.extend(target.iter().map(AsFd::as_fd));
         // It waits in the socket when init looks for it.
         control.send(&setup, &descriptors)?;
-        let child = self.slots.networks.inside(&slot.network, || self.clone_init(slot, &init_end)).map_err(at("cloning init"))?;
+        let child = {
+            let clone = || self.clone_init(slot, &init_end, blueprint.fences);
+            let is_inside = blueprint.fences.has(Fence::NetworkNamespace);
+            if is_inside { self.slots.networks.inside(&slot.network, clone) } else { clone() }.map_err(at("cloning init"))?
+        };
         Ok(Init { child, control, is_dead: false })
     }
 
     /// The child has nothing of the keeper's but its end of the control socket after execve: everything else is close-on-exec.
-    fn clone_init(&self, slot: &Slot, init_end: &OwnedFd) -> io::Result<Child> {
-        let namespaces = CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC;
+    fn clone_init(&self, slot: &Slot, init_end: &OwnedFd, fences: Fences) -> io::Result<Child> {
+        let mut namespaces = CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS;
+        namespaces.set(CloneFlags::CLONE_NEWIPC, fences.has(Fence::IpcNamespace));
         match sys::clone3(namespaces, true, slot.group.birthplace())? {
             Cloned::Parent(child) => Ok(child),
             Cloned::Child => {

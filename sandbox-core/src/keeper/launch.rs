@@ -22,6 +22,7 @@ use super::{
 };
 use crate::{
     cgroup::Limits,
+    fence::Fences,
     log::Kind,
     network,
     policy::Plan,
@@ -44,6 +45,7 @@ struct Preparation {
     sink: Sink,
     hostname: String,
     capabilities: u64,
+    fences: Fences,
     start: init::Start,
     stdin: Option<OwnedFd>,
     /// The files, if the start says so, and what the payload inherits.
@@ -112,7 +114,8 @@ impl Keeper {
             supervision: launch.supervision,
             sink,
             hostname: plan.hostname.unwrap_or_else(|| base::HOSTNAME.to_owned()),
-            capabilities: 0,
+            capabilities: plan.capabilities,
+            fences: self.hello.fences.without(plan.without),
             start,
             stdin,
             descriptors: files.into_iter().collect(),
@@ -174,6 +177,7 @@ impl Keeper {
             sink: Sink::Memory { stdout: Vec::new(), stderr: Vec::new() },
             hostname: base::HOSTNAME.to_owned(),
             capabilities: privileges::OF_UNPACK,
+            fences: self.hello.fences,
             start,
             stdin: None,
             descriptors,
@@ -219,7 +223,9 @@ impl Keeper {
                 Err(failure) => return self.give_up(&asked, failure),
             },
         };
-        let Preparation { purpose, image_id, supervision, sink, limits, hostname, start: program, stdin, descriptors, asker, .. } = asked;
+        let Preparation {
+            purpose, image_id, supervision, sink, limits, hostname, fences, start: program, stdin, descriptors, asker, ..
+        } = asked;
         let launch_asker = match &purpose {
             Purpose::Payload { id } => {
                 self.by_id.insert(*id, serial);
@@ -236,6 +242,7 @@ impl Keeper {
             supervision,
             received_at_ns,
             start,
+            fences,
             output,
             decision: None,
             killed_at_ns: None,
@@ -316,13 +323,15 @@ impl Preparation {
             disk_bytes: self.supervision.disk_bytes,
             inodes: self.supervision.inodes,
             capabilities: self.capabilities,
+            fences: self.fences,
         }
     }
 
     /// Which parked sandboxes will do; none for our own programs, which are rare.
     fn class(&self) -> Option<Class> {
         let image = self.image_id.clone()?;
-        Some(Class { image, disk_bytes: self.supervision.disk_bytes, inodes: self.supervision.inodes })
+        let Supervision { disk_bytes, inodes, .. } = self.supervision;
+        Some(Class { image, disk_bytes, inodes, capabilities: self.capabilities, fences: self.fences })
     }
 }
 

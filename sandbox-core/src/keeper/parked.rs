@@ -5,7 +5,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use super::sandbox::Body;
-use crate::protocol::ImageId;
+use crate::{fence::Fences, protocol::ImageId};
 
 /// What a sandbox is built from before anything is known of its payload. Requests that agree in this can take the same parked one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -13,6 +13,8 @@ pub(super) struct Class {
     pub(super) image: ImageId,
     pub(super) disk_bytes: u64,
     pub(super) inodes: u64,
+    pub(super) capabilities: u64,
+    pub(super) fences: Fences,
 }
 
 /// One that is being built or stands ready.

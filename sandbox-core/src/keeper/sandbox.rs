@@ -5,6 +5,7 @@ use std::{collections::VecDeque, io, os::fd::OwnedFd};
 use super::{connection::Asker, output::Output, slot::Slot};
 use crate::{
     cgroup::{Counters, Limits},
+    fence::Fences,
     log::Kind,
     protocol::{
         Cause, Ending, ImageId, KillReason, Launched, Limit, SandboxId, Supervision, Unpacked, Usage,
@@ -44,6 +45,7 @@ pub(super) struct Sandbox {
     /// `CLOCK_MONOTONIC` at the receipt of the request, in nanoseconds.
     pub(super) received_at_ns: u64,
     pub(super) start: crate::protocol::Start,
+    pub(super) fences: Fences,
     pub(super) output: Output,
     pub(super) decision: Option<Decision>,
     /// `CLOCK_MONOTONIC` when the payload was killed for it, in nanoseconds.

@@ -90,6 +90,7 @@ impl Keeper {
             started_at_us: unix_us().saturating_sub(since_us),
             launch_us: at_ns.saturating_sub(sandbox.received_at_ns) / 1000,
             start: sandbox.start,
+            fences: sandbox.fences,
         };
         sandbox.launched = Some(launched);
         sandbox.started_at_ns = Some(at_ns);

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::Kind;
+use crate::{error::Kind, fence::Fences, selinux::Labels};
 
 /// What the keeper tells init.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,10 +31,12 @@ pub struct Setup {
     pub shm_bytes: u64,
     pub cgroup_hierarchies: u32,
     pub has_target: bool,
-    /// Capabilities that the payload may have, as a bit mask. None but for unpacking.
+    /// Capabilities that the payload may have, as a bit mask.
     pub payload_capabilities: u64,
-    /// Whether the kernel has Landlock: then the second fence is a must.
-    pub has_landlock: bool,
+    /// What is to stand around the payload. One of them that cannot be set up is a failed start.
+    pub fences: Fences,
+    /// Given if SELinux is among the fences.
+    pub labels: Option<Labels>,
     /// The seccomp program, as (code, jt, jf, k).
     pub seccomp: Vec<(u16, u8, u8, u32)>,
 }

@@ -7,14 +7,18 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{Mutex, OnceLock},
+    time::{Duration, Instant},
 };
 
 use sandbox_core::{
     client::Client,
+    fence::{Fence, Fences},
     log,
     protocol::{Answer, Ending, ImageId, KillReason, Launch, Launched, OutputPolicy, Request, SandboxId, Stdin, Supervision, UnpackLimits},
 };
 use serde_json::{Value, json};
+
+pub(crate) const KEEPER: &str = env!("CARGO_BIN_EXE_sandbox-keeper");
 
 pub(crate) const IMAGE: &str = "b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0";
 
@@ -35,10 +39,15 @@ impl Drop for Node {
 
 impl Node {
     pub(crate) fn start() -> Self {
+        Self::start_as(Command::new(KEEPER))
+    }
+
+    /// Starts it by a command line that ends with the keeper's program.
+    pub(crate) fn start_as(mut keeper: Command) -> Self {
         let folder = tempfile::Builder::new().prefix("mfk").tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
         std::fs::create_dir(at("logs")).unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_sandbox-keeper"))
+        let mut child = keeper
             .args(["--group", "0", "--socket"])
             .arg(at("keeper.sock"))
             .arg("--images")
@@ -69,6 +78,21 @@ impl Node {
 
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The program that attacks, as one of the host's own: what works there and not inside is stopped by what is around it.
+    pub(crate) fn attack_on_host(&self) -> PathBuf {
+        let path = self.folder.path().join("attack");
+        if !path.exists() {
+            std::fs::write(&path, sandbox_attacks::PROGRAM).unwrap();
+            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        }
+        path
+    }
+
+    /// Where a file of an unpacked image lies on the host.
+    pub(crate) fn image_path(&self, image: &str, path: &str) -> PathBuf {
+        self.folder.path().join("images").join(image).join(path)
     }
 
     pub(crate) fn log_path(&self, id: SandboxId) -> PathBuf {
@@ -127,6 +151,9 @@ fn busybox_layer() -> Vec<u8> {
     layer.append_data(&mut owned, "home/of-another", &[][..]).unwrap();
     append(&mut layer, "bin/not-executable", 0o644, b"#!/bin/sh\n");
     append(&mut layer, "bin/set-uid", 0o4755, &busybox);
+    append(&mut layer, "bin/attack", 0o755, sandbox_attacks::PROGRAM);
+    append(&mut layer, "bin/attack-set-uid", 0o4755, sandbox_attacks::PROGRAM);
+    append(&mut layer, "bin/attack-file-caps", 0o755, sandbox_attacks::PROGRAM);
     for applet in
         ["sh", "true", "cat", "ls", "id", "sleep", "mount", "umount", "hostname", "unshare", "chroot", "dd", "yes", "head", "stat", "mknod"]
     {
@@ -206,6 +233,15 @@ impl Run {
         self
     }
 
+    /// Leaves out some of the fences.
+    pub(crate) fn without(mut self, fences: &[Fence]) -> Self {
+        let names: Vec<&str> = fences.iter().map(|fence| fence.name()).collect();
+        if !names.is_empty() {
+            self.spec["annotations"] = json!({ "without": names.join(",") });
+        }
+        self
+    }
+
     pub(crate) fn launch(&self, client: &mut Client) -> Answer {
         let stdin = self.stdin.as_deref().map(memory);
         self.launch_with(client, stdin.as_ref().map(AsFd::as_fd))
@@ -244,6 +280,20 @@ impl Run {
         let (stdout, stderr) = output(&node.log_path(self.id));
         assert_eq!(client.call(&Request::Forget { id: self.id }, &[]).unwrap(), Answer::Done);
         Done { launched, ending, stdout, stderr }
+    }
+}
+
+/// The fences that this node's sandboxes have.
+pub(crate) fn fences(node: &Node) -> Fences {
+    Client::connect(&node.folder.path().join("keeper.sock")).unwrap().1.fences
+}
+
+/// Waits until a log has something in it.
+pub(crate) fn wait_for_line(log: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !log::parse(&std::fs::read(log).unwrap()).is_ok_and(|record| record.is_some()) {
+        assert!(Instant::now() < deadline, "nothing is written to the log");
+        std::thread::yield_now();
     }
 }
 

@@ -3,6 +3,7 @@
 //! Needs root, and busybox from Debian's `busybox-static`.
 #![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
+mod attacks;
 mod endings;
 mod harness;
 mod leaks;

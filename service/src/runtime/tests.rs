@@ -3,7 +3,7 @@
 use std::sync::mpsc;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use sandbox_core::protocol::CgroupMode;
+use sandbox_core::{fence::Fences, protocol::CgroupMode};
 
 use super::*;
 
@@ -27,7 +27,7 @@ fn fake(mut answer: impl FnMut(&Request) -> Option<Answer> + Send + 'static) -> 
 }
 
 fn greeting(request: &Request, started_at_us: u64) -> Option<Answer> {
-    let hello = Hello { version: VERSION, pid: 1, started_at_us, cgroup: CgroupMode::V2, sandboxes_max: 1, fences: vec![] };
+    let hello = Hello { version: VERSION, pid: 1, started_at_us, cgroup: CgroupMode::V2, sandboxes_max: 1, fences: Fences::everywhere() };
     matches!(request, Request::Hello { .. }).then_some(Answer::Hello(hello))
 }
 

@@ -237,7 +237,7 @@ fn signal_name(signal: i32) -> String {
 
 #[cfg(test)]
 mod tests {
-    use sandbox_core::protocol::Launched;
+    use sandbox_core::{fence::Fences, protocol::Launched};
     use serde_json::json;
 
     use super::*;
@@ -246,7 +246,12 @@ mod tests {
     fn ending(cause: Cause) -> Ending {
         Ending {
             cause,
-            launched: Some(Launched { started_at_us: 1_700_000_000_000_000, launch_us: 900, start: Start::Warm }),
+            launched: Some(Launched {
+                started_at_us: 1_700_000_000_000_000,
+                launch_us: 900,
+                start: Start::Warm,
+                fences: Fences::everywhere(),
+            }),
             ended_at_us: 1_700_000_000_812_000,
             usage: sandbox_core::protocol::Usage {
                 wall_us: 812_400,
