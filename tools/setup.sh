@@ -42,6 +42,7 @@ for_vm() {
     need qemu-system-x86_64 qemu-system-x86
     need cpio cpio
     need mke2fs e2fsprogs
+    need apparmor_parser apparmor
     file_is_static "$(command -v busybox || echo /none)" || missing+=(busybox-static)
 }
 for_bench() {

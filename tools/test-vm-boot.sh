@@ -8,6 +8,8 @@ export PATH=/bin
 mount -t devtmpfs dev /dev
 insmod /modules/overlay.ko
 insmod /modules/brd.ko rd_nr=1 rd_size=393216
+insmod /modules/af_alg.ko
+insmod /modules/vsock.ko
 mke2fs -F /dev/ram0 >/dev/null
 mount -t ext4 /dev/ram0 /disk
 cp -a /root/. /disk

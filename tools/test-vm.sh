@@ -18,19 +18,25 @@ mkdir -p "$cache"
 work=$(mktemp -d "$cache/.work.XXXXXX")
 trap 'rm -rf --one-file-system "$work"' EXIT
 
+# A file system and a RAM disk to run on; sockets that attacks try to make.
+modules=(overlay brd af_alg vsock)
 # The kernel's package is unpacked, not installed: how this machine boots is none of our business.
 find_kernel() { kernel_package=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/^ *Depends: //p' | head -n 1); }
 fetch_kernel() {
     [[ -n $kernel_package ]] || return
-    [[ ! -d $cache/$kernel_package ]] || return 0
+    kernel=$cache/$kernel_package-${#modules[@]}
+    [[ ! -d $kernel ]] || return 0
     say "fetching $kernel_package"
     # apt's own user, to which it drops for the download, may not look into our folder.
     (cd "$work" && apt-get download -q -o APT::Sandbox::User=root "$kernel_package" >&2) &&
         dpkg -x "$work/$kernel_package"_*.deb "$work/package" &&
         mkdir "$work/kernel" &&
         mv "$work/package/boot"/vmlinuz-* "$work/kernel/vmlinuz" &&
-        find "$work/package/lib/modules" \( -name overlay.ko -o -name brd.ko \) -exec mv -t "$work/kernel" {} + &&
-        mv -T "$work/kernel" "$cache/$kernel_package"
+        for module in "${modules[@]}"; do
+            find "$work/package/lib/modules" -name "$module.ko" -exec mv -t "$work/kernel" {} +
+            [[ -e $work/kernel/$module.ko ]] || return 1
+        done &&
+        mv -T "$work/kernel" "$kernel"
 }
 find_kernel
 if ! fetch_kernel; then
@@ -39,7 +45,6 @@ if ! fetch_kernel; then
     find_kernel
     fetch_kernel || fail 'fetching the kernel (linux-image-cloud-amd64) failed'
 fi
-kernel=$cache/$kernel_package
 
 say 'building'
 built=$(cargo build --workspace --test keeper --locked --message-format json | sed -nE 's/.*"executable":"([^"]+)".*/\1/p')
@@ -57,7 +62,7 @@ while IFS= read -r program; do
     while IFS= read -r library; do
         [[ -e $root$library ]] || install -D "$library" "$root$library"
     done < <({ ldd "$program" 2>/dev/null || true; } | grep -oE '/[^ ]+')
-done <<<"$built"$'\n'"$(command -v setsid)"
+done <<<"$built"$'\n'"$(command -v setsid)"$'\n'"$(command -v apparmor_parser)"
 printf 'root:x:0:0:root:/root:/bin/sh\n' >"$root/etc/passwd"
 printf 'root:x:0:\n' >"$root/etc/group"
 echo machine >"$root/etc/hostname"

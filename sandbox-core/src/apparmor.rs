@@ -38,7 +38,8 @@ fn parser() -> Option<&'static Path> {
 pub(crate) fn load() -> io::Result<()> {
     let program = parser().ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "apparmor_parser is not installed (package apparmor)"))?;
     let mut parser = Command::new(program)
-        .args(["--replace", "--skip-cache", "--skip-read-cache"])
+        // What this kernel can mediate is mediated, not what the parser takes for granted of all kernels.
+        .args(["--replace", "--skip-cache", "--skip-read-cache", "--policy-features", "/sys/kernel/security/apparmor/features"])
         .env_clear()
         .stdin(Stdio::piped())
         .stdout(Stdio::null())

@@ -21,7 +21,7 @@ impl Networks {
     /// A namespace with nothing but loopback, which is up.
     pub(crate) fn make(&self) -> io::Result<OwnedFd> {
         unshare(CloneFlags::CLONE_NEWNET)?;
-        let made = sys::bring_loopback_up().and_then(|()| current());
+        let made = sys::bring_loopback_up().and_then(|()| open_low_ports()).and_then(|()| current());
         self.come_home()?;
         made
     }
@@ -45,6 +45,12 @@ pub(crate) fn set_host_name(pidfd: &OwnedFd, own: &OwnedFd, name: &str) -> io::R
     let named = nix::unistd::sethostname(name);
     setns(own, CloneFlags::CLONE_NEWUTS)?;
     Ok(named?)
+}
+
+/// Anybody may listen on any port of a network that is his alone (ip-sysctl, `ip_unprivileged_port_start`), as under Docker. The file shows
+/// the namespace of who opens it.
+fn open_low_ports() -> io::Result<()> {
+    std::fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0")
 }
 
 fn current() -> io::Result<OwnedFd> {

@@ -131,6 +131,9 @@ impl Plan {
                 return Err(Refused("process.rlimits: RLIMIT_CORE must be 0".to_owned()));
             }
         }
+        if rlimits.iter().all(|(resource, _)| *resource != libc::RLIMIT_NOFILE) {
+            return Err(missing("process.rlimits: RLIMIT_NOFILE"));
+        }
         Ok(Self {
             args,
             env: process.env().clone().unwrap_or_default(),

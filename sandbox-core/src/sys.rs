@@ -235,6 +235,14 @@ pub(crate) fn set_rlimit(resource: u32, value: u64) -> io::Result<()> {
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Lowers a limit of the calling process to `value`, both the soft and the hard one; one that is lower already stays (getrlimit(2)).
+pub(crate) fn lower_rlimit(resource: u32, value: u64) -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one rlimit, borrowed for the call.
+    let rc = unsafe { libc::getrlimit(resource, &raw mut limit) };
+    if rc == 0 { set_rlimit(resource, value.min(limit.rlim_max)) } else { Err(io::Error::last_os_error()) }
+}
+
 /// The numbers of every capability that this kernel knows, from 0 up (capabilities(7)).
 pub(crate) fn capabilities_known() -> impl Iterator<Item = u32> {
     // SAFETY: PR_CAPBSET_READ takes a number and no pointer; it fails with EINVAL past the last capability.

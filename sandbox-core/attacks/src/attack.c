@@ -199,6 +199,14 @@ ATTACK(is_root)
 	return geteuid() == 0 ? 0 : 1;
 }
 
+/* What a server of a root image does once it has its port. */
+ATTACK(become_another_user)
+{
+	TRY(setresgid(1000, 1000, 1000));
+	TRY(setresuid(1000, 1000, 1000));
+	return getuid() == 1000 ? 0 : 1;
+}
+
 /* By a copy of this program that has file capabilities (capabilities(7)). */
 ATTACK(exec_with_file_capabilities)
 {
@@ -465,8 +473,6 @@ static int deeper(int depth)
 
 ATTACK(hog_stack)
 {
-	struct rlimit limit = {RLIM_INFINITY, RLIM_INFINITY};
-	setrlimit(RLIMIT_STACK, &limit);
 	return deeper(0);
 }
 
@@ -717,7 +723,7 @@ int main(int argc, char **argv)
 	} attacks[] = {
 		NAMED(unshare_user), NAMED(clone_user), NAMED(clone3_user), NAMED(mount_in_new_namespace), NAMED(mount_cgroup), NAMED(mount_over),
 		NAMED(umount_proc), NAMED(join_namespace), NAMED(change_host_name), NAMED(change_root), NAMED(make_device), NAMED(read_file),
-		NAMED(write_file), NAMED(read_link), NAMED(open_through_leak), NAMED(exec_set_user_id), NAMED(is_root),
+		NAMED(write_file), NAMED(read_link), NAMED(open_through_leak), NAMED(exec_set_user_id), NAMED(is_root), NAMED(become_another_user),
 		NAMED(exec_with_file_capabilities), NAMED(is_capable), NAMED(trace_init), NAMED(read_childs_memory), NAMED(raw_socket),
 		NAMED(packet_socket), NAMED(vsock_socket), NAMED(alg_socket), NAMED(connect_tcp), NAMED(connect_abstract),
 		NAMED(listen_on_port_80), NAMED(with_session_key), NAMED(read_session_key), NAMED(shared_memory), NAMED(inotify_instances),

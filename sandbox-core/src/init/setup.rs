@@ -32,6 +32,19 @@ use crate::{
 /// How readily the kernel kills a sandbox when the whole machine runs out of memory: before anything of the host (proc_pid_oom_score_adj(5)).
 const OOM_SCORE_ADJ: &str = "500";
 
+/// Limits of setrlimit(2) that are the same for every payload, whatever the keeper was started with: both soft and hard, as in `lower_rlimit`.
+const RESOURCES: [(u32, u64); 6] = [
+    // Not 0: that is ignored for a core_pattern that starts a helper on the host, and 1 is what switches the helper off (core(5)).
+    (libc::RLIMIT_CORE, 1),
+    (libc::RLIMIT_RTPRIO, 0),
+    (libc::RLIMIT_NICE, 0),
+    // The kernel's own default. What is locked counts as memory like the rest.
+    (libc::RLIMIT_MEMLOCK, 8 << 20),
+    (libc::RLIMIT_MSGQUEUE, 819_200),
+    // Queued signals and POSIX timers, which live in the kernel.
+    (libc::RLIMIT_SIGPENDING, 4096),
+];
+
 /// Init's nice value. What it starts has the ordinary one.
 const NICE: i32 = -11;
 
@@ -119,8 +132,9 @@ pub(super) fn enter(setup: &Setup, descriptors: &mut VecDeque<OwnedFd>) -> Resul
     nix::sys::prctl::set_dumpable(!fences.has(Fence::InitShield)).step("forbidding traces")?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     default_signals().step("resetting signals")?;
-    // Not 0: that is ignored for a core_pattern that starts a helper on the host, and 1 is what switches the helper off (core(5)).
-    sys::set_rlimit(libc::RLIMIT_CORE, 1).step("switching off core dumps")?;
+    for (resource, value) in RESOURCES {
+        sys::lower_rlimit(resource, value).step_on("setting a resource limit", resource)?;
+    }
     if fences.has(Fence::Landlock) {
         landlock::restrict().step("setting up Landlock")?;
     }

@@ -156,7 +156,7 @@ impl Keeper {
             env: Vec::new(),
             cwd: "/".to_owned(),
             user: User::Ids { uid: 0, gid: 0, groups: Vec::new() },
-            rlimits: vec![(libc::RLIMIT_FSIZE, limits.bytes)],
+            rlimits: vec![(libc::RLIMIT_FSIZE, limits.bytes), (libc::RLIMIT_NOFILE, 256)],
             has_stdin: false,
             has_files: false,
         };

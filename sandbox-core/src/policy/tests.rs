@@ -65,8 +65,8 @@ fn whatever_reaches_out_of_the_sandbox_is_refused_by_name() {
     assert_eq!(refusal_with("/mounts", bind), "mounts may not be set");
     assert_eq!(refusal_with("/hooks", json!({ "prestart": [{ "path": "/bin/sh" }] })), "hooks.prestart may not be set");
     assert_eq!(
-        refusal_with("/process/capabilities", json!({ "effective": ["CAP_SYS_ADMIN"] })),
-        "process.capabilities.effective may not be set"
+        refusal_with("/process/capabilities", json!({ "inheritable": ["CAP_CHOWN"] })),
+        "process.capabilities.inheritable may not be set"
     );
     assert_eq!(refusal_with("/linux/namespaces", json!([{ "type": "pid", "path": "/proc/1/ns/pid" }])), "linux.namespaces may not be set");
     assert_eq!(refusal_with("/linux/devices", json!([{ "path": "/dev/sda", "type": "b" }])), "linux.devices may not be set");
@@ -86,6 +86,27 @@ fn a_spec_without_a_limit_is_refused_by_its_name() {
     }
     assert_eq!(refusal_with("/linux/resources/pids", Value::Null), "pids.limit is missing");
     assert_eq!(refusal_with("/linux/resources/pids/limit", json!(-1)), "pids.limit is missing");
+}
+
+#[test]
+fn capabilities_go_as_far_as_a_root_image_needs_and_no_further() {
+    let sets = |names: &[&str]| json!({ "bounding": names, "effective": names, "permitted": names });
+    let mut spec = spec();
+    spec["process"]["capabilities"] = sets(&["CAP_CHOWN", "CAP_SETUID"]);
+    assert_eq!(check(&spec).unwrap().capabilities, privileges::CHOWN | privileges::SETUID);
+    for refused in
+        ["CAP_SYS_ADMIN", "CAP_MKNOD", "CAP_NET_RAW", "CAP_SYS_CHROOT", "CAP_AUDIT_WRITE", "CAP_SETPCAP", "CAP_SETFCAP", "CAP_SYS_PTRACE"]
+    {
+        let said = refusal_with("/process/capabilities", sets(&["CAP_CHOWN", refused]));
+        assert!(said.contains(refused.trim_start_matches("CAP_")) && said.contains("not for a request"), "{said}");
+    }
+    let uneven = json!({ "bounding": ["CAP_CHOWN", "CAP_KILL"], "effective": ["CAP_CHOWN"], "permitted": ["CAP_CHOWN"] });
+    assert!(refusal_with("/process/capabilities", uneven).contains("must be the same"));
+}
+
+#[test]
+fn a_spec_without_a_limit_of_open_files_is_refused() {
+    assert_eq!(refusal_with("/process/rlimits", json!([])), "process.rlimits: RLIMIT_NOFILE is missing");
 }
 
 #[test]

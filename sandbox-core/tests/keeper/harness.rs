@@ -62,7 +62,7 @@ impl Node {
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         assert_eq!(line, "ready\n", "the keeper did not start");
         let node = Self { child, folder };
-        let answer = node.unpack(IMAGE, busybox_layer());
+        let answer = node.unpack(IMAGE, vec![busybox_layer()]);
         assert!(matches!(answer, Answer::Unpacked(_)), "{answer:?}");
         node
     }
@@ -99,11 +99,13 @@ impl Node {
         log::path(&self.folder.path().join("logs"), id)
     }
 
-    pub(crate) fn unpack(&self, image: &str, layer: Vec<u8>) -> Answer {
-        let file = memory(&layer);
+    /// Unpacks layers, bottom first.
+    pub(crate) fn unpack(&self, image: &str, layers: Vec<Vec<u8>>) -> Answer {
+        let files: Vec<File> = layers.iter().map(|layer| memory(layer)).collect();
         let limits = UnpackLimits { bytes: 64 << 20, entries: 10_000, wall_ms: 20_000 };
-        let request = Request::Unpack { image: image.parse().unwrap(), layers: 1, limits };
-        self.client().call(&request, &[file.as_fd()]).unwrap()
+        let request = Request::Unpack { image: image.parse().unwrap(), layers: u32::try_from(files.len()).unwrap(), limits };
+        let descriptors: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+        self.client().call(&request, &descriptors).unwrap()
     }
 }
 
@@ -135,7 +137,8 @@ fn memory(content: &[u8]) -> File {
     file
 }
 
-fn busybox_layer() -> Vec<u8> {
+/// What every image of these tests is made of.
+pub(crate) fn busybox_layer() -> Vec<u8> {
     let mut layer = tar::Builder::new(Vec::new());
     for (folder, mode) in [("bin", 0o755), ("etc", 0o755), ("home", 0o755), ("tmp", 0o1777)] {
         let mut header = header(tar::EntryType::Directory, mode);
@@ -163,7 +166,7 @@ fn busybox_layer() -> Vec<u8> {
     layer.into_inner().unwrap()
 }
 
-fn header(kind: tar::EntryType, mode: u32) -> tar::Header {
+pub(crate) fn header(kind: tar::EntryType, mode: u32) -> tar::Header {
     let mut header = tar::Header::new_gnu();
     header.set_entry_type(kind);
     header.set_mode(mode);
@@ -207,7 +210,8 @@ pub(crate) fn command(args: &[&str]) -> Run {
     let spec = json!({
         "ociVersion": "1.2.0",
         "root": { "path": IMAGE },
-        "process": { "user": { "uid": 0, "gid": 0 }, "args": args, "env": [], "cwd": "/", "noNewPrivileges": true },
+        "process": { "user": { "uid": 0, "gid": 0 }, "args": args, "env": [], "cwd": "/", "noNewPrivileges": true,
+            "rlimits": [{ "type": "RLIMIT_NOFILE", "soft": 256, "hard": 256 }] },
         "linux": { "resources": {
             "memory": { "limit": 64 << 20, "swap": 64 << 20 },
             "cpu": { "quota": 100_000, "period": 100_000 },

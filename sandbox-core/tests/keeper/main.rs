@@ -6,6 +6,9 @@
 mod attacks;
 mod endings;
 mod harness;
+mod hogs;
+mod images;
 mod leaks;
 mod limits;
+mod privileges;
 mod walls;

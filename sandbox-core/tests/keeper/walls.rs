@@ -196,7 +196,7 @@ fn a_hostile_layer_is_refused_with_the_reason_and_leaves_nothing() {
     header.set_gid(0);
     header.set_cksum();
     layer.append(&header, &b"x"[..]).unwrap();
-    let answer = node().unpack(&"e".repeat(64), layer.into_inner().unwrap());
+    let answer = node().unpack(&"e".repeat(64), vec![layer.into_inner().unwrap()]);
     let Answer::Failed(failure) = answer else { panic!("{answer:?}") };
     assert!(failure.message.contains("../escape"), "{}", failure.message);
 }
