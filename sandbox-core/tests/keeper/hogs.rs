@@ -106,7 +106,7 @@ fn folders_and_links_are_bounded_by_inodes_beside_a_neighbour() {
         assert_eq!(done.ending.cause, Cause::Exited { code: 1 }, "{name}: {}", done.stderr);
         assert_eq!(done.ending.limits_hit, [Limit::Inodes], "{name}: {}", done.stdout);
         let made: u64 = done.stdout.trim().parse().unwrap();
-        assert!((900..1024).contains(&made), "{name}: {made}");
+        assert!((900..=1024).contains(&made), "{name}: {made}");
     }
 }
 
