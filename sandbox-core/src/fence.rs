@@ -155,6 +155,16 @@ impl Fences {
         Fence::ALL.into_iter().filter(move |fence| self.has(*fence))
     }
 
+    /// As a number, to be stored: bit n for the fence at place n of [`Fence::ALL`]. Later versions add places and change none.
+    pub const fn bits(self) -> u32 {
+        self.0
+    }
+
+    /// From [`Fences::bits`]. Places that this version does not know are left out.
+    pub fn from_bits(bits: u32) -> Self {
+        Fence::ALL.into_iter().filter(|fence| bits & fence.bit() != 0).collect()
+    }
+
     /// Whether there is none in it.
     pub const fn is_empty(self) -> bool {
         self.0 == 0

@@ -12,6 +12,10 @@ pub use account::Account;
 pub(crate) use account::finish;
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
+use sandbox_core::{
+    fence::{Fence, Fences},
+    selinux::Labels,
+};
 use serde::Deserialize;
 
 use crate::token::{Rules, Secret};
@@ -59,6 +63,15 @@ pub struct Options {
     /// Socket of a keeper that somebody else starts and stops [default: keeper.sock in the data folder, started as needed]
     #[arg(long, env = "MAYFLY_KEEPER_SOCKET", value_name = "PATH")]
     pub keeper_socket: Option<PathBuf>,
+    /// Fences that this node must have, else it does not start: `landlock`, `apparmor`, `selinux` (comma between)
+    #[arg(long, env = "MAYFLY_REQUIRE_FENCE", value_name = "FENCE", value_delimiter = ',')]
+    pub require_fence: Option<Vec<Fence>>,
+    /// SELinux label of what runs in sandboxes, for a keeper of our own
+    #[arg(long, env = "MAYFLY_SELINUX_LABEL", value_name = "LABEL")]
+    pub selinux_label: Option<String>,
+    /// SELinux label of the files in sandboxes, for a keeper of our own
+    #[arg(long, env = "MAYFLY_SELINUX_MOUNT_LABEL", value_name = "LABEL", requires = "selinux_label")]
+    pub selinux_mount_label: Option<String>,
     /// File with the secret that tokens are signed with, at least 32 bytes [default: jwt-secret in the data folder, made as needed]
     #[arg(long, env = "MAYFLY_JWT_SECRET_FILE", value_name = "PATH")]
     pub jwt_secret_file: Option<PathBuf>,
@@ -105,6 +118,8 @@ pub struct Settings {
     pub keeper_bin: Option<PathBuf>,
     /// `None`: a keeper of our own.
     pub keeper_socket: Option<PathBuf>,
+    pub required_fences: Fences,
+    pub selinux_labels: Option<Labels>,
     /// `None`: the data folder's.
     pub jwt_secret_file: Option<PathBuf>,
     pub token_rules: Rules,
@@ -127,6 +142,9 @@ impl Options {
             (CONNECTIONS_MIN..=CONNECTIONS_MAX).contains(&database_connections),
             "database-connections: {database_connections} is out of range: {CONNECTIONS_MIN} to {CONNECTIONS_MAX}"
         );
+        let mount = given(self.selinux_mount_label).or(given(file.selinux_mount_label));
+        let process = given(self.selinux_label).or(given(file.selinux_label));
+        ensure!(process.is_some() || mount.is_none(), "selinux-mount-label: it needs selinux-label");
         let data_dir = self.data_dir.or(file.data_dir).unwrap_or_else(|| "/var/lib/mayfly".into());
         Ok(Settings {
             listen: self.listen.or(file.listen).unwrap_or(loopback(8080)),
@@ -138,6 +156,8 @@ impl Options {
             user: self.user.or(file.user).unwrap_or_else(|| "mayfly".into()),
             keeper_bin: self.keeper_bin.or(file.keeper_bin),
             keeper_socket: self.keeper_socket.or(file.keeper_socket),
+            required_fences: self.require_fence.or(file.require_fence).unwrap_or_default().into_iter().collect(),
+            selinux_labels: process.map(|process| Labels { process, mount }),
             jwt_secret_file: self.jwt_secret_file.or(file.jwt_secret_file),
             token_rules: Rules {
                 audience: self.jwt_audience.or(file.jwt_audience).unwrap_or_else(|| "mayfly".into()),

@@ -209,6 +209,7 @@ impl Engine {
             created_at,
             claimed_at: Some(image_found_at),
             started_at: None,
+            fences: None,
             finished_at: None,
             expires_at: asked.ttl_ms.map(|ms| created_at + Duration::from_millis(ms)),
             outcome: None,

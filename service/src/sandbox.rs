@@ -12,12 +12,12 @@ use std::{collections::BTreeMap, fmt};
 pub use limits::{Bound, Limits, RequestedLimits, bound_of, bounds};
 pub use log_tail::{LogTail, TailCollector};
 pub use outcome::{Finish, Outcome, Phases, Reason, Truncated, Usage};
-pub use program::{Program, spec};
+pub use program::{Capabilities, Program, User, spec};
 pub use request::{
     Content, File, ImageReference, Invalid, LIST_LIMIT, LabelFault, NewSandbox, RunRequest, SandboxRequest, TTL_MS, WAIT_MS, check_label,
 };
-use sandbox_core::protocol::OutputPolicy;
 pub use sandbox_core::protocol::{ImageId, SandboxId};
+use sandbox_core::{fence::Fences, protocol::OutputPolicy};
 use serde::{Deserialize, Serialize};
 pub use state::{Event, State};
 use time::OffsetDateTime;
@@ -90,4 +90,6 @@ pub struct Sandbox {
     pub finished_at: Option<OffsetDateTime>,
     pub expires_at: Option<OffsetDateTime>,
     pub outcome: Option<Outcome>,
+    /// What stood around its payload; `None`: it has not started, or never did.
+    pub fences: Option<Fences>,
 }

@@ -72,7 +72,7 @@ pub enum User {
         gid: u32,
         groups: Vec<u32>,
     },
-    /// `name` or `name:group`, looked up in the image's own `/etc/passwd` and `/etc/group`.
+    /// `name`, `uid`, or either with `:group` or `:gid`, looked up in the image's own `/etc/passwd` and `/etc/group`.
     Named(String),
 }
 

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use sandbox_core::protocol::OutputPolicy;
+use sandbox_core::{fence::Fence, protocol::OutputPolicy};
 use serde::Serialize;
 use time::OffsetDateTime;
 
 use crate::{
     engine::Output,
-    sandbox::{Kind, Limits, Outcome, Sandbox, SandboxId, State},
+    sandbox::{Capabilities, Kind, Limits, Outcome, Sandbox, SandboxId, State},
 };
 
 #[derive(Debug, Serialize)]
@@ -28,6 +28,7 @@ pub(super) struct RunView {
     #[serde(flatten)]
     output: Option<OutputView>,
     outcome: Option<Outcome>,
+    fences: Option<Vec<Fence>>,
     limits: Limits,
     #[serde(with = "time::serde::rfc3339")]
     created_at: OffsetDateTime,
@@ -47,11 +48,14 @@ pub(super) struct SandboxView {
     image: ImageView,
     command: Vec<String>,
     workdir: String,
+    user: String,
+    capabilities: Capabilities,
     labels: BTreeMap<String, String>,
     limits: Limits,
     output_policy: OutputPolicy,
     network: &'static str,
     outcome: Option<Outcome>,
+    fences: Option<Vec<Fence>>,
     #[serde(with = "time::serde::rfc3339")]
     created_at: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339::option")]
@@ -82,6 +86,7 @@ impl RunView {
             labels: sandbox.labels,
             output: output.map(OutputView::from),
             outcome: sandbox.outcome,
+            fences: sandbox.fences.map(|fences| fences.iter().collect()),
             limits: sandbox.limits,
             created_at: sandbox.created_at,
             started_at: sandbox.started_at,
@@ -100,11 +105,14 @@ impl From<Sandbox> for SandboxView {
             image: ImageView { reference: sandbox.image.reference, digest: sandbox.image.digest },
             command: sandbox.program.args,
             workdir: sandbox.program.cwd,
+            user: sandbox.program.user.text(),
+            capabilities: sandbox.program.capabilities,
             labels: sandbox.labels,
             limits: sandbox.limits,
             output_policy: sandbox.output_policy,
             network: "none",
             outcome: sandbox.outcome,
+            fences: sandbox.fences.map(|fences| fences.iter().collect()),
             created_at: sandbox.created_at,
             started_at: sandbox.started_at,
             finished_at: sandbox.finished_at,

@@ -230,7 +230,7 @@ impl Engine {
         let (store, id, started_at) = (self.store.clone(), live.sandbox.id, at_us(launched.started_at_us));
         // Not waited for: the end, should it come first, is guarded by the row's state.
         tokio::spawn(async move {
-            if let Err(error) = store.mark_running(id, started_at).await {
+            if let Err(error) = store.mark_running(id, started_at, launched.fences).await {
                 tracing::warn!(sandbox.id = %id, %error, "noting that it runs failed");
             }
         });

@@ -76,7 +76,8 @@ impl Live {
                 Sandbox { state: progress.state(), ..self.sandbox.clone() }
             }
             Progress::Running(launched) => {
-                Sandbox { state: State::Running, started_at: Some(at_us(launched.started_at_us)), ..self.sandbox.clone() }
+                let (started_at, fences) = (Some(at_us(launched.started_at_us)), Some(launched.fences));
+                Sandbox { state: State::Running, started_at, fences, ..self.sandbox.clone() }
             }
         }
     }

@@ -167,6 +167,7 @@ fn finished(sandbox: &Sandbox, finish: Finish, log_tail: LogTail) -> Finished {
     let sandbox = Sandbox {
         state: finish.state,
         started_at: finish.started_at.or(sandbox.started_at),
+        fences: finish.fences.or(sandbox.fences),
         finished_at: Some(finish.finished_at),
         outcome: Some(finish.outcome),
         ..sandbox.clone()

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use sandbox_core::protocol::{Cause, Ending, KillReason, Limit, Start};
+use sandbox_core::{
+    fence::Fences,
+    protocol::{Cause, Ending, KillReason, Limit, Start},
+};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
@@ -82,6 +85,7 @@ pub struct Finish {
     pub outcome: Outcome,
     pub state: State,
     pub started_at: Option<OffsetDateTime>,
+    pub fences: Option<Fences>,
     pub finished_at: OffsetDateTime,
     /// Exact usage, for the ledger.
     pub used: sandbox_core::protocol::Usage,
@@ -155,7 +159,8 @@ impl Finish {
             State::Exited
         };
         let started_at = ending.launched.map(|launched| at_us(launched.started_at_us));
-        Self { outcome, state, started_at, finished_at: at_us(ending.ended_at_us), used }
+        let fences = ending.launched.map(|launched| launched.fences);
+        Self { outcome, state, started_at, fences, finished_at: at_us(ending.ended_at_us), used }
     }
 
     /// The end of a sandbox of which only the cause is known.
@@ -237,7 +242,7 @@ fn signal_name(signal: i32) -> String {
 
 #[cfg(test)]
 mod tests {
-    use sandbox_core::{fence::Fences, protocol::Launched};
+    use sandbox_core::protocol::Launched;
     use serde_json::json;
 
     use super::*;

@@ -10,6 +10,9 @@ use super::{ImageId, Invalid, Limits, NewSandbox, SandboxId};
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// The last id of a sandbox is its init's.
+const INIT_ID: u32 = 65_535;
+
 /// The period that `cpu.quota` counts in, in microseconds; a thousandth of a core is a hundred of them.
 const CPU_PERIOD_US: u64 = 100_000;
 
@@ -21,6 +24,19 @@ pub struct Program {
     pub env: Vec<String>,
     pub cwd: String,
     pub user: User,
+    #[serde(default)]
+    pub capabilities: Capabilities,
+}
+
+/// What user 0 of a sandbox may do there.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Capabilities {
+    /// Nothing that any other user may not.
+    #[default]
+    None,
+    /// What images expect that are built to run as root: change owners, become other users, signal them. Over the sandbox's own ids alone.
+    RootImage,
 }
 
 /// Who runs the program inside the sandbox.
@@ -31,7 +47,7 @@ pub enum User {
         uid: u32,
         gid: u32,
     },
-    /// `name` or `name:group`, looked up in the image's own files at the start.
+    /// `name`, `uid`, or either with `:group` or `:gid`, looked up in the image's own files at the start.
     Named(String),
 }
 
@@ -53,32 +69,46 @@ impl Program {
         env.extend(from_image.into_iter().flatten().filter_map(|entry| entry.split_once('=')));
         env.extend(asked.env.iter().map(|(key, value)| (key.as_str(), value.as_str())));
         let workdir = config.and_then(|c| c.working_dir().as_deref()).filter(|path| !path.is_empty());
-        let user = config.and_then(|c| c.user().as_deref()).unwrap_or_default();
+        let user = match &asked.user {
+            Some(user) => user.clone(),
+            None => User::parse("image", config.and_then(|c| c.user().as_deref()).unwrap_or_default())?,
+        };
         Ok(Self {
             args,
             env: env.into_iter().map(|(key, value)| format!("{key}={value}")).collect(),
             cwd: asked.workdir.as_deref().or(workdir).unwrap_or("/").to_owned(),
-            user: User::parse(user)?,
+            user,
+            capabilities: asked.capabilities,
         })
     }
 }
 
 impl User {
-    /// The forms of the image specification: nothing, `uid`, `uid:gid`, `name`, `name:group`, and mixtures.
-    fn parse(text: &str) -> Result<Self, Invalid> {
-        let (user, group) = text.split_once(':').unwrap_or((text, ""));
-        let id = |text: &str| match text {
-            "" => Some(0),
-            digits => digits.parse::<u16>().ok().map(u32::from),
-        };
-        if let (Some(uid), Some(gid)) = (id(user), id(group)) {
-            return Ok(Self::Ids { uid, gid });
+    /// The forms of the image specification: nothing, `uid`, `uid:gid`, `name`, `name:group`, and mixtures. `field` is named if it is none.
+    pub fn parse(field: &str, text: &str) -> Result<Self, Invalid> {
+        let (user, group) = text.split_once(':').map_or((text, None), |(user, group)| (user, Some(group)));
+        let is_digits = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+        let id = |part: &str| part.parse().ok().filter(|id| *id < INIT_ID);
+        let is_name =
+            |part: &str| (1..=64).contains(&part.len()) && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-$".contains(&b));
+        let is_sound = |part: &str| if is_digits(part) { id(part).is_some() } else { is_name(part) };
+        match (user, group) {
+            ("", None) => Ok(Self::Ids { uid: 0, gid: 0 }),
+            (user, Some(group)) if is_digits(user) && is_digits(group) => match (id(user), id(group)) {
+                (Some(uid), Some(gid)) => Ok(Self::Ids { uid, gid }),
+                _ => Err(Invalid::new(field, "user and group ids go from 0 to 65534")),
+            },
+            (user, group) if is_sound(user) && group.is_none_or(is_sound) => Ok(Self::Named(text.to_owned())),
+            _ => Err(Invalid::new(field, "a user is a name or a number up to 65534, and so is a group behind a colon")),
         }
-        let is_name = |part: &str| part.len() <= 64 && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-$".contains(&b));
-        let is_sound = !user.is_empty() && is_name(user) && is_name(group);
-        is_sound
-            .then(|| Self::Named(text.to_owned()))
-            .ok_or_else(|| Invalid::new("image", "the image's user is neither a name nor a number up to 65535"))
+    }
+
+    /// As a request would say it.
+    pub fn text(&self) -> String {
+        match self {
+            Self::Ids { uid, gid } => format!("{uid}:{gid}"),
+            Self::Named(text) => text.clone(),
+        }
     }
 }
 
@@ -90,6 +120,10 @@ pub fn spec(id: SandboxId, image: &ImageId, program: &Program, limits: &Limits) 
         User::Named(name) => json!({ "uid": 0, "gid": 0, "username": name }),
     };
     let rlimit = |kind: &str, value: u64| json!({ "type": kind, "soft": value, "hard": value });
+    let capabilities = match program.capabilities {
+        Capabilities::None => Value::Null,
+        Capabilities::RootImage => json!({ "bounding": OF_ROOT_IMAGE, "effective": OF_ROOT_IMAGE, "permitted": OF_ROOT_IMAGE }),
+    };
     let spec: Value = json!({
         "ociVersion": "1.2.0",
         "process": {
@@ -98,6 +132,7 @@ pub fn spec(id: SandboxId, image: &ImageId, program: &Program, limits: &Limits) 
             "args": program.args,
             "env": program.env,
             "cwd": program.cwd,
+            "capabilities": capabilities,
             "rlimits": [
                 rlimit("RLIMIT_NOFILE", limits.open_files()),
                 rlimit("RLIMIT_FSIZE", limits.file_size_bytes()),
@@ -115,6 +150,10 @@ pub fn spec(id: SandboxId, image: &ImageId, program: &Program, limits: &Limits) 
     });
     spec.to_string().into_bytes()
 }
+
+/// Docker's default set without those that reach beyond files and processes of the sandbox's own.
+const OF_ROOT_IMAGE: [&str; 8] =
+    ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_NET_BIND_SERVICE", "CAP_SETGID", "CAP_SETUID"];
 
 /// The random end of the id, so that neighbours in time do not look alike.
 fn hostname(id: SandboxId) -> String {
@@ -141,6 +180,8 @@ mod tests {
             name: None,
             command: None,
             workdir: None,
+            user: None,
+            capabilities: Capabilities::None,
             files: vec![],
             stdin: None,
             env: BTreeMap::new(),
@@ -180,12 +221,36 @@ mod tests {
 
     #[test]
     fn users_are_numbers_or_names() {
-        assert_eq!(User::parse(""), Ok(User::Ids { uid: 0, gid: 0 }));
-        assert_eq!(User::parse("1000"), Ok(User::Ids { uid: 1000, gid: 0 }));
-        assert_eq!(User::parse("1000:100"), Ok(User::Ids { uid: 1000, gid: 100 }));
-        assert_eq!(User::parse("web:staff"), Ok(User::Named("web:staff".into())));
-        assert!(User::parse("a/b").is_err());
-        assert!(User::parse(":group").is_err());
+        let parse = |text: &str| User::parse("user", text);
+        assert_eq!(parse(""), Ok(User::Ids { uid: 0, gid: 0 }));
+        assert_eq!(parse("1000:100"), Ok(User::Ids { uid: 1000, gid: 100 }));
+        for named in ["1000", "web", "web:staff", "1000:staff", "web:100"] {
+            assert_eq!(parse(named), Ok(User::Named(named.into())));
+        }
+        for wrong in ["a/b", ":group", ":", "web:", "65535", "0:65535", "1:2:3", "a b", "-1:/"] {
+            assert_eq!(parse(wrong).unwrap_err().field, "user", "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_requests_user_goes_before_the_images() {
+        let image = image(json!({ "Cmd": ["a"], "User": "web" }));
+        assert_eq!(Program::resolve(&image, &asked()).unwrap().user, User::Named("web".into()));
+        let asked = NewSandbox { user: Some(User::Ids { uid: 7, gid: 8 }), ..asked() };
+        assert_eq!(Program::resolve(&image, &asked).unwrap().user, User::Ids { uid: 7, gid: 8 });
+    }
+
+    #[test]
+    fn a_root_image_gets_what_the_keeper_grants_and_others_nothing() {
+        let image_id: ImageId = "a".repeat(64).parse().unwrap();
+        let spec_of = |capabilities| {
+            let asked = NewSandbox { capabilities, ..asked() };
+            let program = Program::resolve(&image(json!({ "Cmd": ["a"] })), &asked).unwrap();
+            let bytes = spec(SandboxId(uuid::Uuid::nil()), &image_id, &program, &asked.limits);
+            serde_json::from_slice::<Value>(&bytes).unwrap()["process"]["capabilities"].clone()
+        };
+        assert_eq!(spec_of(Capabilities::None), Value::Null);
+        assert_eq!(spec_of(Capabilities::RootImage)["bounding"].as_array().unwrap().len(), 8);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use sandbox_core::{files::PATH_BYTES_MAX, protocol::OutputPolicy};
 use serde::{Deserialize, Serialize};
 
-use super::{Bound, Kind, Limits, RequestedLimits};
+use super::{Bound, Capabilities, Kind, Limits, RequestedLimits, User};
 
 /// How long `POST /v1/runs` waits for the end before it answers 202.
 pub const WAIT_MS: Bound = Bound { field: "wait_ms", unit: "milliseconds", min: 0, default: Some(30_000), max: 300_000 };
@@ -52,6 +52,9 @@ pub struct RunRequest {
     image: String,
     command: Option<Vec<String>>,
     workdir: Option<String>,
+    user: Option<String>,
+    #[serde(default)]
+    capabilities: Capabilities,
     #[serde(default)]
     files: Vec<FileRequest>,
     stdin: Option<String>,
@@ -78,6 +81,9 @@ pub struct SandboxRequest {
     name: Option<String>,
     command: Option<Vec<String>>,
     workdir: Option<String>,
+    user: Option<String>,
+    #[serde(default)]
+    capabilities: Capabilities,
     #[serde(default)]
     files: Vec<FileRequest>,
     stdin: Option<String>,
@@ -175,6 +181,9 @@ pub struct NewSandbox {
     pub name: Option<String>,
     pub command: Option<Vec<String>>,
     pub workdir: Option<String>,
+    /// Whom to run as instead of the image's user.
+    pub user: Option<User>,
+    pub capabilities: Capabilities,
     pub files: Vec<File>,
     pub stdin: Option<Content>,
     pub env: BTreeMap<String, String>,
@@ -198,6 +207,8 @@ impl RunRequest {
             name: None,
             command: command(self.command)?,
             workdir: workdir(self.workdir)?,
+            user: self.user.map(|user| User::parse("user", &user)).transpose()?,
+            capabilities: self.capabilities,
             files: files(self.files)?,
             stdin: stdin(self.stdin, self.stdin_encoding)?,
             env: env(self.env)?,
@@ -220,6 +231,8 @@ impl SandboxRequest {
             name: self.name.map(name).transpose()?,
             command: command(self.command)?,
             workdir: workdir(self.workdir)?,
+            user: self.user.map(|user| User::parse("user", &user)).transpose()?,
+            capabilities: self.capabilities,
             files: files(self.files)?,
             stdin: stdin(self.stdin, self.stdin_encoding)?,
             env: env(self.env)?,

@@ -141,6 +141,13 @@ fn start_keeper(settings: &Settings, socket: &Path, account: &Account) -> anyhow
     let mut command = Command::new("setsid");
     command.arg(&program).arg("--socket").arg(socket).arg("--images").arg(settings.data_dir.join("images"));
     command.arg("--logs").arg(settings.data_dir.join("logs")).arg("--group").arg(account.gid.to_string());
+    for fence in settings.required_fences.iter() {
+        command.arg("--require-fence").arg(fence.name());
+    }
+    if let Some(labels) = &settings.selinux_labels {
+        command.arg("--selinux-label").arg(&labels.process);
+        command.args(labels.mount.iter().flat_map(|label| ["--selinux-mount-label", label]));
+    }
     let mut keeper = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("starting the keeper with setsid")?;
     let listening = wait_until_ready(&mut keeper);
     if listening.is_err() {

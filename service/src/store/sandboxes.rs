@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use sandbox_core::protocol::OutputPolicy;
+use sandbox_core::{fence::Fences, protocol::OutputPolicy};
 use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -77,6 +77,7 @@ pub(super) struct Row {
     pub(super) finished_at: Option<OffsetDateTime>,
     pub(super) expires_at: Option<OffsetDateTime>,
     pub(super) outcome: Option<Json<Outcome>>,
+    pub(super) fences: Option<i32>,
 }
 
 /// Reads whole rows; the condition and what follows it are the caller's.
@@ -90,7 +91,7 @@ macro_rules! select_sandboxes {
                 output_policy,
                 labels as "labels: crate::store::sandboxes::Labels",
                 created_at, claimed_at, started_at, finished_at, expires_at,
-                outcome as "outcome: sqlx::types::Json<crate::sandbox::Outcome>"
+                outcome as "outcome: sqlx::types::Json<crate::sandbox::Outcome>", fences
             from sandboxes
             where "# + $condition
             $(, $argument)*
@@ -132,6 +133,7 @@ impl Row {
             finished_at: self.finished_at,
             expires_at: self.expires_at,
             outcome: self.outcome.map(|outcome| outcome.0),
+            fences: self.fences.map(|bits| Fences::from_bits(bits.cast_unsigned())),
         })
     }
 }
@@ -225,10 +227,15 @@ impl Store {
     }
 
     /// Notes that the payload runs. Nothing happens if the sandbox is not starting any more.
-    pub async fn mark_running(&self, id: SandboxId, started_at: OffsetDateTime) -> Result<(), StoreError> {
-        sqlx::query!("update sandboxes set state = 'running', started_at = $2 where id = $1 and state = 'starting'", id.0, started_at)
-            .execute(&self.pool)
-            .await?;
+    pub async fn mark_running(&self, id: SandboxId, started_at: OffsetDateTime, fences: Fences) -> Result<(), StoreError> {
+        sqlx::query!(
+            "update sandboxes set state = 'running', started_at = $2, fences = $3 where id = $1 and state = 'starting'",
+            id.0,
+            started_at,
+            fences.bits().cast_signed(),
+        )
+        .execute(&self.pool)
+        .await?;
         Ok(())
     }
 
@@ -246,7 +253,7 @@ impl Store {
             r#"with ended as (
                 update sandboxes
                 set state = $3, outcome = $4, reason = $5, started_at = coalesce($6, started_at), finished_at = $7, log_tail = $8,
-                    stdout_omitted_bytes = $9, stderr_omitted_bytes = $10, has_log_file = $11, log_expires_at = $12
+                    stdout_omitted_bytes = $9, stderr_omitted_bytes = $10, has_log_file = $11, log_expires_at = $12, fences = coalesce($17, fences)
                 where id = $1 and state = any($2)
                 returning id, tenant, principal, kind, memory_bytes, labels
             ), counted as (
@@ -279,6 +286,7 @@ impl Store {
             bigint(finish.used.cpu_us),
             bigint(finish.used.memory_peak_bytes),
             bigint(finish.used.stdout_bytes.saturating_add(finish.used.stderr_bytes)),
+            finish.fences.map(|fences| fences.bits().cast_signed()) as _,
         )
         .fetch_one(&self.pool)
         .await?;

@@ -49,22 +49,35 @@ impl Identity {
             }
             User::Named(text) => {
                 let (name, group_name) = text.split_once(':').map_or((text.as_str(), None), |(name, group)| (name, Some(group)));
-                let entry =
-                    passwd.iter().filter_map(|line| Entry::parse(line)).find(|entry| entry.name == name || entry.uid.to_string() == name);
-                let entry = entry.ok_or_else(|| never("finding the user", name, "no such user in the image's /etc/passwd"))?;
+                let mut entries = passwd.iter().filter_map(|line| Entry::parse(line));
+                let (uid, entry) = match number(name) {
+                    Some(uid) => (uid, entries.find(|entry| entry.uid == uid)),
+                    None => {
+                        let entry = entries.find(|entry| entry.name == name);
+                        let entry = entry.ok_or_else(|| never("finding the user", name, "no such user in the image's /etc/passwd"))?;
+                        (entry.uid, Some(entry))
+                    }
+                };
                 let gid = match group_name {
-                    None => entry.gid,
-                    Some(wanted) => match wanted.parse() {
-                        Ok(gid) => gid,
-                        Err(_) => group_id(group, wanted)
+                    None => entry.as_ref().map_or(0, |entry| entry.gid),
+                    Some(wanted) => match number(wanted) {
+                        Some(gid) => gid,
+                        None => group_id(group, wanted)
                             .ok_or_else(|| never("finding the group", wanted, "no such group in the image's /etc/group"))?,
                     },
                 };
-                let groups = if group_name.is_none() { groups_of(group, entry.name) } else { Vec::new() };
-                Ok(Self { uid: entry.uid, gid, groups, home: entry.home.to_owned(), capabilities: 0 })
+                let groups = entry.as_ref().filter(|_| group_name.is_none()).map_or_else(Vec::new, |entry| groups_of(group, entry.name));
+                let home = entry.map_or("/", |entry| entry.home).to_owned();
+                Ok(Self { uid, gid, groups, home, capabilities: 0 })
             }
         }
     }
+}
+
+/// Digits and nothing else are an id; everything else is a name. What is half of one is never taken for the other (CVE-2026-30892).
+fn number(text: &str) -> Option<u32> {
+    let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    is_number.then(|| text.parse().unwrap_or(u32::MAX))
 }
 
 /// A line of passwd(5).
@@ -147,6 +160,25 @@ mod tests {
     fn a_name_that_the_image_lacks_is_an_error_that_names_it() {
         let error = find(&User::Named("mallory".into())).unwrap_err().to_string();
         assert!(error.contains("mallory"), "{error}");
+    }
+
+    #[test]
+    fn a_number_alone_brings_what_the_image_says_of_it_and_needs_no_entry() {
+        let found = find(&User::Named("1000".into())).unwrap();
+        assert_eq!(found, Identity { uid: 1000, gid: 1000, groups: vec![29], home: "/home/ann".into(), capabilities: 0 });
+        let found = find(&User::Named("4242".into())).unwrap();
+        assert_eq!(found, Identity { uid: 4242, gid: 0, groups: vec![], home: "/".into(), capabilities: 0 });
+        assert_eq!(find(&User::Named("4242:video".into())).unwrap().gid, 44);
+    }
+
+    #[test]
+    fn what_is_nearly_a_number_is_a_name() {
+        for text in ["1000x", "+1000", " 1000", "0x0", "-1", "1000 "] {
+            let error = find(&User::Named(text.into())).unwrap_err().to_string();
+            assert!(error.contains("no such user"), "{text}: {error}");
+        }
+        // Beyond what an id can be, it is refused by `find` as too large, and wraps to nobody.
+        assert_eq!(find(&User::Named("4294967296".into())).unwrap().uid, u32::MAX);
     }
 
     #[test]

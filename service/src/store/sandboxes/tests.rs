@@ -28,6 +28,7 @@ pub(crate) fn sandbox(tenant: &str, kind: Kind, name: Option<&str>) -> Sandbox {
         created_at: now,
         claimed_at: Some(now),
         started_at: None,
+        fences: None,
         finished_at: None,
         expires_at: None,
         outcome: None,
@@ -114,7 +115,7 @@ async fn an_end_that_knows_no_start_leaves_the_one_that_was_noted(pool: PgPool) 
     let sandbox = sandbox("acme", Kind::Sandbox, None);
     store.admit(&sandbox, node).await.unwrap();
     let started_at = OffsetDateTime::UNIX_EPOCH + std::time::Duration::from_secs(1);
-    store.mark_running(sandbox.id, started_at).await.unwrap();
+    store.mark_running(sandbox.id, started_at, Fences::everywhere()).await.unwrap();
     let finish = lost(&sandbox);
     let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
     store.finish(sandbox.id, &[State::Running], &ended).await.unwrap();
@@ -126,7 +127,7 @@ async fn a_running_sandbox_is_not_deleted_and_an_ended_one_is(pool: PgPool) {
     let (store, node) = store_with_node(pool).await;
     let sandbox = sandbox("acme", Kind::Sandbox, None);
     store.admit(&sandbox, node).await.unwrap();
-    store.mark_running(sandbox.id, OffsetDateTime::UNIX_EPOCH).await.unwrap();
+    store.mark_running(sandbox.id, OffsetDateTime::UNIX_EPOCH, Fences::everywhere()).await.unwrap();
     assert_eq!(store.delete(&sandbox.tenant, sandbox.id, OffsetDateTime::UNIX_EPOCH).await.unwrap(), None);
 
     let finish = lost(&sandbox);
