@@ -25,6 +25,8 @@ for_run() {
     for_images
     need curl curl
     need jq jq
+    # The keeper makes layers on disk with it.
+    need mke2fs e2fsprogs
     compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
 }
 for_check() {

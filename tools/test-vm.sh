@@ -18,8 +18,8 @@ mkdir -p "$cache"
 work=$(mktemp -d "$cache/.work.XXXXXX")
 trap 'rm -rf --one-file-system "$work"' EXIT
 
-# A file system and a RAM disk to run on; sockets that attacks try to make.
-modules=(overlay brd af_alg vsock)
+# A file system and RAM disks to run on, what layers on disk are made with; sockets that attacks try to make.
+modules=(overlay brd loop quota_tree quota_v2 af_alg vsock)
 # The kernel's package is unpacked, not installed: how this machine boots is none of our business.
 find_kernel() { kernel_package=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/^ *Depends: //p' | head -n 1); }
 fetch_kernel() {
@@ -51,7 +51,7 @@ built=$(cargo build --workspace --test keeper --locked --message-format json | s
 suite=$(grep '/keeper-[^/]*$' <<<"$built") || fail 'cargo built no test program'
 
 # One initial ramdisk holds everything. The programs and their libraries lie at the paths that they have here, where they look for
-# each other. setsid is util-linux': the tests use an option of it that busybox' lacks.
+# each other. setsid is util-linux': the tests use an option of it that busybox' lacks. mke2fs is what the keeper makes layers with.
 initial=$work/initial
 root=$initial/root
 mkdir -p "$initial"/{bin,dev,disk,modules} "$root"/{bin,dev,etc,proc,run,sys,tmp}
@@ -62,7 +62,7 @@ while IFS= read -r program; do
     while IFS= read -r library; do
         [[ -e $root$library ]] || install -D "$library" "$root$library"
     done < <({ ldd "$program" 2>/dev/null || true; } | grep -oE '/[^ ]+')
-done <<<"$built"$'\n'"$(command -v setsid)"$'\n'"$(command -v apparmor_parser)"
+done <<<"$built"$'\n'"$(command -v setsid)"$'\n'"$(command -v apparmor_parser)"$'\n'/usr/sbin/mke2fs
 printf 'root:x:0:0:root:/root:/bin/sh\n' >"$root/etc/passwd"
 printf 'root:x:0:\n' >"$root/etc/group"
 echo machine >"$root/etc/hostname"

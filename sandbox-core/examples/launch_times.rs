@@ -7,7 +7,7 @@ use std::{error::Error, path::Path, time::Instant};
 
 use sandbox_core::{
     client::Client,
-    protocol::{Answer, Launch, OutputPolicy, Request, SandboxId, Start, Stdin, Supervision},
+    protocol::{Answer, IoLimits, Launch, Medium, OutputPolicy, Request, SandboxId, Start, Stdin, Supervision},
 };
 use serde_json::json;
 
@@ -29,8 +29,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         cpu_ms: None,
         output_bytes: 1 << 20,
         output_policy: OutputPolicy::Truncate,
+        medium: Medium::Memory,
         disk_bytes: 64 << 20,
         inodes: 4096,
+        io: IoLimits::MAX,
     };
     let (mut client, _) = Client::connect(Path::new(socket))?;
     let (mut to_exec, mut to_end, mut warm) = (Vec::new(), Vec::new(), 0);

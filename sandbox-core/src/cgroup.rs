@@ -3,6 +3,7 @@
 //! cgroups-rs finds the hierarchies. Limits are our own writes through descriptors, each read back: a limit that is not set as asked is
 //! an error, never a sandbox without it.
 
+mod blkio;
 mod counters;
 
 use std::{
@@ -15,9 +16,10 @@ use std::{
 use cgroups_rs::fs::hierarchies::{UNIFIED_MOUNTPOINT, V1, is_cgroup2_unified_mode};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, openat, unlinkat};
 
+pub(crate) use blkio::{Device, Devices};
 pub(crate) use counters::Counters;
 
-use crate::protocol::CgroupMode;
+use crate::protocol::{CgroupMode, IoLimits};
 
 /// The parent of everything that is ours, in every hierarchy.
 pub(crate) const PARENT: &str = "mayfly";
@@ -40,6 +42,7 @@ pub(crate) struct Tree(Rc<Shared>);
 #[derive(Debug)]
 struct Shared {
     mode: CgroupMode,
+    devices: Devices,
     parents: Vec<OwnedFd>,
     /// The folders of `parents`, for the last act.
     paths: Vec<PathBuf>,
@@ -53,6 +56,7 @@ struct Places {
     cpu: usize,
     cpuacct: usize,
     pids: usize,
+    io: usize,
     /// The cgroup2 tree: the only one on v2; beside the others, without controllers, on a hybrid host. It can kill.
     unified: Option<usize>,
 }
@@ -63,20 +67,23 @@ pub(crate) struct Group {
     name: String,
     tree: Tree,
     folders: Vec<OwnedFd>,
+    /// How fast it may use every disk of the node, if that was set.
+    io: Option<IoLimits>,
+    own_device: Option<Device>,
 }
 
 /// Which hierarchies this machine has, by controller. `None` for a controller that is not there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Found {
     pub(crate) mode: CgroupMode,
-    /// `memory`, `cpu`, `cpuacct`, `pids`.
-    pub(crate) controllers: [(&'static str, Option<PathBuf>); 4],
+    /// `memory`, `cpu`, `cpuacct`, `pids`, `io` (which v1 calls `blkio`).
+    pub(crate) controllers: [(&'static str, Option<PathBuf>); 5],
     pub(crate) unified: Option<PathBuf>,
 }
 
 /// Looks at the machine's mounts.
 pub(crate) fn discover() -> Found {
-    const NAMES: [&str; 4] = ["memory", "cpu", "cpuacct", "pids"];
+    const NAMES: [&str; 5] = ["memory", "cpu", "cpuacct", "pids", "io"];
     if is_cgroup2_unified_mode() {
         let root = PathBuf::from(UNIFIED_MOUNTPOINT);
         let available = std::fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default();
@@ -87,11 +94,11 @@ pub(crate) fn discover() -> Found {
     use cgroups_rs::fs::Controllers;
     let v1 = V1::new();
     let at = |controller| v1.get_mount_point(controller).map(|(point, _)| point);
-    let points = [at(Controllers::Mem), at(Controllers::Cpu), at(Controllers::CpuAcct), at(Controllers::Pids)];
+    let points = [at(Controllers::Mem), at(Controllers::Cpu), at(Controllers::CpuAcct), at(Controllers::Pids), at(Controllers::BlkIo)];
     let unified = cgroup2_mount_point();
     let mode = if unified.is_some() { CgroupMode::Hybrid } else { CgroupMode::V1 };
     let mut names = NAMES.into_iter();
-    Found { mode, controllers: points.map(|point| (names.next().expect("four points for four names"), point)), unified }
+    Found { mode, controllers: points.map(|point| (names.next().expect("five points for five names"), point)), unified }
 }
 
 /// cgroups-rs looks for v1 mounts only on a hybrid host.
@@ -103,7 +110,7 @@ fn cgroup2_mount_point() -> Option<PathBuf> {
 
 impl Tree {
     /// Makes the parent group `mayfly/<name>` in each hierarchy, after sweeping what an earlier keeper of that name left there.
-    pub(crate) fn open(name: &str) -> io::Result<Self> {
+    pub(crate) fn open(name: &str, devices: Devices) -> io::Result<Self> {
         let found = discover();
         let mut points: Vec<PathBuf> = Vec::new();
         let mut place = |point: &Path| match points.iter().position(|known| known == point) {
@@ -113,17 +120,17 @@ impl Tree {
                 points.len() - 1
             }
         };
-        let mut indexes = [0; 4];
+        let mut indexes = [0; 5];
         for (index, (controller, point)) in indexes.iter_mut().zip(&found.controllers) {
             let point = point.as_ref().ok_or_else(|| io::Error::other(format!("this machine has no cgroup controller {controller}")))?;
             *index = place(point);
         }
-        let [memory, cpu, cpuacct, pids] = indexes;
+        let [memory, cpu, cpuacct, pids, io] = indexes;
         let unified = found.unified.as_deref().map(&mut place);
         let parents = points.iter().map(|point| make_parent(point, name, found.mode)).collect::<io::Result<_>>()?;
         let paths = points.iter().map(|point| point.join(PARENT).join(name)).collect();
-        let places = Places { memory, cpu, cpuacct, pids, unified };
-        let tree = Self(Rc::new(Shared { mode: found.mode, parents, paths, places }));
+        let places = Places { memory, cpu, cpuacct, pids, io, unified };
+        let tree = Self(Rc::new(Shared { mode: found.mode, devices, parents, paths, places }));
         tree.sweep()?;
         Ok(tree)
     }
@@ -134,7 +141,7 @@ impl Tree {
 
     /// A fresh group, without limits yet.
     pub(crate) fn make(&self, name: String) -> io::Result<Group> {
-        let mut group = Group { name, tree: self.clone(), folders: Vec::new() };
+        let mut group = Group { name, tree: self.clone(), folders: Vec::new(), io: None, own_device: None };
         for parent in &self.0.parents {
             let made = mkdirat(parent, &group.name, Mode::from_raw_mode(0o755)).and_then(|()| open_folder(parent.as_fd(), &group.name));
             match made {
@@ -144,6 +151,10 @@ impl Tree {
                     return Err(error.into());
                 }
             }
+        }
+        if let Err(error) = group.check_burst() {
+            group.remove()?;
+            return Err(error);
         }
         Ok(group)
     }
@@ -219,7 +230,7 @@ fn make_parent(point: &Path, name: &str, mode: CgroupMode) -> io::Result<OwnedFd
 
 /// Hands the controllers on to the children of a cgroup v2 group (cgroup-v2, «Enabling and Disabling»).
 fn enable_controllers(folder: BorrowedFd<'_>) -> io::Result<()> {
-    write(folder, "cgroup.subtree_control", "+memory +cpu +pids")
+    write(folder, "cgroup.subtree_control", "+memory +cpu +pids +io")
 }
 
 impl Group {
@@ -244,17 +255,28 @@ impl Group {
         match self.tree.0.mode {
             CgroupMode::V2 => {
                 set(self.memory(), "memory.max", &memory)?;
-                set_if_there(self.memory(), "memory.swap.max", "0")?;
+                switch_swap_off(self.memory(), "memory.swap.max", "0")?;
                 set(self.memory(), "memory.oom.group", "1")?;
                 set(self.cpu(), "cpu.max", &format!("{cpu_quota_us} {cpu_period_us}"))
             }
             CgroupMode::V1 | CgroupMode::Hybrid => {
                 // First the smaller of the two, which may not exceed the other.
                 set(self.memory(), "memory.limit_in_bytes", &memory)?;
-                set_if_there(self.memory(), "memory.memsw.limit_in_bytes", &memory)?;
+                switch_swap_off(self.memory(), "memory.memsw.limit_in_bytes", &memory)?;
                 set(self.cpu(), "cpu.cfs_period_us", &cpu_period_us.to_string())?;
                 set(self.cpu(), "cpu.cfs_quota_us", &cpu_quota_us.to_string())
             }
+        }
+    }
+
+    /// A new group may not save up CPU time for later: where the kernel knows that at all, it must be off.
+    fn check_burst(&self) -> io::Result<()> {
+        let name = if self.tree.0.mode == CgroupMode::V2 { "cpu.max.burst" } else { "cpu.cfs_burst_us" };
+        match read(self.cpu(), name) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Ok(found) if found.trim_end() == "0" => Ok(()),
+            Ok(found) => Err(io::Error::other(format!("{name} is {} instead of 0", found.trim_end()))),
+            Err(error) => Err(error),
         }
     }
 
@@ -317,6 +339,9 @@ impl Group {
     fn pids(&self) -> BorrowedFd<'_> {
         self.folders[self.tree.0.places.pids].as_fd()
     }
+    fn blkio(&self) -> BorrowedFd<'_> {
+        self.folders[self.tree.0.places.io].as_fd()
+    }
 }
 
 const PAGE_BYTES: u64 = 4096;
@@ -347,15 +372,39 @@ fn set(folder: BorrowedFd<'_>, name: &str, value: &str) -> io::Result<()> {
     if found.trim_end() == value { Ok(()) } else { Err(io::Error::other(format!("{name} is {} instead of {value}", found.trim_end()))) }
 }
 
-/// [`set`] for the files of swap accounting, which a kernel without swap does not have.
-fn set_if_there(folder: BorrowedFd<'_>, name: &str, value: &str) -> io::Result<()> {
+/// [`set`] for the files of swap accounting, which a kernel may lack (`swapaccount=0`): that is harmless as long as the machine has no swap.
+fn switch_swap_off(folder: BorrowedFd<'_>, name: &str, value: &str) -> io::Result<()> {
     match set(folder, name, value) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let swaps = match std::fs::read_to_string("/proc/swaps") {
+                // A kernel that knows no swap at all.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+                other => other?,
+            };
+            if has_swap(&swaps) { Err(io::Error::other(format!("this machine swaps, and its kernel lacks {name}"))) } else { Ok(()) }
+        }
         other => other,
     }
+}
+
+/// Whether `/proc/swaps` (proc_swaps(5)) lists any, below its header.
+pub(crate) fn has_swap(swaps: &str) -> bool {
+    swaps.lines().skip(1).any(|line| !line.trim().is_empty())
 }
 
 fn named(error: rustix::io::Errno, name: &str) -> io::Error {
     let error = io::Error::from(error);
     io::Error::new(error.kind(), format!("{name}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_of_swaps_is_more_than_its_header() {
+        let header = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n";
+        assert!(!has_swap("") && !has_swap(header));
+        assert!(has_swap(&format!("{header}/dev/zram0                              partition\t1024\t\t0\t\t100\n")));
+    }
 }

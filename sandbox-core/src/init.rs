@@ -19,7 +19,10 @@ use rustix::{
 
 use crate::{
     error::{Kind, LaunchError, Step},
-    protocol::init::{Order, Report, WaitStatus},
+    protocol::{
+        Medium,
+        init::{Order, Report, WaitStatus},
+    },
     sys, transport,
 };
 
@@ -47,7 +50,11 @@ fn live(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<(), La
         return Err(unexpected()).step("reading the orders");
     };
     let joined_at_us = setup::join_cgroups(setup.cgroup_hierarchies, setup.fences, descriptors)?;
-    let tree = setup::enter(&setup, descriptors)?;
+    let layer = match setup.medium {
+        Medium::Memory => None,
+        Medium::Disk => Some(layer(control, descriptors)?),
+    };
+    let tree = setup::enter(&setup, layer, descriptors)?;
     transport::send(control.as_fd(), &Report::Ready, &[]).step("reporting that the sandbox is built")?;
     let Some(Order::Start(start)) = receive(control, descriptors).step("reading the orders")? else {
         return Err(unexpected()).step("reading the orders");
@@ -62,12 +69,21 @@ fn live(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<(), La
         status,
         at_ns,
         own_cpu_us: own_cpu_us().saturating_sub(started_cpu_us),
-        is_disk_full: space.f_bfree == 0,
+        // Not `f_bfree`: what ext4 keeps for itself is in that.
+        is_disk_full: space.f_bavail == 0,
         are_inodes_used_up: space.f_ffree == 0,
     };
     transport::send(control.as_fd(), &ended, &[]).step("reporting the end")?;
     // Nothing is left to do but to hold the namespaces until the keeper has read the counters and kills this process.
     receive(control, descriptors).step("waiting for the end").map(drop)
+}
+
+/// Waits for the writable layer, which takes longer to make than an init to start.
+fn layer(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<OwnedFd, LaunchError> {
+    let Some(Order::Layer) = receive(control, descriptors).step("reading the orders")? else {
+        return Err(unexpected()).step("reading the orders");
+    };
+    descriptors.pop_back().ok_or_else(unexpected).step_on("reading the orders", "writable layer")
 }
 
 /// Waits until the payload has ended and everything else in the sandbox is dead too.
@@ -101,7 +117,7 @@ fn supervise(control: &OwnedFd, payload: libc::pid_t, descriptors: &mut VecDeque
                 Some(Order::Kill) => kill_all()?,
                 // The keeper is gone. Without it nothing holds this sandbox to its limits.
                 None => std::process::exit(1),
-                Some(Order::Setup(_) | Order::Start(_)) => return Err(unexpected()),
+                Some(Order::Setup(_) | Order::Layer | Order::Start(_)) => return Err(unexpected()),
             }
         }
     }

@@ -5,6 +5,7 @@
 
 mod build;
 mod connection;
+mod disk;
 mod launch;
 mod output;
 mod parked;
@@ -41,7 +42,8 @@ use store::Store;
 use timer::{Due, Timer};
 
 use crate::{
-    cgroup::Tree,
+    cgroup::{Device, Devices, Tree},
+    disk::Disks,
     fence::{Fence, Fences},
     ids::{self, Ranges},
     log::{self, Kind},
@@ -59,6 +61,8 @@ pub struct Options {
     pub images: PathBuf,
     /// The folder of log files.
     pub logs: PathBuf,
+    /// The folder of writable layers that are on disk.
+    pub disks: PathBuf,
     /// The group id that may connect and read logs.
     pub group: u32,
     /// The programs that run inside sandboxes.
@@ -103,10 +107,11 @@ enum Source {
     Stderr,
     OutOfMemory,
     Payload,
+    Disk,
 }
 
 impl Source {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Listener,
         Self::Signals,
         Self::Timer,
@@ -117,6 +122,7 @@ impl Source {
         Self::Stderr,
         Self::OutOfMemory,
         Self::Payload,
+        Self::Disk,
     ];
 
     fn number(self, serial: u64) -> u64 {
@@ -148,6 +154,7 @@ pub struct Keeper {
     tree: Tree,
     stage: PathBuf,
     store: Store,
+    disks: Disks,
     programs: build::Programs,
     seccomp: Vec<(u16, u8, u8, u32)>,
     labels: Option<Labels>,
@@ -176,9 +183,11 @@ impl Keeper {
         sweep_dead_keepers(&options.run, number)?;
         let stage = stage_of(&options.run, number);
         build::settle(&stage)?;
-        let tree = Tree::open(&name_of(number))?;
+        let store = Store::open(&options.images)?;
+        let disks = Disks::open(&options.disks, crate::cgroup::discover().mode)?;
+        let tree = Tree::open(&name_of(number), devices(options)?)?;
         let mode = tree.mode();
-        let ranges = Ranges::new(FIRST_ID + number * SANDBOXES_MAX * ids::RANGE, SANDBOXES_MAX);
+        let ranges = Ranges::new(first_id(number), SANDBOXES_MAX);
         let fences = fences(options)?;
         let hello = Hello {
             version: VERSION,
@@ -208,7 +217,8 @@ impl Keeper {
             own_uts: std::fs::File::open("/proc/self/ns/uts")?.into(),
             tree,
             stage,
-            store: Store::open(&options.images)?,
+            store,
+            disks,
             programs: build::Programs::load(options)?,
             seccomp: program.iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect(),
             labels: options.labels.clone(),
@@ -220,10 +230,25 @@ impl Keeper {
             shutdown: None,
             _lock: lock,
         };
+        keeper.sweep_disks(&options.run, number)?;
         keeper.watch(keeper.listener.as_fd(), Source::Listener, 0)?;
         keeper.watch(keeper.signals.as_fd(), Source::Signals, 0)?;
         keeper.watch(keeper.timer.descriptor(), Source::Timer, 0)?;
         Ok(keeper)
+    }
+
+    /// Removes what is left of writable layers of this keeper's number, and of those that no keeper has.
+    fn sweep_disks(&self, run: &std::path::Path, own: u32) -> io::Result<()> {
+        for number in 0..KEEPERS_MAX {
+            let first = first_id(number);
+            let is_of_number = |id: u32| (first..first_id(number + 1)).contains(&id);
+            let left = self.disks.left(is_of_number)?;
+            let lock = if number == own || left.is_empty() { None } else { try_lock(run, number)? };
+            if number == own || lock.is_some() {
+                left.iter().try_for_each(|folder| store::remove_in_background(folder))?;
+            }
+        }
+        Ok(())
     }
 
     fn watch(&self, descriptor: BorrowedFd<'_>, source: Source, serial: u64) -> io::Result<()> {
@@ -281,7 +306,7 @@ impl Keeper {
                 self.disconnect(serial);
                 Ok(())
             }
-            Source::Control | Source::Init | Source::Stdout | Source::Stderr | Source::OutOfMemory | Source::Payload => {
+            Source::Control | Source::Init | Source::Stdout | Source::Stderr | Source::OutOfMemory | Source::Payload | Source::Disk => {
                 warn(format_args!("a sandbox is ended because its supervision failed: {error}"));
                 self.kill_by_force(serial)?;
                 self.end(serial, None, Some(Cause::InfraError { message: format!("supervising the sandbox failed: {error}") }));
@@ -302,6 +327,7 @@ impl Keeper {
             Source::Stderr => self.on_output(serial, Kind::Stderr),
             Source::OutOfMemory => self.on_oom_notice(serial),
             Source::Payload => self.on_payload_death(serial),
+            Source::Disk => self.on_disk(serial),
         }
     }
 
@@ -406,6 +432,11 @@ fn try_lock(run: &std::path::Path, number: u32) -> io::Result<Option<OwnedFd>> {
     }
 }
 
+/// The first host id of the ranges of keeper `number`.
+fn first_id(number: u32) -> u32 {
+    FIRST_ID + number * SANDBOXES_MAX * ids::RANGE
+}
+
 /// What the cgroups of keeper `number` are called.
 fn name_of(number: u32) -> String {
     format!("k{number}")
@@ -416,8 +447,9 @@ fn name_of(number: u32) -> String {
 fn sweep_dead_keepers(run: &std::path::Path, own: u32) -> io::Result<()> {
     for number in (0..KEEPERS_MAX).filter(|number| *number != own && stage_of(run, *number).exists()) {
         if let Some(_lock) = try_lock(run, number)? {
-            let swept =
-                Tree::open(&name_of(number)).and_then(|tree| tree.remove()).and_then(|()| std::fs::remove_dir(stage_of(run, number)));
+            let swept = Tree::open(&name_of(number), Devices::default())
+                .and_then(|tree| tree.remove())
+                .and_then(|()| std::fs::remove_dir(stage_of(run, number)));
             if let Err(error) = swept {
                 // Not ours: the next keeper tries again.
                 warn(format_args!("what keeper {number} left could not be removed: {error}"));
@@ -425,6 +457,18 @@ fn sweep_dead_keepers(run: &std::path::Path, own: u32) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The disks below the folders that sandboxes reach.
+fn devices(options: &Options) -> io::Result<Devices> {
+    let of = |folder: &std::path::Path| {
+        let device = Device::of(folder)?;
+        if device.is_none() {
+            warn(format_args!("{} is on no block device: what sandboxes read and write there has no limit of rate", folder.display()));
+        }
+        Ok::<_, io::Error>(device)
+    };
+    Ok(Devices { images: of(&options.images)?, disks: of(&options.disks)? })
 }
 
 /// The empty folder that the sandboxes of keeper `number` build their trees on.

@@ -9,6 +9,7 @@ compile_error!("the feature `weaken` is for tests: sandboxes that are for use ha
 mod apparmor;
 mod cgroup;
 pub mod client;
+mod disk;
 pub mod error;
 pub mod fence;
 pub mod files;

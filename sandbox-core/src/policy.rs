@@ -14,7 +14,7 @@ use crate::{
     cgroup::Limits,
     fence::{Fence, FenceUnknown, Fences},
     privileges,
-    protocol::{Launch, init::User},
+    protocol::{IoLimits, Launch, Medium, Supervision, init::User},
 };
 
 /// A launch that was checked: everything in it is within the node's policy.
@@ -40,6 +40,13 @@ pub(crate) struct Refused(String);
 
 /// The least memory that our own init and an exec can live in.
 const MEMORY_BYTES_MIN: u64 = 4 << 20;
+
+/// What a file system of its own is worth the effort for.
+const DISK_BYTES_MIN: u64 = 4 << 20;
+const DISK_BYTES_MAX: u64 = 1 << 40;
+/// A layer on disk may have so many inodes, and one more for so many bytes: more than ext4 has room for in each of its groups cannot be had.
+const INODES_MAX_BASE: u64 = 16_384;
+const BYTES_FOR_INODE: u64 = 8192;
 
 /// Every field that a spec may have, by its path. Fields that are absent, `null`, `false` or empty ask for nothing and pass.
 const ACCEPTED: [&str; 20] = [
@@ -94,9 +101,8 @@ impl Plan {
         }
         let linux = spec.linux().as_ref().ok_or_else(|| missing("linux"))?;
         let limits = limits(linux.resources().as_ref().ok_or_else(|| missing("linux.resources"))?)?;
-        if launch.supervision.disk_bytes < 4096 || launch.supervision.inodes == 0 {
-            return Err(Refused("the writable layer needs at least 4096 bytes and one inode".to_owned()));
-        }
+        check_layer(launch.supervision)?;
+        check_io(launch.supervision.io)?;
         let process = spec.process().as_ref().ok_or_else(|| missing("process"))?;
         let without = without(spec.annotations().as_ref())?;
         Self::of_process(process, spec.hostname().clone(), limits, without)
@@ -207,6 +213,29 @@ fn limits(resources: &LinuxResources) -> Result<Limits, Refused> {
         cpu_period_us: cpu.period().filter(|period| *period > 0).ok_or_else(|| missing("cpu.period"))?,
         pids: number("pids.limit", Some(pids.limit()))?,
     })
+}
+
+/// The bounds of a writable layer.
+fn check_layer(supervision: Supervision) -> Result<(), Refused> {
+    let Supervision { disk_bytes, inodes, medium, .. } = supervision;
+    if medium == Medium::Memory {
+        let is_enough = disk_bytes >= 4096 && inodes > 0;
+        return is_enough.then_some(()).ok_or_else(|| Refused("the writable layer needs at least 4096 bytes and one inode".to_owned()));
+    }
+    if !(DISK_BYTES_MIN..=DISK_BYTES_MAX).contains(&disk_bytes) {
+        return Err(Refused(format!("a writable layer on disk must have {DISK_BYTES_MIN} to {DISK_BYTES_MAX} bytes")));
+    }
+    let inodes_max = INODES_MAX_BASE + disk_bytes / BYTES_FOR_INODE;
+    if !(1..=inodes_max).contains(&inodes) {
+        return Err(Refused(format!("a writable layer of {disk_bytes} bytes on disk must have 1 to {inodes_max} inodes")));
+    }
+    Ok(())
+}
+
+fn check_io(io: IoLimits) -> Result<(), Refused> {
+    let is_within = (1..=IoLimits::MAX.bytes_per_s).contains(&io.bytes_per_s) && (1..=IoLimits::MAX.ops_per_s).contains(&io.ops_per_s);
+    let IoLimits { bytes_per_s, ops_per_s } = IoLimits::MAX;
+    is_within.then_some(()).ok_or_else(|| Refused(format!("io must be 1 to {bytes_per_s} bytes and 1 to {ops_per_s} operations a second")))
 }
 
 fn missing(field: &str) -> Refused {

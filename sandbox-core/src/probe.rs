@@ -93,10 +93,7 @@ fn cgroups() -> Check {
 
 fn swap() -> Check {
     let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
-    match swaps.lines().count() {
-        0 | 1 => ok("swap", "none"),
-        _ => ok("swap", "on; sandboxes are kept out of it by their memory limit"),
-    }
+    if cgroup::has_swap(&swaps) { ok("swap", "on; sandboxes are kept out of it by their memory limit") } else { ok("swap", "none") }
 }
 
 fn landlock() -> Check {

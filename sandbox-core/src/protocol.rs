@@ -207,10 +207,35 @@ pub struct Supervision {
     /// The most bytes kept of stdout, and as many of stderr.
     pub output_bytes: u64,
     pub output_policy: OutputPolicy,
+    /// Where the writable layer is kept.
+    pub medium: Medium,
     /// Size of the writable layer, in bytes.
     pub disk_bytes: u64,
     /// The most files, folders and links in the writable layer.
     pub inodes: u64,
+    pub io: IoLimits,
+}
+
+/// Where a writable layer is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Medium {
+    /// In memory: as fast as that, and charged to the memory limit.
+    Memory,
+    /// On the node's disk, with its space set aside before the payload starts.
+    Disk,
+}
+
+/// How fast a sandbox may read from the node's disks, and as fast again write to them. Each of them, by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct IoLimits {
+    pub bytes_per_s: u64,
+    pub ops_per_s: u64,
+}
+
+impl IoLimits {
+    /// As fast as any disk: the largest values that a keeper accepts.
+    pub const MAX: Self = Self { bytes_per_s: 1 << 40, ops_per_s: 1 << 31 };
 }
 
 /// What happens to a payload that writes more than `output_bytes` to a stream.
@@ -308,7 +333,9 @@ pub enum Limit {
     Disk,
     Inodes,
     Output,
+    /// Never told: a refused open (`EMFILE`) leaves no trace in the kernel that anybody but the process itself could see.
     OpenFiles,
+    /// The payload's first process was ended by SIGXFSZ. A process that ignores the signal, or a child, is told by its own error alone.
     FileSize,
 }
 
@@ -326,6 +353,12 @@ pub struct Usage {
     /// Bytes written by the payload, kept or not.
     pub stdout_bytes: u64,
     pub stderr_bytes: u64,
+    /// What reached the node's disks: that of the images and that of writable layers. What the page cache answered is not in it, and on
+    /// cgroup v1 neither is what the kernel wrote back from it on its own (it then does not know for whom).
+    pub io_read_bytes: u64,
+    pub io_written_bytes: u64,
+    pub io_reads: u64,
+    pub io_writes: u64,
 }
 
 /// What the keeper knows of one sandbox.

@@ -18,6 +18,7 @@ use rustix::{
 };
 
 use crate::{
+    disk,
     error::{LaunchError, Step},
     fence::{Fence, Fences},
     sys::{self, MountAttributes},
@@ -44,7 +45,15 @@ pub(crate) struct Parts {
     pub(crate) base: OwnedFd,
     /// Mounted read-write on `/image`, for unpacking.
     pub(crate) target: Option<OwnedFd>,
+    /// The writable layer, with [`FOLDERS`] in it ([`crate::disk`]). Without it, it is made in memory.
+    pub(crate) layer: Option<OwnedFd>,
 }
+
+/// What the writable layer's own file system has: the upper and the working folder of the overlay, and mount points.
+pub(crate) const FOLDERS: [&str; 5] = [UPPER, "work", "merged", "image", "base"];
+
+/// The folder of the payload's files, which belongs to the sandbox.
+pub(crate) const UPPER: &str = "upper";
 
 /// Names in the base layer. A folder in an upper layer hides a symlink below it, so these are folders in every sandbox.
 pub(crate) mod base {
@@ -64,14 +73,20 @@ pub(crate) fn enter(layout: Layout<'_>, parts: Parts) -> Result<Tree, LaunchErro
     let Layout { id_base, disk_bytes, inodes, shm_bytes, fences, label } = layout;
     // Modes below are meant as they stand; init sets the payload's umask later.
     rustix::process::umask(Mode::empty());
-    let writable = tmpfs(&[("size", disk_bytes), ("nr_inodes", inodes + OWN_INODES), ("mode", 0o755)], NOSUID_NODEV, label)
-        .step_on("mounting the writable layer", format_args!("{disk_bytes} bytes, {inodes} inodes"))?;
+    let is_new = parts.layer.is_none();
+    let writable = match parts.layer {
+        Some(layer) => check_layer(layer, disk_bytes, inodes)?,
+        None => sized_tmpfs(disk_bytes, inodes + OWN_INODES, 0o755, NOSUID_NODEV, label)
+            .step_on("mounting the writable layer", format_args!("{disk_bytes} bytes, {inodes} inodes"))?,
+    };
     move_mount(&writable, "", CWD, ".", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).step("attaching the writable layer")?;
     fchdir(&writable).step("entering the writable layer")?;
-    for folder in ["upper", "work", "merged", "image", "base"] {
-        mkdirat(CWD, folder, Mode::from_raw_mode(0o755)).step_on("making a folder of the writable layer", folder)?;
+    if is_new {
+        for folder in FOLDERS {
+            mkdirat(CWD, folder, Mode::from_raw_mode(0o755)).step_on("making a folder of the writable layer", folder)?;
+        }
+        chown(CWD, UPPER, id_base).step("giving the writable layer to the sandbox")?;
     }
-    chown(CWD, "upper", id_base).step("giving the writable layer to the sandbox")?;
     attach(&parts.image, open_folder(CWD, "image")?.as_fd()).step("attaching the image")?;
     attach(&parts.base, open_folder(CWD, "base")?.as_fd()).step("attaching the base layer")?;
     let root = overlay(fences, label).step("mounting the overlay")?;
@@ -109,7 +124,7 @@ pub(crate) struct Tree {
 /// Before that the payload has this one as well.
 const OWN_INODES: u64 = 11;
 
-const NOSUID_NODEV: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV);
+pub(crate) const NOSUID_NODEV: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV);
 
 fn overlay(fences: Fences, label: Option<&str>) -> rustix::io::Result<OwnedFd> {
     let fs = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
@@ -155,11 +170,14 @@ fn devices(root: BorrowedFd<'_>, id_base: u32, shm_bytes: u64, label: Option<&st
     }
     chown(dev.as_fd(), ".", id_base).step("giving /dev to the sandbox")?;
     let terminal_group = u64::from(id_base) + 5;
-    let options = [("ptmxmode", 0o666), ("mode", 0o620), ("gid", terminal_group), ("max", 64)];
+    let mut options = vec![("ptmxmode", 0o666), ("mode", 0o620), ("max", 64)];
+    // Older kernels take it for a signed number (6.1 does). Without one a terminal has the group of whoever opens it.
+    if i32::try_from(terminal_group).is_ok() {
+        options.push(("gid", terminal_group));
+    }
     let terminals = mount_new("devpts", &options, noexec, label).step("mounting /dev/pts")?;
     attach(&terminals, open_folder(dev.as_fd(), "pts")?.as_fd()).step("attaching /dev/pts")?;
-    let shared =
-        tmpfs(&[("size", shm_bytes), ("nr_inodes", 4096), ("mode", 0o1777)], noexec | NOSUID_NODEV, label).step("mounting /dev/shm")?;
+    let shared = sized_tmpfs(shm_bytes, 4096, 0o1777, noexec | NOSUID_NODEV, label).step("mounting /dev/shm")?;
     attach(&shared, open_folder(dev.as_fd(), "shm")?.as_fd()).step("attaching /dev/shm")?;
     sys::set_mount_attributes(dev.as_fd(), MountAttributes { read_only: true, ..MountAttributes::default() })
         .step("making /dev read-only")?;
@@ -208,13 +226,39 @@ pub(crate) fn map_layer(folder: BorrowedFd<'_>, namespace: BorrowedFd<'_>, read_
     Ok(mount)
 }
 
-fn clone_mount(folder: impl AsFd, name: &str) -> rustix::io::Result<OwnedFd> {
+pub(crate) fn clone_mount(folder: impl AsFd, name: &str) -> rustix::io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     open_tree(folder, name, flags)
 }
 
 fn tmpfs(options: &[(&str, u64)], attributes: MountAttrFlags, label: Option<&str>) -> rustix::io::Result<OwnedFd> {
     mount_new("tmpfs", options, attributes, label)
+}
+
+/// One that a payload can fill: its limits are read back.
+fn sized_tmpfs(bytes: u64, inodes: u64, mode: u64, attributes: MountAttrFlags, label: Option<&str>) -> std::io::Result<OwnedFd> {
+    let mount = tmpfs(&[("size", bytes), ("nr_inodes", inodes), ("mode", mode)], attributes, label)?;
+    let space = rustix::fs::fstatfs(&mount)?;
+    // The kernel counts whole pages, and rounds up (tmpfs(5)).
+    compare("blocks", space.f_blocks, bytes.div_ceil(u64::try_from(space.f_bsize).map_err(std::io::Error::other)?))?;
+    compare("inodes", space.f_files, inodes)?;
+    Ok(mount)
+}
+
+/// A layer on disk must have exactly the room that was promised.
+fn check_layer(layer: OwnedFd, bytes: u64, inodes: u64) -> Result<OwnedFd, LaunchError> {
+    let check = || -> std::io::Result<()> {
+        let space = rustix::fs::fstatfs(&layer)?;
+        let block_bytes = u64::try_from(space.f_bsize).map_err(std::io::Error::other)?;
+        compare("free bytes", space.f_bavail * block_bytes, (bytes / disk::BLOCK_BYTES + disk::OWN_BLOCKS) * disk::BLOCK_BYTES)?;
+        compare("free inodes", space.f_ffree, inodes + disk::OWN_INODES)
+    };
+    check().step("reading back the limits of the writable layer")?;
+    Ok(layer)
+}
+
+fn compare(what: &str, found: u64, wanted: u64) -> std::io::Result<()> {
+    if found == wanted { Ok(()) } else { Err(std::io::Error::other(format!("it has {found} {what} instead of {wanted}"))) }
 }
 
 /// A new file system, mounted nowhere yet, its files under an SELinux label if one is given. `mode` options are octal in text, as mount(8) has them.
@@ -251,6 +295,6 @@ fn open_existing(at: BorrowedFd<'_>, name: &str) -> Result<Option<OwnedFd>, Laun
     }
 }
 
-fn chown(at: BorrowedFd<'_>, name: &str, id: u32) -> rustix::io::Result<()> {
+pub(crate) fn chown(at: BorrowedFd<'_>, name: &str, id: u32) -> rustix::io::Result<()> {
     chownat(at, name, Some(Uid::from_raw(id)), Some(Gid::from_raw(id)), rustix::fs::AtFlags::SYMLINK_NOFOLLOW)
 }

@@ -227,12 +227,23 @@ pub(crate) fn reap(pid: libc::pid_t, is_blocking: bool) -> io::Result<Option<(li
     }
 }
 
-/// Lowers a limit of the calling process (setrlimit(2)): both the soft and the hard one.
+/// Lowers a limit of the calling process (setrlimit(2)), both the soft and the hard one, and makes sure that the kernel took it.
 pub(crate) fn set_rlimit(resource: u32, value: u64) -> io::Result<()> {
     let limit = libc::rlimit { rlim_cur: value, rlim_max: value };
     // SAFETY: the kernel reads one rlimit, borrowed for the call.
-    let rc = unsafe { libc::setrlimit(resource, &raw const limit) };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if unsafe { libc::setrlimit(resource, &raw const limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut found = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one rlimit to `found`, which outlives the call.
+    if unsafe { libc::getrlimit(resource, &raw mut found) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if (found.rlim_cur, found.rlim_max) == (value, value) {
+        Ok(())
+    } else {
+        Err(io::Error::other(format!("it is {} and {} instead of {value}", found.rlim_cur, found.rlim_max)))
+    }
 }
 
 /// Lowers a limit of the calling process to `value`, both the soft and the hard one; one that is lower already stays (getrlimit(2)).
@@ -318,4 +329,156 @@ pub(crate) fn prefer_this_process(nice: i32) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(rustix::process::setpriority_process(None, nice)?)
+}
+
+/// The number of a loop device that nobody uses at this moment (`LOOP_CTL_GET_FREE` of loop(4)). Somebody else may be faster.
+pub(crate) fn free_loop_device(control: BorrowedFd<'_>) -> io::Result<u32> {
+    const GET_FREE: libc::Ioctl = 0x4c82;
+    // SAFETY: takes no argument and returns a number.
+    let number = unsafe { libc::ioctl(control.as_raw_fd(), GET_FREE) };
+    u32::try_from(number).map_err(|_| io::Error::last_os_error())
+}
+
+/// Attaches `image` to the loop device (`LOOP_CONFIGURE` of linux/loop.h), with direct I/O where its file system has it. The device lets go
+/// of it when its last user does. An error of [`io::ErrorKind::ResourceBusy`]: the device is somebody else's by now.
+pub(crate) fn configure_loop_device(device: BorrowedFd<'_>, image: BorrowedFd<'_>, block_bytes: u32) -> io::Result<()> {
+    #[repr(C)]
+    struct Config {
+        fd: u32,
+        block_size: u32,
+        /// loop_info64.
+        info: [u32; 58],
+        reserved: [u64; 8],
+    }
+    const CONFIGURE: libc::Ioctl = 0x4c0a;
+    /// The place of `lo_flags`, behind five numbers of 64 bits and three of 32.
+    const FLAGS: usize = 13;
+    const AUTOCLEAR: u32 = 4;
+    const DIRECT_IO: u32 = 16;
+    let fd = u32::try_from(image.as_raw_fd()).map_err(io::Error::other)?;
+    let mut info = [0; 58];
+    info[FLAGS] = AUTOCLEAR | DIRECT_IO;
+    let config = Config { fd, block_size: block_bytes, info, reserved: [0; 8] };
+    // SAFETY: the kernel reads one loop_config, which `Config` has the layout of and which is borrowed for the call. It takes a reference
+    // of its own to the file behind `fd`.
+    let rc = unsafe { libc::ioctl(device.as_raw_fd(), CONFIGURE, &raw const config) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Has the file system of `folder` drop all that it has not written yet, and refuse everything from now on (`FS_IOC_SHUTDOWN`).
+pub(crate) fn shut_down_file_system(folder: BorrowedFd<'_>) -> io::Result<()> {
+    const SHUTDOWN: libc::Ioctl = 0x8004_587d;
+    // `EXT4_GOING_FLAGS_NOLOGFLUSH`.
+    let now: u32 = 2;
+    // SAFETY: the kernel reads one u32, borrowed for the call.
+    let rc = unsafe { libc::ioctl(folder.as_raw_fd(), SHUTDOWN, &raw const now) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Puts a folder, and all that will be made in it, into the project `id` (`FS_IOC_FSSETXATTR`, xfsctl(3)).
+pub(crate) fn set_project(folder: BorrowedFd<'_>, id: u32) -> io::Result<()> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct Attributes {
+        flags: u32,
+        extsize: u32,
+        nextents: u32,
+        project: u32,
+        cowextsize: u32,
+        pad: [u8; 8],
+    }
+    const GET: libc::Ioctl = 0x801c_581f;
+    const SET: libc::Ioctl = 0x401c_5820;
+    const INHERIT: u32 = 0x200;
+    let mut attributes = Attributes::default();
+    // SAFETY: the kernel writes one fsxattr, which `Attributes` has the layout of and which outlives the call.
+    if unsafe { libc::ioctl(folder.as_raw_fd(), GET, &raw mut attributes) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    attributes.flags |= INHERIT;
+    attributes.project = id;
+    // SAFETY: the kernel reads one fsxattr, which `Attributes` has the layout of and which is borrowed for the call.
+    let rc = unsafe { libc::ioctl(folder.as_raw_fd(), SET, &raw const attributes) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A project's use and hard limits: of space in bytes, of inodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ProjectQuota {
+    pub(crate) used_bytes: u64,
+    pub(crate) used_inodes: u64,
+    pub(crate) limit_bytes: u64,
+    pub(crate) limit_inodes: u64,
+}
+
+/// What `if_dqblk` of linux/quota.h counts space limits in.
+const QUOTA_BLOCK_BYTES: u64 = 1024;
+
+#[repr(C)]
+#[derive(Default)]
+struct QuotaBlock {
+    block_hard: u64,
+    block_soft: u64,
+    space: u64,
+    inode_hard: u64,
+    inode_soft: u64,
+    inodes: u64,
+    block_time: u64,
+    inode_time: u64,
+    valid: u32,
+}
+
+/// Whether the file system of `folder` holds projects to their quotas (`Q_XGETQSTATV`, quotactl(2)).
+pub(crate) fn has_project_quotas(folder: BorrowedFd<'_>) -> io::Result<bool> {
+    #[repr(C)]
+    struct State {
+        version: u8,
+        pad: u8,
+        flags: u16,
+        rest: [u32; 39],
+    }
+    const GET_STATE: u32 = 0x5808;
+    /// `FS_QUOTA_PDQ_ENFD`.
+    const ENFORCED: u16 = 1 << 5;
+    let mut state = State { version: 1, pad: 0, flags: 0, rest: [0; 39] };
+    // SAFETY: the kernel reads the version and writes one fs_quota_statv of 160 bytes, which is what `State` has and outlives the call.
+    let rc = unsafe { quotactl(folder, GET_STATE, 0, (&raw mut state).cast()) };
+    rc.map(|()| state.flags & ENFORCED != 0)
+}
+
+/// What a project uses and may use.
+pub(crate) fn project_quota(folder: BorrowedFd<'_>, id: u32) -> io::Result<ProjectQuota> {
+    const GET: u32 = 0x0080_0007;
+    let mut block = QuotaBlock::default();
+    // SAFETY: the kernel writes one if_dqblk, which `QuotaBlock` has the layout of and which outlives the call.
+    unsafe { quotactl(folder, GET, id, (&raw mut block).cast()) }?;
+    Ok(ProjectQuota {
+        used_bytes: block.space,
+        used_inodes: block.inodes,
+        limit_bytes: block.block_hard * QUOTA_BLOCK_BYTES,
+        limit_inodes: block.inode_hard,
+    })
+}
+
+/// Sets a project's hard limits; 0 is none.
+pub(crate) fn limit_project(folder: BorrowedFd<'_>, id: u32, bytes: u64, inodes: u64) -> io::Result<()> {
+    const SET: u32 = 0x0080_0008;
+    /// `QIF_LIMITS`: the limits alone, of space and inodes.
+    const LIMITS: u32 = 1 | 4;
+    let mut block = QuotaBlock { block_hard: bytes / QUOTA_BLOCK_BYTES, inode_hard: inodes, valid: LIMITS, ..QuotaBlock::default() };
+    // SAFETY: the kernel reads one if_dqblk, which `QuotaBlock` has the layout of and which outlives the call.
+    unsafe { quotactl(folder, SET, id, (&raw mut block).cast()) }
+}
+
+/// quotactl_fd(2) for project quotas.
+///
+/// # Safety
+/// `argument` points to what `command` reads or writes (quotactl(2)), valid for the call.
+unsafe fn quotactl(folder: BorrowedFd<'_>, command: u32, id: u32, argument: *mut libc::c_void) -> io::Result<()> {
+    const OF_PROJECTS: u32 = 2;
+    /// Of every architecture; the libc crate has it for some.
+    const SYS_QUOTACTL_FD: libc::c_long = 443;
+    // SAFETY: the caller vouches for `argument`; the rest is numbers.
+    let rc = unsafe { libc::syscall(SYS_QUOTACTL_FD, folder.as_raw_fd(), command << 8 | OF_PROJECTS, id, argument) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -24,6 +24,9 @@ struct Arguments {
     /// Folder of log files
     #[arg(long)]
     logs: PathBuf,
+    /// Folder of writable layers that are on disk
+    #[arg(long)]
+    disks: PathBuf,
     /// Group, by name or number, that may connect and read logs
     #[arg(long)]
     group: String,
@@ -55,6 +58,7 @@ fn main() -> anyhow::Result<()> {
         socket: arguments.socket,
         images: arguments.images,
         logs: arguments.logs,
+        disks: arguments.disks,
         group,
         init: programs.with_file_name("sandbox-init"),
         unpack: programs.with_file_name("sandbox-unpack"),

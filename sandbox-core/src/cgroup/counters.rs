@@ -2,7 +2,7 @@
 
 use std::{io, os::fd::BorrowedFd};
 
-use super::{Group, read};
+use super::{Group, blkio::Io, read};
 use crate::protocol::CgroupMode;
 
 /// Totals since the group was made, init's share included.
@@ -18,6 +18,7 @@ pub(crate) struct Counters {
     /// How often a fork was refused by the pids limit.
     pub(crate) pids_refused: u64,
     pub(crate) throttled_us: u64,
+    pub(crate) io: Io,
 }
 
 /// The largest single request for memory that the limit may have refused: a huge page.
@@ -38,6 +39,7 @@ impl Group {
             pids_peak: number(self.pids(), "pids.peak")?,
             pids_refused: field(self.pids(), "pids.events", "max")?,
             throttled_us,
+            io: self.io()?,
         })
     }
 

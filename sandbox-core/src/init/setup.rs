@@ -72,13 +72,14 @@ pub(super) fn join_cgroups(hierarchies: u32, fences: Fences, descriptors: &mut V
 ///
 /// The order is the kernel's: what needs the host's root first, the user namespace after the last mount, ids after the namespace,
 /// capabilities after the ids, the filter last.
-pub(super) fn enter(setup: &Setup, descriptors: &mut VecDeque<OwnedFd>) -> Result<Tree, LaunchError> {
+pub(super) fn enter(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut VecDeque<OwnedFd>) -> Result<Tree, LaunchError> {
     let fences = setup.fences;
     let user_namespace = next(descriptors, "user namespace")?;
     let parts = Parts {
         image: next(descriptors, "image")?,
         base: next(descriptors, "base layer")?,
         target: if setup.has_target { Some(next(descriptors, "target")?) } else { None },
+        layer,
     };
     // Its orders are the limits: among busy processes of its group it comes first.
     sys::prefer_this_process(NICE).step("raising init's priority")?;

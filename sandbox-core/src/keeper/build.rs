@@ -17,16 +17,22 @@ use rustix::{
 };
 
 use super::{
-    Keeper, Options, Source, monotonic_ns,
+    Keeper, Options, Source,
+    disk::Disk,
+    monotonic_ns,
     parked::{Class, Parked},
     sandbox::{Body, Init},
     slot::Slot,
     warn,
 };
 use crate::{
+    disk,
     fence::{Fence, Fences},
     init::CONTROL,
-    protocol::init::{Order, Setup},
+    protocol::{
+        CgroupMode, Medium,
+        init::{Order, Setup},
+    },
     rootfs::map_layer,
     sys::{self, Child, Cloned},
     transport::Socket,
@@ -72,6 +78,7 @@ pub(super) struct Blueprint<'a> {
     pub(super) image: &'a OwnedFd,
     /// Mounted writable on `/image`.
     pub(super) target: Option<&'a OwnedFd>,
+    pub(super) medium: Medium,
     pub(super) disk_bytes: u64,
     pub(super) inodes: u64,
     pub(super) capabilities: u64,
@@ -105,7 +112,7 @@ impl Keeper {
         let Some(class) = self.lot.wanted(now_ns) else { return Ok(false) };
         let built = self.store.image(&class.image).map_err(BuildError::Host).and_then(|image| {
             let Class { disk_bytes, inodes, capabilities, fences, .. } = class;
-            self.build(&Blueprint { image: &image, target: None, disk_bytes, inodes, capabilities, fences })
+            self.build(&Blueprint { image: &image, target: None, medium: Medium::Memory, disk_bytes, inodes, capabilities, fences })
         });
         match built {
             Ok((serial, body)) => self.lot.insert(serial, Parked { class, body, is_ready: false, is_doomed: false }),
@@ -121,15 +128,24 @@ impl Keeper {
             None => self.slots.make()?.ok_or(BuildError::Full)?,
         };
         let serial = self.serial();
+        let disk = match self.begin_disk(&slot, blueprint) {
+            Ok(disk) => disk,
+            Err(error) => {
+                self.slots.put_back(slot)?;
+                return Err(BuildError::Host(at("starting to make the writable layer")(error)));
+            }
+        };
         match self.clone_and_set_up(&slot, blueprint) {
             Ok(init) => {
                 // Without this watch it could not be followed; both descriptors were made a moment ago, so only want of memory can fail here.
                 let watched = self
                     .watch(init.child.pidfd.as_fd(), Source::Init, serial)
-                    .and_then(|()| self.watch(init.control.as_fd(), Source::Control, serial));
+                    .and_then(|()| self.watch(init.control.as_fd(), Source::Control, serial))
+                    .and_then(|()| disk.as_ref().and_then(Disk::socket).map_or(Ok(()), |worker| self.watch(worker, Source::Disk, serial)));
                 match watched {
-                    Ok(()) => Ok((serial, Body { slot, init, oom_notice: None, payload: None })),
+                    Ok(()) => Ok((serial, Body { slot, init, oom_notice: None, payload: None, disk })),
                     Err(error) => {
+                        disk.map_or(Ok(()), |disk| disk.stop())?;
                         pidfd_send_signal(&init.child.pidfd, rustix::process::Signal::KILL).map_err(io::Error::from)?;
                         sys::reap(init.child.pid, true)?;
                         self.slots.put_back(slot)?;
@@ -138,8 +154,21 @@ impl Keeper {
                 }
             }
             Err(error) => {
+                disk.map_or(Ok(()), |disk| disk.stop())?;
                 self.slots.put_back(slot)?;
                 Err(BuildError::Host(error))
+            }
+        }
+    }
+
+    /// Starts to make the writable layer, if it is to be on disk. Init starts meanwhile.
+    fn begin_disk(&self, slot: &Slot, blueprint: &Blueprint<'_>) -> io::Result<Option<Disk>> {
+        match blueprint.medium {
+            Medium::Memory => Ok(None),
+            Medium::Disk => {
+                let (bytes, inodes, id_base) = (blueprint.disk_bytes, blueprint.inodes, slot.id_base);
+                let order = disk::Order { bytes, inodes, id_base, is_synchronous: self.tree.mode() != CgroupMode::V2 };
+                Disk::begin(&self.disks, order).map(Some)
             }
         }
     }
@@ -154,6 +183,7 @@ impl Keeper {
         let (control, init_end) = Socket::pair()?;
         let setup = Order::Setup(Setup {
             id_base: slot.id_base,
+            medium: blueprint.medium,
             disk_bytes: blueprint.disk_bytes,
             inodes: blueprint.inodes,
             shm_bytes: SHM_BYTES,

@@ -28,7 +28,7 @@ use crate::{
     policy::Plan,
     privileges,
     protocol::{
-        Answer, Cause, FailureKind, ImageId, Launch, OutputPolicy, Stdin, Supervision, UnpackLimits, Unpacked,
+        Answer, Cause, FailureKind, ImageId, IoLimits, Launch, Medium, OutputPolicy, Stdin, Supervision, UnpackLimits, Unpacked,
         init::{self, Order, Program, User},
     },
     rootfs::base,
@@ -171,8 +171,10 @@ impl Keeper {
                 cpu_ms: None,
                 output_bytes: 64 * 1024,
                 output_policy: OutputPolicy::Kill,
+                medium: Medium::Memory,
                 disk_bytes: 1 << 20,
                 inodes: 64,
+                io: IoLimits::MAX,
             },
             sink: Sink::Memory { stdout: Vec::new(), stderr: Vec::new() },
             hostname: base::HOSTNAME.to_owned(),
@@ -229,6 +231,7 @@ impl Keeper {
         let launch_asker = match &purpose {
             Purpose::Payload { id } => {
                 self.by_id.insert(*id, serial);
+                self.slots.expect_io(supervision.io);
                 Some(asker)
             }
             // Only its end is told.
@@ -280,7 +283,7 @@ impl Keeper {
     pub(super) fn begin(&mut self, serial: u64) -> io::Result<()> {
         let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return Ok(()) };
         let (Some(body), Some(pending)) = (&mut sandbox.body, sandbox.pending.take()) else { return Ok(()) };
-        let begun = begin_in(body, pending, &self.own_uts);
+        let begun = begin_in(body, pending, sandbox.supervision.io, &self.own_uts);
         let watched = match &body.oom_notice {
             Some(notice) => epoll::add(&self.epoll, notice, EventData::new_u64(Source::OutOfMemory.number(serial)), EventFlags::IN),
             None => Ok(()),
@@ -307,8 +310,9 @@ impl Keeper {
     }
 }
 
-fn begin_in(body: &mut Body, pending: Pending, own_uts: &OwnedFd) -> io::Result<()> {
+fn begin_in(body: &mut Body, pending: Pending, io: IoLimits, own_uts: &OwnedFd) -> io::Result<()> {
     body.slot.group.set_limits(pending.limits).map_err(at("setting the limits"))?;
+    body.slot.group.limit_io(io).map_err(at("setting the limits of input and output"))?;
     body.oom_notice = body.slot.group.oom_notice().map_err(at("watching the memory limit"))?;
     network::set_host_name(&body.init.child.pidfd, own_uts, &pending.hostname).map_err(at("setting the host name"))?;
     let descriptors: Vec<BorrowedFd<'_>> = pending.descriptors.iter().map(AsFd::as_fd).collect();
@@ -320,6 +324,7 @@ impl Preparation {
         Blueprint {
             image: &self.image,
             target: self.target.as_ref(),
+            medium: self.supervision.medium,
             disk_bytes: self.supervision.disk_bytes,
             inodes: self.supervision.inodes,
             capabilities: self.capabilities,
@@ -327,9 +332,9 @@ impl Preparation {
         }
     }
 
-    /// Which parked sandboxes will do; none for our own programs, which are rare.
+    /// Which parked sandboxes will do; none for our own programs, which are rare, and none that would set space on disk aside unasked.
     fn class(&self) -> Option<Class> {
-        let image = self.image_id.clone()?;
+        let image = self.image_id.clone().filter(|_| self.supervision.medium == Medium::Memory)?;
         let Supervision { disk_bytes, inodes, .. } = self.supervision;
         Some(Class { image, disk_bytes, inodes, capabilities: self.capabilities, fences: self.fences })
     }

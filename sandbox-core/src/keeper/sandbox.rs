@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, io, os::fd::OwnedFd};
 
-use super::{connection::Asker, output::Output, slot::Slot};
+use super::{connection::Asker, disk::Disk, output::Output, slot::Slot};
 use crate::{
     cgroup::{Counters, Limits},
     fence::Fences,
@@ -89,6 +89,8 @@ pub(super) struct Body {
     pub(super) oom_notice: Option<OwnedFd>,
     /// The payload's first process (pidfd_open(2)), once it runs.
     pub(super) payload: Option<OwnedFd>,
+    /// The writable layer, if it is on disk.
+    pub(super) disk: Option<Disk>,
 }
 
 #[derive(Debug)]
@@ -146,6 +148,10 @@ impl Sandbox {
             throttled_us: counters.throttled_us,
             stdout_bytes: self.output.written_bytes(Kind::Stdout),
             stderr_bytes: self.output.written_bytes(Kind::Stderr),
+            io_read_bytes: counters.io.read_bytes,
+            io_written_bytes: counters.io.written_bytes,
+            io_reads: counters.io.reads,
+            io_writes: counters.io.writes,
         };
         let is_over_wall = self.launched.is_some() && self.supervision.wall_ms.is_some_and(|limit| wall_us > limit.saturating_mul(1000));
         let is_over_cpu = self.supervision.cpu_ms.is_some_and(|limit| usage.cpu_us > limit.saturating_mul(1000));
@@ -181,6 +187,7 @@ impl Sandbox {
             (Limit::Disk, ended.is_some_and(|ended| ended.is_disk_full)),
             (Limit::Inodes, ended.is_some_and(|ended| ended.are_inodes_used_up)),
             (Limit::Output, is_truncated(Kind::Stdout) || is_truncated(Kind::Stderr)),
+            (Limit::FileSize, cause == Cause::Signaled { signal: libc::SIGXFSZ }),
         ];
         let since_end_us = now_ns.saturating_sub(ended_at_ns) / 1000;
         Ending {

@@ -6,6 +6,7 @@ use crate::{
     cgroup::{Group, Tree},
     ids::{self, Ranges},
     network::Networks,
+    protocol::IoLimits,
 };
 
 /// One sandbox's id range, namespaces and cgroups: fresh, used once, never by two.
@@ -25,6 +26,8 @@ pub(super) struct Slots {
     pub(super) networks: Networks,
     ready: VecDeque<Slot>,
     made: u64,
+    /// What the latest request wanted: the next one probably wants the same.
+    io: Option<IoLimits>,
 }
 
 /// How many are kept ready.
@@ -32,12 +35,17 @@ const READY_MAX: usize = 16;
 
 impl Slots {
     pub(super) fn new(tree: Tree, ranges: Ranges) -> io::Result<Self> {
-        Ok(Self { tree, ranges, networks: Networks::new()?, ready: VecDeque::new(), made: 0 })
+        Ok(Self { tree, ranges, networks: Networks::new()?, ready: VecDeque::new(), made: 0, io: None })
     }
 
     /// One that was made ahead.
     pub(super) fn take_ready(&mut self) -> Option<Slot> {
         self.ready.pop_front()
+    }
+
+    /// Has those that are made from now on hold what runs in them to `io`, which saves the writes at a launch that wants just that.
+    pub(super) fn expect_io(&mut self, io: IoLimits) {
+        self.io = Some(io);
     }
 
     /// A new one; `None` when every id range is in use.
@@ -54,7 +62,14 @@ impl Slots {
         self.made += 1;
         let user_namespace = ids::new_user_namespace(id_base)?;
         let network = self.networks.make()?;
-        Ok(Slot { id_base, user_namespace, network, group: self.tree.make(format!("s{}", self.made))? })
+        let mut group = self.tree.make(format!("s{}", self.made))?;
+        if let Some(io) = self.io
+            && let Err(error) = group.limit_io(io)
+        {
+            group.remove()?;
+            return Err(error);
+        }
+        Ok(Slot { id_base, user_namespace, network, group })
     }
 
     /// Makes one ahead; `false` when there are enough.

@@ -110,7 +110,7 @@ impl Store {
 }
 
 /// Deletes a tree in a process of its own: a large one takes longer than any sandbox may wait for the keeper.
-fn remove_in_background(path: &Path) -> io::Result<()> {
+pub(super) fn remove_in_background(path: &Path) -> io::Result<()> {
     match sys::clone3(nix::sched::CloneFlags::empty(), false, None)? {
         sys::Cloned::Child => {
             // A copy of a descriptor that the keeper closes would keep it alive, and watched.

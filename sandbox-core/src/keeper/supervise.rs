@@ -305,6 +305,16 @@ impl Keeper {
         if !body.init.is_dead {
             return Ok(());
         }
+        // First of all: what its files have in memory is charged to its group.
+        match self.remove_disk(serial) {
+            Ok(true) => {}
+            Ok(false) => return Ok(()),
+            Err(error) => {
+                warn(format_args!("removing a writable layer failed, and is tried again: {error}"));
+                return self.timer.set(monotonic_ns() + REMOVE_AGAIN_AFTER_NS, serial, Due::Remove);
+            }
+        }
+        let Some(body) = self.body(serial) else { return Ok(()) };
         let removed = match body.slot.group.remove() {
             Ok(false) => body.slot.group.kill().map(|()| false),
             other => other,
@@ -337,7 +347,11 @@ impl Keeper {
     }
 }
 
+/// Init, and the making of its layer.
 fn kill_init(body: &sandbox::Body) -> io::Result<()> {
+    if let Some(disk) = &body.disk {
+        disk.stop()?;
+    }
     if body.init.is_dead {
         return Ok(());
     }

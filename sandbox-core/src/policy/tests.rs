@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::*;
-use crate::protocol::{OutputPolicy, SandboxId, Stdin, Supervision};
+use crate::protocol::{OutputPolicy, SandboxId, Stdin};
 
 const IMAGE: &str = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
 
@@ -35,8 +35,10 @@ fn check(spec: &Value) -> Result<Plan, Refused> {
             cpu_ms: None,
             output_bytes: 0,
             output_policy: OutputPolicy::Truncate,
+            medium: Medium::Memory,
             disk_bytes: 1 << 20,
             inodes: 64,
+            io: IoLimits::MAX,
         },
         stdin: Stdin::Null,
         has_files: false,

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{error::Kind, fence::Fences, selinux::Labels};
+use crate::{error::Kind, fence::Fences, protocol::Medium, selinux::Labels};
 
 /// What the keeper tells init.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -13,6 +13,8 @@ pub enum Order {
     /// Build the sandbox and give up all privilege. Descriptors: user namespace, image, base layer, then the `tasks` file of each
     /// cgroup v1 hierarchy, then the folder to be mounted on `/image` if `has_target`.
     Setup(Setup),
+    /// The writable layer, if the setup says that it is on disk. Descriptor: a detached mount, with [`crate::rootfs::FOLDERS`] in it.
+    Layer,
     /// Start the payload. Descriptors: stdin if `has_stdin` (else it is the sandbox's `/dev/null`), stdout, stderr, the files if `has_files`, then those that the payload inherits from number 3 up;
     /// the last of them is its program if `program` is [`Program::Descriptor`].
     Start(Box<Start>),
@@ -25,6 +27,7 @@ pub enum Order {
 pub struct Setup {
     /// Host id that is 0 inside; 65,536 ids follow.
     pub id_base: u32,
+    pub medium: Medium,
     pub disk_bytes: u64,
     pub inodes: u64,
     /// Size of `/dev/shm`, in bytes.

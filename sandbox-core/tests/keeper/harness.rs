@@ -11,10 +11,13 @@ use std::{
 };
 
 use sandbox_core::{
-    client::Client,
+    client::{Client, Tag},
     fence::{Fence, Fences},
     log,
-    protocol::{Answer, Ending, ImageId, KillReason, Launch, Launched, OutputPolicy, Request, SandboxId, Stdin, Supervision, UnpackLimits},
+    protocol::{
+        Answer, Ending, ImageId, IoLimits, KillReason, Launch, Launched, Medium, OutputPolicy, Request, SandboxId, Stdin, Supervision,
+        UnpackLimits,
+    },
 };
 use serde_json::{Value, json};
 
@@ -27,6 +30,7 @@ pub(crate) const IMAGE: &str = "b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0
 pub(crate) struct Node {
     child: Child,
     folder: tempfile::TempDir,
+    disks: PathBuf,
 }
 
 impl Drop for Node {
@@ -43,8 +47,18 @@ impl Node {
     }
 
     /// Starts it by a command line that ends with the keeper's program.
-    pub(crate) fn start_as(mut keeper: Command) -> Self {
+    pub(crate) fn start_as(keeper: Command) -> Self {
         let folder = tempfile::Builder::new().prefix("mfk").tempdir().unwrap();
+        let disks = folder.path().join("disks");
+        Self::start_in(keeper, folder, &disks)
+    }
+
+    /// One whose writable layers on disk are in `disks`.
+    pub(crate) fn start_with_disks(disks: &Path) -> Self {
+        Self::start_in(Command::new(KEEPER), tempfile::Builder::new().prefix("mfk").tempdir().unwrap(), disks)
+    }
+
+    fn start_in(mut keeper: Command, folder: tempfile::TempDir, disks: &Path) -> Self {
         let at = |name: &str| folder.path().join(name);
         std::fs::create_dir(at("logs")).unwrap();
         let mut child = keeper
@@ -54,6 +68,8 @@ impl Node {
             .arg(at("images"))
             .arg("--logs")
             .arg(at("logs"))
+            .arg("--disks")
+            .arg(disks)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -61,7 +77,7 @@ impl Node {
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         assert_eq!(line, "ready\n", "the keeper did not start");
-        let node = Self { child, folder };
+        let node = Self { child, folder, disks: disks.to_owned() };
         let answer = node.unpack(IMAGE, vec![busybox_layer()]);
         assert!(matches!(answer, Answer::Unpacked(_)), "{answer:?}");
         node
@@ -93,6 +109,18 @@ impl Node {
     /// Where a file of an unpacked image lies on the host.
     pub(crate) fn image_path(&self, image: &str, path: &str) -> PathBuf {
         self.folder.path().join("images").join(image).join(path)
+    }
+
+    /// The folder of its writable layers on disk.
+    pub(crate) fn disks(&self) -> &Path {
+        &self.disks
+    }
+
+    /// Kills it. Its folders stay until what this returns is dropped.
+    pub(crate) fn kill(mut self) -> tempfile::TempDir {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        std::mem::replace(&mut self.folder, tempfile::tempdir().unwrap())
     }
 
     pub(crate) fn log_path(&self, id: SandboxId) -> PathBuf {
@@ -157,9 +185,10 @@ pub(crate) fn busybox_layer() -> Vec<u8> {
     append(&mut layer, "bin/attack", 0o755, sandbox_attacks::PROGRAM);
     append(&mut layer, "bin/attack-set-uid", 0o4755, sandbox_attacks::PROGRAM);
     append(&mut layer, "bin/attack-file-caps", 0o755, sandbox_attacks::PROGRAM);
-    for applet in
-        ["sh", "true", "cat", "ls", "id", "sleep", "mount", "umount", "hostname", "unshare", "chroot", "dd", "yes", "head", "stat", "mknod"]
-    {
+    for applet in [
+        "sh", "true", "cat", "ls", "id", "sleep", "mount", "umount", "hostname", "unshare", "chroot", "dd", "yes", "head", "stat", "mknod",
+        "touch", "mkdir", "rm", "seq", "chown",
+    ] {
         let mut header = header(tar::EntryType::Symlink, 0o777);
         layer.append_link(&mut header, format!("bin/{applet}"), "busybox").unwrap();
     }
@@ -223,8 +252,10 @@ pub(crate) fn command(args: &[&str]) -> Run {
         cpu_ms: None,
         output_bytes: 1 << 20,
         output_policy: OutputPolicy::Truncate,
+        medium: Medium::Memory,
         disk_bytes: 16 << 20,
         inodes: 1024,
+        io: IoLimits::MAX,
     };
     Run { id: SandboxId(uuid::Uuid::new_v4()), spec, supervision, stdin: None, files: Vec::new() }
 }
@@ -251,6 +282,11 @@ impl Run {
         self.launch_with(client, stdin.as_ref().map(AsFd::as_fd))
     }
 
+    /// Asks for it without waiting for the answer.
+    pub(crate) fn begin_launch(&self, client: &mut Client) -> Tag {
+        client.send(&self.request(Stdin::Null, false), &[]).unwrap()
+    }
+
     /// Launches it with a descriptor of the test's own as its standard input.
     pub(crate) fn launch_with_stdin(&self, client: &mut Client, stdin: BorrowedFd<'_>) -> Answer {
         self.launch_with(client, Some(stdin))
@@ -258,16 +294,20 @@ impl Run {
 
     fn launch_with(&self, client: &mut Client, stdin: Option<BorrowedFd<'_>>) -> Answer {
         let files = (!self.files.is_empty()).then(|| memory(&self.files));
-        let launch = Launch {
+        let request = self.request(if stdin.is_some() { Stdin::Descriptor } else { Stdin::Null }, files.is_some());
+        let descriptors: Vec<_> = stdin.into_iter().chain(files.iter().map(AsFd::as_fd)).collect();
+        client.call(&request, &descriptors).unwrap()
+    }
+
+    fn request(&self, stdin: Stdin, has_files: bool) -> Request {
+        Request::Launch(Box::new(Launch {
             id: self.id,
             image: self.spec["root"]["path"].as_str().unwrap().parse::<ImageId>().unwrap(),
             spec: serde_json::to_vec(&self.spec).unwrap(),
             supervision: self.supervision,
-            stdin: if stdin.is_some() { Stdin::Descriptor } else { Stdin::Null },
-            has_files: files.is_some(),
-        };
-        let descriptors: Vec<_> = stdin.into_iter().chain(files.iter().map(AsFd::as_fd)).collect();
-        client.call(&Request::Launch(Box::new(launch)), &descriptors).unwrap()
+            stdin,
+            has_files,
+        }))
     }
 
     /// Runs it on the shared keeper, to its end, and forgets it.

@@ -2,7 +2,7 @@
 
 use sandbox_core::protocol::{Cause, Limit, OutputPolicy};
 
-use crate::harness::shell;
+use crate::harness::{command, shell};
 
 /// What a limit in time may be overshot by, in microseconds (the design's bound).
 const OVERSHOOT_US: u64 = 10_000;
@@ -122,4 +122,17 @@ fn open_files_are_limited() {
     let limit = serde_json::json!([{ "type": "RLIMIT_NOFILE", "soft": 8, "hard": 8 }]);
     let done = shell("ulimit -n").with("/process/rlimits", limit).run();
     assert_eq!(done.stdout, "8\n");
+}
+
+#[test]
+fn a_file_beyond_its_size_ends_the_payload_and_is_told() {
+    let limit = serde_json::json!([
+        { "type": "RLIMIT_NOFILE", "soft": 64, "hard": 64 },
+        { "type": "RLIMIT_FSIZE", "soft": 65_536, "hard": 65_536 },
+    ]);
+    let done = command(&["/bin/dd", "if=/dev/zero", "of=/fill", "bs=4096", "count=100"]).with("/process/rlimits", limit).run();
+    assert_eq!(
+        (done.ending.cause, done.ending.limits_hit),
+        (Cause::Signaled { signal: rustix::process::Signal::XFSZ.as_raw() }, vec![Limit::FileSize])
+    );
 }

@@ -4,10 +4,12 @@
 #![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
 mod attacks;
+mod disk;
 mod endings;
 mod harness;
 mod hogs;
 mod images;
+mod io;
 mod leaks;
 mod limits;
 mod privileges;

@@ -76,7 +76,8 @@ fn refusal(arguments: &[&str]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let mut keeper = std::process::Command::new(crate::harness::KEEPER);
     keeper.args(["--group", "0", "--socket"]).arg(folder.path().join("keeper.sock"));
-    keeper.arg("--images").arg(folder.path().join("images")).arg("--logs").arg(folder.path()).args(arguments);
+    keeper.arg("--images").arg(folder.path().join("images")).arg("--logs").arg(folder.path());
+    keeper.arg("--disks").arg(folder.path().join("disks")).args(arguments);
     let done = keeper.output().unwrap();
     assert!(!done.status.success(), "the keeper started: {}", String::from_utf8_lossy(&done.stdout));
     String::from_utf8_lossy(&done.stderr).into_owned()

@@ -266,6 +266,7 @@ mod tests {
                 throttled_us: 0,
                 stdout_bytes: 20,
                 stderr_bytes: 0,
+                ..sandbox_core::protocol::Usage::default()
             },
             limits_hit: vec![Limit::Memory],
             oom_kills: 1,

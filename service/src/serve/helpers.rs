@@ -140,6 +140,7 @@ fn start_keeper(settings: &Settings, socket: &Path, account: &Account) -> anyhow
     // A session of its own, so that Ctrl-C and a closed terminal reach the service alone.
     let mut command = Command::new("setsid");
     command.arg(&program).arg("--socket").arg(socket).arg("--images").arg(settings.data_dir.join("images"));
+    command.arg("--disks").arg(settings.data_dir.join("disks"));
     command.arg("--logs").arg(settings.data_dir.join("logs")).arg("--group").arg(account.gid.to_string());
     for fence in settings.required_fences.iter() {
         command.arg("--require-fence").arg(fence.name());

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     keeper::output::Sink,
-    protocol::{OutputPolicy, Start},
+    protocol::{IoLimits, Medium, OutputPolicy, Start},
 };
 
 fn sandbox(decision: Option<Decision>) -> Sandbox {
@@ -17,8 +17,10 @@ fn sandbox(decision: Option<Decision>) -> Sandbox {
             cpu_ms: Some(500),
             output_bytes: 10,
             output_policy: OutputPolicy::Truncate,
+            medium: Medium::Memory,
             disk_bytes: 1,
             inodes: 1,
+            io: IoLimits::MAX,
         },
         received_at_ns: 0,
         start: Start::Cold,

@@ -1,0 +1,244 @@
+//! Writable layers on disk, made and removed by processes of their own: the keeper itself waits for no disk.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use rustix::{event::epoll, process::pidfd_send_signal};
+
+use super::{Keeper, Source, warn};
+use crate::{
+    disk::{Disks, Made, Order},
+    protocol::{Cause, init},
+    sys::{self, Child, Cloned},
+    transport::{self, Socket},
+};
+
+/// The layer of one sandbox, and how far it is.
+#[derive(Debug)]
+pub(super) enum Disk {
+    Making(Worker),
+    /// Its mount, which this keeps alive.
+    Ready(OwnedFd),
+    Removing(Worker),
+    Gone,
+}
+
+/// A process that makes or removes a layer. When it has ended, this end of the socket says so.
+#[derive(Debug)]
+pub(super) struct Worker {
+    child: Child,
+    socket: Socket,
+}
+
+/// What a worker says: what it made, or why it failed.
+type Said = Result<Option<Made>, String>;
+
+impl Disk {
+    /// Starts to make a layer. The worker dies with the keeper.
+    pub(super) fn begin(disks: &Disks, order: Order) -> io::Result<Self> {
+        let keeper = nix::unistd::getpid();
+        let worker = Worker::start(None, |socket, _| {
+            // A keeper that died before this process was bound to it sends no signal any more.
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+            if nix::unistd::getppid() != keeper {
+                return Ok(());
+            }
+            match disks.make(order) {
+                Ok((mount, made)) => transport::send(socket, &Said::Ok(Some(made)), &[mount.as_fd()]),
+                Err(error) => transport::send(socket, &Said::Err(error.to_string()), &[]),
+            }
+        });
+        worker.map(Self::Making)
+    }
+
+    /// Whether there is nothing of it any more, not even a process.
+    pub(super) fn is_gone(&self) -> bool {
+        matches!(self, Self::Gone)
+    }
+
+    /// Stops making it. What there is of it goes with the worker, or is removed when that has ended.
+    pub(super) fn stop(&self) -> io::Result<()> {
+        match self {
+            Self::Making(worker) => match pidfd_send_signal(&worker.child.pidfd, rustix::process::Signal::KILL) {
+                Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+                Err(error) => Err(error.into()),
+            },
+            Self::Ready(_) | Self::Removing(_) | Self::Gone => Ok(()),
+        }
+    }
+
+    /// Starts to remove one that is ready. The worker outlives the keeper if it must.
+    fn remove(&mut self, disks: &Disks, id_base: u32) -> io::Result<()> {
+        let Self::Ready(mount) = self else { return Ok(()) };
+        let worker = Worker::start(Some(mount.as_fd()), |socket, mount| {
+            // Whoever lets go last has all the work of unmounting: not the keeper, which says when it has. If it dies, it has, too.
+            let _: Option<transport::Datagram<()>> = transport::recv(socket)?;
+            let Some(mount) = mount else { return Ok(()) };
+            match disks.remove(id_base, mount) {
+                Ok(()) => Ok(()),
+                Err(error) => transport::send(socket, &Said::Err(error.to_string()), &[]),
+            }
+        })?;
+        let mount = std::mem::replace(self, Self::Gone);
+        drop(mount);
+        worker.socket.send(&(), &[])?;
+        *self = Self::Removing(worker);
+        Ok(())
+    }
+
+    /// The socket to be watched.
+    pub(super) fn socket(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Making(worker) | Self::Removing(worker) => Some(worker.socket.as_fd()),
+            Self::Ready(_) | Self::Gone => None,
+        }
+    }
+}
+
+impl Worker {
+    /// Clones a process that does `work` with its end of a socket and, if one is given, with a mount, and then ends.
+    fn start(mount: Option<BorrowedFd<'_>>, work: impl FnOnce(BorrowedFd<'_>, Option<OwnedFd>) -> io::Result<()>) -> io::Result<Self> {
+        let (socket, theirs) = Socket::pair()?;
+        match sys::clone3(nix::sched::CloneFlags::empty(), false, None)? {
+            Cloned::Parent(child) => Ok(Self { child, socket }),
+            Cloned::Child => {
+                let done = keep_only(&theirs, mount).and_then(|(socket, mount)| work(socket.as_fd(), mount));
+                std::process::exit(if done.is_ok() { 0 } else { 1 });
+            }
+        }
+    }
+}
+
+/// Closes everything but these two. A copy of a descriptor that the keeper closes would keep it alive, and watched.
+fn keep_only(socket: &OwnedFd, mount: Option<BorrowedFd<'_>>) -> io::Result<(OwnedFd, Option<OwnedFd>)> {
+    const SOCKET: i32 = 3;
+    const MOUNT: i32 = 4;
+    // Modes are meant as they stand.
+    rustix::process::umask(rustix::fs::Mode::empty());
+    // Out of the way of those two numbers.
+    let socket = rustix::io::fcntl_dupfd_cloexec(socket, MOUNT + 1)?;
+    let mount = mount.map(|mount| rustix::io::fcntl_dupfd_cloexec(mount, MOUNT + 1)).transpose()?;
+    sys::place_at(socket.as_fd(), SOCKET)?;
+    if let Some(mount) = &mount {
+        sys::place_at(mount.as_fd(), MOUNT)?;
+    }
+    let has_mount = mount.is_some();
+    drop((socket, mount));
+    sys::close_from(if has_mount { 5 } else { 4 })?;
+    sys::close_on_exec_from(3)?;
+    Ok((sys::inherited(SOCKET)?, if has_mount { Some(sys::inherited(MOUNT)?) } else { None }))
+}
+
+impl Keeper {
+    /// What a worker has said, or that it has ended.
+    pub(super) fn on_disk(&mut self, serial: u64) -> io::Result<()> {
+        let io = self.sandboxes.get(&serial).map(|sandbox| sandbox.supervision.io);
+        let Some(body) = self.body(serial) else { return Ok(()) };
+        let Some(disk) = &mut body.disk else { return Ok(()) };
+        let (Disk::Making(worker) | Disk::Removing(worker)) = &*disk else { return Ok(()) };
+        let said = match worker.socket.recv::<Said>() {
+            Ok(said) => said,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let failure = match (said, &*disk) {
+            (Some(datagram), Disk::Making(_)) => match (datagram.message, datagram.descriptors.into_iter().next()) {
+                (Ok(Some(made)), Some(mount)) => {
+                    let made_of = std::mem::replace(disk, Disk::Ready(mount));
+                    epoll_delete(&self.epoll, &made_of)?;
+                    return self.hand_over(serial, made, io);
+                }
+                (Err(message), _) => message,
+                (Ok(_), _) => "the writable layer came without its mount".to_owned(),
+            },
+            // It was told to stop, or was killed.
+            (None, Disk::Making(_)) => "making the writable layer was ended".to_owned(),
+            (Some(datagram), _) => {
+                if let Err(message) = datagram.message {
+                    warn(format_args!("removing a writable layer failed: {message}"));
+                }
+                // Its end follows.
+                return Ok(());
+            }
+            (None, _) => {
+                let removed = std::mem::replace(disk, Disk::Gone);
+                epoll_delete(&self.epoll, &removed)?;
+                return self.clean_up(serial);
+            }
+        };
+        let given_up = std::mem::replace(disk, Disk::Gone);
+        epoll_delete(&self.epoll, &given_up)?;
+        self.end(serial, None, Some(Cause::InfraError { message: format!("making the writable layer failed: {failure}") }));
+        self.kill_by_force(serial)?;
+        self.discard_disk(serial)?;
+        self.clean_up(serial)
+    }
+
+    /// Starts to remove what a maker left that was killed, if that does not go by itself.
+    fn discard_disk(&mut self, serial: u64) -> io::Result<()> {
+        if !self.disks.leaves_names() {
+            return Ok(());
+        }
+        let disks = self.disks.clone();
+        let Some(body) = self.body(serial) else { return Ok(()) };
+        let id_base = body.slot.id_base;
+        let worker = Worker::start(None, |socket, _| match disks.discard(id_base) {
+            Ok(()) => Ok(()),
+            Err(error) => transport::send(socket, &Said::Err(error.to_string()), &[]),
+        })?;
+        body.disk = Some(Disk::Removing(worker));
+        self.watch_disk(serial)
+    }
+
+    /// Gives the finished layer to init, under its limits.
+    fn hand_over(&mut self, serial: u64, made: Made, io: Option<crate::protocol::IoLimits>) -> io::Result<()> {
+        let Some(body) = self.body(serial) else { return Ok(()) };
+        if let (Some(device), Some(io)) = (made.device, io) {
+            body.slot.group.limit_io_on_own(device, io)?;
+        }
+        if body.init.is_dead {
+            return self.clean_up(serial);
+        }
+        let Some(Disk::Ready(mount)) = &body.disk else { return Ok(()) };
+        match body.init.control.send(&init::Order::Layer, &[mount.as_fd()]) {
+            // Its death is told by its pidfd.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Takes the layer of a dead sandbox apart. True: there is nothing of it any more. Else it comes back ([`Keeper::on_disk`]).
+    pub(super) fn remove_disk(&mut self, serial: u64) -> io::Result<bool> {
+        let disks = self.disks.clone();
+        let Some(body) = self.body(serial) else { return Ok(true) };
+        let id_base = body.slot.id_base;
+        let Some(disk) = body.disk.as_mut().filter(|disk| !disk.is_gone()) else { return Ok(true) };
+        if !matches!(disk, Disk::Ready(_)) {
+            return Ok(false);
+        }
+        disk.remove(&disks, id_base)?;
+        self.watch_disk(serial)?;
+        Ok(false)
+    }
+
+    /// Watches the worker of a layer.
+    pub(super) fn watch_disk(&mut self, serial: u64) -> io::Result<()> {
+        let body = match self.sandboxes.get(&serial) {
+            Some(sandbox) => sandbox.body.as_ref(),
+            None => None,
+        };
+        match body.and_then(|body| body.disk.as_ref()?.socket()) {
+            Some(socket) => self.watch(socket, Source::Disk, serial),
+            None => Ok(()),
+        }
+    }
+}
+
+fn epoll_delete(epoll: &OwnedFd, disk: &Disk) -> io::Result<()> {
+    match disk.socket() {
+        Some(socket) => Ok(epoll::delete(epoll, socket)?),
+        None => Ok(()),
+    }
+}
