@@ -69,9 +69,20 @@ async fn the_limits_told_are_the_limits_held() {
     let told = client.get("/v1/limits").await.expect(200);
 
     let text = told.to_string();
-    for field in
-        ["memory_bytes", "cpu_millis", "pids", "wall_ms", "cpu_ms", "output_bytes", "disk_bytes", "inodes", "open_files", "file_size_bytes"]
-    {
+    for field in [
+        "memory_bytes",
+        "cpu_millis",
+        "pids",
+        "wall_ms",
+        "cpu_ms",
+        "output_bytes",
+        "disk_bytes",
+        "inodes",
+        "open_files",
+        "file_size_bytes",
+        "io_bytes_per_s",
+        "io_ops_per_s",
+    ] {
         assert!(text.contains(field), "{field} is not told: {told:#}");
     }
 }

@@ -59,7 +59,7 @@ async fn a_child_killed_for_memory_is_told_though_its_parent_exits_well() {
 async fn files_in_the_sandbox_count_as_its_memory() {
     let request = json!({
         "image": "busybox", "command": ["dd", "if=/dev/zero", "of=/tmp/big", "bs=1M", "count=100"],
-        "limits": { "memory_bytes": 32 * MIB, "disk_bytes": 256 * MIB },
+        "limits": { "memory_bytes": 32 * MIB, "disk_bytes": 32 * MIB },
     });
 
     let run = shared().client().run(&request).await;
@@ -344,4 +344,40 @@ async fn the_machine_is_unharmed_by_all_hogs_at_once() {
 /// What `flood` writes.
 fn pattern(bytes: usize) -> String {
     (0..bytes).map(|at| char::from(b'a' + u8::try_from(at % 65536 % 26).expect("less than 26"))).collect()
+}
+
+#[tokio::test]
+async fn a_layer_larger_than_memory_is_on_disk_and_holds_what_it_promised() {
+    let client = shared().client();
+    // More than all its memory, written and read back.
+    let script = "dd if=/dev/zero of=/big bs=1M count=48 2>/dev/null && stat -c %s /big && cat /big | wc -c && dd if=/dev/zero of=/more bs=1M count=48 2>&1 | tail -n 1";
+    let request = json!({
+        "image": "busybox", "command": ["sh", "-c", script],
+        "limits": { "memory_bytes": 16 * MIB, "disk_bytes": 64 * MIB, "wall_ms": 60_000 },
+    });
+    let run = client.run(&request).await;
+    assert_reason(&run, "exited");
+    let size = (48 * MIB).to_string();
+    assert!(stdout(&run).starts_with(&format!("{size}\n{size}\n")), "{run}");
+    assert_eq!(run["limits"]["disk_medium"], "disk");
+    assert_limits_hit(&run, &["disk"]);
+    assert!(usage(&run, "io_written_bytes") >= 48 * MIB, "{run}");
+    assert!(usage(&run, "memory_peak_bytes") <= 16 * MIB, "{run}");
+}
+
+#[tokio::test]
+async fn the_rate_of_writing_to_disk_is_held() {
+    let client = shared_and_quiet().client();
+    let request = |rate: u64| {
+        json!({
+            "image": "busybox", "command": ["sh", "-c", "dd if=/dev/zero of=/big bs=1M count=16 conv=fsync"],
+            "limits": { "memory_bytes": 16 * MIB, "disk_bytes": 32 * MIB, "io_bytes_per_s": rate, "wall_ms": 60_000 },
+        })
+    };
+    let slow = client.run(&request(8 * MIB)).await;
+    assert_exit(&slow, 0);
+    // Two seconds' worth, less what the kernel lets through at the beginning of a period.
+    assert!(usage(&slow, "wall_ms") >= 1_500, "{slow}");
+    let fast = client.run(&request(1024 * MIB)).await;
+    assert!(usage(&fast, "wall_ms") < usage(&slow, "wall_ms"), "the control: {fast}");
 }

@@ -17,7 +17,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let spec = json!({
         "ociVersion": "1.2.0",
         "root": { "path": image },
-        "process": { "user": { "uid": 1000, "gid": 1000 }, "args": command, "env": [], "cwd": "/", "noNewPrivileges": true },
+        "process": { "user": { "uid": 1000, "gid": 1000 }, "args": command, "env": [], "cwd": "/", "noNewPrivileges": true,
+            "rlimits": [{ "type": "RLIMIT_NOFILE", "soft": 256, "hard": 256 }] },
         "linux": { "resources": {
             "memory": { "limit": 256 << 20, "swap": 256 << 20 },
             "cpu": { "quota": 100_000, "period": 100_000 },

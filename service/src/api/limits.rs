@@ -8,7 +8,7 @@ use crate::sandbox::{Bound, bounds};
 
 #[derive(Debug, Serialize)]
 pub(super) struct LimitsView {
-    fields: [&'static Bound; 13],
+    fields: [&'static Bound; 15],
 }
 
 /// Any valid token will do: it holds nothing of anybody's.

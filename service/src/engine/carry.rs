@@ -2,7 +2,7 @@
 
 use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
-use sandbox_core::protocol::{Cause, Ending, FailureKind, Hello, IoLimits, KillReason, Launch, Launched, Medium, Stdin, Supervision};
+use sandbox_core::protocol::{Cause, Ending, FailureKind, Hello, KillReason, Launch, Launched, Stdin, Supervision};
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
@@ -281,10 +281,10 @@ fn launch_of(sandbox: &Sandbox, has_stdin: bool, has_files: bool) -> Launch {
             cpu_ms: limits.cpu_ms(),
             output_bytes: limits.output_bytes(),
             output_policy: sandbox.output_policy,
-            medium: Medium::Memory,
+            medium: limits.disk_medium(),
             disk_bytes: limits.disk_bytes(),
             inodes: limits.inodes(),
-            io: IoLimits::MAX,
+            io: limits.io(),
         },
         stdin: if has_stdin { Stdin::Descriptor } else { Stdin::Null },
         has_files,

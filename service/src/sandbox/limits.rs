@@ -1,5 +1,6 @@
 //! What a sandbox may use: one table of bounds, and the type that proves they were checked.
 
+use sandbox_core::protocol::{IoLimits, Medium};
 use serde::{Deserialize, Serialize};
 
 use super::{Kind, request, request::Invalid};
@@ -27,14 +28,19 @@ const PIDS: Bound = Bound { field: "limits.pids", unit: "processes and threads",
 const WALL_MS: Bound = Bound { field: "limits.wall_ms", unit: "milliseconds", min: 1, default: Some(10_000), max: 3_600_000 };
 const CPU_MS: Bound = Bound { field: "limits.cpu_ms", unit: "milliseconds", min: 1, default: None, max: 3_600_000 };
 const OUTPUT_BYTES: Bound = Bound { field: "limits.output_bytes", unit: "bytes", min: 0, default: Some(MIB), max: 64 * MIB };
-const DISK_BYTES: Bound = Bound { field: "limits.disk_bytes", unit: "bytes", min: 64 * KIB, default: Some(64 * MIB), max: 4 * GIB };
+const DISK_BYTES: Bound = Bound { field: "limits.disk_bytes", unit: "bytes", min: 64 * KIB, default: Some(64 * MIB), max: 64 * GIB };
 const INODES: Bound = Bound { field: "limits.inodes", unit: "files, folders and links", min: 16, default: Some(4096), max: 1_000_000 };
 const OPEN_FILES: Bound = Bound { field: "limits.open_files", unit: "descriptors of one process", min: 8, default: Some(256), max: 16_384 };
 /// Without a value it is the sandbox's `disk_bytes`.
-const FILE_SIZE_BYTES: Bound = Bound { field: "limits.file_size_bytes", unit: "bytes", min: 0, default: None, max: 4 * GIB };
+const FILE_SIZE_BYTES: Bound = Bound { field: "limits.file_size_bytes", unit: "bytes", min: 0, default: None, max: 64 * GIB };
+/// Each of these holds for reading and, once more, for writing, and for each disk by itself.
+const IO_BYTES_PER_S: Bound =
+    Bound { field: "limits.io_bytes_per_s", unit: "bytes a second", min: 64 * KIB, default: Some(256 * MIB), max: 64 * GIB };
+const IO_OPS_PER_S: Bound =
+    Bound { field: "limits.io_ops_per_s", unit: "operations a second", min: 10, default: Some(20_000), max: 10_000_000 };
 
 /// Every bound that a request is held to.
-pub fn bounds() -> [&'static Bound; 13] {
+pub fn bounds() -> [&'static Bound; 15] {
     [
         &MEMORY_BYTES,
         &CPU_MILLIS,
@@ -46,6 +52,8 @@ pub fn bounds() -> [&'static Bound; 13] {
         &INODES,
         &OPEN_FILES,
         &FILE_SIZE_BYTES,
+        &IO_BYTES_PER_S,
+        &IO_OPS_PER_S,
         &request::WAIT_MS,
         &request::TTL_MS,
         &request::LIST_LIMIT,
@@ -89,6 +97,8 @@ pub struct RequestedLimits {
     inodes: Option<u64>,
     open_files: Option<u64>,
     file_size_bytes: Option<u64>,
+    io_bytes_per_s: Option<u64>,
+    io_ops_per_s: Option<u64>,
 }
 
 /// The limits in force. Holding them proves that every bound was checked.
@@ -104,14 +114,41 @@ pub struct Limits {
     inodes: u64,
     open_files: u64,
     file_size_bytes: u64,
+    #[serde(default = "io_bytes_per_s")]
+    io_bytes_per_s: u64,
+    #[serde(default = "io_ops_per_s")]
+    io_ops_per_s: u64,
+    #[serde(default = "in_memory")]
+    disk_medium: Medium,
+}
+
+const fn io_bytes_per_s() -> u64 {
+    256 * MIB
+}
+
+const fn io_ops_per_s() -> u64 {
+    20_000
+}
+
+const fn in_memory() -> Medium {
+    Medium::Memory
 }
 
 impl Limits {
     /// Checks what was asked for and fills in the defaults of a sandbox of this kind.
     pub fn of(kind: Kind, asked: RequestedLimits) -> Result<Self, Invalid> {
+        let memory_bytes = MEMORY_BYTES.check_or(asked.memory_bytes, 256 * MIB)?;
         let disk_bytes = DISK_BYTES.check_or(asked.disk_bytes, 64 * MIB)?;
+        let inodes = INODES.check_or(asked.inodes, 4096)?;
+        // What is larger than all its memory cannot be kept there.
+        let disk_medium = if disk_bytes > memory_bytes { Medium::Disk } else { Medium::Memory };
+        let inodes_max = 16_384 + disk_bytes / (8 * KIB);
+        if disk_medium == Medium::Disk && inodes > inodes_max {
+            let detail = format!("{inodes} are too many for {}: on disk at most {inodes_max}", bytes_for_people(disk_bytes));
+            return Err(Invalid::new(INODES.field, detail));
+        }
         Ok(Self {
-            memory_bytes: MEMORY_BYTES.check_or(asked.memory_bytes, 256 * MIB)?,
+            memory_bytes,
             cpu_millis: CPU_MILLIS.check_or(asked.cpu_millis, 1000)?,
             pids: PIDS.check_or(asked.pids, 64)?,
             wall_ms: match kind {
@@ -121,9 +158,12 @@ impl Limits {
             cpu_ms: CPU_MS.check_or_default(asked.cpu_ms)?,
             output_bytes: OUTPUT_BYTES.check_or(asked.output_bytes, MIB)?,
             disk_bytes,
-            inodes: INODES.check_or(asked.inodes, 4096)?,
+            inodes,
             open_files: OPEN_FILES.check_or(asked.open_files, 256)?,
             file_size_bytes: FILE_SIZE_BYTES.check_or(asked.file_size_bytes, disk_bytes)?,
+            io_bytes_per_s: IO_BYTES_PER_S.check_or(asked.io_bytes_per_s, io_bytes_per_s())?,
+            io_ops_per_s: IO_OPS_PER_S.check_or(asked.io_ops_per_s, io_ops_per_s())?,
+            disk_medium,
         })
     }
 
@@ -166,6 +206,15 @@ impl Limits {
     pub const fn file_size_bytes(&self) -> u64 {
         self.file_size_bytes
     }
+
+    pub const fn io(&self) -> IoLimits {
+        IoLimits { bytes_per_s: self.io_bytes_per_s, ops_per_s: self.io_ops_per_s }
+    }
+
+    /// Where the writable layer is kept.
+    pub const fn disk_medium(&self) -> Medium {
+        self.disk_medium
+    }
 }
 
 /// A number of bytes for people: in the largest unit that it is a whole number of.
@@ -193,6 +242,18 @@ mod tests {
         assert_eq!(Some(limits.inodes()), INODES.default);
         assert_eq!(Some(limits.open_files()), OPEN_FILES.default);
         assert_eq!(limits.file_size_bytes(), limits.disk_bytes());
+    }
+
+    #[test]
+    fn a_layer_larger_than_memory_is_kept_on_disk_with_as_many_inodes_as_it_can_have() {
+        let of = |memory_bytes, disk_bytes, inodes| {
+            let asked = RequestedLimits { memory_bytes: Some(memory_bytes), disk_bytes: Some(disk_bytes), inodes, ..Default::default() };
+            Limits::of(Kind::Run, asked)
+        };
+        assert_eq!(of(64 * MIB, 64 * MIB, None).unwrap().disk_medium(), Medium::Memory);
+        assert_eq!(of(64 * MIB, 64 * MIB + 1, None).unwrap().disk_medium(), Medium::Disk);
+        assert_eq!(of(64 * MIB, 128 * MIB, Some(32_768)).unwrap().inodes(), 32_768);
+        assert_eq!(of(64 * MIB, 128 * MIB, Some(32_769)).unwrap_err().field, "limits.inodes");
     }
 
     #[test]

@@ -57,6 +57,15 @@ pub struct Usage {
     pub pids_peak: u64,
     pub stdout_bytes: u64,
     pub stderr_bytes: u64,
+    /// What reached the node's disks. Ends from before this was counted have none.
+    #[serde(default)]
+    pub io_read_bytes: u64,
+    #[serde(default)]
+    pub io_written_bytes: u64,
+    #[serde(default)]
+    pub io_reads: u64,
+    #[serde(default)]
+    pub io_writes: u64,
 }
 
 /// Whether the payload wrote more to a stream than was kept.
@@ -145,6 +154,10 @@ impl Finish {
                 pids_peak: used.pids_peak,
                 stdout_bytes: used.stdout_bytes,
                 stderr_bytes: used.stderr_bytes,
+                io_read_bytes: used.io_read_bytes,
+                io_written_bytes: used.io_written_bytes,
+                io_reads: used.io_reads,
+                io_writes: used.io_writes,
             },
             truncated: Truncated { stdout: ending.stdout_truncated, stderr: ending.stderr_truncated },
             phases_ms: Phases {
