@@ -38,6 +38,7 @@ for_test() {
     need skopeo skopeo
     need setsid util-linux
     need pgrep procps
+    need runsc runsc
 }
 for_vm() {
     for_build
@@ -45,6 +46,7 @@ for_vm() {
     need cpio cpio
     need mke2fs e2fsprogs
     need apparmor_parser apparmor
+    need runsc runsc
     file_is_static "$(command -v busybox || echo /none)" || missing+=(busybox-static)
 }
 for_bench() {

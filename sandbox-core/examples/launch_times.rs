@@ -7,7 +7,7 @@ use std::{error::Error, path::Path, time::Instant};
 
 use sandbox_core::{
     client::Client,
-    protocol::{Answer, IoLimits, Launch, Medium, OutputPolicy, Request, SandboxId, Start, Stdin, Supervision},
+    protocol::{Answer, IoLimits, Isolation, Launch, Medium, OutputPolicy, Request, SandboxId, Start, Stdin, Supervision},
 };
 use serde_json::json;
 
@@ -40,8 +40,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     for _ in 0..runs.parse()? {
         let id = SandboxId(uuid::Uuid::new_v4());
         let begun = Instant::now();
-        let launch =
-            Launch { id, image: image.parse()?, spec: serde_json::to_vec(&spec)?, supervision, stdin: Stdin::Null, has_files: false };
+        let launch = Launch {
+            id,
+            image: image.parse()?,
+            spec: serde_json::to_vec(&spec)?,
+            isolation: Isolation::Container,
+            supervision,
+            stdin: Stdin::Null,
+            has_files: false,
+        };
         let tag = client.send(&Request::Launch(Box::new(launch)), &[])?;
         let answer = client.call(&Request::Wait { id }, &[])?;
         let Answer::Ended(ending) = answer else { return Err(format!("{answer:?}").into()) };

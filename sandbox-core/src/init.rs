@@ -3,6 +3,8 @@
 //! It is a program of its own, started afresh for each sandbox, so its memory holds nothing of another one. Payloads cannot trace or
 //! signal it: it is not dumpable, runs as an id of its own, and the kernel shields PID 1 from signals of its own namespace.
 
+pub mod guest;
+mod gvisor;
 mod payload;
 mod setup;
 
@@ -17,10 +19,12 @@ use rustix::{
     time::{ClockId, clock_gettime},
 };
 
+use payload::Place;
+
 use crate::{
     error::{Kind, LaunchError, Step},
     protocol::{
-        Medium,
+        Isolation, Medium,
         init::{Order, Report, WaitStatus},
     },
     sys, transport,
@@ -54,15 +58,21 @@ fn live(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<(), La
         Medium::Memory => None,
         Medium::Disk => Some(layer(control, descriptors)?),
     };
+    if setup.isolation == Isolation::Gvisor {
+        return gvisor::live(control, &setup, layer, descriptors);
+    }
     let tree = setup::enter(&setup, layer, descriptors)?;
     transport::send(control.as_fd(), &Report::Ready, &[]).step("reporting that the sandbox is built")?;
     let Some(Order::Start(start)) = receive(control, descriptors).step("reading the orders")? else {
         return Err(unexpected()).step("reading the orders");
     };
-    let payload = payload::start(&start, &setup, &tree, std::mem::take(descriptors))?;
+    let payload = payload::start(&start, &Place::of(&setup, &tree), std::mem::take(descriptors))?;
+    // Still a child that nobody has reaped, so the number is its own.
+    let pidfd = rustix::process::Pid::from_raw(payload.pid).ok_or_else(unexpected).step("finding the payload")?;
+    let pidfd = rustix::process::pidfd_open(pidfd, rustix::process::PidfdFlags::empty()).step("finding the payload")?;
     let started_cpu_us = own_cpu_us();
     let started = Report::Started { at_ns: payload.started_at_ns, own_cpu_us: started_cpu_us.saturating_sub(joined_at_us) };
-    transport::send(control.as_fd(), &started, &[payload.pidfd.as_fd()]).step("reporting the start")?;
+    transport::send(control.as_fd(), &started, &[pidfd.as_fd()]).step("reporting the start")?;
     let (status, at_ns) = supervise(control, payload.pid, descriptors).step("supervising")?;
     let space = rustix::fs::fstatfs(&tree.writable).step("reading the use of the writable layer")?;
     let ended = Report::Ended {

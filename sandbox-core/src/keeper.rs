@@ -6,6 +6,7 @@
 mod build;
 mod connection;
 mod disk;
+pub(crate) mod gvisor;
 mod launch;
 mod output;
 mod parked;
@@ -35,6 +36,7 @@ use rustix::{
 };
 
 use connection::{Asker, Connection};
+use gvisor::Gvisor;
 use parked::Lot;
 use sandbox::{Decision, Sandbox};
 use slot::Slots;
@@ -47,7 +49,7 @@ use crate::{
     fence::{Fence, Fences},
     ids::{self, Ranges},
     log::{self, Kind},
-    protocol::{Answer, Cause, Hello, SandboxId, VERSION},
+    protocol::{Answer, Cause, Hello, Isolation, SandboxId, VERSION},
     selinux::Labels,
     sys,
 };
@@ -68,6 +70,8 @@ pub struct Options {
     /// The programs that run inside sandboxes.
     pub init: PathBuf,
     pub unpack: PathBuf,
+    /// gVisor's program. `None`: the one that is installed, if any.
+    pub runsc: Option<PathBuf>,
     /// Where locks of this machine's keepers lie.
     pub run: PathBuf,
     /// The SELinux labels of sandboxes. Given on a host without SELinux, the keeper does not start.
@@ -156,6 +160,7 @@ pub struct Keeper {
     store: Store,
     disks: Disks,
     programs: build::Programs,
+    gvisor: Option<Gvisor>,
     seccomp: Vec<(u16, u8, u8, u32)>,
     labels: Option<Labels>,
     logs: PathBuf,
@@ -189,6 +194,7 @@ impl Keeper {
         let mode = tree.mode();
         let ranges = Ranges::new(first_id(number), SANDBOXES_MAX);
         let fences = fences(options)?;
+        let gvisor = Gvisor::open(options)?;
         let hello = Hello {
             version: VERSION,
             pid: std::process::id(),
@@ -196,6 +202,7 @@ impl Keeper {
             cgroup: mode,
             sandboxes_max: SANDBOXES_MAX,
             fences,
+            isolation: [Isolation::Container].into_iter().chain(gvisor.is_some().then_some(Isolation::Gvisor)).collect(),
         };
         let mut signals = SigSet::empty();
         for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD] {
@@ -220,6 +227,7 @@ impl Keeper {
             store,
             disks,
             programs: build::Programs::load(options)?,
+            gvisor,
             seccomp: program.iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect(),
             labels: options.labels.clone(),
             logs: options.logs.clone(),

@@ -15,7 +15,11 @@ pub const FSETID: u64 = 1 << 4;
 pub const KILL: u64 = 1 << 5;
 pub const SETGID: u64 = 1 << 6;
 pub const SETUID: u64 = 1 << 7;
+pub const SETPCAP: u64 = 1 << 8;
 pub const NET_BIND_SERVICE: u64 = 1 << 10;
+const DAC_READ_SEARCH: u64 = 1 << 2;
+const SYS_CHROOT: u64 = 1 << 18;
+pub const SYS_ADMIN: u64 = 1 << 21;
 
 /// What init keeps inside its user namespace: to prepare the payload's folder, to become its user, to end it. They reach
 /// only what the sandbox's own ids own.
@@ -27,6 +31,13 @@ pub const OF_ROOT_IMAGE: u64 = CHOWN | DAC_OVERRIDE | FOWNER | FSETID | KILL | N
 
 /// What unpacking an image needs: files of any owner inside its id range, with their set-id bits.
 pub const OF_UNPACK: u64 = CHOWN | DAC_OVERRIDE | FOWNER | FSETID;
+
+/// What `runsc` needs inside the sandbox's user namespace: to put its two processes into namespaces and roots of their own, and to serve
+/// files of any of the sandbox's owners. It owns no namespace of ours, so none of this reaches past the mounts that it makes itself.
+pub const OF_RUNSC: u64 = CHOWN | DAC_OVERRIDE | DAC_READ_SEARCH | FOWNER | FSETID | SETGID | SETUID | SYS_CHROOT | SYS_ADMIN;
+
+/// What our own program has under gVisor's kernel until it has prepared the payload's surroundings. None of it is the host's.
+pub const OF_GUEST: u64 = OF_INIT | OF_ROOT_IMAGE | SETPCAP | SYS_ADMIN;
 
 /// Makes this process an ordinary user for good: no groups, the ids, no capabilities in any set, `no_new_privs`.
 ///

@@ -9,7 +9,7 @@ use std::{
 
 use serde::Serialize;
 
-use crate::{apparmor, cgroup, ids, protocol::CgroupMode, rootfs, selinux};
+use crate::{apparmor, cgroup, ids, keeper, protocol::CgroupMode, rootfs, selinux};
 
 /// Whether something that sandboxes need is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -42,7 +42,7 @@ const PROBE_ID: u32 = 0x6fff_0000;
 /// Looks at everything. `data_dir` is where images will lie. Needs root for the checks that try something, and says so without it.
 pub fn run(data_dir: &Path) -> Vec<Check> {
     let is_root = rustix::process::geteuid().is_root();
-    let mut checks = vec![kernel(), cgroups(), swap(), landlock(), apparmor(), selinux()];
+    let mut checks = vec![kernel(), cgroups(), swap(), landlock(), apparmor(), selinux(), gvisor()];
     if is_root {
         // The one that starts a thread comes last: the others clone, which takes a process of one thread.
         checks.extend([idmapped_mounts(data_dir), seccomp(), namespaces()]);
@@ -118,6 +118,19 @@ fn apparmor() -> Check {
 
 fn selinux() -> Check {
     if selinux::is_enabled() { ok("selinux", "enabled; sandboxes get the label of --selinux-label") } else { ok("selinux", "not enabled") }
+}
+
+/// A node does without it as well.
+fn gvisor() -> Check {
+    match keeper::gvisor::find() {
+        Some(path) => ok("gvisor", format!("{}; sandboxes may ask for it", path.display())),
+        None => problem(
+            "gvisor",
+            Status::Ok,
+            "not installed",
+            "install runsc (Debian's package runsc) to offer sandboxes with a kernel of their own",
+        ),
+    }
 }
 
 fn namespaces() -> Check {

@@ -164,6 +164,8 @@ pub struct Hello {
     pub sandboxes_max: u32,
     /// The fences that every sandbox on this node has.
     pub fences: Fences,
+    /// What a [`Launch`] may ask for here. [`Isolation::Container`] is always among them.
+    pub isolation: Vec<Isolation>,
 }
 
 /// The node's cgroup world (cgroups(7)).
@@ -175,6 +177,17 @@ pub enum CgroupMode {
     V2,
 }
 
+/// What stands between a payload and the host's kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Isolation {
+    /// The fences of [`Fence`](crate::fence::Fence): the payload's system calls go to the host's kernel, as far as they may.
+    #[default]
+    Container,
+    /// A kernel of its own, gVisor's, in user space: the payload's system calls never reach the host's. On nodes that have `runsc`.
+    Gvisor,
+}
+
 /// All that the keeper needs to start a sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Launch {
@@ -182,6 +195,7 @@ pub struct Launch {
     pub image: ImageId,
     /// An `oci_spec::runtime::Spec` as JSON. The keeper accepts what `policy.rs` names and nothing else.
     pub spec: Vec<u8>,
+    pub isolation: Isolation,
     pub supervision: Supervision,
     pub stdin: Stdin,
     /// Whether a file with [`crate::files`] entries comes along.
@@ -346,7 +360,8 @@ pub struct Usage {
     pub wall_us: u64,
     pub cpu_us: u64,
     pub memory_peak_bytes: u64,
-    /// The most processes and threads at one time, without our own init.
+    /// The most processes and threads at one time, without our own init. Under [`Isolation::Gvisor`] the most that were seen: its kernel
+    /// keeps no such counter, so they are counted every tenth of a second and when the payload ends.
     pub pids_peak: u64,
     /// How long the CPU rate limit held it back.
     pub throttled_us: u64,

@@ -3,6 +3,8 @@
 //! Everything is mounted by descriptor, in a mount namespace that nobody else can see, onto targets that are opened without
 //! following symlinks: what an image holds cannot lead a mount astray (CVE-2025-31133, CVE-2025-52565, CVE-2026-41579).
 
+pub(crate) mod hull;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::{
@@ -21,6 +23,7 @@ use crate::{
     disk,
     error::{LaunchError, Step},
     fence::{Fence, Fences},
+    protocol::Isolation,
     sys::{self, MountAttributes},
 };
 
@@ -32,6 +35,7 @@ pub(crate) struct Layout<'a> {
     pub(crate) disk_bytes: u64,
     pub(crate) inodes: u64,
     pub(crate) shm_bytes: u64,
+    pub(crate) isolation: Isolation,
     pub(crate) fences: Fences,
     /// The SELinux label of its files.
     pub(crate) label: Option<&'a str>,
@@ -70,13 +74,14 @@ pub(crate) mod base {
 ///
 /// The working folder must be an empty folder that exists in this mount namespace: the tree is built on it.
 pub(crate) fn enter(layout: Layout<'_>, parts: Parts) -> Result<Tree, LaunchError> {
-    let Layout { id_base, disk_bytes, inodes, shm_bytes, fences, label } = layout;
+    let Layout { id_base, disk_bytes, inodes, shm_bytes, isolation, fences, label } = layout;
     // Modes below are meant as they stand; init sets the payload's umask later.
     rustix::process::umask(Mode::empty());
+    let of_runsc = if isolation == Isolation::Gvisor { hull::own_inodes(parts.image.as_fd()) } else { 0 };
     let is_new = parts.layer.is_none();
     let writable = match parts.layer {
         Some(layer) => check_layer(layer, disk_bytes, inodes)?,
-        None => sized_tmpfs(disk_bytes, inodes + OWN_INODES, 0o755, NOSUID_NODEV, label)
+        None => sized_tmpfs(disk_bytes, inodes + OWN_INODES + of_runsc, 0o755, NOSUID_NODEV, label)
             .step_on("mounting the writable layer", format_args!("{disk_bytes} bytes, {inodes} inodes"))?,
     };
     move_mount(&writable, "", CWD, ".", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).step("attaching the writable layer")?;
@@ -90,6 +95,10 @@ pub(crate) fn enter(layout: Layout<'_>, parts: Parts) -> Result<Tree, LaunchErro
     attach(&parts.image, open_folder(CWD, "image")?.as_fd()).step("attaching the image")?;
     attach(&parts.base, open_folder(CWD, "base")?.as_fd()).step("attaching the base layer")?;
     let root = overlay(fences, label).step("mounting the overlay")?;
+    if isolation == Isolation::Gvisor {
+        let proc = hull::enter(layout, &root)?;
+        return Ok(Tree { writable, proc, of_runsc });
+    }
     attach(&root, open_folder(CWD, "merged")?.as_fd()).step("attaching the overlay")?;
 
     let proc = mount_new("proc", &[], NOSUID_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC, None).step("mounting /proc")?;
@@ -102,12 +111,17 @@ pub(crate) fn enter(layout: Layout<'_>, parts: Parts) -> Result<Tree, LaunchErro
         attach(&target, open_folder(root.as_fd(), "image")?.as_fd()).step("attaching the image that is being made")?;
     }
 
-    fchdir(&root).step("entering the new root")?;
+    pivot(&root)?;
+    Ok(Tree { writable, proc, of_runsc })
+}
+
+/// Makes `root`, which is attached somewhere, this process's root, and lets go of the one that it had.
+fn pivot(root: &OwnedFd) -> Result<(), LaunchError> {
+    fchdir(root).step("entering the new root")?;
     // Both arguments "." stack the old root over the new one, where the next line finds it (pivot_root(2), NOTES).
     pivot_root(".", ".").step("pivot_root")?;
     umount2(".", MntFlags::MNT_DETACH).step("letting go of the host's root")?;
-    nix::unistd::chdir("/").step("entering the new root")?;
-    Ok(Tree { writable, proc })
+    nix::unistd::chdir("/").step("entering the new root")
 }
 
 /// What init needs of the tree later.
@@ -115,6 +129,8 @@ pub(crate) fn enter(layout: Layout<'_>, parts: Parts) -> Result<Tree, LaunchErro
 pub(crate) struct Tree {
     /// The writable layer, for [`rustix::fs::fstatfs`].
     pub(crate) writable: OwnedFd,
+    /// Inodes of the writable layer that were `runsc`'s.
+    pub(crate) of_runsc: u64,
     /// `/proc` itself, whatever an image or a payload puts in its way.
     pub(crate) proc: OwnedFd,
 }

@@ -164,8 +164,10 @@ pub(crate) fn close_from(first: u32) -> io::Result<()> {
 
 /// Marks every descriptor from `first` up close-on-exec (close_range(2)).
 pub(crate) fn close_on_exec_from(first: u32) -> io::Result<()> {
+    // The highest number that a descriptor can have. gVisor's kernel takes no higher one, Linux any.
+    const HIGHEST: libc::c_int = libc::c_int::MAX;
     // SAFETY: takes numbers only, and closes nothing now.
-    let rc = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    let rc = unsafe { libc::syscall(libc::SYS_close_range, first, HIGHEST, libc::CLOSE_RANGE_CLOEXEC) };
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

@@ -33,6 +33,9 @@ struct Arguments {
     /// Folder for the locks of this machine's keepers
     #[arg(long, default_value = "/run/mayfly")]
     run_dir: PathBuf,
+    /// gVisor's program, for sandboxes that ask for that isolation [default: runsc in the usual folders, if it is there]
+    #[arg(long, value_name = "PATH")]
+    runsc: Option<PathBuf>,
     /// Fence without which it does not start, as `landlock`, `apparmor`, `selinux` (repeatable)
     #[arg(long = "require-fence", value_name = "FENCE")]
     required: Vec<Fence>,
@@ -62,6 +65,7 @@ fn main() -> anyhow::Result<()> {
         group,
         init: programs.with_file_name("sandbox-init"),
         unpack: programs.with_file_name("sandbox-unpack"),
+        runsc: arguments.runsc,
         run: arguments.run_dir,
         labels: arguments.selinux_label.map(|process| Labels { process, mount: arguments.selinux_mount_label }),
         required: arguments.required.into_iter().collect(),

@@ -9,7 +9,7 @@ use std::{
 };
 
 use nix::unistd::{Gid, Uid};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, mkdirat, openat2};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
 
 use super::{never, next, setup::own_attribute};
 use crate::{
@@ -29,9 +29,28 @@ use user::Identity;
 #[derive(Debug)]
 pub(super) struct Payload {
     pub(super) pid: libc::pid_t,
-    pub(super) pidfd: OwnedFd,
     /// `CLOCK_MONOTONIC` when execve returned, in nanoseconds.
     pub(super) started_at_ns: u64,
+}
+
+/// What the payload is put into.
+#[derive(Debug)]
+pub(super) struct Place<'a> {
+    /// For a payload that is user 0, as a bit mask.
+    pub(super) capabilities: u64,
+    pub(super) fences: Fences,
+    /// The tree and the SELinux label, where there is one.
+    pub(super) label: Option<(&'a Tree, &'a str)>,
+    /// The `tasks` file of a cgroup that the payload is to join: one of gVisor's kernel. The host's were joined by init.
+    pub(super) tasks: Option<&'a File>,
+}
+
+impl<'a> Place<'a> {
+    /// The one that `setup` has made.
+    pub(super) fn of(setup: &'a Setup, tree: &'a Tree) -> Self {
+        let label = setup.labels.as_ref().map(|labels| (tree, labels.process.as_str()));
+        Self { capabilities: setup.payload_capabilities, fences: setup.fences, label, tasks: None }
+    }
 }
 
 /// The descriptors that came with the order to start.
@@ -49,7 +68,7 @@ const NAME_CHARS_MAX: usize = 256;
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Prepares the working folder and the files, then starts the program. When this returns, it runs.
-pub(super) fn start(start: &Start, setup: &Setup, tree: &Tree, mut descriptors: VecDeque<OwnedFd>) -> Result<Payload, LaunchError> {
+pub(super) fn start(start: &Start, place: &Place<'_>, mut descriptors: VecDeque<OwnedFd>) -> Result<Payload, LaunchError> {
     let stdin =
         if start.has_stdin { next(&mut descriptors, "stdin")? } else { File::open("/dev/null").step_on("opening", "/dev/null")?.into() };
     let stdio = [stdin, next(&mut descriptors, "stdout")?, next(&mut descriptors, "stderr")?];
@@ -57,7 +76,7 @@ pub(super) fn start(start: &Start, setup: &Setup, tree: &Tree, mut descriptors: 
     let brought = Brought { stdio, files, inherited: descriptors.drain(..).collect() };
     let identity = Identity::find(&start.user)?;
     // As in a root image: capabilities are for its user 0.
-    let identity = Identity { capabilities: if identity.uid == 0 { setup.payload_capabilities } else { 0 }, ..identity };
+    let identity = Identity { capabilities: if identity.uid == 0 { place.capabilities } else { 0 }, ..identity };
     let cwd = make_folder(&start.cwd, &identity)?;
     let exec = Exec::new(start, &identity)?;
 
@@ -69,7 +88,7 @@ pub(super) fn start(start: &Start, setup: &Setup, tree: &Tree, mut descriptors: 
     let pid = match sys::clone_and_sleep().step("cloning the payload")? {
         Some(pid) => pid,
         None => {
-            let failure = become_payload(start, (setup, tree), &identity, &exec, &cwd, brought);
+            let failure = become_payload(start, place, &identity, &exec, &cwd, brought);
             // The parent reads it from the pipe; there is nobody else to tell.
             let text = postcard::to_stdvec(&(failure.kind, failure.to_string())).unwrap_or_default();
             let is_told = File::from(report).write_all(&text).is_ok();
@@ -81,27 +100,20 @@ pub(super) fn start(start: &Start, setup: &Setup, tree: &Tree, mut descriptors: 
     let mut text = Vec::new();
     File::from(failed).read_to_end(&mut text).step("reading how execve went")?;
     if text.is_empty() {
-        // Still a child that nobody has reaped, so the number is its own.
-        let pidfd = rustix::process::Pid::from_raw(pid).ok_or_else(super::unexpected).step("finding the payload")?;
-        let pidfd = rustix::process::pidfd_open(pidfd, rustix::process::PidfdFlags::empty()).step("finding the payload")?;
-        return Ok(Payload { pid, pidfd, started_at_ns });
+        return Ok(Payload { pid, started_at_ns });
     }
     let (kind, message): (Kind, String) = postcard::from_bytes(&text).map_err(io::Error::other).step("reading how execve went")?;
     Err(LaunchError { kind, step: "", target: String::new(), source: io::Error::other(message) })
 }
 
 /// Turns the freshly cloned child into the payload. Comes back only with a failure.
-fn become_payload(
-    start: &Start,
-    (setup, tree): (&Setup, &Tree),
-    identity: &Identity,
-    exec: &Exec,
-    cwd: &OwnedFd,
-    brought: Brought,
-) -> LaunchError {
+fn become_payload(start: &Start, place: &Place<'_>, identity: &Identity, exec: &Exec, cwd: &OwnedFd, brought: Brought) -> LaunchError {
     let Brought { stdio, files, inherited } = brought;
     let never_returns = || -> Result<std::convert::Infallible, LaunchError> {
         nix::unistd::setsid().step("making a session")?;
+        if let Some(mut tasks) = place.tasks {
+            tasks.write_all(b"0").step("joining the cgroup")?;
+        }
         identity.assume()?;
         nix::unistd::fchdir(cwd).spec("entering the working folder", &start.cwd)?;
         if let Some(files) = files {
@@ -113,11 +125,11 @@ fn become_payload(
         for (number, descriptor) in (0..).zip(&stdio) {
             sys::place_at(descriptor.as_fd(), number).step("placing the standard streams")?;
         }
-        if let Some(labels) = &setup.labels {
+        if let Some((tree, label)) = place.label {
             let exec = own_attribute(tree, "exec")?;
-            selinux::label_next_exec(exec, &labels.process).step_on("setting the SELinux label", &labels.process)?;
+            selinux::label_next_exec(exec, label).step_on("setting the SELinux label", label)?;
         }
-        exec.run(&inherited, setup.fences)
+        exec.run(&inherited, place.fences)
     };
     match never_returns() {
         Ok(never) => match never {},
@@ -139,8 +151,17 @@ const CWD_ROOT: &str = "/";
 /// What this process opens while it still has capabilities never leads through `/proc/self/fd` and its like (CVE-2024-21626).
 const SAFE: ResolveFlags = ResolveFlags::NO_MAGICLINKS;
 
+/// openat2(2), which kernels that run sandboxes have. gVisor's lacks it: under it there is openat(2), and no descriptor or process of
+/// the host's that a path could lead to.
+fn open_safely(at: impl AsFd, path: &str, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
+    match openat2(&at, path, flags, mode, SAFE) {
+        Err(rustix::io::Errno::NOSYS) => openat(&at, path, flags, mode),
+        other => other,
+    }
+}
+
 fn open_folder(path: &str) -> rustix::io::Result<OwnedFd> {
-    openat2(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty(), SAFE)
+    open_safely(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
 /// Makes every missing folder of `path`, below `from` if it is relative; new ones belong to `owner` if one is given.
@@ -148,14 +169,14 @@ fn make_folders(from: &str, path: &str, owner: Option<&Identity>) -> rustix::io:
     let mut at = open_folder(if path.starts_with('/') { "/" } else { from })?;
     for name in path.split('/').filter(|name| !name.is_empty() && *name != ".") {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        at = match openat2(&at, name, flags, Mode::empty(), SAFE) {
+        at = match open_safely(&at, name, flags, Mode::empty()) {
             Err(rustix::io::Errno::NOENT) => {
                 mkdirat(&at, name, Mode::from_raw_mode(0o755))?;
                 if let Some(owner) = owner {
                     let (uid, gid) = (rustix::fs::Uid::from_raw(owner.uid), rustix::fs::Gid::from_raw(owner.gid));
                     rustix::fs::chownat(&at, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
                 }
-                openat2(&at, name, flags, Mode::empty(), SAFE)?
+                open_safely(&at, name, flags, Mode::empty())?
             }
             other => other?,
         };
@@ -172,7 +193,7 @@ fn write_files(stream: File) -> Result<(), LaunchError> {
             make_folders(".", folder, None).spec("making the folder of a file", path)?;
         }
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
-        let file = openat2(CWD, path.as_str(), flags, Mode::from_raw_mode(entry.mode), SAFE).spec("writing a file", path)?;
+        let file = open_safely(CWD, path, flags, Mode::from_raw_mode(entry.mode)).spec("writing a file", path)?;
         let mut file = File::from(file);
         io::copy(&mut (&mut stream).take(entry.content_bytes), &mut file).spec("writing a file", path)?;
         // The mode is what was asked for, whatever the umask says.

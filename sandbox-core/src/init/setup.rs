@@ -33,7 +33,7 @@ use crate::{
 const OOM_SCORE_ADJ: &str = "500";
 
 /// Limits of setrlimit(2) that are the same for every payload, whatever the keeper was started with: both soft and hard, as in `lower_rlimit`.
-const RESOURCES: [(u32, u64); 6] = [
+pub(super) const RESOURCES: [(u32, u64); 6] = [
     // Not 0: that is ignored for a core_pattern that starts a helper on the host, and 1 is what switches the helper off (core(5)).
     (libc::RLIMIT_CORE, 1),
     (libc::RLIMIT_RTPRIO, 0),
@@ -74,31 +74,7 @@ pub(super) fn join_cgroups(hierarchies: u32, fences: Fences, descriptors: &mut V
 /// capabilities after the ids, the filter last.
 pub(super) fn enter(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut VecDeque<OwnedFd>) -> Result<Tree, LaunchError> {
     let fences = setup.fences;
-    let user_namespace = next(descriptors, "user namespace")?;
-    let parts = Parts {
-        image: next(descriptors, "image")?,
-        base: next(descriptors, "base layer")?,
-        target: if setup.has_target { Some(next(descriptors, "target")?) } else { None },
-        layer,
-    };
-    // Its orders are the limits: among busy processes of its group it comes first.
-    sys::prefer_this_process(NICE).step("raising init's priority")?;
-    std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ).step("raising oom_score_adj")?;
-    let layout = Layout {
-        id_base: setup.id_base,
-        disk_bytes: setup.disk_bytes,
-        inodes: setup.inodes,
-        shm_bytes: setup.shm_bytes,
-        fences,
-        label: setup.labels.as_ref().and_then(|labels| labels.mount.as_deref()),
-    };
-    #[cfg(feature = "weaken")]
-    if !fences.has(Fence::Descriptors) {
-        leak_the_hosts_root().step("leaking the host's root")?;
-    }
-    let tree = rootfs::enter(layout, parts)?;
-    take_null()?;
-
+    let (tree, user_namespace) = build(setup, layer, descriptors)?;
     if fences.has(Fence::UserNamespace) {
         setns(user_namespace.as_fd(), CloneFlags::CLONE_NEWUSER).step("entering the user namespace")?;
     }
@@ -147,6 +123,36 @@ pub(super) fn enter(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut Vec
     Ok(tree)
 }
 
+/// Builds the tree around this process, as the host's root still. Returns it with the user namespace that is to be entered.
+pub(super) fn build(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut VecDeque<OwnedFd>) -> Result<(Tree, OwnedFd), LaunchError> {
+    let user_namespace = next(descriptors, "user namespace")?;
+    let parts = Parts {
+        image: next(descriptors, "image")?,
+        base: next(descriptors, "base layer")?,
+        target: if setup.has_target { Some(next(descriptors, "target")?) } else { None },
+        layer,
+    };
+    // Its orders are the limits: among busy processes of its group it comes first.
+    sys::prefer_this_process(NICE).step("raising init's priority")?;
+    std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ).step("raising oom_score_adj")?;
+    let layout = Layout {
+        id_base: setup.id_base,
+        disk_bytes: setup.disk_bytes,
+        inodes: setup.inodes,
+        shm_bytes: setup.shm_bytes,
+        isolation: setup.isolation,
+        fences: setup.fences,
+        label: setup.labels.as_ref().and_then(|labels| labels.mount.as_deref()),
+    };
+    #[cfg(feature = "weaken")]
+    if !setup.fences.has(Fence::Descriptors) {
+        leak_the_hosts_root().step("leaking the host's root")?;
+    }
+    let tree = rootfs::enter(layout, parts)?;
+    take_null()?;
+    Ok((tree, user_namespace))
+}
+
 /// A security attribute of the calling process, in the `/proc` that this process mounted: what an image or a payload mounts or links over it
 /// is not looked at (CVE-2025-52881).
 pub(super) fn own_attribute(tree: &Tree, name: &str) -> Result<std::fs::File, LaunchError> {
@@ -176,7 +182,7 @@ fn take_null() -> Result<(), LaunchError> {
 }
 
 /// The keeper's blocked and ignored signals are not the payload's: execve(2) would hand both on.
-fn default_signals() -> nix::Result<()> {
+pub(super) fn default_signals() -> nix::Result<()> {
     let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
     sys::set_signal_action(Signal::SIGPIPE, &default)?;
     SigSet::all().thread_unblock()

@@ -30,7 +30,7 @@ use crate::{
     fence::{Fence, Fences},
     init::CONTROL,
     protocol::{
-        CgroupMode, Medium,
+        CgroupMode, Isolation, Medium,
         init::{Order, Setup},
     },
     rootfs::map_layer,
@@ -82,6 +82,7 @@ pub(super) struct Blueprint<'a> {
     pub(super) disk_bytes: u64,
     pub(super) inodes: u64,
     pub(super) capabilities: u64,
+    pub(super) isolation: Isolation,
     pub(super) fences: Fences,
 }
 
@@ -112,7 +113,16 @@ impl Keeper {
         let Some(class) = self.lot.wanted(now_ns) else { return Ok(false) };
         let built = self.store.image(&class.image).map_err(BuildError::Host).and_then(|image| {
             let Class { disk_bytes, inodes, capabilities, fences, .. } = class;
-            self.build(&Blueprint { image: &image, target: None, medium: Medium::Memory, disk_bytes, inodes, capabilities, fences })
+            self.build(&Blueprint {
+                image: &image,
+                target: None,
+                medium: Medium::Memory,
+                disk_bytes,
+                inodes,
+                capabilities,
+                isolation: Isolation::Container,
+                fences,
+            })
         });
         match built {
             Ok((serial, body)) => self.lot.insert(serial, Parked { class, body, is_ready: false, is_doomed: false }),
@@ -182,6 +192,7 @@ impl Keeper {
             blueprint.target.map(|target| map_layer(target.as_fd(), namespace, false)).transpose().map_err(at("mapping the target"))?;
         let (control, init_end) = Socket::pair()?;
         let setup = Order::Setup(Setup {
+            isolation: blueprint.isolation,
             id_base: slot.id_base,
             medium: blueprint.medium,
             disk_bytes: blueprint.disk_bytes,
@@ -197,6 +208,9 @@ impl Keeper {
         let mut descriptors: Vec<BorrowedFd<'_>> = vec![namespace, image.as_fd(), base.as_fd()];
         descriptors.extend(tasks.iter().map(AsFd::as_fd));
         descriptors.extend(target.iter().map(AsFd::as_fd));
+        if blueprint.isolation == Isolation::Gvisor {
+            descriptors.extend(self.gvisor.iter().map(|gvisor| gvisor.program.as_fd()));
+        }
         // It waits in the socket when init looks for it.
         control.send(&setup, &descriptors)?;
         let child = {

@@ -14,7 +14,7 @@ use super::{
     Due, Keeper, START_WITHIN_NS, Source,
     build::{Blueprint, BuildError, at},
     connection::{Asker, failed},
-    monotonic_ns,
+    gvisor, monotonic_ns,
     output::{Output, Sink},
     parked::Class,
     sandbox::{Body, Pending, Purpose, Sandbox},
@@ -28,7 +28,7 @@ use crate::{
     policy::Plan,
     privileges,
     protocol::{
-        Answer, Cause, FailureKind, ImageId, IoLimits, Launch, Medium, OutputPolicy, Stdin, Supervision, UnpackLimits, Unpacked,
+        Answer, Cause, FailureKind, ImageId, IoLimits, Isolation, Launch, Medium, OutputPolicy, Stdin, Supervision, UnpackLimits, Unpacked,
         init::{self, Order, Program, User},
     },
     rootfs::base,
@@ -45,6 +45,7 @@ struct Preparation {
     sink: Sink,
     hostname: String,
     capabilities: u64,
+    isolation: Isolation,
     fences: Fences,
     start: init::Start,
     stdin: Option<OwnedFd>,
@@ -68,7 +69,12 @@ impl Keeper {
 
     fn prepare(&mut self, asker: Asker, launch: Launch, descriptors: Vec<OwnedFd>) -> Result<Preparation, Box<Answer>> {
         let refused = |message: String| Box::new(failed(FailureKind::Refused, message));
-        let plan = Plan::check(&launch).map_err(|e| refused(e.to_string()))?;
+        let mut plan = Plan::check(&launch).map_err(|e| refused(e.to_string()))?;
+        gvisor::check(&launch, &self.hello.isolation, plan.limits.memory_bytes).map_err(refused)?;
+        let pids = plan.limits.pids;
+        if launch.isolation == Isolation::Gvisor {
+            plan.limits.pids = gvisor::host_pids(pids);
+        }
         let id = launch.id;
         if self.by_id.contains_key(&id) {
             return Err(refused(format!("sandbox {id} exists already")));
@@ -102,6 +108,7 @@ impl Keeper {
             cwd: plan.cwd,
             user: plan.user,
             rlimits: plan.rlimits,
+            pids,
             has_stdin: stdin.is_some(),
             has_files: files.is_some(),
         };
@@ -115,7 +122,11 @@ impl Keeper {
             sink,
             hostname: plan.hostname.unwrap_or_else(|| base::HOSTNAME.to_owned()),
             capabilities: plan.capabilities,
-            fences: self.hello.fences.without(plan.without),
+            isolation: launch.isolation,
+            fences: match launch.isolation {
+                Isolation::Container => self.hello.fences.without(plan.without),
+                Isolation::Gvisor => gvisor::fences(self.hello.fences),
+            },
             start,
             stdin,
             descriptors: files.into_iter().collect(),
@@ -157,6 +168,7 @@ impl Keeper {
             cwd: "/".to_owned(),
             user: User::Ids { uid: 0, gid: 0, groups: Vec::new() },
             rlimits: vec![(libc::RLIMIT_FSIZE, limits.bytes), (libc::RLIMIT_NOFILE, 256)],
+            pids: UNPACK_LIMITS.pids,
             has_stdin: false,
             has_files: false,
         };
@@ -179,6 +191,7 @@ impl Keeper {
             sink: Sink::Memory { stdout: Vec::new(), stderr: Vec::new() },
             hostname: base::HOSTNAME.to_owned(),
             capabilities: privileges::OF_UNPACK,
+            isolation: Isolation::Container,
             fences: self.hello.fences,
             start,
             stdin: None,
@@ -226,7 +239,19 @@ impl Keeper {
             },
         };
         let Preparation {
-            purpose, image_id, supervision, sink, limits, hostname, fences, start: program, stdin, descriptors, asker, ..
+            purpose,
+            image_id,
+            supervision,
+            sink,
+            limits,
+            hostname,
+            isolation,
+            fences,
+            start: program,
+            stdin,
+            descriptors,
+            asker,
+            ..
         } = asked;
         let launch_asker = match &purpose {
             Purpose::Payload { id } => {
@@ -246,6 +271,7 @@ impl Keeper {
             received_at_ns,
             start,
             fences,
+            processes: (isolation == Isolation::Gvisor).then_some(init::Processes { peak: 1, is_at_limit: false }),
             output,
             decision: None,
             killed_at_ns: None,
@@ -283,6 +309,10 @@ impl Keeper {
     pub(super) fn begin(&mut self, serial: u64) -> io::Result<()> {
         let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return Ok(()) };
         let (Some(body), Some(pending)) = (&mut sandbox.body, sandbox.pending.take()) else { return Ok(()) };
+        if sandbox.processes.is_some() {
+            // gVisor's kernel is up: what it took to start is not the payload's.
+            sandbox.init_cpu_us = body.slot.group.cpu_us()?;
+        }
         let begun = begin_in(body, pending, sandbox.supervision.io, &self.own_uts);
         let watched = match &body.oom_notice {
             Some(notice) => epoll::add(&self.epoll, notice, EventData::new_u64(Source::OutOfMemory.number(serial)), EventFlags::IN),
@@ -328,13 +358,16 @@ impl Preparation {
             disk_bytes: self.supervision.disk_bytes,
             inodes: self.supervision.inodes,
             capabilities: self.capabilities,
+            isolation: self.isolation,
             fences: self.fences,
         }
     }
 
-    /// Which parked sandboxes will do; none for our own programs, which are rare, and none that would set space on disk aside unasked.
+    /// Which parked sandboxes will do; none for our own programs, which are rare, none that would set space on disk aside unasked, and none
+    /// under gVisor, whose kernel takes memory while it waits.
     fn class(&self) -> Option<Class> {
-        let image = self.image_id.clone().filter(|_| self.supervision.medium == Medium::Memory)?;
+        let is_small = self.supervision.medium == Medium::Memory && self.isolation == Isolation::Container;
+        let image = self.image_id.clone().filter(|_| is_small)?;
         let Supervision { disk_bytes, inodes, .. } = self.supervision;
         Some(Class { image, disk_bytes, inodes, capabilities: self.capabilities, fences: self.fences })
     }

@@ -9,7 +9,7 @@ use crate::{
     log::Kind,
     protocol::{
         Cause, Ending, ImageId, KillReason, Launched, Limit, SandboxId, Supervision, Unpacked, Usage,
-        init::{self, WaitStatus},
+        init::{self, Processes, WaitStatus},
     },
     sys::Child,
     transport::Socket,
@@ -46,6 +46,8 @@ pub(super) struct Sandbox {
     pub(super) received_at_ns: u64,
     pub(super) start: crate::protocol::Start,
     pub(super) fences: Fences,
+    /// Under gVisor: what its kernel says of its processes. The cgroup on the host counts the threads of that kernel.
+    pub(super) processes: Option<Processes>,
     pub(super) output: Output,
     pub(super) decision: Option<Decision>,
     /// `CLOCK_MONOTONIC` when the payload was killed for it, in nanoseconds.
@@ -59,7 +61,7 @@ pub(super) struct Sandbox {
     pub(super) launched: Option<Launched>,
     /// `CLOCK_MONOTONIC` of the payload's execve, in nanoseconds.
     pub(super) started_at_ns: Option<u64>,
-    /// CPU time of init in the group before the payload, in microseconds.
+    /// CPU time of init in the group before the payload, and of gVisor's start, in microseconds.
     pub(super) init_cpu_us: u64,
     pub(super) ending: Option<Ending>,
     pub(super) launch_asker: Option<Asker>,
@@ -144,7 +146,11 @@ impl Sandbox {
             cpu_us: if self.launched.is_some() { counters.cpu_us.saturating_sub(own_cpu_us) } else { 0 },
             memory_peak_bytes: counters.memory_peak_bytes,
             // The one that is to become the payload counts only if it does.
-            pids_peak: if self.launched.is_some() { counters.pids_peak.saturating_sub(1) } else { 0 },
+            pids_peak: if self.launched.is_some() {
+                self.processes.map_or(counters.pids_peak.saturating_sub(1), |seen| seen.peak)
+            } else {
+                0
+            },
             throttled_us: counters.throttled_us,
             stdout_bytes: self.output.written_bytes(Kind::Stdout),
             stderr_bytes: self.output.written_bytes(Kind::Stderr),
@@ -181,7 +187,7 @@ impl Sandbox {
         let is_truncated = |kind| self.output.is_truncated(kind);
         let limits_hit = [
             (Limit::Memory, cause == Cause::OomKilled),
-            (Limit::Pids, counters.pids_refused > 0),
+            (Limit::Pids, counters.pids_refused > 0 || self.processes.is_some_and(|seen| seen.is_at_limit)),
             (Limit::Cpu, cause == Cause::CpuTimeout || is_over_cpu),
             (Limit::Wall, cause == Cause::WallTimeout || is_over_wall),
             (Limit::Disk, ended.is_some_and(|ended| ended.is_disk_full)),

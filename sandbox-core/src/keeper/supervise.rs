@@ -58,6 +58,13 @@ impl Keeper {
                 }
                 None => self.begin(serial),
             },
+            // gVisor's kernel, which was killed for the decision, was missed by init before it heard of it.
+            Report::Failed { .. }
+                if self.sandboxes.get(&serial).is_some_and(|sandbox| sandbox.launched.is_some() && sandbox.decision.is_some()) =>
+            {
+                self.end(serial, None, None);
+                self.kill_by_force(serial)
+            }
             Report::Failed { kind, message } => {
                 let cause = match kind {
                     crate::error::Kind::Spec => Cause::StartFailed { message },
@@ -73,6 +80,12 @@ impl Keeper {
                 self.kill_by_force(serial)
             }
             Report::Started { at_ns, own_cpu_us } => self.on_started(serial, at_ns, own_cpu_us),
+            Report::Processes(processes) => {
+                if let Some(seen) = self.sandboxes.get_mut(&serial).and_then(|sandbox| sandbox.processes.as_mut()) {
+                    *seen = processes;
+                }
+                Ok(())
+            }
             Report::Ended { status, at_ns, own_cpu_us, is_disk_full, are_inodes_used_up } => {
                 self.end(serial, Some(Ended { status, at_ns, own_cpu_us, is_disk_full, are_inodes_used_up }), None);
                 self.kill_by_force(serial)
@@ -94,7 +107,7 @@ impl Keeper {
         };
         sandbox.launched = Some(launched);
         sandbox.started_at_ns = Some(at_ns);
-        sandbox.init_cpu_us = own_cpu_us;
+        sandbox.init_cpu_us += own_cpu_us;
         let limits = sandbox.supervision;
         let asker = sandbox.launch_asker.take();
         if let Some(wall_ms) = limits.wall_ms {

@@ -30,6 +30,7 @@ fn check(spec: &Value) -> Result<Plan, Refused> {
         id: SandboxId(uuid::Uuid::nil()),
         image: IMAGE.parse().unwrap(),
         spec: serde_json::to_vec(spec).unwrap(),
+        isolation: crate::protocol::Isolation::Container,
         supervision: Supervision {
             wall_ms: Some(1000),
             cpu_ms: None,

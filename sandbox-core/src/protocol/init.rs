@@ -5,13 +5,18 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{error::Kind, fence::Fences, protocol::Medium, selinux::Labels};
+use crate::{
+    error::Kind,
+    fence::Fences,
+    protocol::{Isolation, Medium},
+    selinux::Labels,
+};
 
 /// What the keeper tells init.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Order {
     /// Build the sandbox and give up all privilege. Descriptors: user namespace, image, base layer, then the `tasks` file of each
-    /// cgroup v1 hierarchy, then the folder to be mounted on `/image` if `has_target`.
+    /// cgroup v1 hierarchy, then the folder to be mounted on `/image` if `has_target`, then gVisor's program if `isolation` says so.
     Setup(Setup),
     /// The writable layer, if the setup says that it is on disk. Descriptor: a detached mount, with [`crate::rootfs::FOLDERS`] in it.
     Layer,
@@ -25,6 +30,7 @@ pub enum Order {
 /// The sandbox, but for what it runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Setup {
+    pub isolation: Isolation,
     /// Host id that is 0 inside; 65,536 ids follow.
     pub id_base: u32,
     pub medium: Medium,
@@ -55,6 +61,8 @@ pub struct Start {
     pub user: User,
     /// Resource (setrlimit(2)) and value.
     pub rlimits: Vec<(u32, u64)>,
+    /// The most processes and threads, for a kernel of gVisor's; the host's is told by cgroup.
+    pub pids: u64,
     pub has_stdin: bool,
     pub has_files: bool,
 }
@@ -93,6 +101,8 @@ pub enum Report {
         /// CPU time that init itself spent since it joined the cgroups, in microseconds: not the payload's.
         own_cpu_us: u64,
     },
+    /// What gVisor's kernel says of its processes; the last one counts.
+    Processes(Processes),
     /// The payload has ended and every other process but init is dead too.
     Ended {
         status: WaitStatus,
@@ -103,6 +113,15 @@ pub enum Report {
         is_disk_full: bool,
         are_inodes_used_up: bool,
     },
+}
+
+/// Processes and threads in a kernel of gVisor's.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Processes {
+    /// The most that were seen at one time.
+    pub peak: u64,
+    /// Whether that is as many as there may be.
+    pub is_at_limit: bool,
 }
 
 /// How a process ended (wait(2)).

@@ -15,8 +15,8 @@ use sandbox_core::{
     fence::{Fence, Fences},
     log,
     protocol::{
-        Answer, Ending, ImageId, IoLimits, KillReason, Launch, Launched, Medium, OutputPolicy, Request, SandboxId, Stdin, Supervision,
-        UnpackLimits,
+        Answer, Ending, ImageId, IoLimits, Isolation, KillReason, Launch, Launched, Medium, OutputPolicy, Request, SandboxId, Stdin,
+        Supervision, UnpackLimits,
     },
 };
 use serde_json::{Value, json};
@@ -216,6 +216,7 @@ fn append(layer: &mut tar::Builder<Vec<u8>>, path: &str, mode: u32, content: &[u
 pub(crate) struct Run {
     pub(crate) id: SandboxId,
     pub(crate) spec: Value,
+    pub(crate) isolation: Isolation,
     pub(crate) supervision: Supervision,
     pub(crate) stdin: Option<Vec<u8>>,
     pub(crate) files: Vec<u8>,
@@ -257,7 +258,7 @@ pub(crate) fn command(args: &[&str]) -> Run {
         inodes: 1024,
         io: IoLimits::MAX,
     };
-    Run { id: SandboxId(uuid::Uuid::new_v4()), spec, supervision, stdin: None, files: Vec::new() }
+    Run { id: SandboxId(uuid::Uuid::new_v4()), spec, isolation: Isolation::Container, supervision, stdin: None, files: Vec::new() }
 }
 
 impl Run {
@@ -304,6 +305,7 @@ impl Run {
             id: self.id,
             image: self.spec["root"]["path"].as_str().unwrap().parse::<ImageId>().unwrap(),
             spec: serde_json::to_vec(&self.spec).unwrap(),
+            isolation: self.isolation,
             supervision: self.supervision,
             stdin,
             has_files,

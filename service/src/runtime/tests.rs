@@ -27,7 +27,15 @@ fn fake(mut answer: impl FnMut(&Request) -> Option<Answer> + Send + 'static) -> 
 }
 
 fn greeting(request: &Request, started_at_us: u64) -> Option<Answer> {
-    let hello = Hello { version: VERSION, pid: 1, started_at_us, cgroup: CgroupMode::V2, sandboxes_max: 1, fences: Fences::everywhere() };
+    let hello = Hello {
+        version: VERSION,
+        pid: 1,
+        started_at_us,
+        cgroup: CgroupMode::V2,
+        sandboxes_max: 1,
+        fences: Fences::everywhere(),
+        isolation: vec![],
+    };
     matches!(request, Request::Hello { .. }).then_some(Answer::Hello(hello))
 }
 
@@ -90,6 +98,7 @@ async fn descriptors_arrive_with_the_launch_before_the_wait() {
         id,
         image: "a".repeat(64).try_into().unwrap(),
         spec: vec![],
+        isolation: sandbox_core::protocol::Isolation::Container,
         supervision: sandbox_core::protocol::Supervision {
             wall_ms: None,
             cpu_ms: None,

@@ -5,9 +5,9 @@ use std::{
     io::{self, BufRead, BufReader, Read},
 };
 
-use rustix::fs::{CWD, Mode, OFlags, openat2};
+use rustix::fs::{CWD, Mode, OFlags};
 
-use super::SAFE;
+use super::open_safely;
 use crate::{
     error::{LaunchError, Step},
     ids,
@@ -116,7 +116,7 @@ fn groups_of(group: &[String], user: &str) -> Vec<u32> {
 /// The lines of a file of the image; none if there is no such file.
 fn read(path: &str) -> io::Result<Vec<String>> {
     // A FIFO or device in the image's place of this file must not hold init up.
-    match openat2(CWD, path, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty(), SAFE) {
+    match open_safely(CWD, path, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty()) {
         Ok(file) => {
             let file = File::from(file);
             if !file.metadata()?.is_file() {

@@ -25,6 +25,7 @@ fn sandbox(decision: Option<Decision>) -> Sandbox {
         received_at_ns: 0,
         start: Start::Cold,
         fences: Fences::everywhere(),
+        processes: None,
         output: Output::new(sink, 10, OutputPolicy::Truncate, pipe(), pipe()),
         decision,
         killed_at_ns: None,
