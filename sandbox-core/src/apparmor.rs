@@ -7,6 +7,8 @@ use std::{
     process::{Command, Stdio},
 };
 
+use crate::{protocol::init::WaitStatus, sys};
+
 /// The profile's name, as `aa-status` and `/proc/<pid>/attr/current` show it.
 pub(crate) const PROFILE: &str = "mayfly-sandbox";
 
@@ -31,7 +33,8 @@ fn parser() -> Option<&'static Path> {
     PARSERS.into_iter().map(Path::new).find(|path| path.exists())
 }
 
-/// Compiles the profile and gives it to the kernel. Loading it again changes nothing for those who run under it.
+/// Compiles the profile and gives it to the kernel, and makes sure that a process of ours can enter it. Those who run under it already run
+/// under the new one.
 ///
 /// # Errors
 /// `NotFound`: apparmor_parser is not installed. Else it could not load the profile, and why.
@@ -39,19 +42,46 @@ pub(crate) fn load() -> io::Result<()> {
     let program = parser().ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "apparmor_parser is not installed (package apparmor)"))?;
     let mut parser = Command::new(program)
         // What this kernel can mediate is mediated, not what the parser takes for granted of all kernels.
-        .args(["--replace", "--skip-cache", "--skip-read-cache", "--policy-features", "/sys/kernel/security/apparmor/features"])
+        .args(["--replace", "--skip-cache", "--skip-read-cache", "--policy-features", FEATURES])
         .env_clear()
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()?;
-    // Dropped, and so closed, at the end of the statement: the parser reads to the end.
-    parser.stdin.take().ok_or_else(|| io::Error::other("apparmor_parser has no stdin"))?.write_all(SOURCE.as_bytes())?;
+    let source = if Path::new(FEATURES).join("ipc/posix_mqueue").exists() { SOURCE.replace(END, WITH_QUEUES) } else { SOURCE.to_owned() };
+    // Dropped, and so closed, at the end of the statement: the parser reads to the end. If it ends before, it says why.
+    let written = parser.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(source.as_bytes()));
     let done = parser.wait_with_output()?;
-    if done.status.success() {
-        return Ok(());
+    if !done.status.success() {
+        return Err(io::Error::other(format!("apparmor_parser: {}", String::from_utf8_lossy(&done.stderr).trim_end())));
     }
-    Err(io::Error::other(format!("apparmor_parser: {}", String::from_utf8_lossy(&done.stderr).trim_end())))
+    written?;
+    try_to_enter()
+}
+
+/// What this kernel can mediate.
+const FEATURES: &str = "/sys/kernel/security/apparmor/features";
+
+/// Where kernels mediate POSIX queues, they must be allowed; parsers for others do not know the word.
+const END: &str = "}\n";
+const WITH_QUEUES: &str = "  mqueue,\n}\n";
+
+/// A keeper that is confined itself may be able to load a profile and not to enter it.
+fn try_to_enter() -> io::Result<()> {
+    let child = match sys::clone3(nix::sched::CloneFlags::empty(), false, None)? {
+        sys::Cloned::Parent(child) => child,
+        sys::Cloned::Child => {
+            let entered = File::options().write(true).open("/proc/self/attr/apparmor/current").and_then(enter);
+            std::process::exit(entered.err().and_then(|error| error.raw_os_error()).unwrap_or(0))
+        }
+    };
+    match sys::reap(child.pid, true)? {
+        Some((_, WaitStatus::Exited { code: 0 })) => Ok(()),
+        Some((_, WaitStatus::Exited { code })) => {
+            Err(io::Error::other(format!("the profile {PROFILE} cannot be entered: {}", io::Error::from_raw_os_error(code))))
+        }
+        Some((_, WaitStatus::Signaled { .. })) | None => Err(io::Error::other("the process that was to enter the profile is gone")),
+    }
 }
 
 /// Puts the calling process under the profile, for good. `attributes` is `attr/apparmor/current` of its own entry in a procfs that nobody

@@ -11,13 +11,28 @@ use nix::{
     unistd::{Gid, Uid},
 };
 
-use crate::sys::{self, Cloned};
+use crate::{
+    privileges,
+    sys::{self, Cloned},
+};
 
 /// Ids in one range (what a 16-bit user id can name).
 pub(crate) const RANGE: u32 = 65_536;
 
-/// The id inside that init runs as; no payload may.
-pub(crate) const OF_INIT: u32 = RANGE - 1;
+/// The first host id that is handed out: above what distributions give to users and container engines (systemd's UIDS-GIDS document).
+pub(crate) const FIRST: u32 = 0x7000_0000;
+
+/// The host ids of inits: one for each range, in none of them.
+const FIRST_OF_INITS: u32 = 0x6ffe_0000;
+
+/// The host id of the init of the sandbox with this range. Its namespace does not map it, so nobody inside can become it, whatever
+/// capabilities he has there: calls that ask only whether two ids are the same (setpriority(2), prlimit(2), sched_setaffinity(2)) do not reach init.
+pub(crate) const fn of_init(base: u32) -> u32 {
+    FIRST_OF_INITS + (base - FIRST) / RANGE
+}
+
+/// The last id of a sandbox. No payload is started as it: it is gVisor's guest's, which has no ids but those inside.
+pub(crate) const OF_GUEST: u32 = RANGE - 1;
 
 /// Ranges of one keeper, handed out and taken back.
 #[derive(Debug)]
@@ -90,19 +105,23 @@ fn enter_new_namespace(base: u32) -> io::Result<()> {
     nix::unistd::setresgid(gid, gid, gid)?;
     nix::unistd::setresuid(uid, uid, uid)?;
     // Where only the privileged may make user namespaces, this process still may.
-    sys::set_capabilities(SYS_ADMIN)?;
+    sys::set_capabilities(privileges::SYS_ADMIN)?;
     nix::sched::unshare(CloneFlags::CLONE_NEWUSER)?;
     // Last: a change of ids takes it back.
     nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
     Ok(())
 }
 
-/// `CAP_SYS_ADMIN` of capabilities(7), as a bit mask.
-const SYS_ADMIN: u64 = 1 << 21;
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_init_has_an_id_of_its_own_that_is_in_no_range() {
+        let last = FIRST + (u32::MAX - FIRST) / RANGE * RANGE;
+        assert_ne!(of_init(FIRST), of_init(FIRST + RANGE));
+        assert!(of_init(FIRST) < FIRST && of_init(last) < 0x6fff_0000, "it would be in the range that a probe takes");
+    }
 
     #[test]
     fn a_range_is_given_to_one_sandbox_at_a_time() {

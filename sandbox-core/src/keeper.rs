@@ -4,6 +4,7 @@
 //! against the policy of `policy.rs`, and what comes from inside a sandbox is data.
 
 mod build;
+pub mod command;
 mod connection;
 mod disk;
 pub(crate) mod gvisor;
@@ -78,13 +79,19 @@ pub struct Options {
     pub labels: Option<Labels>,
     /// Fences without which the keeper does not start.
     pub required: Fences,
+    pub weakening: Weakening,
+}
+
+/// Whether a request may leave out fences.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weakening {
+    Refused,
+    /// For tests of what the fences are for.
+    Allowed,
 }
 
 /// Sandboxes of one keeper at a time. Each has an id range of its own.
 const SANDBOXES_MAX: u32 = 2048;
-
-/// The first host id that is handed out: above what distributions give to users and container engines (systemd's UIDS-GIDS document).
-const FIRST_ID: u32 = 0x7000_0000;
 
 /// How many keepers fit beside each other on one machine.
 const KEEPERS_MAX: u32 = 16;
@@ -162,6 +169,7 @@ pub struct Keeper {
     programs: build::Programs,
     gvisor: Option<Gvisor>,
     seccomp: Vec<(u16, u8, u8, u32)>,
+    weakening: Weakening,
     labels: Option<Labels>,
     logs: PathBuf,
     group: u32,
@@ -229,6 +237,7 @@ impl Keeper {
             programs: build::Programs::load(options)?,
             gvisor,
             seccomp: program.iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect(),
+            weakening: options.weakening,
             labels: options.labels.clone(),
             logs: options.logs.clone(),
             group: options.group,
@@ -442,7 +451,7 @@ fn try_lock(run: &std::path::Path, number: u32) -> io::Result<Option<OwnedFd>> {
 
 /// The first host id of the ranges of keeper `number`.
 fn first_id(number: u32) -> u32 {
-    FIRST_ID + number * SANDBOXES_MAX * ids::RANGE
+    ids::FIRST + number * SANDBOXES_MAX * ids::RANGE
 }
 
 /// What the cgroups of keeper `number` are called.

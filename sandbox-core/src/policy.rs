@@ -13,6 +13,7 @@ use serde_json::Value;
 use crate::{
     cgroup::Limits,
     fence::{Fence, FenceUnknown, Fences},
+    keeper::Weakening,
     privileges,
     protocol::{IoLimits, Launch, Medium, Supervision, init::User},
 };
@@ -73,8 +74,8 @@ const ACCEPTED: [&str; 20] = [
 ];
 
 /// Refuses the first field of `value` that [`ACCEPTED`] does not name, also one that no version of the standard has.
-fn check_fields(value: &Value, path: &str) -> Result<(), Refused> {
-    if ACCEPTED.contains(&path) || cfg!(feature = "weaken") && path == "annotations.without" {
+fn check_fields(value: &Value, path: &str, weakening: Weakening) -> Result<(), Refused> {
+    if ACCEPTED.contains(&path) || weakening == Weakening::Allowed && path == "annotations.without" {
         return Ok(());
     }
     match value {
@@ -83,7 +84,7 @@ fn check_fields(value: &Value, path: &str) -> Result<(), Refused> {
         Value::String(text) if text.is_empty() => Ok(()),
         Value::Object(fields) => fields.iter().try_for_each(|(name, value)| {
             let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
-            check_fields(value, &path)
+            check_fields(value, &path, weakening)
         }),
         Value::Bool(true) | Value::Number(_) | Value::Array(_) | Value::String(_) => Err(Refused(format!("{path} may not be set"))),
     }
@@ -91,9 +92,9 @@ fn check_fields(value: &Value, path: &str) -> Result<(), Refused> {
 
 impl Plan {
     /// Checks `launch` against the policy.
-    pub(crate) fn check(launch: &Launch) -> Result<Self, Refused> {
+    pub(crate) fn check(launch: &Launch, weakening: Weakening) -> Result<Self, Refused> {
         let not_a_spec = |e: serde_json::Error| Refused(format!("the spec is not an OCI runtime spec: {e}"));
-        check_fields(&serde_json::from_slice(&launch.spec).map_err(not_a_spec)?, "")?;
+        check_fields(&serde_json::from_slice(&launch.spec).map_err(not_a_spec)?, "", weakening)?;
         let spec: Spec = serde_json::from_slice(&launch.spec).map_err(not_a_spec)?;
         let root = spec.root().as_ref().ok_or_else(|| missing("root"))?;
         if root.path().to_str() != Some(&launch.image.to_string()) {
@@ -104,7 +105,10 @@ impl Plan {
         check_layer(launch.supervision)?;
         check_io(launch.supervision.io)?;
         let process = spec.process().as_ref().ok_or_else(|| missing("process"))?;
-        let without = without(spec.annotations().as_ref())?;
+        let without = match weakening {
+            Weakening::Allowed => without(spec.annotations().as_ref())?,
+            Weakening::Refused => Fences::default(),
+        };
         Self::of_process(process, spec.hostname().clone(), limits, without)
     }
 
@@ -189,7 +193,12 @@ const GRANTABLE: [(Capability, u64); 8] = [
 /// The fences that a test of what they are for leaves out.
 fn without(annotations: Option<&HashMap<String, String>>) -> Result<Fences, Refused> {
     let names = annotations.and_then(|annotations| annotations.get("without"));
-    let fence = |name: &str| name.parse().map_err(|e: FenceUnknown| Refused(e.to_string()));
+    let fence = |name: &str| {
+        let fence = name.parse().map_err(|e: FenceUnknown| Refused(e.to_string()))?;
+        // Without these there is no sandbox.
+        let is_needed = [Fence::MountNamespace, Fence::PidNamespace, Fence::UtsNamespace, Fence::Cgroup].contains(&fence);
+        if is_needed { Err(Refused(format!("{name} cannot be left out"))) } else { Ok(fence) }
+    };
     names.map_or(Ok(Fences::default()), |names| names.split(',').map(fence).collect())
 }
 

@@ -248,12 +248,19 @@ pub(crate) fn set_rlimit(resource: u32, value: u64) -> io::Result<()> {
     }
 }
 
-/// Lowers a limit of the calling process to `value`, both the soft and the hard one; one that is lower already stays (getrlimit(2)).
-pub(crate) fn lower_rlimit(resource: u32, value: u64) -> io::Result<()> {
+/// Sets a limit of the calling process as far as its hard one allows, which is never raised (getrlimit(2)).
+pub(crate) fn bound_rlimit(resource: u32, soft: u64, hard: u64) -> io::Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the kernel writes one rlimit, borrowed for the call.
     let rc = unsafe { libc::getrlimit(resource, &raw mut limit) };
-    if rc == 0 { set_rlimit(resource, value.min(limit.rlim_max)) } else { Err(io::Error::last_os_error()) }
+    if rc != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    limit.rlim_max = limit.rlim_max.min(hard);
+    limit.rlim_cur = limit.rlim_max.min(soft);
+    // SAFETY: the kernel reads one rlimit, borrowed for the call.
+    let rc = unsafe { libc::setrlimit(resource, &raw const limit) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The numbers of every capability that this kernel knows, from 0 up (capabilities(7)).

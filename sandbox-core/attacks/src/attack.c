@@ -232,6 +232,34 @@ ATTACK(trace_init)
 	return 0;
 }
 
+/* As every id there is, since one may be init's. */
+ATTACK(slow_down_init)
+{
+	for (int id = 0; id < 65536; id++) {
+		if (setresuid(id, id, 0) == -1)
+			return stopped("setresuid");
+		cpu_set_t first;
+		CPU_ZERO(&first);
+		CPU_SET(0, &first);
+		struct rlimit limit;
+		int reached = setpriority(PRIO_PROCESS, 1, 19) == 0 || sched_setaffinity(1, sizeof first, &first) == 0 ||
+			      prlimit(1, RLIMIT_NOFILE, NULL, &limit) == 0;
+		if (setresuid(0, 0, 0) == -1)
+			return stopped("setresuid");
+		if (reached)
+			return 0;
+	}
+	errno = EPERM;
+	return stopped("setpriority, sched_setaffinity, prlimit");
+}
+
+/* PR_SCHED_CORE_CREATE: nobody else may run on the siblings of the cores that it runs on. */
+ATTACK(take_a_core)
+{
+	TRY(prctl(62, 1, 0, 0, 0));
+	return 0;
+}
+
 ATTACK(read_childs_memory)
 {
 	char here = 0, there = 0;
@@ -287,6 +315,22 @@ ATTACK(connect_abstract)
 	return 0;
 }
 
+ATTACK(listen_abstract)
+{
+	if (argc != 1)
+		return 2;
+	struct sockaddr_un at = {.sun_family = AF_UNIX};
+	memcpy(at.sun_path + 1, argv[0], strlen(argv[0]));
+	int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+	TRY(fd);
+	TRY(bind(fd, (struct sockaddr *)&at, offsetof(struct sockaddr_un, sun_path) + 1 + strlen(argv[0])));
+	TRY(listen(fd, 8));
+	puts("held");
+	fflush(stdout);
+	poll(NULL, 0, -1);
+	return 0;
+}
+
 ATTACK(listen_on_port_80)
 {
 	struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons(80), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
@@ -306,6 +350,15 @@ ATTACK(with_session_key)
 	TRY(syscall(SYS_keyctl, KEYCTL_SETPERM, KEY_SPEC_SESSION_KEYRING, 0x3f3f3f3f));
 	execvp(argv[0], argv);
 	return stopped(argv[0]);
+}
+
+ATTACK(hold_session_key)
+{
+	TRY(syscall(SYS_add_key, "user", "mayfly-test", "secret", 6, KEY_SPEC_SESSION_KEYRING));
+	puts("held");
+	fflush(stdout);
+	poll(NULL, 0, -1);
+	return 0;
 }
 
 ATTACK(read_session_key)
@@ -392,13 +445,12 @@ ATTACK(type_into_terminal)
 
 ATTACK(allow_core_dumps)
 {
-	struct rlimit limit = {RLIM_INFINITY, RLIM_INFINITY};
-	if (setrlimit(RLIMIT_CORE, &limit) == 0)
-		return 0;
-	limit.rlim_cur = limit.rlim_max = 0;
+	struct rlimit limit = {0, 0};
 	/* Zero is more than one here: a core_pattern that starts a helper ignores it (core(5)). */
 	TRY(setrlimit(RLIMIT_CORE, &limit));
-	return 0;
+	TRY(getrlimit(RLIMIT_CORE, &limit));
+	fprintf(stderr, "the limit is %lld\n", (long long)limit.rlim_cur);
+	return limit.rlim_cur == 1 ? 1 : 0;
 }
 
 /* --- every system call --- */
@@ -724,7 +776,7 @@ int main(int argc, char **argv)
 		NAMED(unshare_user), NAMED(clone_user), NAMED(clone3_user), NAMED(mount_in_new_namespace), NAMED(mount_cgroup), NAMED(mount_over),
 		NAMED(umount_proc), NAMED(join_namespace), NAMED(change_host_name), NAMED(change_root), NAMED(make_device), NAMED(read_file),
 		NAMED(write_file), NAMED(read_link), NAMED(open_through_leak), NAMED(exec_set_user_id), NAMED(is_root), NAMED(become_another_user),
-		NAMED(exec_with_file_capabilities), NAMED(is_capable), NAMED(trace_init), NAMED(read_childs_memory), NAMED(raw_socket),
+		NAMED(exec_with_file_capabilities), NAMED(is_capable), NAMED(trace_init), NAMED(slow_down_init), NAMED(take_a_core), NAMED(listen_abstract), NAMED(hold_session_key), NAMED(read_childs_memory), NAMED(raw_socket),
 		NAMED(packet_socket), NAMED(vsock_socket), NAMED(alg_socket), NAMED(connect_tcp), NAMED(connect_abstract),
 		NAMED(listen_on_port_80), NAMED(with_session_key), NAMED(read_session_key), NAMED(shared_memory), NAMED(inotify_instances),
 		NAMED(lock_file), NAMED(type_into_terminal), NAMED(allow_core_dumps), NAMED(make_calls), NAMED(hog_memory), NAMED(hog_stack),

@@ -149,7 +149,7 @@ fn drop_privileges(capabilities: u64) -> Result<(), LaunchError> {
     limit_bounding_set(capabilities).step("limiting the bounding set")?;
     setgroups(&[]).step("leaving all groups")?;
     nix::sys::prctl::set_keepcaps(true).step("keeping capabilities")?;
-    let (uid, gid) = (Uid::from_raw(ids::OF_INIT), Gid::from_raw(ids::OF_INIT));
+    let (uid, gid) = (Uid::from_raw(ids::OF_GUEST), Gid::from_raw(ids::OF_GUEST));
     setresgid(gid, gid, gid).step("becoming init's group")?;
     setresuid(uid, uid, uid).step("becoming init's user")?;
     sys::set_capabilities(privileges::OF_INIT | capabilities).step("dropping capabilities")?;

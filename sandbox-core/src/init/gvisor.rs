@@ -142,7 +142,7 @@ fn boot(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut VecDeque<OwnedF
     drop(user_namespace);
     limit_bounding_set(privileges::OF_RUNSC | privileges::KILL).step("limiting the bounding set")?;
     setgroups(&[]).step("leaving all groups")?;
-    let (uid, gid) = (Uid::from_raw(ids::OF_INIT), Gid::from_raw(ids::OF_INIT));
+    let (uid, gid) = (Uid::from_raw(ids::OF_GUEST), Gid::from_raw(ids::OF_GUEST));
     setresgid(gid, gid, gid).step("becoming init's group")?;
     setresuid(uid, uid, uid).step("becoming init's user")?;
     if setup.fences.has(Fence::SessionKeyring) {
@@ -154,8 +154,8 @@ fn boot(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut VecDeque<OwnedF
     nix::sys::prctl::set_dumpable(false).step("forbidding traces")?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     setup::default_signals().step("resetting signals")?;
-    for (resource, value) in setup::RESOURCES {
-        sys::lower_rlimit(resource, value).step_on("setting a resource limit", resource)?;
+    for (resource, soft, hard) in setup::RESOURCES {
+        sys::bound_rlimit(resource, soft, hard).step_on("setting a resource limit", resource)?;
     }
     let guest = Guest::start(&runsc)?;
     sys::set_capabilities(privileges::KILL).step("dropping capabilities")?;

@@ -5,7 +5,7 @@ use std::{
     ffi::{CString, NulError},
     fs::File,
     io::{self, Read, Write},
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 use nix::unistd::{Gid, Uid};
@@ -171,17 +171,32 @@ fn make_folders(from: &str, path: &str, owner: Option<&Identity>) -> rustix::io:
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         at = match open_safely(&at, name, flags, Mode::empty()) {
             Err(rustix::io::Errno::NOENT) => {
-                mkdirat(&at, name, Mode::from_raw_mode(0o755))?;
-                if let Some(owner) = owner {
-                    let (uid, gid) = (rustix::fs::Uid::from_raw(owner.uid), rustix::fs::Gid::from_raw(owner.gid));
-                    rustix::fs::chownat(&at, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
-                }
+                make_new_folder(at.as_fd(), name, owner)?;
                 open_safely(&at, name, flags, Mode::empty())?
             }
             other => other?,
         };
     }
     Ok(())
+}
+
+/// Makes a folder that belongs to `owner` from its first moment: init's own id is none that could be changed inside.
+fn make_new_folder(at: BorrowedFd<'_>, name: &str, owner: Option<&Identity>) -> rustix::io::Result<()> {
+    let Some(owner) = owner else { return mkdirat(at, name, Mode::from_raw_mode(0o755)) };
+    let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
+    let (own_gid, own_uid) = (nix::unistd::setfsgid(gid), nix::unistd::setfsuid(uid));
+    let made = mkdirat(at, name, Mode::from_raw_mode(0o755));
+    // Init's own id has no number in here, so this becomes nobody's. Nothing that init does later asks for it.
+    nix::unistd::setfsuid(own_uid);
+    nix::unistd::setfsgid(own_gid);
+    made?;
+    // gVisor has no such ids; under it init's own is one that can be changed.
+    let found = rustix::fs::statat(at, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    if (found.st_uid, found.st_gid) == (owner.uid, owner.gid) {
+        return Ok(());
+    }
+    let (uid, gid) = (rustix::fs::Uid::from_raw(owner.uid), rustix::fs::Gid::from_raw(owner.gid));
+    rustix::fs::chownat(at, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
 }
 
 /// Writes the request's files, as the payload's user, from the working folder.

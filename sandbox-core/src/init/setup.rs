@@ -32,17 +32,24 @@ use crate::{
 /// How readily the kernel kills a sandbox when the whole machine runs out of memory: before anything of the host (proc_pid_oom_score_adj(5)).
 const OOM_SCORE_ADJ: &str = "500";
 
-/// Limits of setrlimit(2) that are the same for every payload, whatever the keeper was started with: both soft and hard, as in `lower_rlimit`.
-pub(super) const RESOURCES: [(u32, u64); 6] = [
+/// Limits of setrlimit(2) that are the same for every payload, soft and hard, unless the keeper was started with a lower hard one.
+pub(super) const RESOURCES: [(u32, u64, u64); 11] = [
     // Not 0: that is ignored for a core_pattern that starts a helper on the host, and 1 is what switches the helper off (core(5)).
-    (libc::RLIMIT_CORE, 1),
-    (libc::RLIMIT_RTPRIO, 0),
-    (libc::RLIMIT_NICE, 0),
+    (libc::RLIMIT_CORE, 1, 1),
+    (libc::RLIMIT_RTPRIO, 0, 0),
+    (libc::RLIMIT_NICE, 0, 0),
     // The kernel's own default. What is locked counts as memory like the rest.
-    (libc::RLIMIT_MEMLOCK, 8 << 20),
-    (libc::RLIMIT_MSGQUEUE, 819_200),
+    (libc::RLIMIT_MEMLOCK, 8 << 20, 8 << 20),
+    (libc::RLIMIT_MSGQUEUE, 819_200, 819_200),
     // Queued signals and POSIX timers, which live in the kernel.
-    (libc::RLIMIT_SIGPENDING, 4096),
+    (libc::RLIMIT_SIGPENDING, 4096, 4096),
+    // What programs expect; a request may say more.
+    (libc::RLIMIT_STACK, 8 << 20, libc::RLIM_INFINITY),
+    // What cgroups count is limited there.
+    (libc::RLIMIT_AS, libc::RLIM_INFINITY, libc::RLIM_INFINITY),
+    (libc::RLIMIT_CPU, libc::RLIM_INFINITY, libc::RLIM_INFINITY),
+    (libc::RLIMIT_DATA, libc::RLIM_INFINITY, libc::RLIM_INFINITY),
+    (libc::RLIMIT_NPROC, libc::RLIM_INFINITY, libc::RLIM_INFINITY),
 ];
 
 /// Init's nice value. What it starts has the ordinary one.
@@ -70,11 +77,16 @@ pub(super) fn join_cgroups(hierarchies: u32, fences: Fences, descriptors: &mut V
 
 /// Builds the sandbox around this process and gives up all privilege but [`privileges::OF_INIT`] over the sandbox's own ids.
 ///
-/// The order is the kernel's: what needs the host's root first, the user namespace after the last mount, ids after the namespace,
-/// capabilities after the ids, the filter last.
+/// The order is the kernel's: what needs the host's root first, then init's own id, the user namespace after the last mount, capabilities
+/// after the namespace, the filter last.
 pub(super) fn enter(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut VecDeque<OwnedFd>) -> Result<Tree, LaunchError> {
     let fences = setup.fences;
     let (tree, user_namespace) = build(setup, layer, descriptors)?;
+    // As the host's root still, which may set any limit.
+    for (resource, soft, hard) in RESOURCES {
+        sys::bound_rlimit(resource, soft, hard).step_on("setting a resource limit", resource)?;
+    }
+    become_inits_user(setup)?;
     if fences.has(Fence::UserNamespace) {
         setns(user_namespace.as_fd(), CloneFlags::CLONE_NEWUSER).step("entering the user namespace")?;
     }
@@ -83,15 +95,6 @@ pub(super) fn enter(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut Vec
     if setup.payload_capabilities == 0 {
         disarm_root().step("taking root's privileges from user id 0")?;
     }
-    setgroups(&[]).step("leaving all groups")?;
-    if !fences.has(Fence::UserNamespace) {
-        // Here root is the host's, whose capabilities go with the id.
-        nix::sys::prctl::set_keepcaps(true).step("keeping capabilities")?;
-    }
-    let id = if fences.has(Fence::InitShield) { ids::OF_INIT } else { 0 };
-    let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
-    setresgid(gid, gid, gid).step("becoming init's group")?;
-    setresuid(uid, uid, uid).step("becoming init's user")?;
     if fences.has(Fence::SessionKeyring) {
         // Now, because a key counts against the id that makes it.
         sys::join_new_session_keyring().step("making a session keyring")?;
@@ -109,9 +112,6 @@ pub(super) fn enter(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut Vec
     nix::sys::prctl::set_dumpable(!fences.has(Fence::InitShield)).step("forbidding traces")?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     default_signals().step("resetting signals")?;
-    for (resource, value) in RESOURCES {
-        sys::lower_rlimit(resource, value).step_on("setting a resource limit", resource)?;
-    }
     if fences.has(Fence::Landlock) {
         landlock::restrict().step("setting up Landlock")?;
     }
@@ -121,6 +121,28 @@ pub(super) fn enter(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut Vec
         sys::set_seccomp_filter(&program).step("loading the seccomp filter")?;
     }
     Ok(tree)
+}
+
+/// Gives up the host's root for an id that the sandbox's namespace does not map, but not yet what it takes to enter that namespace, which gives
+/// all capabilities of its own.
+fn become_inits_user(setup: &Setup) -> Result<(), LaunchError> {
+    let has_namespace = setup.fences.has(Fence::UserNamespace);
+    setgroups(&[]).step("leaving all groups")?;
+    nix::sys::prctl::set_keepcaps(true).step("keeping capabilities")?;
+    let id = match setup.fences.has(Fence::InitShield) {
+        true => ids::of_init(setup.id_base),
+        false if has_namespace => setup.id_base,
+        false => 0,
+    };
+    let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
+    setresgid(gid, gid, gid).step("becoming init's group")?;
+    setresuid(uid, uid, uid).step("becoming init's user")?;
+    let kept = if has_namespace {
+        privileges::SYS_ADMIN
+    } else {
+        rustix::thread::capabilities(None).step("reading capabilities")?.permitted.bits()
+    };
+    sys::set_capabilities(kept).step("keeping capabilities")
 }
 
 /// Builds the tree around this process, as the host's root still. Returns it with the user namespace that is to be entered.
@@ -144,7 +166,6 @@ pub(super) fn build(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut Vec
         fences: setup.fences,
         label: setup.labels.as_ref().and_then(|labels| labels.mount.as_deref()),
     };
-    #[cfg(feature = "weaken")]
     if !setup.fences.has(Fence::Descriptors) {
         leak_the_hosts_root().step("leaking the host's root")?;
     }
@@ -164,8 +185,7 @@ pub(super) fn own_attribute(tree: &Tree, name: &str) -> Result<std::fs::File, La
         .step_on("opening", format_args!("/proc/{path}"))
 }
 
-/// What CVE-2024-21626 was: a folder of the host's stays open, and nothing closes it at execve.
-#[cfg(feature = "weaken")]
+/// What CVE-2024-21626 was: a folder of the host's stays open, and nothing closes it at execve. For tests of what stops that.
 fn leak_the_hosts_root() -> rustix::io::Result<()> {
     let root = rustix::fs::openat(rustix::fs::CWD, "/", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())?;
     let _number_that_stays_open = std::os::fd::IntoRawFd::into_raw_fd(root);

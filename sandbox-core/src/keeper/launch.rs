@@ -69,7 +69,7 @@ impl Keeper {
 
     fn prepare(&mut self, asker: Asker, launch: Launch, descriptors: Vec<OwnedFd>) -> Result<Preparation, Box<Answer>> {
         let refused = |message: String| Box::new(failed(FailureKind::Refused, message));
-        let mut plan = Plan::check(&launch).map_err(|e| refused(e.to_string()))?;
+        let mut plan = Plan::check(&launch, self.weakening).map_err(|e| refused(e.to_string()))?;
         gvisor::check(&launch, &self.hello.isolation, plan.limits.memory_bytes).map_err(refused)?;
         let pids = plan.limits.pids;
         if launch.isolation == Isolation::Gvisor {

@@ -26,7 +26,11 @@ fn spec() -> Value {
 }
 
 fn check(spec: &Value) -> Result<Plan, Refused> {
-    Plan::check(&Launch {
+    check_by(spec, Weakening::Refused)
+}
+
+fn check_by(spec: &Value, weakening: Weakening) -> Result<Plan, Refused> {
+    let launch = Launch {
         id: SandboxId(uuid::Uuid::nil()),
         image: IMAGE.parse().unwrap(),
         spec: serde_json::to_vec(spec).unwrap(),
@@ -43,7 +47,8 @@ fn check(spec: &Value) -> Result<Plan, Refused> {
         },
         stdin: Stdin::Null,
         has_files: false,
-    })
+    };
+    Plan::check(&launch, weakening)
 }
 
 /// The refusal of a spec in which the field at `pointer` (RFC 6901) is `value`.
@@ -89,6 +94,17 @@ fn a_spec_without_a_limit_is_refused_by_its_name() {
     }
     assert_eq!(refusal_with("/linux/resources/pids", Value::Null), "pids.limit is missing");
     assert_eq!(refusal_with("/linux/resources/pids/limit", json!(-1)), "pids.limit is missing");
+}
+
+#[test]
+fn no_fence_is_left_out_but_where_a_test_may() {
+    let mut spec = spec();
+    spec["annotations"] = json!({ "without": "seccomp,landlock" });
+    assert_eq!(check(&spec).unwrap_err().to_string(), "annotations.without may not be set");
+    let plan = check_by(&spec, Weakening::Allowed).unwrap();
+    assert_eq!(plan.without, [Fence::Seccomp, Fence::Landlock].into_iter().collect());
+    spec["annotations"] = json!({ "without": "pid_namespace" });
+    assert_eq!(check_by(&spec, Weakening::Allowed).unwrap_err().to_string(), "pid_namespace cannot be left out");
 }
 
 #[test]

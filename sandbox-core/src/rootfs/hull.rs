@@ -70,7 +70,7 @@ pub(crate) fn furnish(program: &[u8], config: &[u8], id_base: u32) -> Result<Fur
     write(&format!("{TOOLS}/{PROGRAM}"), program, 0o755)?;
     let folder = openat2(CWD, TOOLS, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::NO_SYMLINKS)
         .step_on("opening a folder for gVisor", TOOLS)?;
-    chown(folder.as_fd(), ".", id_base + ids::OF_INIT).step_on("giving a folder to init", TOOLS)?;
+    chown(folder.as_fd(), ".", id_base + ids::OF_GUEST).step_on("giving a folder to init", TOOLS)?;
     // Read-only for good from where the payload could come: the namespaces of runsc cannot take that back (mount_namespaces(7)).
     let cover = clone_mount(&folder, "").step_on("making read-only", TOOLS)?;
     sys::set_mount_attributes(cover.as_fd(), MountAttributes { read_only: true, nosuid: true, nodev: true, ..MountAttributes::default() })

@@ -118,7 +118,7 @@ fn plain() -> Vec<Rule> {
             "processes of its own pid namespace, counted by the pids limit",
             calls!(SYS_execve SYS_execveat SYS_exit SYS_exit_group SYS_wait4 SYS_waitid SYS_getpid SYS_getppid SYS_gettid SYS_getpgid SYS_setpgid
                 SYS_getsid SYS_setsid SYS_set_tid_address SYS_set_robust_list SYS_get_robust_list SYS_rseq SYS_futex SYS_futex_waitv SYS_pidfd_open
-                SYS_pidfd_send_signal SYS_prctl SYS_getrusage SYS_times SYS_getpriority SYS_setpriority SYS_getrlimit
+                SYS_pidfd_send_signal SYS_getrusage SYS_times SYS_getpriority SYS_setpriority SYS_getrlimit
                 SYS_restart_syscall SYS_capget SYS_capset),
         ),
         allow(
@@ -171,6 +171,7 @@ fn plain() -> Vec<Rule> {
 
 fn with_conditions() -> Vec<Rule> {
     let eperm = Verdict::Errno(libc::EPERM);
+    let done = Verdict::Errno(0);
     let cases = |cases: &[(&[Test], Verdict)], otherwise| Check::Cases {
         cases: cases.iter().map(|(tests, verdict)| (tests.to_vec(), *verdict)).collect(),
         otherwise,
@@ -203,10 +204,11 @@ fn with_conditions() -> Vec<Rule> {
         },
         Rule {
             calls: calls!(SYS_prlimit64),
-            check: cases(&[(&[is(1, core), is(2, 0), has_no_high_half(2)], Verdict::Allow), (&[is(1, core)], eperm)], Verdict::Allow),
-            reason: "limits of its own; the size of a core stays 1, at which the kernel starts no core_pattern helper on the host (core(5))",
+            check: cases(&[(&[is(1, core), is(2, 0), has_no_high_half(2)], Verdict::Allow), (&[is(1, core)], done)], Verdict::Allow),
+            reason: "limits of its own; the size of a core stays 1, at which the kernel starts no core_pattern helper on the host (core(5)). Programs that must \
+                     have none, such as gpg-agent, take an error for a reason to stop, so it says done",
         },
-        Rule { calls: calls!(SYS_setrlimit), check: cases(&[(&[is(0, core)], eperm)], Verdict::Allow), reason: "as prlimit64" },
+        Rule { calls: calls!(SYS_setrlimit), check: cases(&[(&[is(0, core)], done)], Verdict::Allow), reason: "as prlimit64" },
         Rule {
             calls: calls!(SYS_io_setup SYS_io_destroy SYS_io_submit SYS_io_cancel SYS_io_getevents),
             check: Check::Always(Verdict::Errno(libc::ENOSYS)),
@@ -257,6 +259,11 @@ fn with_conditions() -> Vec<Rule> {
                 Verdict::Allow,
             ),
             reason: "devices are the sandbox's own six and its terminals; two terminal controls reach out of it (ioctl_tty(2))",
+        },
+        Rule {
+            calls: calls!(SYS_prctl),
+            check: cases(&[(&[is(0, unsigned(libc::PR_SCHED_CORE))], eperm)], Verdict::Allow),
+            reason: "names, death signals and fences of its own; but not cores whose siblings then stand idle for everybody else (core-scheduling)",
         },
         Rule {
             calls: calls!(SYS_personality),

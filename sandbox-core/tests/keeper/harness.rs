@@ -46,6 +46,10 @@ impl Node {
         Self::start_as(Command::new(KEEPER))
     }
 
+    pub(crate) fn start_weak() -> Self {
+        Self::start_as(Command::new(weak_keeper()))
+    }
+
     /// Starts it by a command line that ends with the keeper's program.
     pub(crate) fn start_as(keeper: Command) -> Self {
         let folder = tempfile::Builder::new().prefix("mfk").tempdir().unwrap();
@@ -137,13 +141,31 @@ impl Node {
     }
 }
 
-/// The keeper that tests share which leave it as it was.
+/// The keeper that tests share which leave it as it was: the one that is installed.
 pub(crate) fn node() -> &'static Node {
     static NODE: OnceLock<Node> = OnceLock::new();
     static STOP: Mutex<Option<u32>> = Mutex::new(None);
-    let node = NODE.get_or_init(Node::start);
+    shared(&NODE, &STOP, Node::start)
+}
+
+/// The same, under a keeper with which requests may leave out fences.
+pub(crate) fn weak_node() -> &'static Node {
+    static NODE: OnceLock<Node> = OnceLock::new();
+    static STOP: Mutex<Option<u32>> = Mutex::new(None);
+    shared(&NODE, &STOP, Node::start_weak)
+}
+
+/// `examples/weak_keeper.rs`, which cargo builds with the tests.
+pub(crate) fn weak_keeper() -> PathBuf {
+    let path = Path::new(KEEPER).with_file_name("examples").join("weak_keeper");
+    assert!(path.exists(), "{} is not built: cargo build -p sandbox-core --examples", path.display());
+    path
+}
+
+fn shared(node: &'static OnceLock<Node>, stop: &Mutex<Option<u32>>, start: fn() -> Node) -> &'static Node {
+    let node = node.get_or_init(start);
     // Statics are not dropped: the keeper is ended when the test process is.
-    STOP.lock().unwrap().get_or_insert_with(|| {
+    stop.lock().unwrap().get_or_insert_with(|| {
         stop_at_exit(node.pid());
         node.pid()
     });
@@ -314,7 +336,8 @@ impl Run {
 
     /// Runs it on the shared keeper, to its end, and forgets it.
     pub(crate) fn run(self) -> Done {
-        self.run_on(node())
+        let is_weakened = self.spec.get("annotations").is_some();
+        self.run_on(if is_weakened { weak_node() } else { node() })
     }
 
     pub(crate) fn run_on(self, node: &Node) -> Done {

@@ -36,7 +36,7 @@ impl Identity {
         let found = Self::find_in(user, &passwd, &group)?;
         let ids = [found.uid, found.gid].into_iter().chain(found.groups.iter().copied());
         match ids.max() {
-            Some(id) if id >= ids::OF_INIT => Err(never("finding the user", id, format!("ids in a sandbox are below {}", ids::OF_INIT))),
+            Some(id) if id >= ids::OF_GUEST => Err(never("finding the user", id, format!("ids in a sandbox are below {}", ids::OF_GUEST))),
             _ => Ok(found),
         }
     }
