@@ -19,10 +19,12 @@ const FOLDERS: [&str; 4] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/
 /// The least memory that gVisor's kernel, its file server and a small payload live in.
 const MEMORY_BYTES_MIN: u64 = 64 << 20;
 
-/// Threads of the host for each process or thread of the guest: those that it runs on, and the one in which gVisor's kernel serves it.
-const THREADS_PER_PROCESS: u64 = 3;
-/// Threads of the host that gVisor needs for itself, many of them while its processes start.
-const OWN_THREADS: u64 = 256;
+/// Threads that gVisor's kernel has besides one for each process and thread of the guest.
+const OWN_THREADS: u64 = 64;
+/// Threads of everything else in the sandbox: `runsc`, its file server, our init.
+const OTHER_THREADS: u64 = 1024;
+/// The most threads of the host that one sandbox may have. What they take is charged to its memory, which is often less than so many need.
+const HOST_PIDS_MAX: u64 = 32_768;
 
 /// The program, open since the keeper's start: what is executed is what was there then, whatever is installed later.
 #[derive(Debug)]
@@ -70,8 +72,10 @@ pub(super) fn check(launch: &Launch, offered: &[Isolation], memory_bytes: u64) -
     Ok(())
 }
 
-/// The pids limit of the cgroup on the host for `pids` processes in the guest, whose own limit is exact and is held inside. This one holds
-/// gVisor's kernel itself.
+/// The pids limit of the cgroup on the host for `pids` processes in the guest, whose own limit is exact and is held inside.
+///
+/// With ptrace, each address space of the guest gets a thread on the host for each thread of gVisor's kernel that ever ran in it. A kernel that
+/// is refused one ends, so this is what it can come to at the worst.
 pub(super) fn host_pids(pids: u64) -> u64 {
-    pids.saturating_mul(THREADS_PER_PROCESS).saturating_add(OWN_THREADS)
+    pids.saturating_mul(pids.saturating_add(OWN_THREADS)).saturating_add(OTHER_THREADS).min(HOST_PIDS_MAX)
 }

@@ -168,6 +168,9 @@ impl Sandbox {
                 Cause::InfraError { message: "this machine ran out of memory and the kernel chose the sandbox".to_owned() }
             }
             _ if counters.oom_kills > 0 || self.decision == Some(Decision::OutOfMemory) => Cause::OomKilled,
+            (Some(_), _) if self.processes.is_some() && counters.pids_refused > 0 => {
+                Cause::InfraError { message: "gVisor needed more threads of the host than it may have".to_owned() }
+            }
             (Some(failure), _) => failure,
             (_, Some(Decision::LogFailed(errno))) => {
                 Cause::InfraError { message: format!("writing the log failed: {}", io::Error::from_raw_os_error(errno)) }
@@ -187,7 +190,7 @@ impl Sandbox {
         let is_truncated = |kind| self.output.is_truncated(kind);
         let limits_hit = [
             (Limit::Memory, cause == Cause::OomKilled),
-            (Limit::Pids, counters.pids_refused > 0 || self.processes.is_some_and(|seen| seen.is_at_limit)),
+            (Limit::Pids, self.processes.map_or(counters.pids_refused > 0, |seen| seen.is_at_limit)),
             (Limit::Cpu, cause == Cause::CpuTimeout || is_over_cpu),
             (Limit::Wall, cause == Cause::WallTimeout || is_over_wall),
             (Limit::Disk, ended.is_some_and(|ended| ended.is_disk_full)),

@@ -224,6 +224,19 @@ fn a_fork_bomb_is_held_to_its_pids_and_told() {
 }
 
 #[test]
+fn as_many_processes_as_allowed_can_come_and_go() {
+    // Each of them takes many threads of the host.
+    let script = "for round in 1 2; do for i in $(seq 90); do sleep 0.2 & done; wait; done; echo done";
+    let mut run = under(shell(script)).with("/linux/resources/pids/limit", 96);
+    run.supervision.wall_ms = Some(60_000);
+    let done = run.run();
+    assert_eq!((done.ending.cause, done.stdout.as_str()), (Cause::Exited { code: 0 }, "done\n"), "{}", done.stderr);
+    assert_eq!(done.ending.limits_hit, []);
+    // The shell is one of them. What is counted now and then misses some.
+    assert!((2..=91).contains(&done.ending.usage.pids_peak), "{:?}", done.ending.usage);
+}
+
+#[test]
 fn a_full_disk_is_an_error_inside_and_told() {
     let done = under(shell("dd if=/dev/zero of=/fill bs=1M count=40 2>/dev/null; echo $?")).run();
     assert_eq!(done.stdout, "1\n");
