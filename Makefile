@@ -32,7 +32,7 @@ test: ## run all tests that this machine can run (ARGS='--test limits' for some)
 	@tools/test.sh $(ARGS)
 
 .PHONY: test-vm
-test-vm: ## the keeper's tests in an emulated machine with Linux 6.1, pure cgroup v2 and AppArmor (part of make test; ARGS=limits for some)
+test-vm: ## the keeper's tests in emulated machines with Linux 6.1 and pure cgroup v2: one with AppArmor, one with SELinux (part of make test; ARGS=limits for some)
 	@tools/test-vm.sh $(ARGS)
 
 .PHONY: check

@@ -47,6 +47,7 @@ for_vm() {
     need mke2fs e2fsprogs
     need apparmor_parser apparmor
     need runsc runsc
+    need secilc secilc
     file_is_static "$(command -v busybox || echo /none)" || missing+=(busybox-static)
 }
 for_bench() {

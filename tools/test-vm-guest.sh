@@ -27,16 +27,23 @@ mkdir /quotas
 mount -t ext4 -o prjquota /dev/ram1 /quotas || die 'no project quotas'
 
 # Without these it would only repeat what other machines test.
-grep -q apparmor /sys/kernel/security/lsm || die 'AppArmor is off'
+lsm=$(sed -n 's/.*security=\([a-z]*\).*/\1/p' /proc/cmdline)
+grep -qw "$lsm" /sys/kernel/security/lsm || die "$lsm is off"
 for controller in cpu io memory pids; do
     grep -qw "$controller" /sys/fs/cgroup/cgroup.controllers || die "cgroup2 has no controller $controller"
 done
 echo "test-vm: Linux $(uname -r), cgroup2 with $(cat /sys/fs/cgroup/cgroup.controllers), $(cat /sys/kernel/security/lsm)"
 
+if [ "$lsm" = selinux ]; then
+    mount -t selinuxfs selinux /sys/fs/selinux || die 'no selinuxfs'
+    # The kernel takes a policy in one write.
+    dd if=/etc/policy.selinux of=/sys/fs/selinux/load bs=1M conv=notrunc 2>/dev/null || die 'the kernel refuses the SELinux policy'
+fi
+
 set --
 while IFS= read -r word; do
     set -- "$@" "$word"
-done </etc/command
+done <"/etc/command.$lsm"
 "$@"
 echo "test-vm: the tests ended with $?"
 poweroff -f

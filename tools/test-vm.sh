@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the keeper's tests where cgroup v2 is the only one and AppArmor is on: in a small emulated machine with Debian's kernel.
-# Arguments go to the tests, as in `tools/test-vm.sh limits --exact …`. Only installing packages needs root.
-# TIMEOUT_S (600) bounds the machine's life.
+# Runs the keeper's tests where cgroup v2 is the only one and AppArmor is on, then those of tests/selinux where SELinux is on: each in
+# a small emulated machine with Debian's kernel. LSMS (apparmor selinux) says in which. Arguments go to the tests, as in
+# `tools/test-vm.sh limits --exact …`. Only installing packages needs root. TIMEOUT_S (600) bounds the life of each machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -47,8 +47,10 @@ if ! fetch_kernel; then
 fi
 
 say 'building'
-built=$(cargo build --workspace --test keeper --locked --message-format json | sed -nE 's/.*"executable":"([^"]+)".*/\1/p')
-suite=$(grep '/keeper-[^/]*$' <<<"$built") || fail 'cargo built no test program'
+built=$(cargo build --workspace --test keeper --test selinux --example weak_keeper --locked --message-format json | sed -nE 's/.*"executable":"([^"]+)".*/\1/p')
+suite_of() { grep "/$1-[^/]*\$" <<<"$built" || fail "cargo built no test program $1"; }
+keeper=$(suite_of keeper)
+selinux=$(suite_of selinux)
 
 # One initial ramdisk holds everything. The programs and their libraries lie at the paths that they have here, where they look for
 # each other. setsid is util-linux': the tests use an option of it that busybox' lacks. mke2fs is what the keeper makes layers with.
@@ -66,7 +68,10 @@ done <<<"$built"$'\n'"$(command -v setsid)"$'\n'"$(command -v apparmor_parser)"$
 printf 'root:x:0:0:root:/root:/bin/sh\n' >"$root/etc/passwd"
 printf 'root:x:0:\n' >"$root/etc/group"
 echo machine >"$root/etc/hostname"
-printf '%s\n' "$suite" "$@" >"$root/etc/command"
+printf '%s\n' "$keeper" "$@" >"$root/etc/command.apparmor"
+# One of them switches enforcing off for a moment.
+printf '%s\n' "$selinux" --test-threads=1 "$@" >"$root/etc/command.selinux"
+secilc -c 33 -o "$root/etc/policy.selinux" -f /dev/null sandbox-core/tests/selinux/policy.cil
 install -D tools/test-vm-guest.sh "$root/sbin/init"
 install tools/test-vm-boot.sh "$initial/init"
 install "$(command -v busybox)" "$initial/bin/busybox"
@@ -81,11 +86,17 @@ emulator=(
     qemu-system-x86_64 -accel 'tcg,tb-size=256' -cpu 'max,erms=off,fsrm=off' -smp 1 -m 1024 -icount 'shift=1,sleep=off' -rtc clock=vm
     -display none -vga none -monitor none -net none -serial stdio -no-reboot
     -kernel "$kernel/vmlinuz" -initrd "$work/initial.cpio"
-    -append 'console=ttyS0 loglevel=1 panic=-1 mitigations=off cgroup_no_v1=all security=apparmor'
+    -append
 )
-say 'booting'
-timeout --foreground --kill-after=5 "${TIMEOUT_S:-600}" "${emulator[@]}" </dev/null | sed -uE 's/\r$//; /reboot: Power down$/d' | tee "$work/console" ||
-    fail 'the machine did not come to its end; what it said stands above'
-status=$(sed -n 's/^test-vm: the tests ended with //p' "$work/console")
-[[ -n $status ]] || fail 'the machine ended without a result; what it said stands above'
-exit "$status"
+ended=0
+for lsm in ${LSMS:-apparmor selinux}; do
+    say "booting with $lsm"
+    options="console=ttyS0 loglevel=1 panic=-1 mitigations=off cgroup_no_v1=all security=$lsm selinux=1 enforcing=1"
+    timeout --foreground --kill-after=5 "${TIMEOUT_S:-600}" "${emulator[@]}" "$options" </dev/null |
+        sed -uE 's/\r$//; /reboot: Power down$/d' | tee "$work/console" ||
+        fail 'the machine did not come to its end; what it said stands above'
+    status=$(sed -n 's/^test-vm: the tests ended with //p' "$work/console")
+    [[ -n $status ]] || fail 'the machine ended without a result; what it said stands above'
+    ((status == 0)) || ended=$status
+done
+exit "$ended"

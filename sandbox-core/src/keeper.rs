@@ -75,7 +75,7 @@ pub struct Options {
     pub runsc: Option<PathBuf>,
     /// Where locks of this machine's keepers lie.
     pub run: PathBuf,
-    /// The SELinux labels of sandboxes. Given on a host without SELinux, the keeper does not start.
+    /// The SELinux labels of sandboxes. Given on a host whose SELinux does not enforce them, the keeper does not start.
     pub labels: Option<Labels>,
     /// Fences without which the keeper does not start.
     pub required: Fences,
@@ -401,11 +401,9 @@ fn fences(options: &Options) -> io::Result<Fences> {
             }
         }
     }
-    match &options.labels {
-        Some(_) if crate::selinux::is_enabled() => fences = fences.with(Fence::Selinux),
-        // Who names a label relies on it.
-        Some(labels) => return Err(io::Error::other(format!("this host has no SELinux for the label {}", labels.process))),
-        None => {}
+    if let Some(labels) = &options.labels {
+        crate::selinux::check(labels)?;
+        fences = fences.with(Fence::Selinux);
     }
     let lacking = options.required.without(fences);
     if lacking.is_empty() {

@@ -9,7 +9,12 @@ use std::{
 
 use serde::Serialize;
 
-use crate::{apparmor, cgroup, ids, keeper, protocol::CgroupMode, rootfs, selinux};
+use crate::{
+    apparmor, cgroup, ids, keeper,
+    protocol::CgroupMode,
+    rootfs,
+    selinux::{self, Labels},
+};
 
 /// Whether something that sandboxes need is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -39,10 +44,10 @@ const KERNEL_MIN: (u32, u32) = (6, 1);
 /// The first id of a range that is only looked at for the moment of the probe.
 const PROBE_ID: u32 = 0x6fff_0000;
 
-/// Looks at everything. `data_dir` is where images will lie. Needs root for the checks that try something, and says so without it.
-pub fn run(data_dir: &Path) -> Vec<Check> {
+/// Looks at everything. `data_dir` is where images will lie, `labels` are those that payloads are to have. Needs root for the checks that try something, and says so without it.
+pub fn run(data_dir: &Path, labels: Option<&Labels>) -> Vec<Check> {
     let is_root = rustix::process::geteuid().is_root();
-    let mut checks = vec![kernel(), cgroups(), swap(), landlock(), apparmor(), selinux(), gvisor()];
+    let mut checks = vec![kernel(), cgroups(), swap(), landlock(), apparmor(), selinux(labels), gvisor()];
     if is_root {
         // The one that starts a thread comes last: the others clone, which takes a process of one thread.
         checks.extend([idmapped_mounts(data_dir), seccomp(), namespaces()]);
@@ -116,8 +121,20 @@ fn apparmor() -> Check {
     }
 }
 
-fn selinux() -> Check {
-    if selinux::is_enabled() { ok("selinux", "enabled; sandboxes get the label of --selinux-label") } else { ok("selinux", "not enabled") }
+/// What SELinux does for payloads with these labels, as a keeper that is started with them sees it.
+pub fn selinux(labels: Option<&Labels>) -> Check {
+    let Some(labels) = labels else {
+        return match selinux::is_enabled() {
+            true => ok("selinux", "enabled; payloads have no label of their own (--selinux-label)"),
+            false => ok("selinux", "not enabled"),
+        };
+    };
+    match selinux::check(labels) {
+        Ok(()) => ok("selinux", format!("enforced; payloads get the label {}", labels.process)),
+        Err(error) => {
+            problem("selinux", Status::Fail, error.to_string(), "leave out --selinux-label, or have the host enforce a policy with it")
+        }
+    }
 }
 
 /// A node does without it as well.

@@ -23,7 +23,7 @@ pub(crate) struct Report {
 
 /// Looks at everything that serving with these settings needs. The process must have one thread.
 pub(crate) fn examine(settings: &Settings) -> anyhow::Result<Report> {
-    let mut checks = probe::run(&settings.data_dir);
+    let mut checks = probe::run(&settings.data_dir, settings.selinux_labels.as_ref());
     checks.extend([database(settings), user(settings)?]);
     checks.push(port("API address", settings.listen));
     checks.push(port("metrics address", settings.metrics_listen));

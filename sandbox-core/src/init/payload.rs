@@ -129,7 +129,7 @@ fn become_payload(start: &Start, place: &Place<'_>, identity: &Identity, exec: &
             let exec = own_attribute(tree, "exec")?;
             selinux::label_next_exec(exec, label).step_on("setting the SELinux label", label)?;
         }
-        exec.run(&inherited, place.fences)
+        exec.run(&inherited, place)
     };
     match never_returns() {
         Ok(never) => match never {},
@@ -256,12 +256,12 @@ impl Exec {
 
     /// execve(2) on the first candidate that exists. Errors are those of execvp(3): a program that may not be executed is reported, unless
     /// a later folder has one that may.
-    fn run(&self, inherited: &[OwnedFd], fences: Fences) -> Result<std::convert::Infallible, LaunchError> {
+    fn run(&self, inherited: &[OwnedFd], place: &Place<'_>) -> Result<std::convert::Infallible, LaunchError> {
         // The parent reads why only when this process has ended, so it must fit the pipe.
         let name: String = self.args.first().map(|name| name.to_string_lossy().chars().take(NAME_CHARS_MAX).collect()).unwrap_or_default();
         let parked = pass_on(inherited).step("passing on descriptors")?;
         // Nothing of init's but these numbers crosses the execve (CVE-2024-21626).
-        if fences.has(Fence::Descriptors) {
+        if place.fences.has(Fence::Descriptors) {
             sys::close_on_exec_from(first_free(inherited).unsigned_abs()).step("closing descriptors")?;
         }
         if matches!(self.program, Program::Descriptor) {
@@ -275,6 +275,10 @@ impl Exec {
                 Err(error @ (nix::Error::ENOENT | nix::Error::ENOTDIR)) if refused == nix::Error::ENOENT => refused = error,
                 Err(nix::Error::ENOENT | nix::Error::ENOTDIR) => {}
                 Err(nix::Error::EACCES) => refused = nix::Error::EACCES,
+                // Of all that execve(2) refuses so, nothing else is left under no_new_privs and without capabilities in files.
+                Err(error @ nix::Error::EPERM) if let Some((_, label)) = place.label => {
+                    return Err(error).step_on("changing the domain (process2 nnp_transition, nosuid_transition)", label);
+                }
                 Err(error) => return Err(error).spec("starting the command", format!("{name:?}")),
                 Ok(never) => match never {},
             }

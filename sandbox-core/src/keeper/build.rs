@@ -202,7 +202,7 @@ impl Keeper {
             has_target: target.is_some(),
             payload_capabilities: blueprint.capabilities,
             fences: blueprint.fences,
-            labels: self.labels.clone(),
+            labels: self.labels.clone().filter(|_| blueprint.fences.has(Fence::Selinux)),
             seccomp: self.seccomp.clone(),
         });
         let mut descriptors: Vec<BorrowedFd<'_>> = vec![namespace, image.as_fd(), base.as_fd()];

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     cgroup::Limits,
-    fence::Fences,
+    fence::{Fence, Fences},
     log::Kind,
     network,
     policy::Plan,
@@ -192,7 +192,8 @@ impl Keeper {
             hostname: base::HOSTNAME.to_owned(),
             capabilities: privileges::OF_UNPACK,
             isolation: Isolation::Container,
-            fences: self.hello.fences,
+            // A domain that may write images would be no fence around payloads. What this one writes has the label of the images' folder.
+            fences: self.hello.fences.without([Fence::Selinux].into_iter().collect()),
             start,
             stdin: None,
             descriptors,

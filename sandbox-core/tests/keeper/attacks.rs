@@ -15,43 +15,10 @@ use sandbox_core::{
     seccomp::{Check, Verdict, rules},
 };
 
-use crate::harness::{Done, Node, Run, command, fences, kill, node, output, wait, wait_for_line, weak_keeper, weak_node};
-
-/// What stops an attack, and what a control has to leave out besides because it cannot be set up without the others.
-struct Fenced<'a> {
-    by: &'a [Fence],
-    also_without: &'a [Fence],
-}
-
-const fn by(fences: &[Fence]) -> Fenced<'_> {
-    Fenced { by: fences, also_without: &[] }
-}
-
-/// How the attack went: whether it worked, and what it said.
-fn went(done: &Done) -> (bool, String) {
-    let said = format!("{:?} {} {}", done.ending.cause, done.stdout.trim_end(), done.stderr.trim_end());
-    let Cause::Exited { code: code @ (0 | 1) } = done.ending.cause else { panic!("the attack neither worked nor was stopped: {said}") };
-    (code == 0, said)
-}
-
-fn attack(arguments: &[&str]) -> Run {
-    command(&[&["/bin/attack"], arguments].concat())
-}
-
-/// Tries the attack behind all fences, behind none of those that stop it, and behind each of them alone.
-fn assert_stopped(node: &Node, run: impl Fn() -> Run, fenced: &Fenced<'_>) {
-    let here = fences(node);
-    let all: Vec<Fence> = [fenced.by, fenced.also_without].concat();
-    let (worked, said) = went(&run().run_on(node));
-    assert!(!worked, "it works behind all fences: {said}");
-    let (worked, said) = went(&run().without(&all).run_on(node));
-    assert!(worked, "the control: without {all:?} it is still stopped: {said}");
-    for alone in fenced.by.iter().filter(|fence| here.has(**fence)) {
-        let others: Vec<Fence> = all.iter().copied().filter(|fence| fence != alone).collect();
-        let (worked, said) = went(&run().without(&others).run_on(node));
-        assert!(!worked, "{alone} alone does not stop it: {said}");
-    }
-}
+use crate::{
+    fenced::{Fenced, assert_stopped, attack, by, went},
+    harness::{Done, Node, Run, command, kill, node, output, wait, wait_for_line, weak_keeper, weak_node},
+};
 
 fn assert_attack_stopped(arguments: &[&str], fenced: &Fenced<'_>) {
     assert_stopped(weak_node(), || attack(arguments), fenced);

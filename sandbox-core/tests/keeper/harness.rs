@@ -141,6 +141,18 @@ impl Node {
     }
 }
 
+/// What a keeper says that is to refuse to start.
+pub(crate) fn refusal(arguments: &[&str]) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let mut keeper = Command::new(KEEPER);
+    keeper.args(["--group", "0", "--socket"]).arg(folder.path().join("keeper.sock"));
+    keeper.arg("--images").arg(folder.path().join("images")).arg("--logs").arg(folder.path());
+    keeper.arg("--disks").arg(folder.path().join("disks")).args(arguments);
+    let done = keeper.output().unwrap();
+    assert!(!done.status.success(), "the keeper started: {}", String::from_utf8_lossy(&done.stdout));
+    String::from_utf8_lossy(&done.stderr).into_owned()
+}
+
 /// The keeper that tests share which leave it as it was: the one that is installed.
 pub(crate) fn node() -> &'static Node {
     static NODE: OnceLock<Node> = OnceLock::new();

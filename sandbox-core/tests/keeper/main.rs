@@ -6,6 +6,7 @@
 mod attacks;
 mod disk;
 mod endings;
+mod fenced;
 mod gvisor;
 mod harness;
 mod hogs;
