@@ -1,5 +1,4 @@
 //! Who a program runs as, what it may do as root, and what is said to stand around it.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::time::Duration;
 
@@ -80,4 +79,24 @@ async fn a_node_that_lacks_a_fence_it_must_have_does_not_start() {
     let (status, said) = finish(&mut command, Duration::from_secs(20)).unwrap();
     assert!(!status.success());
     assert!(said.contains("lacks a fence that it must have: selinux"), "{said}");
+}
+
+#[tokio::test]
+async fn a_kernel_of_its_own_runs_the_same_program_and_says_so() {
+    let client = shared().client();
+    let request = |isolation: &str| {
+        json!({
+            "image": "busybox", "command": ["sh", "-c", "cat /proc/version; exit 3"], "isolation": isolation,
+            "limits": { "wall_ms": 60_000 },
+        })
+    };
+    let own = client.run(&request("gvisor")).await;
+    assert_exit(&own, 3);
+    let nodes = client.run(&request("container")).await;
+    assert_exit(&nodes, 3);
+    let version = std::fs::read_to_string("/proc/version").unwrap();
+    assert_eq!(stdout(&nodes), version);
+    assert_ne!(stdout(&own), version);
+    let answer = client.post("/v1/runs", &json!({ "image": "busybox", "isolation": "vm" })).await;
+    answer.problem(422, "invalid_request");
 }

@@ -156,7 +156,11 @@ impl Options {
             user: self.user.or(file.user).unwrap_or_else(|| "mayfly".into()),
             keeper_bin: self.keeper_bin.or(file.keeper_bin),
             keeper_socket: self.keeper_socket.or(file.keeper_socket),
-            required_fences: self.require_fence.or(file.require_fence).unwrap_or_default().into_iter().collect(),
+            required_fences: {
+                let asked = self.require_fence.or(file.require_fence).unwrap_or_default();
+                // Who names a label relies on it, whoever started the keeper.
+                asked.into_iter().chain(process.is_some().then_some(Fence::Selinux)).collect()
+            },
             selinux_labels: process.map(|process| Labels { process, mount }),
             jwt_secret_file: self.jwt_secret_file.or(file.jwt_secret_file),
             token_rules: Rules {

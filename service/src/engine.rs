@@ -191,8 +191,9 @@ impl Engine {
         let program = Program::resolve(&image.config, &asked)?;
         let room = Room { memory_bytes: asked.limits.memory_bytes(), cpu_millis: asked.limits.cpu_millis(), sandboxes: 1 };
         self.capacity.could_hold(room).map_err(EngineError::NoCapacity)?;
-        if self.keeper.hello().is_none() || self.stopping.is_cancelled() {
-            return Err(EngineError::KeeperUnavailable);
+        let keeper = self.keeper.hello().filter(|_| !self.stopping.is_cancelled()).ok_or(EngineError::KeeperUnavailable)?;
+        if !keeper.isolation.contains(&asked.isolation) {
+            return Err(Invalid::new("isolation", "this node does not offer it: `mayfly doctor` there says what is missing").into());
         }
         let sandbox = Sandbox {
             id: SandboxId(Uuid::now_v7()),

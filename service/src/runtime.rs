@@ -17,6 +17,7 @@ use std::{
 
 use anyhow::Context as _;
 use sandbox_core::{
+    fence::{Fence, Fences},
     protocol::{
         Answer, Call, Ending, Failure, FailureKind, Hello, ImageId, KillReason, Launch, Launched, Record, Reply, Request, SandboxId,
         UnpackLimits, Unpacked, VERSION,
@@ -45,6 +46,7 @@ pub struct Keeper(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     path: PathBuf,
+    required: Fences,
     next_tag: AtomicU64,
     /// How often the connection was made anew.
     reconnects: AtomicU64,
@@ -101,11 +103,13 @@ pub enum LaunchAnswer {
 
 impl Keeper {
     /// Connects to the keeper that listens at `path`. Fails at once if none does, or if it speaks another version.
-    pub async fn connect(path: &Path) -> anyhow::Result<Self> {
-        let connection = Connection::open(path).await.with_context(|| format!("no keeper answers on {}", path.display()))?;
+    /// A keeper whose sandboxes lack one of the fences in `required` is refused, also one that comes later.
+    pub async fn connect(path: &Path, required: Fences) -> anyhow::Result<Self> {
+        let connection =
+            Connection::open(path, required).await.with_context(|| format!("no keeper for this service on {}", path.display()))?;
         let connection = Arc::new(connection);
         let (link, _) = watch::channel(Link::Up(Arc::clone(&connection)));
-        let inner = Inner { path: path.to_owned(), next_tag: AtomicU64::new(1), reconnects: AtomicU64::new(0), link };
+        let inner = Inner { path: path.to_owned(), required, next_tag: AtomicU64::new(1), reconnects: AtomicU64::new(0), link };
         let keeper = Self(Arc::new(inner));
         tokio::spawn(keeper.clone().stay_connected(connection));
         Ok(keeper)
@@ -260,8 +264,9 @@ impl Keeper {
             drop(connection);
             let mut pause = RETRY_MIN;
             connection = loop {
-                match Connection::open(&self.0.path).await {
+                match Connection::open(&self.0.path, self.0.required).await {
                     Ok(connection) => break Arc::new(connection),
+                    Err(error) if error.kind() == io::ErrorKind::Unsupported => tracing::error!(%error, "the keeper is not to be used"),
                     Err(error) => tracing::debug!(%error, "the keeper does not answer"),
                 }
                 tokio::time::sleep(pause).await;
@@ -275,9 +280,14 @@ impl Keeper {
 }
 
 impl Connection {
-    async fn open(path: &Path) -> io::Result<Self> {
+    async fn open(path: &Path, required: Fences) -> io::Result<Self> {
         let socket = Polled::connect(path)?;
         let hello = tokio::time::timeout(HELLO_DEADLINE, greet(&socket)).await.map_err(|_| io::ErrorKind::TimedOut)??;
+        let lacking: Vec<&str> = required.without(hello.fences).iter().map(Fence::name).collect();
+        if !lacking.is_empty() {
+            let why = format!("sandboxes of this keeper lack a fence that they must have: {}", lacking.join(", "));
+            return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+        }
         Ok(Self { socket, hello, pending: Mutex::default() })
     }
 

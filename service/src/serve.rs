@@ -191,10 +191,7 @@ struct Started {
 
 async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helpers: &Helpers) -> anyhow::Result<Started> {
     let addresses = (doors.api.local_addr()?, doors.metrics.local_addr()?);
-    let keeper = Keeper::connect(helpers.keeper_socket()).await?;
-    // A keeper that somebody else started knows nothing of what this service must have.
-    let lacking = settings.required_fences.without(keeper.hello().map_or_else(Default::default, |hello| hello.fences));
-    ensure!(lacking.is_empty(), "sandboxes of this keeper lack a fence that they must have: {lacking:?}");
+    let keeper = Keeper::connect(helpers.keeper_socket(), settings.required_fences).await?;
     let options = match (&settings.database_url, helpers.cluster()) {
         (Some(url), _) => url.parse().context("database-url")?,
         (None, Some(cluster)) => cluster.connect_options(),

@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use sandbox_core::{fence::Fence, protocol::OutputPolicy};
+use sandbox_core::{
+    fence::Fence,
+    protocol::{Isolation, OutputPolicy},
+};
 use serde::Serialize;
 use time::OffsetDateTime;
 
@@ -50,6 +53,7 @@ pub(super) struct SandboxView {
     workdir: String,
     user: String,
     capabilities: Capabilities,
+    isolation: Isolation,
     labels: BTreeMap<String, String>,
     limits: Limits,
     output_policy: OutputPolicy,
@@ -107,6 +111,7 @@ impl From<Sandbox> for SandboxView {
             workdir: sandbox.program.cwd,
             user: sandbox.program.user.text(),
             capabilities: sandbox.program.capabilities,
+            isolation: sandbox.program.isolation,
             labels: sandbox.labels,
             limits: sandbox.limits,
             output_policy: sandbox.output_policy,

@@ -2,7 +2,7 @@
 
 use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
-use sandbox_core::protocol::{Cause, Ending, FailureKind, Hello, Isolation, KillReason, Launch, Launched, Stdin, Supervision};
+use sandbox_core::protocol::{Cause, Ending, FailureKind, Hello, KillReason, Launch, Launched, Stdin, Supervision};
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
@@ -276,7 +276,7 @@ fn launch_of(sandbox: &Sandbox, has_stdin: bool, has_files: bool) -> Launch {
         id: sandbox.id,
         image: sandbox.image.root.clone(),
         spec: sandbox::spec(sandbox.id, &sandbox.image.root, &sandbox.program, limits),
-        isolation: Isolation::Container,
+        isolation: sandbox.program.isolation,
         supervision: Supervision {
             wall_ms: limits.wall_ms(),
             cpu_ms: limits.cpu_ms(),

@@ -34,7 +34,7 @@ fn greeting(request: &Request, started_at_us: u64) -> Option<Answer> {
         cgroup: CgroupMode::V2,
         sandboxes_max: 1,
         fences: Fences::everywhere(),
-        isolation: vec![],
+        isolation: vec![sandbox_core::protocol::Isolation::Container],
     };
     matches!(request, Request::Hello { .. }).then_some(Answer::Hello(hello))
 }
@@ -49,7 +49,7 @@ async fn answers_reach_their_callers() {
         let refusal = || Answer::Failed(Failure { kind: FailureKind::Gone, message: "no such image".into() });
         Some(greeting(request, 1).or_else(|| list(request)).unwrap_or_else(refusal))
     });
-    let keeper = Keeper::connect(&path).await.unwrap();
+    let keeper = Keeper::connect(&path, Fences::default()).await.unwrap();
     assert_eq!(keeper.list().await.unwrap(), []);
     let error = keeper.remove_image("a".repeat(64).try_into().unwrap()).await.unwrap_err();
     assert!(matches!(error, CallError::Failed(Failure { kind: FailureKind::Gone, .. })));
@@ -62,7 +62,7 @@ async fn a_broken_connection_fails_the_call_and_is_made_again() {
         started_at_us += u64::from(matches!(request, Request::Hello { .. }));
         greeting(request, started_at_us).or_else(|| list(request))
     });
-    let keeper = Keeper::connect(&path).await.unwrap();
+    let keeper = Keeper::connect(&path, Fences::default()).await.unwrap();
     assert!(matches!(keeper.shutdown().await, Err(CallError::Lost)));
 
     let again = async {
@@ -78,7 +78,7 @@ async fn a_broken_connection_fails_the_call_and_is_made_again() {
 #[tokio::test]
 async fn no_keeper_is_an_error_that_names_the_socket() {
     let folder = tempfile::tempdir().unwrap();
-    let error = Keeper::connect(&folder.path().join("keeper.sock")).await.unwrap_err();
+    let error = Keeper::connect(&folder.path().join("keeper.sock"), Fences::default()).await.unwrap_err();
     assert!(error.to_string().contains("keeper.sock"));
 }
 
@@ -92,7 +92,7 @@ async fn descriptors_arrive_with_the_launch_before_the_wait() {
         seen.send(if matches!(request, Request::Launch(_)) { "launch" } else { "wait" }).unwrap();
         Some(Answer::Failed(Failure { kind: FailureKind::Gone, message: String::new() }))
     });
-    let keeper = Keeper::connect(&path).await.unwrap();
+    let keeper = Keeper::connect(&path, Fences::default()).await.unwrap();
     let id = SandboxId(uuid::Uuid::nil());
     let launch = Launch {
         id,
@@ -116,4 +116,12 @@ async fn descriptors_arrive_with_the_launch_before_the_wait() {
     let ended = keeper.wait(id).await.unwrap();
     assert!(launched.await.is_err() && ended.await.is_err());
     assert_eq!([order.recv().unwrap(), order.recv().unwrap()], ["launch", "wait"]);
+}
+
+#[tokio::test]
+async fn a_keeper_without_a_fence_that_is_required_is_refused() {
+    let (_folder, path) = fake(|request| greeting(request, 1));
+    let required = [Fence::Seccomp, Fence::Selinux].into_iter().collect();
+    let error = format!("{:#}", Keeper::connect(&path, required).await.unwrap_err());
+    assert!(error.contains("lack a fence") && error.contains("selinux") && !error.contains("seccomp"), "{error}");
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use oci_spec::image::ImageConfiguration;
+use sandbox_core::protocol::Isolation;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -26,6 +27,12 @@ pub struct Program {
     pub user: User,
     #[serde(default)]
     pub capabilities: Capabilities,
+    #[serde(default = "container")]
+    pub isolation: Isolation,
+}
+
+const fn container() -> Isolation {
+    Isolation::Container
 }
 
 /// What user 0 of a sandbox may do there.
@@ -79,6 +86,7 @@ impl Program {
             cwd: asked.workdir.as_deref().or(workdir).unwrap_or("/").to_owned(),
             user,
             capabilities: asked.capabilities,
+            isolation: asked.isolation,
         })
     }
 }
@@ -182,6 +190,7 @@ mod tests {
             workdir: None,
             user: None,
             capabilities: Capabilities::None,
+            isolation: Isolation::Container,
             files: vec![],
             stdin: None,
             env: BTreeMap::new(),

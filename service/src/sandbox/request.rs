@@ -3,7 +3,10 @@
 use std::{collections::BTreeMap, fmt};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use sandbox_core::{files::PATH_BYTES_MAX, protocol::OutputPolicy};
+use sandbox_core::{
+    files::PATH_BYTES_MAX,
+    protocol::{Isolation, OutputPolicy},
+};
 use serde::{Deserialize, Serialize};
 
 use super::{Bound, Capabilities, Kind, Limits, RequestedLimits, User};
@@ -55,6 +58,8 @@ pub struct RunRequest {
     user: Option<String>,
     #[serde(default)]
     capabilities: Capabilities,
+    #[serde(default = "container")]
+    isolation: Isolation,
     #[serde(default)]
     files: Vec<FileRequest>,
     stdin: Option<String>,
@@ -84,6 +89,8 @@ pub struct SandboxRequest {
     user: Option<String>,
     #[serde(default)]
     capabilities: Capabilities,
+    #[serde(default = "container")]
+    isolation: Isolation,
     #[serde(default)]
     files: Vec<FileRequest>,
     stdin: Option<String>,
@@ -120,6 +127,10 @@ enum Encoding {
     Utf8,
     #[serde(rename = "base64")]
     Base64,
+}
+
+const fn container() -> Isolation {
+    Isolation::Container
 }
 
 /// What of the network a sandbox reaches.
@@ -184,6 +195,7 @@ pub struct NewSandbox {
     /// Whom to run as instead of the image's user.
     pub user: Option<User>,
     pub capabilities: Capabilities,
+    pub isolation: Isolation,
     pub files: Vec<File>,
     pub stdin: Option<Content>,
     pub env: BTreeMap<String, String>,
@@ -209,6 +221,7 @@ impl RunRequest {
             workdir: workdir(self.workdir)?,
             user: self.user.map(|user| User::parse("user", &user)).transpose()?,
             capabilities: self.capabilities,
+            isolation: self.isolation,
             files: files(self.files)?,
             stdin: stdin(self.stdin, self.stdin_encoding)?,
             env: env(self.env)?,
@@ -233,6 +246,7 @@ impl SandboxRequest {
             workdir: workdir(self.workdir)?,
             user: self.user.map(|user| User::parse("user", &user)).transpose()?,
             capabilities: self.capabilities,
+            isolation: self.isolation,
             files: files(self.files)?,
             stdin: stdin(self.stdin, self.stdin_encoding)?,
             env: env(self.env)?,
