@@ -64,7 +64,7 @@ while IFS= read -r program; do
     while IFS= read -r library; do
         [[ -e $root$library ]] || install -D "$library" "$root$library"
     done < <({ ldd "$program" 2>/dev/null || true; } | grep -oE '/[^ ]+')
-done <<<"$built"$'\n'"$(command -v setsid)"$'\n'"$(command -v apparmor_parser)"$'\n'/usr/sbin/mke2fs$'\n'"$(command -v runsc)"
+done <<<"$built"$'\n'"$(command -v setsid)"$'\n'"$(command -v prlimit)"$'\n'"$(command -v apparmor_parser)"$'\n'/usr/sbin/mke2fs$'\n'"$(command -v runsc)"
 printf 'root:x:0:0:root:/root:/bin/sh\n' >"$root/etc/passwd"
 printf 'root:x:0:\n' >"$root/etc/group"
 echo machine >"$root/etc/hostname"

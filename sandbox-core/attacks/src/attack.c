@@ -630,14 +630,22 @@ ATTACK(hog_processes)
 	return 0;
 }
 
-/* Daemons that ignore every signal that can be ignored, stopped ones among them. */
+/* Daemons that ignore every signal that can be ignored; every other one stops itself. */
 ATTACK(leave_daemons)
 {
+	int ready[2];
+	TRY(pipe(ready));
 	for (int n = 0; n < 8; n++) {
 		if (fork() == 0) {
 			setsid();
-			if (fork() != 0)
+			pid_t daemon = fork();
+			if (daemon != 0) {
+				/* Stopped, or about to sleep: then it is said. */
+				if (n % 2)
+					waitpid(daemon, NULL, WUNTRACED);
+				TRY(write(ready[1], "ready\n", 6));
 				_exit(0);
+			}
 			for (int signal_number = 1; signal_number < 32; signal_number++)
 				signal(signal_number, SIG_IGN);
 			close(0);
@@ -651,6 +659,11 @@ ATTACK(leave_daemons)
 	}
 	while (wait(NULL) > 0)
 		;
+	close(ready[1]);
+	char said[64];
+	ssize_t len = read(ready[0], said, sizeof said);
+	TRY(len);
+	TRY(write(1, said, len));
 	return 0;
 }
 

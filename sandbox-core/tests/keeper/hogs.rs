@@ -4,11 +4,14 @@ use std::time::{Duration, Instant};
 
 use sandbox_core::{
     fence::Fence,
-    protocol::{Cause, Ending, Limit},
+    protocol::{Cause, Limit, Medium},
 };
 use serde_json::json;
 
-use crate::harness::{Done, Run, command, shell};
+use crate::{
+    harness::{Done, Run, command, shell},
+    walls::{processes_with, wait_until},
+};
 
 /// By how much a neighbour's wake-ups may be late, 19 times out of 20, in microseconds. Schedulers keep promises of this order to a sleeper
 /// beside busy ones; a machine that swaps, thrashes or holds a lock for a hog misses it by far.
@@ -139,26 +142,50 @@ fn a_busy_processor_does_not_reach_a_neighbour() {
     assert_eq!(done.ending.cause, Cause::WallTimeout);
 }
 
-/// That nothing of a sandbox lives on, and that its end did not wait for those who would not go.
-fn assert_ended_at_once(ending: &Ending, started: Instant) {
-    assert_eq!(ending.cause, Cause::Exited { code: 0 });
-    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+/// A word of this test's own, by which the host finds what a payload has started.
+fn marker(of: &str) -> String {
+    format!("{of}-{}-{}", std::process::id(), uuid::Uuid::new_v4().simple())
 }
 
 #[test]
-fn daemons_that_ignore_signals_and_stopped_ones_are_gone_with_the_payload() {
+fn daemons_that_ignore_signals_and_stopped_ones_are_gone_beside_a_neighbour() {
+    let marker = marker("daemons");
     let started = Instant::now();
-    let done = command(&["/bin/attack", "leave_daemons"]).run();
-    assert_ended_at_once(&done.ending, started);
+    let leave = || command(&["/bin/attack", "leave_daemons", &marker]).run();
+    let done = leave();
+    // Four of the eight have stopped themselves and four sleep, as each has said before the payload ended.
+    assert_eq!((done.ending.cause, done.stdout.lines().count()), (Cause::Exited { code: 0 }, 8), "{}", done.stderr);
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    wait_until("daemons outlive their sandbox", || processes_with(&marker) == 0);
+    beside_neighbour(|| command(&["/bin/attack", "leave_daemons", &marker]));
+    wait_until("daemons outlive their sandbox", || processes_with(&marker) == 0);
+}
+
+#[test]
+fn page_cache_is_given_back_and_not_taken_from_a_neighbour() {
+    // Four times its memory, on disk: what is cached of it makes room for what is not.
+    let done = beside_neighbour(|| {
+        let mut run =
+            hog(&[]).with("/process/args", json!(["sh", "-c", "dd if=/dev/zero of=/big bs=1M count=128 2>/dev/null && cat /big | wc -c"]));
+        run.supervision.medium = Medium::Disk;
+        run.supervision.disk_bytes = 160 << 20;
+        run.supervision.wall_ms = Some(60_000);
+        run
+    });
+    assert_eq!((done.ending.cause, done.stdout.as_str()), (Cause::Exited { code: 0 }, "134217728\n"), "{}", done.stderr);
+    assert!(done.ending.usage.memory_peak_bytes <= 32 << 20, "{:?}", done.ending.usage);
+    assert_eq!(done.ending.oom_kills, 0);
 }
 
 #[test]
 fn a_process_that_is_traced_when_the_kill_comes_dies_all_the_same() {
     // Tracing takes some fences away; with all of them there is nothing to try.
-    let mut run = command(&["/bin/attack", "trace_and_sleep"]).without(&[Fence::Seccomp, Fence::Apparmor]);
+    let marker = marker("traced");
+    let mut run = command(&["/bin/attack", "trace_and_sleep", &marker]).without(&[Fence::Seccomp, Fence::Apparmor]);
     run.supervision.wall_ms = Some(300);
     let started = Instant::now();
     let done = run.run();
     assert_eq!((done.ending.cause, done.stdout.as_str()), (Cause::WallTimeout, "traced\n"), "{}", done.stderr);
     assert!(started.elapsed() < Duration::from_secs(5));
+    wait_until("a traced process outlives its sandbox", || processes_with(&marker) == 0);
 }

@@ -118,6 +118,32 @@ fn used_up_inodes_are_told_and_as_many_as_promised() {
 }
 
 #[test]
+fn resource_limits_are_the_same_whatever_the_keeper_was_started_with() {
+    let expected = [
+        ("Max core file size", "1", "1"),
+        ("Max realtime priority", "0", "0"),
+        ("Max nice priority", "0", "0"),
+        ("Max locked memory", "8388608", "8388608"),
+        ("Max msgqueue size", "819200", "819200"),
+        ("Max pending signals", "4096", "4096"),
+        ("Max stack size", "8388608", "unlimited"),
+        ("Max cpu time", "unlimited", "unlimited"),
+        ("Max data size", "unlimited", "unlimited"),
+        ("Max address space", "unlimited", "unlimited"),
+        ("Max open files", "256", "256"),
+    ];
+    let mut keeper = std::process::Command::new("prlimit");
+    keeper.args(["--stack=1048576:", "--sigpending=20000:", "--data=900000000:", crate::harness::KEEPER]);
+    let node = crate::harness::Node::start_as(keeper);
+    let limits = shell("cat /proc/self/limits").run_on(&node).stdout;
+    for (name, soft, hard) in expected {
+        let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
+        let values: Vec<&str> = line[name.len()..].split_whitespace().take(2).collect();
+        assert_eq!(values, [soft, hard], "{name}");
+    }
+}
+
+#[test]
 fn open_files_are_limited() {
     let limit = serde_json::json!([{ "type": "RLIMIT_NOFILE", "soft": 8, "hard": 8 }]);
     let done = shell("ulimit -n").with("/process/rlimits", limit).run();

@@ -172,7 +172,7 @@ fn a_keeper_that_is_killed_leaves_no_process_behind() {
     wait_until("a process outlives its keeper", || processes_with(&marker) == 0);
 }
 
-fn wait_until(otherwise: &str, is_so: impl Fn() -> bool) {
+pub(crate) fn wait_until(otherwise: &str, is_so: impl Fn() -> bool) {
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
     while !is_so() {
         assert!(std::time::Instant::now() < deadline, "{otherwise}");
@@ -180,7 +180,7 @@ fn wait_until(otherwise: &str, is_so: impl Fn() -> bool) {
     }
 }
 
-fn processes_with(text: &str) -> usize {
+pub(crate) fn processes_with(text: &str) -> usize {
     let commands = std::fs::read_dir("/proc").unwrap().filter_map(|entry| std::fs::read(entry.ok()?.path().join("cmdline")).ok());
     commands.filter(|command| command.windows(text.len()).any(|part| part == text.as_bytes())).count()
 }
