@@ -1,5 +1,7 @@
 //! The door: REST and WebSocket over the engine. It translates; it decides nothing.
 
+mod account;
+mod admin;
 pub mod caller;
 pub mod error;
 pub mod images;
@@ -56,6 +58,10 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/sandboxes/{id}", get(sandboxes::read).delete(sandboxes::delete))
         .route("/v1/sandboxes/{id}/logs", get(logs::read))
         .route("/v1/limits", get(limits::read))
+        .route("/v1/quota", get(account::quota))
+        .route("/v1/usage", get(account::usage))
+        .route("/v1/events", get(account::events))
+        .merge(admin::router())
         .route("/healthz", get(operations::health))
         .route("/readyz", get(operations::ready))
         .route("/openapi.yaml", get(operations::openapi))

@@ -1,6 +1,7 @@
 //! The command line: what can be asked of the binary, and how it answers.
 
 mod image;
+mod tenant;
 mod token;
 
 use std::{
@@ -29,6 +30,9 @@ enum Command {
     /// Work with images
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Work with tenants, their quotas and their principals
+    #[command(subcommand)]
+    Tenant(Box<tenant::Command>),
     /// Say what this machine can and cannot do, and what to do about it
     Doctor {
         /// Print a JSON object instead of text
@@ -53,6 +57,7 @@ pub fn run() -> ExitCode {
         Command::Serve(options) => options.settle().and_then(serve::run),
         Command::Token(arguments) => token::run(arguments),
         Command::Image(ImageCommand::Import(arguments)) => image::run(*arguments),
+        Command::Tenant(command) => tenant::run(*command),
         Command::Doctor { json, options } => match examine(*options, json) {
             Ok(true) => Ok(()),
             Ok(false) => return ExitCode::FAILURE,

@@ -6,6 +6,7 @@ use std::{
     fs,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 pub use account::Account;
@@ -18,7 +19,10 @@ use sandbox_core::{
 };
 use serde::Deserialize;
 
-use crate::token::{Rules, Secret};
+use crate::{
+    sandbox::{DefaultQuotas, QuotaScope, Quotas},
+    token::{Rules, Secret},
+};
 
 /// Connections to Postgres: fewer starve the hot path, more than this no server takes by default.
 const CONNECTIONS_MIN: u32 = 2;
@@ -90,9 +94,44 @@ pub struct Options {
     /// CPU that sandboxes together may be promised, in thousandths of a core [default: 8 times this machine's]
     #[arg(long, env = "MAYFLY_CAPACITY_CPU_MILLIS", value_name = "MILLIS")]
     pub capacity_cpu_millis: Option<u64>,
+    /// Memory that sandboxes together may be promised, in percent of this machine's [default: 80]
+    #[arg(long, env = "MAYFLY_OVERCOMMIT_MEMORY_PERCENT", value_name = "PERCENT")]
+    pub overcommit_memory_percent: Option<u64>,
+    /// CPU that sandboxes together may be promised, in percent of this machine's [default: 800]
+    #[arg(long, env = "MAYFLY_OVERCOMMIT_CPU_PERCENT", value_name = "PERCENT")]
+    pub overcommit_cpu_percent: Option<u64>,
+    /// Whether a tenant appears with its first valid token, or must be registered before [default: auto]
+    #[arg(long, env = "MAYFLY_TENANTS", value_name = "HOW")]
+    pub tenants: Option<Tenants>,
+    /// Quotas of a tenant that has none of its own, as a JSON object over the built-in ones; null is no limit
+    #[arg(long, env = "MAYFLY_TENANT_QUOTAS", value_name = "JSON")]
+    pub tenant_quotas: Option<String>,
+    /// Quotas of each principal of a tenant, likewise
+    #[arg(long, env = "MAYFLY_PRINCIPAL_QUOTAS", value_name = "JSON")]
+    pub principal_quotas: Option<String>,
+    /// Sandboxes and runs that may wait for room, all tenants' together [default: 10000]
+    #[arg(long, env = "MAYFLY_QUEUE_MAX", value_name = "COUNT")]
+    pub queue_max: Option<u64>,
+    /// How long sandboxes and runs are kept after their end, in hours [default: 720]
+    #[arg(long, env = "MAYFLY_RETENTION_HOURS", value_name = "HOURS")]
+    pub retention_hours: Option<u32>,
+    /// How long events are kept, in hours [default: 2160]
+    #[arg(long, env = "MAYFLY_EVENT_RETENTION_HOURS", value_name = "HOURS")]
+    pub event_retention_hours: Option<u32>,
     /// How log lines on stderr look [default: text]
     #[arg(long, env = "MAYFLY_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
+}
+
+/// How tenants come to be known.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tenants {
+    /// With their first valid token.
+    #[default]
+    Auto,
+    /// When an administrator makes them.
+    Registered,
 }
 
 /// How a line of the service's own log looks.
@@ -125,6 +164,13 @@ pub struct Settings {
     pub token_rules: Rules,
     pub capacity_memory_bytes: Option<u64>,
     pub capacity_cpu_millis: Option<u64>,
+    pub overcommit_memory_percent: u64,
+    pub overcommit_cpu_percent: u64,
+    pub tenants: Tenants,
+    pub quotas: DefaultQuotas,
+    pub queue_max: u64,
+    pub retention: Duration,
+    pub event_retention: Duration,
     pub log_format: LogFormat,
 }
 
@@ -170,6 +216,18 @@ impl Options {
             },
             capacity_memory_bytes: positive("capacity-memory-bytes", self.capacity_memory_bytes.or(file.capacity_memory_bytes))?,
             capacity_cpu_millis: positive("capacity-cpu-millis", self.capacity_cpu_millis.or(file.capacity_cpu_millis))?,
+            overcommit_memory_percent: positive(
+                "overcommit-memory-percent",
+                self.overcommit_memory_percent.or(file.overcommit_memory_percent),
+            )?
+            .unwrap_or(80),
+            overcommit_cpu_percent: positive("overcommit-cpu-percent", self.overcommit_cpu_percent.or(file.overcommit_cpu_percent))?
+                .unwrap_or(800),
+            tenants: self.tenants.or(file.tenants).unwrap_or_default(),
+            quotas: quotas(given(self.tenant_quotas).or(file.tenant_quotas), given(self.principal_quotas).or(file.principal_quotas))?,
+            queue_max: self.queue_max.or(file.queue_max).unwrap_or(10_000),
+            retention: hours(self.retention_hours.or(file.retention_hours).unwrap_or(720)),
+            event_retention: hours(self.event_retention_hours.or(file.event_retention_hours).unwrap_or(2160)),
             log_format: self.log_format.or(file.log_format).unwrap_or_default(),
         })
     }
@@ -208,6 +266,24 @@ fn loopback(port: u16) -> SocketAddr {
 /// An empty text is how an environment says «nothing».
 fn given(text: Option<String>) -> Option<String> {
     text.filter(|text| !text.is_empty())
+}
+
+/// The built-in quotas with these over them.
+fn quotas(tenant: Option<String>, principal: Option<String>) -> anyhow::Result<DefaultQuotas> {
+    let parse = |name: &str, scope: QuotaScope, text: Option<String>| {
+        let Some(text) = text else { return Ok(Quotas::default()) };
+        let object = serde_json::from_str(&text).with_context(|| format!("{name}: not a JSON object"))?;
+        Quotas::parse(name, scope, object).map_err(anyhow::Error::new)
+    };
+    let built_in = DefaultQuotas::default();
+    Ok(DefaultQuotas {
+        tenant: parse("tenant-quotas", QuotaScope::Tenant, tenant)?.over(&built_in.tenant),
+        principal: parse("principal-quotas", QuotaScope::Principal, principal)?.over(&built_in.principal),
+    })
+}
+
+fn hours(count: u32) -> Duration {
+    Duration::from_secs(u64::from(count) * 3600)
 }
 
 fn positive(name: &str, number: Option<u64>) -> anyhow::Result<Option<u64>> {
@@ -297,6 +373,16 @@ mod tests {
         let (_folder, options) = file("listen = \"here\"\n");
         let error = options.settle().unwrap_err().to_string();
         assert!(error.contains("listen") && error.contains("here"), "{error}");
+    }
+
+    #[test]
+    fn quotas_go_over_the_built_in_ones() {
+        let options = Options { tenant_quotas: Some(r#"{"sandboxes": 3, "queued": null}"#.into()), ..Options::default() };
+        let quotas = options.settle().unwrap().quotas.tenant;
+        assert_eq!((quotas.number("sandboxes"), quotas.number("queued")), (Some(3), None));
+        assert_eq!(quotas.number("image_bytes"), DefaultQuotas::default().tenant.number("image_bytes"));
+        let error = Options { principal_quotas: Some(r#"{"sandboxs": 3}"#.into()), ..Options::default() }.settle().unwrap_err();
+        assert!(format!("{error:#}").contains("principal-quotas.sandboxs"), "{error:#}");
     }
 
     #[test]

@@ -1,13 +1,16 @@
 //! What can be done to a sandbox: admit, schedule, follow, end, recover. Speaks no HTTP.
 
+mod admit;
 mod capacity;
 mod carry;
+mod fair;
 mod follow;
 mod input;
 mod live;
 mod queue;
 mod recovery;
 mod settle;
+mod upkeep;
 
 use std::{
     path::PathBuf,
@@ -20,6 +23,7 @@ use std::{
 
 use anyhow::Context as _;
 use capacity::{Capacity, Room};
+pub use crate::sandbox::Owner;
 pub use follow::{Followed, Followup, LogStream};
 pub use live::{Finished, Progress};
 use live::{Live, Registry};
@@ -27,15 +31,14 @@ use sandbox_core::protocol::KillReason;
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 use crate::{
     clock::Clock,
     logs::Logs,
     metrics::Metrics,
     runtime::{CallError, Keeper},
-    sandbox::{Event, ImageUsed, Invalid, Kind, LogTail, NewSandbox, Program, Sandbox, SandboxId, State, TenantId},
-    store::{Filter, NodeId, Store, StoreError},
+    sandbox::{DefaultQuotas, Event, Exceeded, Invalid, Kind, LogTail, NewSandbox, Sandbox, SandboxId, State, TenantId},
+    store::{Act, Filter, NodeId, Store, StoreError},
 };
 
 /// How long a new sandbox is waited for before its creator hears that it is still starting.
@@ -56,8 +59,22 @@ pub struct Settings {
     /// The most that the limits of this node's live sandboxes may come to.
     pub capacity_memory_bytes: u64,
     pub capacity_cpu_millis: u64,
+    pub tenancy: Tenancy,
     pub clock: Clock,
     pub metrics: Arc<Metrics>,
+}
+
+/// What holds for all tenants of this node.
+#[derive(Debug, Clone)]
+pub struct Tenancy {
+    /// Whether a tenant must be registered before it may come.
+    pub is_registered_only: bool,
+    pub defaults: DefaultQuotas,
+    /// The most that may wait, all tenants' together.
+    pub queue_max: u64,
+    /// How long ended sandboxes and runs are kept, and how long events.
+    pub retention: Duration,
+    pub event_retention: Duration,
 }
 
 /// The owner of every sandbox of this node that has not ended.
@@ -76,13 +93,8 @@ pub struct Engine {
     /// Whether something waits in the queue, as far as this node knows.
     has_queue: Arc<AtomicBool>,
     stopping: CancellationToken,
-}
-
-/// Who asks.
-#[derive(Debug, Clone)]
-pub struct Owner {
-    pub tenant: TenantId,
-    pub principal: String,
+    tenancy: Tenancy,
+    images: admit::KnownImages,
 }
 
 /// Why a sandbox was not made, or could not be ended.
@@ -95,6 +107,15 @@ pub enum EngineError {
     /// It is larger than the node.
     #[error("{0}")]
     NoCapacity(String),
+    /// There is no room now, and it may not wait.
+    #[error("{0}")]
+    Busy(&'static str),
+    #[error("{0}")]
+    QuotaExceeded(Box<Exceeded>),
+    #[error("the tenant or the principal is suspended")]
+    Suspended,
+    #[error("the tenant is not registered here")]
+    UnknownTenant,
     #[error("the name is taken")]
     NameTaken,
     #[error("the keeper of this node is not available")]
@@ -125,7 +146,7 @@ pub struct Output {
 impl Engine {
     /// Takes over what this node left behind — lives on with what lives, settles what ended — and begins to schedule.
     pub async fn start(store: Store, keeper: Keeper, settings: Settings) -> anyhow::Result<Arc<Self>> {
-        let Settings { node, node_name, logs_dir, capacity_memory_bytes, capacity_cpu_millis, clock, metrics } = settings;
+        let Settings { node, node_name, logs_dir, capacity_memory_bytes, capacity_cpu_millis, tenancy, clock, metrics } = settings;
         let hello = keeper.connected().await;
         store
             .register_node(node, &node_name, capacity_memory_bytes, capacity_cpu_millis, clock.now())
@@ -154,6 +175,8 @@ impl Engine {
             wake,
             has_queue,
             stopping: CancellationToken::new(),
+            tenancy,
+            images: admit::KnownImages::default(),
         });
         engine.recover().await?;
         tokio::spawn(Arc::clone(&engine).schedule());
@@ -182,81 +205,6 @@ impl Engine {
         Ok(followed.sandbox())
     }
 
-    async fn admit(self: Arc<Self>, owner: Owner, asked: NewSandbox) -> Result<Followed, EngineError> {
-        let created_at = self.clock.now();
-        let reference = asked.image.as_str();
-        let image = self.store.find_image(&owner.tenant, reference).await?;
-        let image = image.ok_or_else(|| EngineError::ImageNotFound(reference.to_owned()))?;
-        let image_found_at = self.clock.now();
-        let program = Program::resolve(&image.config, &asked)?;
-        let room = Room { memory_bytes: asked.limits.memory_bytes(), cpu_millis: asked.limits.cpu_millis(), sandboxes: 1 };
-        self.capacity.could_hold(room).map_err(EngineError::NoCapacity)?;
-        let keeper = self.keeper.hello().filter(|_| !self.stopping.is_cancelled()).ok_or(EngineError::KeeperUnavailable)?;
-        if !keeper.isolation.contains(&asked.isolation) {
-            return Err(Invalid::new("isolation", "this node does not offer it: `mayfly doctor` there says what is missing").into());
-        }
-        let sandbox = Sandbox {
-            id: SandboxId(Uuid::now_v7()),
-            tenant: owner.tenant,
-            principal: owner.principal,
-            kind: asked.kind,
-            state: State::Starting,
-            name: asked.name,
-            image: ImageUsed { reference: image.reference, digest: image.digest, root: image.root },
-            program,
-            limits: asked.limits,
-            output_policy: asked.output_policy,
-            labels: asked.labels,
-            created_at,
-            claimed_at: Some(image_found_at),
-            started_at: None,
-            fences: None,
-            finished_at: None,
-            expires_at: asked.ttl_ms.map(|ms| created_at + Duration::from_millis(ms)),
-            outcome: None,
-        };
-        let input = input::encode(&asked.files, asked.stdin);
-        let image_took = (image_found_at - created_at).unsigned_abs();
-
-        if let Some(reservation) = self.capacity.reserve(room) {
-            match self.store.admit(&sandbox, self.node).await {
-                Ok(true) => {
-                    let live = self.live.insert(sandbox, image_took);
-                    tokio::spawn(Arc::clone(&self).carry(Arc::clone(&live), input, reservation));
-                    return Ok(Followed::new(live));
-                }
-                Ok(false) => {}
-                Err(error) => return Err(self.not_made(sandbox, error)),
-            }
-        }
-        let queued = Sandbox { state: State::Queued, claimed_at: None, ..sandbox };
-        // Known before it can be claimed, so that whoever claims it finds those who wait for it.
-        let live = self.live.insert(queued.clone(), image_took);
-        match self.store.enqueue(&queued, &input).await {
-            Ok(true) => {}
-            Ok(false) => {
-                self.live.remove(queued.id);
-                return Err(EngineError::ImageNotFound(queued.image.reference));
-            }
-            Err(error) => {
-                self.live.remove(queued.id);
-                return Err(self.not_made(queued, error));
-            }
-        }
-        self.has_queue.store(true, Ordering::SeqCst);
-        self.wake.notify_one();
-        Ok(Followed::new(live))
-    }
-
-    /// What the creator hears of a sandbox that was not stored, as far as we know.
-    fn not_made(self: &Arc<Self>, sandbox: Sandbox, error: StoreError) -> EngineError {
-        if matches!(error, StoreError::Unavailable(_)) {
-            // The connection may have broken between the commit and its answer.
-            self.settle_unclear(sandbox);
-        }
-        error.into()
-    }
-
     /// The tenant's sandbox of this kind as it is now.
     pub async fn find(&self, tenant: &TenantId, kind: Kind, id: SandboxId) -> Result<Option<Sandbox>, EngineError> {
         Ok(self.find_any(tenant, id).await?.filter(|sandbox| sandbox.kind == kind))
@@ -271,6 +219,16 @@ impl Engine {
             return Ok(Some(live.now()));
         }
         Ok(self.store.find(tenant, id).await?)
+    }
+
+    /// How many are started up to this one, if it waits.
+    pub async fn queue_position(&self, sandbox: &Sandbox) -> Result<Option<u64>, EngineError> {
+        Ok(if sandbox.state == State::Queued { self.store.queue_position(sandbox.id).await? } else { None })
+    }
+
+    /// What a tenant and a principal have where nothing of their own is set.
+    pub const fn default_quotas(&self) -> &DefaultQuotas {
+        &self.tenancy.defaults
     }
 
     /// The tenant's long-lived sandboxes, newest first.
@@ -288,12 +246,15 @@ impl Engine {
     }
 
     /// Ends the tenant's long-lived sandbox if it lives, and removes it. False if there is none.
-    pub async fn delete(self: &Arc<Self>, tenant: &TenantId, id: SandboxId) -> Result<bool, EngineError> {
+    pub async fn delete(self: &Arc<Self>, owner: &Owner, id: SandboxId) -> Result<bool, EngineError> {
         /// Between two orders to end it, should the first have been lost with the connection.
         const REPEAT: Duration = Duration::from_secs(1);
         const ATTEMPTS: u32 = 20;
+        let tenant = &owner.tenant;
+        let mut is_told = false;
         for _ in 0..ATTEMPTS {
-            if let Some(deleted) = self.store.delete(tenant, id, self.clock.now()).await? {
+            let act = Act { actor: Some(owner), at: self.clock.now(), data: serde_json::json!({}) };
+            if let Some(deleted) = self.store.delete(tenant, id, &act).await? {
                 self.live.remove(id);
                 if deleted.has_log_file {
                     tokio::spawn(Arc::clone(self).forget_log(id));
@@ -303,6 +264,9 @@ impl Engine {
             let Some(sandbox) = self.find(tenant, Kind::Sandbox, id).await? else { return Ok(false) };
             match self.live.get(id) {
                 Some(live) => {
+                    if !std::mem::replace(&mut is_told, true) {
+                        self.store.tell_of_sandbox(tenant, id, "sandbox.killed", &act).await?;
+                    }
                     self.kill(&live, KillReason::StoppedByUser).await;
                     let mut followed = Followed::new(live);
                     drop(tokio::time::timeout(REPEAT, followed.ended()).await);

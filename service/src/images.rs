@@ -25,8 +25,8 @@ use tokio::{
 use crate::{
     clock::Clock,
     runtime::{CallError, Keeper},
-    sandbox::{ImageReference, TenantId},
-    store::{Image, NewImage, Store, StoreError},
+    sandbox::{Exceeded, ImageReference, Owner, Quotas, TenantId},
+    store::{Act, Image, NewImage, Recorded, Store, StoreError},
 };
 use archive::{ARCHIVE_BYTES_MAX, Archive};
 use blob::Blobs;
@@ -52,6 +52,8 @@ pub struct Images {
     store: Store,
     keeper: Keeper,
     clock: Clock,
+    /// A tenant's, where it has none of its own.
+    quotas: Quotas,
     uploads: PathBuf,
     blobs: Arc<Blobs>,
     receiving: Semaphore,
@@ -73,6 +75,8 @@ pub enum ImportError {
     /// Later it may work.
     #[error("{0}")]
     Busy(String),
+    #[error("{0}")]
+    QuotaExceeded(Box<Exceeded>),
     #[error("the keeper of this node is not available")]
     KeeperUnavailable,
     #[error(transparent)]
@@ -127,7 +131,7 @@ pub struct Upload<'a> {
 
 impl Images {
     /// Takes over the folders `blobs` and `uploads` of the data folder.
-    pub fn open(store: Store, keeper: Keeper, clock: Clock, data_dir: &Path) -> anyhow::Result<Arc<Self>> {
+    pub fn open(store: Store, keeper: Keeper, clock: Clock, quotas: Quotas, data_dir: &Path) -> anyhow::Result<Arc<Self>> {
         let (blobs, uploads) = (data_dir.join("blobs"), data_dir.join("uploads"));
         // Where a file system knows no files without a name, they have one for a moment.
         for entry in fs::read_dir(&uploads).with_context(|| uploads.display().to_string())? {
@@ -137,6 +141,7 @@ impl Images {
             store,
             keeper,
             clock,
+            quotas,
             uploads,
             blobs: Arc::new(Blobs::open(&blobs).with_context(|| blobs.display().to_string())?),
             receiving: Semaphore::new(UPLOADS_MAX),
@@ -180,24 +185,29 @@ impl Images {
         upload: Upload<'_>,
         reference: ImageReference,
         tenant: Option<TenantId>,
+        actor: Owner,
     ) -> Result<Image, ImportError> {
         let images = Arc::clone(self);
         let Upload { file, _place } = upload;
-        let work = tokio::spawn(async move { images.take_in(file, reference, tenant).await });
+        let work = tokio::spawn(async move { images.take_in(file, reference, tenant, &actor).await });
         work.await.unwrap_or_else(|panic| Err(ImportError::Internal(panic.into())))
     }
 
     /// Takes a reference away, the tenant's own or — `None` — the shared one, and its content when nothing else needs it. Answers what it
     /// named.
-    pub async fn remove(&self, tenant: Option<&TenantId>, reference: &str) -> Result<Option<Image>, ImportError> {
-        let removed = self.store.remove_image(tenant, reference).await?;
+    pub async fn remove(&self, tenant: Option<&TenantId>, reference: &str, actor: &Owner) -> Result<Option<Image>, ImportError> {
+        let removed = self.store.remove_image(tenant, reference, &self.act_of(actor)).await?;
         if let Some(image) = &removed {
             self.unlink(image.root.clone(), HashSet::new()).await;
         }
         Ok(removed)
     }
 
-    async fn take_in(&self, file: File, reference: ImageReference, tenant: Option<TenantId>) -> Result<Image, ImportError> {
+    fn act_of<'a>(&self, actor: &'a Owner) -> Act<'a> {
+        Act { actor: Some(actor), at: self.clock.now(), data: serde_json::json!({}) }
+    }
+
+    async fn take_in(&self, file: File, reference: ImageReference, tenant: Option<TenantId>, actor: &Owner) -> Result<Image, ImportError> {
         let _turn = self.importing.acquire().await.context("nobody closes this").map_err(ImportError::Internal)?;
         let (blobs, scratch, name) = (Arc::clone(&self.blobs), self.uploads.clone(), reference.as_str().to_owned());
         let read = tokio::task::spawn_blocking(move || {
@@ -211,7 +221,7 @@ impl Images {
         let adding = self.content.read().await;
         let kept = tokio::task::spawn_blocking(move || keep(&blobs, &archive, &found).map(|layers| (found, layers))).await;
         let imported = match kept.unwrap_or_else(|panic| Err(Fault::Host(panic.into()))) {
-            Ok((found, layers)) => self.unpack_and_record(&found, layers, reference, tenant).await,
+            Ok((found, layers)) => self.unpack_and_record(&found, layers, reference, tenant, actor).await,
             Err(fault) => Err(fault.into()),
         };
         drop(adding);
@@ -237,6 +247,7 @@ impl Images {
         layers: Vec<OwnedFd>,
         reference: ImageReference,
         tenant: Option<TenantId>,
+        actor: &Owner,
     ) -> Result<(Image, Option<ImageId>), ImportError> {
         let root = root_of(&found.manifest.digest);
         let size_bytes = found.size_bytes();
@@ -257,7 +268,10 @@ impl Images {
             size_bytes,
             created_at: self.clock.now(),
         };
-        let image = self.store.record_image(&image).await?;
+        let image = match self.store.record_image(&image, &self.quotas, &self.act_of(actor)).await? {
+            Recorded::Yes(image) => image,
+            Recorded::Exceeded(exceeded) => return Err(ImportError::QuotaExceeded(Box::new(exceeded))),
+        };
         tracing::info!(image.reference = image.reference, image.digest = image.digest, "an image was imported");
         Ok((image, before.filter(|before| *before != root)))
     }

@@ -4,6 +4,7 @@ mod limits;
 mod log_tail;
 mod outcome;
 mod program;
+mod quota;
 mod request;
 mod state;
 
@@ -13,8 +14,9 @@ pub use limits::{Bound, Limits, RequestedLimits, bound_of, bounds};
 pub use log_tail::{LogTail, TailCollector};
 pub use outcome::{Finish, Outcome, Phases, Reason, Truncated, Usage};
 pub use program::{Capabilities, Program, User, spec};
+pub use quota::{DefaultQuotas, Exceeded, QuotaScope, Quotas, asked, bound_within, defaults_within};
 pub use request::{
-    Content, File, ImageReference, Invalid, LIST_LIMIT, LabelFault, NewSandbox, RunRequest, SandboxRequest, TTL_MS, WAIT_MS, check_label,
+    Content, File, ImageReference, Invalid, LIST_LIMIT, LabelFault, NewSandbox, RunRequest, SandboxRequest, TTL_MS, WAIT_MS, WhenFull, check_label,
 };
 pub use sandbox_core::protocol::{ImageId, SandboxId};
 use sandbox_core::{fence::Fences, protocol::OutputPolicy};
@@ -42,6 +44,13 @@ impl fmt::Display for TenantId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
+}
+
+/// Who asks: a principal of a tenant.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Owner {
+    pub tenant: TenantId,
+    pub principal: String,
 }
 
 /// Whether a sandbox came from `POST /v1/runs` or from `POST /v1/sandboxes`.

@@ -29,8 +29,8 @@ use tracing_subscriber::{EnvFilter, layer::SubscriberExt, util::SubscriberInitEx
 use crate::{
     api,
     clock::Clock,
-    config::{Account, LogFormat, Settings},
-    engine::{self, Engine},
+    config::{Account, LogFormat, Settings, Tenants},
+    engine::{self, Engine, Tenancy},
     images::Images,
     metrics::Metrics,
     postgres::Cluster,
@@ -53,11 +53,6 @@ const HEAD_DEADLINE: Duration = Duration::from_secs(10);
 /// Connections at one time; waiting runs and followed logs hold one each.
 const CONNECTIONS_MAX: usize = 4096;
 const METRICS_CONNECTIONS_MAX: usize = 64;
-
-/// A node gives away its CPU several times over: few payloads compute all the time, and each is held to its own limit.
-const CPU_OVERCOMMIT: u64 = 8;
-/// Of the machine's memory; the rest is for the service, Postgres and the kernel.
-const MEMORY_SHARE_PERCENT: u64 = 80;
 
 /// Serves until it is told to stop, and stops what it started. Started as root it becomes an unprivileged user before it listens to
 /// anybody; the order of its steps is this function's.
@@ -204,13 +199,20 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
         node: identity.node,
         node_name: node_name(&settings.data_dir),
         logs_dir: settings.data_dir.join("logs"),
-        capacity_memory_bytes: settings.capacity_memory_bytes.unwrap_or_else(memory_to_give),
-        capacity_cpu_millis: settings.capacity_cpu_millis.unwrap_or_else(cpu_to_give),
+        capacity_memory_bytes: settings.capacity_memory_bytes.unwrap_or_else(|| memory_to_give(settings.overcommit_memory_percent)),
+        capacity_cpu_millis: settings.capacity_cpu_millis.unwrap_or_else(|| cpu_to_give(settings.overcommit_cpu_percent)),
+        tenancy: Tenancy {
+            is_registered_only: settings.tenants == Tenants::Registered,
+            defaults: settings.quotas.clone(),
+            queue_max: settings.queue_max,
+            retention: settings.retention,
+            event_retention: settings.event_retention,
+        },
         clock: clock.clone(),
         metrics: Arc::clone(&figures),
     };
     let engine = Engine::start(store.clone(), keeper.clone(), engine_settings).await?;
-    let images = Images::open(store.clone(), keeper.clone(), clock.clone(), &settings.data_dir)?;
+    let images = Images::open(store.clone(), keeper.clone(), clock.clone(), settings.quotas.tenant.clone(), &settings.data_dir)?;
     let verifier = Verifier::new(identity.secret, &settings.token_rules);
     let app = Arc::new(api::App { engine, store, keeper, verifier, images, clock, metrics: figures });
     let stopping = CancellationToken::new();
@@ -323,15 +325,15 @@ fn node_name(data_dir: &Path) -> String {
     format!("{}:{}", rustix::system::uname().nodename().to_string_lossy(), data_dir.display())
 }
 
-fn memory_to_give() -> u64 {
+fn memory_to_give(percent: u64) -> u64 {
     let info = rustix::system::sysinfo();
     let total = info.totalram.saturating_mul(u64::from(info.mem_unit));
-    total / 100 * MEMORY_SHARE_PERCENT
+    (total / 100).saturating_mul(percent)
 }
 
-fn cpu_to_give() -> u64 {
+fn cpu_to_give(percent: u64) -> u64 {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    cores as u64 * 1000 * CPU_OVERCOMMIT
+    (cores as u64 * 10).saturating_mul(percent)
 }
 
 /// A line for whoever started us. Nobody listening is no reason not to serve.

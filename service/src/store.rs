@@ -1,22 +1,30 @@
 //! Everything that must outlive a process: the only module that knows SQL.
 
+mod admission;
+mod events;
 mod images;
 mod nodes;
 mod queue;
 mod sandboxes;
+mod tenants;
+mod usage;
 
 use std::{io, time::Duration};
 
-pub use images::{Image, NewImage};
+pub use admission::{Admission, Admitted};
+pub use events::{Act, EventFilter, Told};
+pub use images::{Image, NewImage, Recorded};
 pub use nodes::NodeId;
 pub use queue::{Candidate, Input, QueueListener};
 #[cfg(test)]
 pub(crate) use sandboxes::tests::sandbox as sandbox_for_tests;
-pub use sandboxes::{Deleted, Ended, Filter, LogKept, StoredLog};
+pub use sandboxes::{Deleted, Ended, Everyones, Filter, Held, LogKept, StoredLog};
 use sqlx::{
-    Connection as _, PgPool,
+    Connection as _, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
+pub use tenants::{Account, Change, OfTenant, Standing, Suspension, Used, Who};
+pub use usage::{GroupBy, TimeUnit, UsageLine, UsageQuery};
 
 /// How long a request waits for a free connection before the database counts as unavailable.
 const ACQUIRE_DEADLINE: Duration = Duration::from_secs(5);
@@ -102,6 +110,14 @@ fn is_unavailable(error: &sqlx::Error) -> bool {
             error,
             sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Tls(_) | sqlx::Error::WorkerCrashed
         )
+}
+
+/// Whether this transaction may do what changes rows of many tenants: one at a time, so that no two wait for each other.
+async fn keeps_house(connection: &mut PgConnection) -> Result<bool, StoreError> {
+    /// Any number that nobody else takes for an advisory lock.
+    const HOUSEKEEPING: i64 = 0x6d61_7966_6c79;
+    let may = sqlx::query_scalar!(r#"select pg_try_advisory_xact_lock($1) as "may!""#, HOUSEKEEPING).fetch_one(connection).await?;
+    Ok(may)
 }
 
 /// A number of ours as Postgres holds it. Limits, sizes and counters stay far below 2^63.

@@ -66,6 +66,20 @@ impl Client {
         Self::with_token(place, Some(token))
     }
 
+    /// As this principal of a tenant, who may do all that tenants may.
+    #[must_use]
+    pub fn of_principal(place: &Place, tenant: &str, principal: &str) -> Self {
+        let mut claims = token::claims(tenant, token::TENANT_SCOPES);
+        claims["sub"] = principal.into();
+        Self::with_token(place, Some(token::sign(&claims, &place.secret_file())))
+    }
+
+    /// As somebody who looks after all tenants.
+    #[must_use]
+    pub fn admin(place: &Place) -> Self {
+        Self::with_scope(place, "operator", "admin")
+    }
+
     /// With exactly this token, or none.
     #[must_use]
     pub fn with_token(place: &Place, token: Option<String>) -> Self {
@@ -88,6 +102,10 @@ impl Client {
 
     pub async fn post(&self, path: &str, body: &Value) -> Answer {
         self.send(self.request(Method::POST, path).json(body), "POST", path).await
+    }
+
+    pub async fn patch(&self, path: &str, body: &Value) -> Answer {
+        self.send(self.request(Method::PATCH, path).json(body), "PATCH", path).await
     }
 
     /// With a body that need not be JSON.

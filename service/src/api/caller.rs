@@ -38,10 +38,30 @@ impl Caller {
     }
 }
 
+/// A caller whose token is valid, and whose standing is yet to be looked at: by the transaction that does what they ask for.
+#[derive(Debug, Clone)]
+pub(super) struct Creator(pub(super) Caller);
+
+impl FromRequestParts<Arc<App>> for Creator {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, ApiError> {
+        Caller::verified(parts, app).map(Self)
+    }
+}
+
 impl FromRequestParts<Arc<App>> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, ApiError> {
+        let caller = Self::verified(parts, app)?;
+        app.engine.check_standing(&caller.owner(), caller.scopes.allow(Scope::Admin)).await?;
+        Ok(caller)
+    }
+}
+
+impl Caller {
+    fn verified(parts: &Parts, app: &App) -> Result<Self, ApiError> {
         let token =
             token_in(&parts.headers).ok_or_else(|| ApiError::Unauthenticated("a token is needed: `Authorization: Bearer …`".to_owned()))?;
         let claims = app.verifier.verify(token, app.clock.now_unix_s())?;

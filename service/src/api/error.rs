@@ -1,15 +1,16 @@
 //! Everything that the API refuses, as `application/problem+json` (RFC 9457).
 
 use axum::{
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::{
     engine::EngineError,
     runtime::CallError,
-    sandbox::{Bound, Invalid},
+    sandbox::{Bound, Exceeded, Invalid, QuotaScope},
     store::StoreError,
     token::{Scope, TokenError},
 };
@@ -33,6 +34,13 @@ pub enum ApiError {
     PayloadTooLarge(String),
     #[error(transparent)]
     Invalid(#[from] Invalid),
+    /// More than the tenant or the principal may have.
+    #[error("{0}")]
+    QuotaExceeded(Box<Exceeded>),
+    #[error("the tenant or the principal is suspended")]
+    Suspended,
+    #[error("the tenant is not registered here")]
+    UnknownTenant,
     /// Larger than all that there is: it will never work here.
     #[error("{0}")]
     NoCapacity(String),
@@ -64,10 +72,28 @@ pub(super) struct Problem {
     field: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     bound: Option<&'static Bound>,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    quota: Option<QuotaView>,
+}
+
+/// Which quota, what it allows and what was used of it.
+#[derive(Debug, Clone, Serialize)]
+struct QuotaView {
+    quota: String,
+    scope: QuotaScope,
+    limit: Value,
+    used: Value,
+}
+
+impl From<&Exceeded> for QuotaView {
+    fn from(exceeded: &Exceeded) -> Self {
+        let Exceeded { scope, quota, limit, used, .. } = exceeded.clone();
+        Self { quota, scope, limit, used }
+    }
 }
 
 impl ApiError {
-    const fn parts(&self) -> (StatusCode, &'static str, &'static str) {
+    fn parts(&self) -> (StatusCode, &'static str, &'static str) {
         match self {
             Self::Unauthenticated(_) => (StatusCode::UNAUTHORIZED, "unauthenticated", "No valid token"),
             Self::Forbidden(_) => (StatusCode::FORBIDDEN, "forbidden", "Not allowed"),
@@ -77,6 +103,10 @@ impl ApiError {
             Self::Conflict(_) => (StatusCode::CONFLICT, "conflict", "Conflict"),
             Self::PayloadTooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", "Payload too large"),
             Self::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_request", "Invalid request"),
+            Self::QuotaExceeded(exceeded) if exceeded.is_rate() => (StatusCode::TOO_MANY_REQUESTS, "rate_limited", "Too many requests"),
+            Self::QuotaExceeded(_) => (StatusCode::TOO_MANY_REQUESTS, "quota_exceeded", "Quota exceeded"),
+            Self::Suspended => (StatusCode::FORBIDDEN, "suspended", "Suspended"),
+            Self::UnknownTenant => (StatusCode::FORBIDDEN, "unknown_tenant", "Unknown tenant"),
             Self::NoCapacity(_) | Self::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, "no_capacity", "No capacity"),
             Self::DatabaseUnavailable => (StatusCode::SERVICE_UNAVAILABLE, "database_unavailable", "Database unavailable"),
             Self::KeeperUnavailable => (StatusCode::SERVICE_UNAVAILABLE, "keeper_unavailable", "Keeper unavailable"),
@@ -86,10 +116,13 @@ impl ApiError {
     }
 
     /// Whether the same request may be answered otherwise later.
-    const fn is_retryable(&self) -> bool {
+    fn is_retryable(&self) -> bool {
         match self {
             Self::Busy(_) | Self::DatabaseUnavailable | Self::KeeperUnavailable | Self::Timeout | Self::Internal(_) => true,
+            Self::QuotaExceeded(exceeded) => exceeded.retry_after_s.is_some(),
             Self::Unauthenticated(_)
+            | Self::Suspended
+            | Self::UnknownTenant
             | Self::Forbidden(_)
             | Self::NotFound
             | Self::ImageNotFound(_)
@@ -99,6 +132,10 @@ impl ApiError {
             | Self::Invalid(_)
             | Self::NoCapacity(_) => false,
         }
+    }
+
+    fn exceeded(&self) -> Option<&Exceeded> {
+        if let Self::QuotaExceeded(exceeded) = self { Some(exceeded) } else { None }
     }
 
     /// A handler panicked; the panic itself is in the log.
@@ -142,8 +179,12 @@ impl IntoResponse for ApiError {
             retryable: self.is_retryable(),
             field,
             bound,
+            quota: self.exceeded().map(QuotaView::from),
         };
         let mut response = status.into_response();
+        if let Some(exceeded) = self.exceeded() {
+            rate_limit_headers(exceeded, response.headers_mut());
+        }
         if status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
@@ -152,6 +193,20 @@ impl IntoResponse for ApiError {
         }
         response.extensions_mut().insert(problem);
         response
+    }
+}
+
+/// `RateLimit-*` for what is counted, and when to come again if that helps.
+fn rate_limit_headers(exceeded: &Exceeded, headers: &mut HeaderMap) {
+    if let (Some(limit), Some(used)) = (exceeded.limit.as_u64(), exceeded.used.as_u64())
+        && let Some(retry_after_s) = exceeded.retry_after_s
+    {
+        headers.insert("ratelimit-limit", limit.into());
+        headers.insert("ratelimit-remaining", limit.saturating_sub(used).into());
+        headers.insert("ratelimit-reset", retry_after_s.into());
+    }
+    if let Some(retry_after_s) = exceeded.retry_after_s {
+        headers.insert(header::RETRY_AFTER, retry_after_s.max(1).into());
     }
 }
 
@@ -180,6 +235,10 @@ impl From<EngineError> for ApiError {
             EngineError::ImageNotFound(reference) => Self::ImageNotFound(reference),
             EngineError::Invalid(invalid) => Self::Invalid(invalid),
             EngineError::NoCapacity(why) => Self::NoCapacity(why),
+            EngineError::Busy(why) => Self::Busy(why.to_owned()),
+            EngineError::QuotaExceeded(exceeded) => Self::QuotaExceeded(exceeded),
+            EngineError::Suspended => Self::Suspended,
+            EngineError::UnknownTenant => Self::UnknownTenant,
             EngineError::NameTaken => StoreError::NameTaken.into(),
             EngineError::KeeperUnavailable => Self::KeeperUnavailable,
             EngineError::Store(error) => error.into(),

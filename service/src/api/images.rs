@@ -64,9 +64,9 @@ struct Page {
 async fn import(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Body) -> Result<Response, ApiError> {
     caller.require(Scope::ImagesWrite)?;
     let reference = reference(query::pairs(&uri)?)?;
-    let tenant = (!caller.scopes.allow(Scope::Admin)).then_some(caller.tenant);
+    let tenant = (!caller.scopes.allow(Scope::Admin)).then(|| caller.tenant.clone());
     let upload = app.images.receive(body.into_data_stream()).await?;
-    let image = app.images.import(upload, reference, tenant).await?;
+    let image = app.images.import(upload, reference, tenant, caller.owner()).await?;
     let location = format!("/v1/images/{}", image.reference);
     Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(ImageView::from(image))).into_response())
 }
@@ -89,13 +89,13 @@ async fn read(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path
 async fn remove(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path<String>) -> Result<StatusCode, ApiError> {
     caller.require(Scope::ImagesWrite)?;
     let reference = named(reference)?;
-    if app.images.remove(Some(&caller.tenant), &reference).await?.is_some() {
+    if app.images.remove(Some(&caller.tenant), &reference, &caller.owner()).await?.is_some() {
         return Ok(StatusCode::NO_CONTENT);
     }
     // What is shared belongs to no tenant.
     if app.store.find_image(&caller.tenant, &reference).await?.is_some() {
         caller.require(Scope::Admin)?;
-        if app.images.remove(None, &reference).await?.is_some() {
+        if app.images.remove(None, &reference, &caller.owner()).await?.is_some() {
             return Ok(StatusCode::NO_CONTENT);
         }
     }
@@ -143,6 +143,7 @@ impl From<ImportError> for ApiError {
             ImportError::Invalid(why) => Invalid::new("", why).into(),
             ImportError::TooLarge => Self::PayloadTooLarge(error.to_string()),
             ImportError::Busy(why) => Self::Busy(why),
+            ImportError::QuotaExceeded(exceeded) => Self::QuotaExceeded(exceeded),
             ImportError::KeeperUnavailable => Self::KeeperUnavailable,
             ImportError::Store(error) => error.into(),
             ImportError::Internal(cause) => Self::Internal(cause),

@@ -10,7 +10,10 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 
-use super::{App, caller::Caller, error::ApiError, json, query, view::RunView};
+use super::{
+    App,
+    caller::{Caller, Creator},
+    error::ApiError, json, query, view::RunView};
 use crate::{
     engine::{Finished, Followed, Progress},
     sandbox::{Kind, RunRequest},
@@ -22,17 +25,18 @@ const START_PATIENCE: Duration = Duration::from_secs(10);
 /// How long, when the service stops, the end of a run is waited for.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
-pub(super) async fn create(State(app): State<Arc<App>>, caller: Caller, body: Body) -> Result<Response, ApiError> {
+pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator, body: Body) -> Result<Response, ApiError> {
     caller.require(Scope::Runs)?;
     let (asked, wait_ms) = json::read::<RunRequest>(body).await?.parse()?;
     let mut run = app.engine.create(caller.owner(), asked).await?;
     if let Some(finished) = wait(&app, &mut run, Duration::from_millis(wait_ms)).await {
         let output = app.engine.output_of(finished.sandbox.id, &finished.log_tail).await;
-        return Ok(Json(RunView::new(finished.sandbox.clone(), Some(output))).into_response());
+        return Ok(Json(RunView::new(finished.sandbox.clone(), Some(output), None)).into_response());
     }
     let sandbox = run.sandbox();
     let location = format!("/v1/runs/{}", sandbox.id);
-    Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], Json(RunView::new(sandbox, None))).into_response())
+    let position = app.engine.queue_position(&sandbox).await?;
+    Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], Json(RunView::new(sandbox, None, position))).into_response())
 }
 
 /// The end, if it comes in time. Without it, the run is at least where a restart of the service finds it: in the queue, or with the keeper.
@@ -62,5 +66,6 @@ pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): 
     caller.require(Scope::Runs)?;
     let sandbox = app.engine.find(&caller.tenant, Kind::Run, query::id(&id)?).await?.ok_or(ApiError::NotFound)?;
     let output = if sandbox.state.is_final() { Some(app.engine.output(sandbox.id).await?) } else { None };
-    Ok(Json(RunView::new(sandbox, output)))
+    let position = app.engine.queue_position(&sandbox).await?;
+    Ok(Json(RunView::new(sandbox, output, position)))
 }

@@ -13,7 +13,13 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::{App, caller::Caller, error::ApiError, json, query, view::SandboxView};
+use super::{
+    App,
+    caller::{Caller, Creator},
+    error::ApiError,
+    json, query,
+    view::SandboxView,
+};
 use crate::{
     sandbox::{Invalid, Kind, LIST_LIMIT, LabelFault, SandboxId, SandboxRequest, State as SandboxState, check_label},
     store::Filter,
@@ -27,23 +33,26 @@ pub(super) struct Page {
     next_cursor: Option<String>,
 }
 
-pub(super) async fn create(State(app): State<Arc<App>>, caller: Caller, body: Body) -> Result<Response, ApiError> {
+pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator, body: Body) -> Result<Response, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
     let asked = json::read::<SandboxRequest>(body).await?.parse()?;
     let sandbox = app.engine.create_and_start(caller.owner(), asked).await?;
     let location = format!("/v1/sandboxes/{}", sandbox.id);
-    Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(SandboxView::from(sandbox))).into_response())
+    let position = app.engine.queue_position(&sandbox).await?;
+    let view = SandboxView::from(sandbox).at(position);
+    Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(view)).into_response())
 }
 
 pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<SandboxView>, ApiError> {
     caller.require(Scope::SandboxesRead)?;
     let sandbox = app.engine.find(&caller.tenant, Kind::Sandbox, query::id(&id)?).await?.ok_or(ApiError::NotFound)?;
-    Ok(Json(sandbox.into()))
+    let position = app.engine.queue_position(&sandbox).await?;
+    Ok(Json(SandboxView::from(sandbox).at(position)))
 }
 
 pub(super) async fn delete(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
-    if app.engine.delete(&caller.tenant, query::id(&id)?).await? { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::NotFound) }
+    if app.engine.delete(&caller.owner(), query::id(&id)?).await? { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::NotFound) }
 }
 
 pub(super) async fn list(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Json<Page>, ApiError> {
@@ -87,11 +96,11 @@ fn filter(pairs: Vec<(String, String)>) -> Result<Filter, ApiError> {
     Ok(filter)
 }
 
-fn cursor(id: SandboxId) -> String {
+pub(super) fn cursor(id: SandboxId) -> String {
     BASE64.encode(id.0.as_bytes())
 }
 
-fn position(cursor: &str) -> Option<SandboxId> {
+pub(super) fn position(cursor: &str) -> Option<SandboxId> {
     let bytes = BASE64.decode(cursor).ok()?;
     Some(SandboxId(Uuid::from_slice(&bytes).ok()?))
 }

@@ -26,6 +26,9 @@ pub(super) struct ImageView {
 pub(super) struct RunView {
     id: SandboxId,
     state: State,
+    /// How many are started up to this one; only while it waits, where one is shown.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    queue_position: Option<u64>,
     image: ImageView,
     labels: BTreeMap<String, String>,
     #[serde(flatten)]
@@ -47,6 +50,8 @@ pub(super) struct SandboxView {
     id: SandboxId,
     kind: Kind,
     state: State,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    queue_position: Option<u64>,
     name: Option<String>,
     image: ImageView,
     command: Vec<String>,
@@ -82,10 +87,11 @@ struct OutputView {
 
 impl RunView {
     /// `output` belongs to a run that ended.
-    pub(super) fn new(sandbox: Sandbox, output: Option<Output>) -> Self {
+    pub(super) fn new(sandbox: Sandbox, output: Option<Output>, queue_position: Option<u64>) -> Self {
         Self {
             id: sandbox.id,
             state: sandbox.state,
+            queue_position,
             image: ImageView { reference: sandbox.image.reference, digest: sandbox.image.digest },
             labels: sandbox.labels,
             output: output.map(OutputView::from),
@@ -99,12 +105,20 @@ impl RunView {
     }
 }
 
+impl SandboxView {
+    /// The same, at this place of the queue.
+    pub(super) fn at(self, queue_position: Option<u64>) -> Self {
+        Self { queue_position, ..self }
+    }
+}
+
 impl From<Sandbox> for SandboxView {
     fn from(sandbox: Sandbox) -> Self {
         Self {
             id: sandbox.id,
             kind: sandbox.kind,
             state: sandbox.state,
+            queue_position: None,
             name: sandbox.name,
             image: ImageView { reference: sandbox.image.reference, digest: sandbox.image.digest },
             command: sandbox.program.args,

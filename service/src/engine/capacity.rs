@@ -1,11 +1,14 @@
-//! How much of the node is promised: the sum of the limits of its live sandboxes.
+//! How much of the node is promised, and to whom: the sum of the limits of its live sandboxes.
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use crate::metrics::Metrics;
+use tokio::time::Instant;
+
+use super::fair::{Head, Held, Shares};
+use crate::{metrics::Metrics, sandbox::Owner};
 
 /// What a sandbox takes up, or a node has.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -16,7 +19,7 @@ pub(super) struct Room {
 }
 
 impl Room {
-    const fn plus(self, other: Self) -> Self {
+    pub(super) const fn plus(self, other: Self) -> Self {
         Self {
             memory_bytes: self.memory_bytes.saturating_add(other.memory_bytes),
             cpu_millis: self.cpu_millis.saturating_add(other.cpu_millis),
@@ -24,7 +27,7 @@ impl Room {
         }
     }
 
-    const fn minus(self, other: Self) -> Self {
+    pub(super) const fn minus(self, other: Self) -> Self {
         Self {
             memory_bytes: self.memory_bytes.saturating_sub(other.memory_bytes),
             cpu_millis: self.cpu_millis.saturating_sub(other.cpu_millis),
@@ -32,7 +35,7 @@ impl Room {
         }
     }
 
-    const fn fits_in(self, total: Self) -> bool {
+    pub(super) const fn fits_in(self, total: Self) -> bool {
         self.memory_bytes <= total.memory_bytes && self.cpu_millis <= total.cpu_millis && self.sandboxes <= total.sandboxes
     }
 }
@@ -40,7 +43,7 @@ impl Room {
 /// The node's room and what of it is promised.
 pub(super) struct Capacity {
     total: Room,
-    committed: Mutex<Room>,
+    promised: Mutex<Promised>,
     metrics: Arc<Metrics>,
     /// Called whenever room was given back.
     freed: Box<dyn Fn() + Send + Sync>,
@@ -48,14 +51,22 @@ pub(super) struct Capacity {
 
 impl fmt::Debug for Capacity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Capacity").field("total", &self.total).field("committed", &self.committed).finish_non_exhaustive()
+        f.debug_struct("Capacity").field("total", &self.total).field("promised", &self.promised).finish_non_exhaustive()
     }
+}
+
+#[derive(Debug)]
+struct Promised {
+    committed: Room,
+    shares: Shares,
 }
 
 /// Promised room; given back when dropped.
 #[derive(Debug)]
 pub(super) struct Reservation {
     room: Room,
+    /// Since when it counts for whom.
+    held: Option<(Held, Instant)>,
     capacity: Arc<Capacity>,
 }
 
@@ -63,7 +74,8 @@ impl Capacity {
     pub(super) fn new(total: Room, metrics: Arc<Metrics>, freed: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
         metrics.capacity_memory_bytes.set(gauge(total.memory_bytes));
         metrics.capacity_cpu_millis.set(gauge(total.cpu_millis));
-        Arc::new(Self { total, committed: Mutex::default(), metrics, freed: Box::new(freed) })
+        let promised = Mutex::new(Promised { committed: Room::default(), shares: Shares::new(total) });
+        Arc::new(Self { total, promised, metrics, freed: Box::new(freed) })
     }
 
     /// Whether the node could hold it if it were empty; if not, why.
@@ -74,24 +86,40 @@ impl Capacity {
             .ok_or_else(|| format!("no node can hold it: this one gives {memory_bytes} bytes of memory and {cpu_millis} cpu_millis in all"))
     }
 
-    /// Promises the room, if it is free.
+    /// Promises the room, if it is free. It counts for nobody yet.
     pub(super) fn reserve(self: &Arc<Self>, room: Room) -> Option<Reservation> {
-        let mut committed = self.committed.lock().unwrap_or_else(PoisonError::into_inner);
-        let after = committed.plus(room);
+        let mut promised = self.lock();
+        let after = promised.committed.plus(room);
         if !after.fits_in(self.total) {
             return None;
         }
-        *committed = after;
+        promised.committed = after;
         self.show(after);
-        Some(Reservation { room, capacity: Arc::clone(self) })
+        Some(Reservation { room, held: None, capacity: Arc::clone(self) })
+    }
+
+    /// Promises the room to the one of these who is next, if anyone is; see [`Shares::next`].
+    pub(super) fn grant(self: &Arc<Self>, heads: &[Head]) -> Option<(usize, Reservation)> {
+        let mut promised = self.lock();
+        let free = self.total.minus(promised.committed);
+        let next = promised.shares.next(heads, free)?;
+        let Head { owner, weight, room, .. } = &heads[next];
+        promised.committed = promised.committed.plus(*room);
+        self.show(promised.committed);
+        let held = promised.shares.begin(owner, *weight, *room);
+        Some((next, Reservation { room: *room, held: Some((held, Instant::now())), capacity: Arc::clone(self) }))
     }
 
     /// Promises the room to one that has it already: it was live before this process was.
     pub(super) fn reserve_for_live(self: &Arc<Self>, room: Room) -> Reservation {
-        let mut committed = self.committed.lock().unwrap_or_else(PoisonError::into_inner);
-        *committed = committed.plus(room);
-        self.show(*committed);
-        Reservation { room, capacity: Arc::clone(self) }
+        let mut promised = self.lock();
+        promised.committed = promised.committed.plus(room);
+        self.show(promised.committed);
+        Reservation { room, held: None, capacity: Arc::clone(self) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Promised> {
+        self.promised.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn show(&self, committed: Room) {
@@ -100,12 +128,23 @@ impl Capacity {
     }
 }
 
+impl Reservation {
+    /// From now on it counts for this owner, whose tenant has this weight.
+    pub(super) fn count_for(&mut self, owner: &Owner, weight: u32) {
+        let held = self.capacity.lock().shares.begin(owner, weight, self.room);
+        self.held = Some((held, Instant::now()));
+    }
+}
+
 impl Drop for Reservation {
     fn drop(&mut self) {
         {
-            let mut committed = self.capacity.committed.lock().unwrap_or_else(PoisonError::into_inner);
-            *committed = committed.minus(self.room);
-            self.capacity.show(*committed);
+            let mut promised = self.capacity.lock();
+            promised.committed = promised.committed.minus(self.room);
+            self.capacity.show(promised.committed);
+            if let Some((held, since)) = &self.held {
+                promised.shares.end(held, since.elapsed().as_secs_f64());
+            }
         }
         (self.capacity.freed)();
     }

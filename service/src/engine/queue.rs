@@ -1,29 +1,47 @@
 //! The scheduler: takes queued sandboxes, in fair order, whenever there is room.
 
 use std::{
+    collections::VecDeque,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use sandbox_core::protocol::{Cause, KillReason};
-use tokio::time::MissedTickBehavior;
+use time::OffsetDateTime;
+use tokio::time::{Instant, MissedTickBehavior};
 
-use super::{Engine, capacity::Room};
+use super::{Engine, capacity::Room, fair::Head};
 use crate::{
-    sandbox::{Finish, Phases, SandboxId, TenantId},
+    sandbox::{Finish, Phases, SandboxId},
     store::{Candidate, QueueListener, StoreError},
 };
 
 /// Between two looks that nobody asked for: a message can be lost, a time to live can be over.
 const POLL: Duration = Duration::from_secs(1);
-/// How many candidates are fetched at once.
-const BATCH: u32 = 32;
+/// How many are fetched of each principal that waits.
+const OF_EACH: u32 = 16;
+
+/// The first of every principal that waits, as they were when the queue was last looked at.
+#[derive(Debug, Default)]
+struct Lines {
+    lines: Vec<Line>,
+    /// Whether one has been used up that has more behind it.
+    has_run_out: bool,
+    looked_at: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Line {
+    known: VecDeque<Candidate>,
+    /// Whether there may be more than is known.
+    is_cut: bool,
+}
 
 impl Engine {
     /// Schedules until the engine stops, or its keeper is gone.
     pub(super) async fn schedule(self: Arc<Self>) {
         let mut listener = None;
-        let mut candidates = Vec::new();
+        let mut lines = Lines::default();
         // Made once: whatever else wakes us, and however often, must not put it off.
         let mut look = tokio::time::interval(POLL);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -31,7 +49,7 @@ impl Engine {
             if self.stopping.is_cancelled() {
                 return;
             }
-            if let Err(error) = self.claim_what_fits(&mut candidates).await {
+            if let Err(error) = self.claim_what_fits(&mut lines).await {
                 tracing::warn!(%error, "looking at the queue failed");
             }
             if listener.is_none() {
@@ -42,63 +60,72 @@ impl Engine {
                 // Nothing can be started any more, and what was running is over.
                 () = self.keeper.gone() => self.stopping.cancel(),
                 () = self.wake.notified() => {}
-                () = heard(&mut listener) => candidates.clear(),
+                () = heard(&mut listener) => {
+                    lines.outdate();
+                    self.stop_suspended_or_log().await;
+                }
                 _ = look.tick() => {
-                    candidates.clear();
+                    lines.looked_at = None;
                     self.look_around().await;
+                    self.stop_suspended_or_log().await;
                 }
             }
         }
     }
 
-    /// Claims in fair order. A tenant whose first does not fit is passed over, with all that it has behind it: its order is kept, and no
-    /// other tenant waits for it. `candidates` are in order; those of tenants that were passed over stay in it.
-    async fn claim_what_fits(self: &Arc<Self>, candidates: &mut Vec<Candidate>) -> Result<(), StoreError> {
-        let mut passed_over: Vec<TenantId> = Vec::new();
-        let mut at = 0;
+    /// Whether somebody waits, as far as this node knows.
+    pub(super) fn has_queue(&self) -> bool {
+        self.has_queue.load(Ordering::SeqCst)
+    }
+
+    /// Somebody waits.
+    pub(super) fn note_queue(&self) {
+        self.has_queue.store(true, Ordering::SeqCst);
+        self.wake.notify_one();
+    }
+
+    /// Claims for as long as somebody is next; see [`super::fair`].
+    async fn claim_what_fits(self: &Arc<Self>, lines: &mut Lines) -> Result<(), StoreError> {
         while !self.stopping.is_cancelled() {
             // Set before looking, so that room which becomes free from now on wakes the scheduler.
             self.has_queue.store(true, Ordering::SeqCst);
-            let Some(candidate) = candidates.get(at) else {
-                let more = self.store.next_queued(BATCH, &passed_over).await?;
-                if more.is_empty() {
-                    if passed_over.is_empty() {
-                        self.has_queue.store(false, Ordering::SeqCst);
-                        self.metrics.queue_depth.set(0);
-                    }
-                    return Ok(());
-                }
-                candidates.extend(more);
-                continue;
-            };
-            if passed_over.contains(&candidate.tenant) {
-                at += 1;
-                continue;
+            if lines.looked_at.is_none() || lines.has_run_out {
+                lines.take(self.store.next_queued(OF_EACH).await?);
             }
-            let room = Room { memory_bytes: candidate.memory_bytes, cpu_millis: candidate.cpu_millis, sandboxes: 1 };
-            let Some(reservation) = self.capacity.reserve(room) else {
-                passed_over.push(candidate.tenant.clone());
-                continue;
-            };
-            let id = candidate.id;
-            match self.store.claim(id, self.node, self.clock.now()).await {
-                Ok(claimed) => {
-                    candidates.remove(at);
-                    if let Some((sandbox, input)) = claimed {
-                        let live = self.live.claimed(sandbox);
-                        tokio::spawn(Arc::clone(self).carry(live, input, reservation));
-                    }
+            let heads = lines.heads(self.clock.now());
+            let Some((next, reservation)) = self.capacity.grant(&heads) else {
+                if lines.lines.is_empty() {
+                    // Whoever comes from now on says so.
+                    lines.looked_at = None;
+                    self.has_queue.store(false, Ordering::SeqCst);
+                    self.metrics.queue_depth.set(0);
                 }
+                return Ok(());
+            };
+            let Some(id) = lines.pop(next) else { return Ok(()) };
+            match self.store.claim(id, self.node, self.clock.now()).await {
+                Ok(Some((sandbox, input))) => {
+                    let live = self.live.claimed(sandbox);
+                    tokio::spawn(Arc::clone(self).carry(live, input, reservation));
+                }
+                // Someone was faster.
+                Ok(None) => {}
                 Err(error) => {
                     if matches!(error, StoreError::Unavailable(_)) {
                         self.end_unclear_claim(id).await;
                     }
-                    candidates.clear();
+                    lines.looked_at = None;
                     return Err(error);
                 }
             }
         }
         Ok(())
+    }
+
+    async fn stop_suspended_or_log(&self) {
+        if let Err(error) = self.stop_suspended().await {
+            tracing::warn!(%error, "ending what suspended tenants have failed");
+        }
     }
 
     /// Ends a sandbox whose claim may have been committed or not: what it was to be given is lost with the answer. Returns when that is
@@ -142,6 +169,52 @@ impl Engine {
             }
             Err(error) => tracing::warn!(%error, "looking for overdue sandboxes failed"),
         }
+    }
+}
+
+impl Lines {
+    /// Something may have come. Where there are many lines, what is known of them holds for a moment more: each look reads them all.
+    fn outdate(&mut self) {
+        const MANY: usize = 64;
+        const MOMENT: Duration = Duration::from_millis(50);
+        if self.lines.len() < MANY || self.looked_at.is_none_or(|at| at.elapsed() > MOMENT) {
+            self.looked_at = None;
+        }
+    }
+
+    fn take(&mut self, candidates: Vec<Candidate>) {
+        *self = Self { looked_at: Some(Instant::now()), ..Self::default() };
+        for candidate in candidates {
+            match self.lines.last_mut() {
+                Some(line) if line.known.back().is_some_and(|last| last.owner == candidate.owner) => line.known.push_back(candidate),
+                Some(_) | None => self.lines.push(Line { known: VecDeque::from([candidate]), is_cut: false }),
+            }
+        }
+        for line in &mut self.lines {
+            line.is_cut = line.known.len() >= usize::try_from(OF_EACH).unwrap_or(usize::MAX);
+        }
+    }
+
+    fn heads(&self, now: OffsetDateTime) -> Vec<Head> {
+        let firsts = self.lines.iter().filter_map(|line| line.known.front());
+        let heads = firsts.map(|first| Head {
+            owner: first.owner.clone(),
+            weight: first.weight,
+            room: Room { memory_bytes: first.memory_bytes, cpu_millis: first.cpu_millis, sandboxes: 1 },
+            waited_s: (now - first.created_at).as_seconds_f64(),
+        });
+        heads.collect()
+    }
+
+    /// Takes out the first of this line.
+    fn pop(&mut self, at: usize) -> Option<SandboxId> {
+        let line = self.lines.get_mut(at)?;
+        let first = line.known.pop_front();
+        if line.known.is_empty() {
+            self.has_run_out |= line.is_cut;
+            self.lines.remove(at);
+        }
+        first.map(|first| first.id)
     }
 }
 

@@ -14,8 +14,6 @@ use crate::{
 
 /// How long the whole log of a run is kept when it does not fit beside the outcome.
 const RUN_LOG_RETENTION: Duration = Duration::from_secs(3600);
-/// Between two rounds of housekeeping.
-const HOUSEKEEPING_PERIOD: Duration = Duration::from_secs(30);
 /// Between two attempts to store an outcome: first this, then doubled up to the other.
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(5);
@@ -96,36 +94,6 @@ impl Engine {
             Ok(false) => {}
             Err(error) => tracing::warn!(sandbox.id = %sandbox.id, %error, "its end could not be stored; the next look tries again"),
         }
-    }
-
-    /// Now and then, for good: has the keeper drop logs whose time is over, and looks for sandboxes that nobody follows.
-    pub(super) async fn keep_house(self: Arc<Self>) {
-        loop {
-            tokio::select! {
-                () = self.stopping.cancelled() => return,
-                () = tokio::time::sleep(HOUSEKEEPING_PERIOD) => {}
-            }
-            if let Err(error) = self.drop_overdue_logs().await {
-                tracing::warn!(%error, "dropping old logs failed");
-            }
-            if let Err(error) = self.recover_strays().await {
-                tracing::warn!(error = format!("{error:#}"), "looking for sandboxes that nobody follows failed");
-            }
-        }
-    }
-
-    async fn drop_overdue_logs(&self) -> Result<(), crate::store::StoreError> {
-        let overdue = self.store.kept_logs(self.node, Some(self.clock.now())).await?;
-        let mut dropped = Vec::new();
-        for id in overdue {
-            if self.forget(id).await {
-                dropped.push(id);
-            }
-        }
-        if dropped.is_empty() {
-            return Ok(());
-        }
-        self.store.drop_kept_logs(&dropped).await
     }
 
     /// Tries until it works. False: it was stored before.

@@ -84,7 +84,7 @@ impl Bound {
 }
 
 /// Limits as a request names them; every one may be absent.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RequestedLimits {
     memory_bytes: Option<u64>,

@@ -20,6 +20,11 @@ impl LogTail {
         self.stdout_omitted_bytes == 0 && self.stderr_omitted_bytes == 0
     }
 
+    /// Bytes of output in it.
+    pub fn data_bytes(&self) -> u64 {
+        self.records().map(|record| record.data.len() as u64).sum()
+    }
+
     /// The records, oldest first. Ends at the first byte that is none.
     pub fn records(&self) -> impl Iterator<Item = Record<'_>> {
         let mut rest = self.bytes.as_slice();

@@ -174,7 +174,7 @@ mod tests {
     use sandbox_core::protocol::OutputPolicy;
 
     use super::*;
-    use crate::sandbox::{ImageReference, Kind, RequestedLimits};
+    use crate::sandbox::{ImageReference, Kind, RequestedLimits, WhenFull};
 
     fn image(config: Value) -> ImageConfiguration {
         let rootfs = json!({ "type": "layers", "diff_ids": [] });
@@ -195,9 +195,11 @@ mod tests {
             stdin: None,
             env: BTreeMap::new(),
             labels: BTreeMap::new(),
+            requested: RequestedLimits::default(),
             limits: Limits::of(Kind::Run, RequestedLimits::default()).unwrap(),
             output_policy: OutputPolicy::Truncate,
             ttl_ms: None,
+            when_full: WhenFull::Queue,
         }
     }
 

@@ -75,6 +75,8 @@ pub struct RunRequest {
     output_policy: OutputPolicy,
     #[serde(default)]
     network: Network,
+    #[serde(default)]
+    when_full: WhenFull,
     wait_ms: Option<u64>,
 }
 
@@ -106,6 +108,8 @@ pub struct SandboxRequest {
     output_policy: OutputPolicy,
     #[serde(default)]
     network: Network,
+    #[serde(default)]
+    when_full: WhenFull,
     ttl_ms: Option<u64>,
 }
 
@@ -139,6 +143,16 @@ const fn container() -> Isolation {
 enum Network {
     #[default]
     None,
+}
+
+/// What becomes of a request when there is no room now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WhenFull {
+    /// It waits its turn.
+    #[default]
+    Queue,
+    Refuse,
 }
 
 const fn truncate() -> OutputPolicy {
@@ -200,9 +214,13 @@ pub struct NewSandbox {
     pub stdin: Option<Content>,
     pub env: BTreeMap<String, String>,
     pub labels: BTreeMap<String, String>,
+    /// As they were asked for.
+    pub requested: RequestedLimits,
+    /// With defaults where nothing was asked for.
     pub limits: Limits,
     pub output_policy: OutputPolicy,
     pub ttl_ms: Option<u64>,
+    pub when_full: WhenFull,
 }
 
 impl RunRequest {
@@ -226,9 +244,11 @@ impl RunRequest {
             stdin: stdin(self.stdin, self.stdin_encoding)?,
             env: env(self.env)?,
             labels: labels(self.labels)?,
+            requested: self.limits,
             limits: Limits::of(Kind::Run, self.limits)?,
             output_policy: self.output_policy,
             ttl_ms: None,
+            when_full: self.when_full,
         };
         sandbox.args_and_env_fit().map(|()| (sandbox, wait_ms))
     }
@@ -251,15 +271,27 @@ impl SandboxRequest {
             stdin: stdin(self.stdin, self.stdin_encoding)?,
             env: env(self.env)?,
             labels: labels(self.labels)?,
+            requested: self.limits,
             limits: Limits::of(Kind::Sandbox, self.limits)?,
             output_policy: self.output_policy,
             ttl_ms: self.ttl_ms.map(|ms| TTL_MS.check(ms)).transpose()?,
+            when_full: self.when_full,
         };
         sandbox.args_and_env_fit().map(|()| sandbox)
     }
 }
 
 impl NewSandbox {
+    /// What of the network it reaches, as quotas name it.
+    pub const fn network(&self) -> &'static str {
+        "none"
+    }
+
+    /// What stands between it and the kernel, as quotas name it.
+    pub const fn isolation(&self) -> &'static str {
+        "namespaces"
+    }
+
     fn args_and_env_fit(&self) -> Result<(), Invalid> {
         let args: usize = self.command.iter().flatten().map(|arg| arg.len() + 1).sum();
         let env: usize = self.env.iter().map(|(key, value)| key.len() + value.len() + 2).sum();

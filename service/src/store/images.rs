@@ -1,12 +1,13 @@
 //! Table `images`: which content a tenant means by a reference.
 
 use oci_spec::image::ImageConfiguration;
+use serde_json::json;
 use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{Store, StoreError, bigint, damaged, unsigned};
-use crate::sandbox::{ImageId, TenantId};
+use super::{Store, StoreError, bigint, damaged, events::Act, unsigned};
+use crate::sandbox::{Exceeded, ImageId, QuotaScope, Quotas, TenantId};
 
 /// An image that was imported.
 #[derive(Debug, Clone)]
@@ -36,6 +37,13 @@ pub struct Image {
     pub is_shared: bool,
 }
 
+/// What became of an image that was to be recorded.
+#[derive(Debug, Clone)]
+pub enum Recorded {
+    Yes(Image),
+    Exceeded(Exceeded),
+}
+
 struct Row {
     tenant: Option<String>,
     reference: String,
@@ -61,14 +69,44 @@ impl Row {
 }
 
 impl Store {
-    /// Makes the reference name this image from now on, for its tenant or for all.
-    pub async fn record_image(&self, image: &NewImage) -> Result<Image, StoreError> {
+    /// Makes the reference name this image from now on, for its tenant or for all, unless its tenant has no room for it.
+    pub async fn record_image(&self, image: &NewImage, defaults: &Quotas, act: &Act<'_>) -> Result<Recorded, StoreError> {
+        let mut transaction = self.pool.begin().await?;
+        if let Some(tenant) = &image.tenant {
+            sqlx::query!("insert into tenants (id, created_at) values ($1, $2) on conflict do nothing", tenant.as_str(), image.created_at)
+                .execute(&mut *transaction)
+                .await?;
+            let locked = sqlx::query!(
+                r#"select quotas as "quotas: Json<Quotas>", image_bytes from tenants where id = $1 for no key update"#,
+                tenant.as_str()
+            )
+            .fetch_one(&mut *transaction)
+            .await?;
+            let replaced = sqlx::query_scalar!(
+                "select size_bytes from images where tenant = $1 and reference = $2",
+                tenant.as_str(),
+                image.reference
+            )
+            .fetch_optional(&mut *transaction)
+            .await?;
+            let used = locked.image_bytes - replaced.unwrap_or(0);
+            let after = used.saturating_add(bigint(image.size_bytes));
+            if let Some(limit) = locked.quotas.0.over(defaults).number("image_bytes")
+                && unsigned(after) > limit
+            {
+                return Ok(Recorded::Exceeded(Exceeded {
+                    scope: QuotaScope::Tenant,
+                    quota: "image_bytes".to_owned(),
+                    limit: limit.into(),
+                    used: unsigned(locked.image_bytes).into(),
+                    retry_after_s: Some(60),
+                }));
+            }
+            sqlx::query!("update tenants set image_bytes = $2 where id = $1", tenant.as_str(), after).execute(&mut *transaction).await?;
+        }
         let row = sqlx::query_as!(
             Row,
-            r#"with known as (
-                insert into tenants (id, created_at) select $2::text, $8 where $2::text is not null on conflict do nothing
-            )
-            insert into images (id, tenant, reference, digest, root, config, size_bytes, created_at)
+            r#"insert into images (id, tenant, reference, digest, root, config, size_bytes, created_at)
             values ($1, $2, $3, $4, $5, $6, $7, $8)
             on conflict (coalesce(tenant, ''), reference) do update
             set digest = excluded.digest, root = excluded.root, config = excluded.config,
@@ -83,9 +121,13 @@ impl Store {
             bigint(image.size_bytes),
             image.created_at,
         )
-        .fetch_one(&self.pool)
+        .fetch_one(&mut *transaction)
         .await?;
-        row.read()
+        let act = Act { data: json!({ "digest": image.digest, "size_bytes": image.size_bytes }), ..act.clone() };
+        let object = format!("image/{}", image.reference);
+        super::events::tell(&mut transaction, image.tenant.as_ref(), "image.imported", Some(&object), &act).await?;
+        transaction.commit().await?;
+        row.read().map(Recorded::Yes)
     }
 
     /// What the tenant means by this reference: its own image, else the shared one.
@@ -124,13 +166,25 @@ impl Store {
     }
 
     /// Takes the reference away, the tenant's own or — `None` — the shared one. Answers what it named.
-    pub async fn remove_image(&self, tenant: Option<&TenantId>, reference: &str) -> Result<Option<Image>, StoreError> {
+    pub async fn remove_image(&self, tenant: Option<&TenantId>, reference: &str, act: &Act<'_>) -> Result<Option<Image>, StoreError> {
+        let (actor_tenant, actor) = act.names();
         sqlx::query_as!(
             Row,
-            r#"delete from images where coalesce(tenant, '') = coalesce($1, '') and reference = $2
-            returning tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at"#,
+            r#"with gone as (
+                delete from images where coalesce(tenant, '') = coalesce($1, '') and reference = $2
+                returning tenant, reference, digest, root, config, size_bytes, created_at
+            ), counted as (
+                update tenants set image_bytes = image_bytes - gone.size_bytes from gone where tenants.id = gone.tenant
+            ), told as (
+                insert into events (tenant, kind, object, at, data, actor_tenant, actor)
+                select tenant, 'image.removed', 'image/' || reference, $3, jsonb_build_object('digest', digest), $4, $5 from gone
+            )
+            select tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at from gone"#,
             tenant.map(TenantId::as_str),
             reference,
+            act.at,
+            actor_tenant as _,
+            actor as _,
         )
         .fetch_optional(&self.pool)
         .await?
@@ -154,8 +208,6 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn image(tenant: Option<&str>, reference: &str, digit: char) -> NewImage {
@@ -172,11 +224,39 @@ mod tests {
         }
     }
 
+    fn act() -> Act<'static> {
+        Act { actor: None, at: OffsetDateTime::UNIX_EPOCH, data: json!({}) }
+    }
+
+    async fn record(store: &Store, image: &NewImage) -> Result<Recorded, StoreError> {
+        store.record_image(image, &Quotas::default(), &act()).await
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn image_bytes_are_counted_and_bounded(pool: sqlx::PgPool) {
+        let store = Store { pool: pool.clone() };
+        let quotas: Quotas = serde_json::from_value(json!({"image_bytes": 10})).unwrap();
+        let sized = |digit, reference, size_bytes| NewImage { size_bytes, ..image(Some("acme"), reference, digit) };
+        let first = store.record_image(&sized('a', "one", 6), &quotas, &act()).await.unwrap();
+        assert!(matches!(first, Recorded::Yes(_)));
+        let second = store.record_image(&sized('b', "two", 5), &quotas, &act()).await.unwrap();
+        let Recorded::Exceeded(exceeded) = second else { panic!("{second:?}") };
+        assert_eq!((exceeded.quota.as_str(), exceeded.limit, exceeded.used), ("image_bytes", json!(10), json!(6)));
+        // One that takes the first one's place needs only what it is larger.
+        assert!(matches!(store.record_image(&sized('b', "one", 10), &quotas, &act()).await.unwrap(), Recorded::Yes(_)));
+        let bytes = async || sqlx::query_scalar!("select image_bytes from tenants where id = 'acme'").fetch_one(&pool).await.unwrap();
+        assert_eq!(bytes().await, 10);
+        store.remove_image(Some(&TenantId::proven("acme".into())), "one", &act()).await.unwrap().unwrap();
+        assert_eq!(bytes().await, 0);
+        let kinds = sqlx::query_scalar!("select kind from events order by id").fetch_all(&pool).await.unwrap();
+        assert_eq!(kinds, ["image.imported", "image.imported", "image.removed"]);
+    }
+
     #[sqlx::test(migrations = "../migrations")]
     async fn a_tenants_own_image_comes_before_the_shared_one(pool: sqlx::PgPool) {
         let store = Store { pool };
-        store.record_image(&image(None, "python", 'a')).await.unwrap();
-        store.record_image(&image(Some("acme"), "python", 'b')).await.unwrap();
+        record(&store, &image(None, "python", 'a')).await.unwrap();
+        record(&store, &image(Some("acme"), "python", 'b')).await.unwrap();
 
         let own = store.find_image(&TenantId::proven("acme".into()), "python").await.unwrap().unwrap();
         let shared = store.find_image(&TenantId::proven("other".into()), "python").await.unwrap().unwrap();
@@ -187,18 +267,18 @@ mod tests {
     #[sqlx::test(migrations = "../migrations")]
     async fn another_tenants_image_is_not_found(pool: sqlx::PgPool) {
         let store = Store { pool };
-        store.record_image(&image(Some("acme"), "secret", 'a')).await.unwrap();
+        record(&store, &image(Some("acme"), "secret", 'a')).await.unwrap();
         let other = TenantId::proven("other".into());
         assert!(store.find_image(&other, "secret").await.unwrap().is_none());
         assert!(store.list_images(&other).await.unwrap().is_empty());
-        assert!(store.remove_image(Some(&other), "secret").await.unwrap().is_none());
+        assert!(store.remove_image(Some(&other), "secret", &act()).await.unwrap().is_none());
     }
 
     #[sqlx::test(migrations = "../migrations")]
     async fn a_second_import_moves_the_reference(pool: sqlx::PgPool) {
         let store = Store { pool };
-        store.record_image(&image(None, "python", 'a')).await.unwrap();
-        store.record_image(&image(None, "python", 'b')).await.unwrap();
+        record(&store, &image(None, "python", 'a')).await.unwrap();
+        record(&store, &image(None, "python", 'b')).await.unwrap();
         let images = store.list_images(&TenantId::proven("acme".into())).await.unwrap();
         assert_eq!(images.len(), 1);
         assert!(images[0].digest.ends_with('b'));

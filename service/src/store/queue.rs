@@ -2,18 +2,18 @@
 
 use std::{fmt, time::Duration};
 
-use sqlx::{postgres::PgListener, types::Json};
+use sqlx::postgres::PgListener;
 use time::OffsetDateTime;
 
 use super::{
-    NodeId, Store, StoreError, bigint,
-    sandboxes::{Row, policy_name, select_sandboxes},
+    NodeId, Store, StoreError,
+    sandboxes::{Row, select_sandboxes},
     unsigned,
 };
-use crate::sandbox::{Sandbox, SandboxId, TenantId};
+use crate::sandbox::{Owner, Sandbox, SandboxId, TenantId};
 
 /// The channel that every node listens on for new work.
-const CHANNEL: &str = "mayfly_queue";
+pub(super) const CHANNEL: &str = "mayfly_queue";
 
 /// What a queued sandbox is given at its start: files, in the format that the keeper takes, and standard input.
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -30,85 +30,86 @@ impl fmt::Debug for Input {
     }
 }
 
-/// A queued sandbox and the room that it needs.
+/// A queued sandbox, whose it is, and the room that it needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Candidate {
     pub id: SandboxId,
-    pub tenant: TenantId,
+    pub owner: Owner,
+    /// Its tenant's.
+    pub weight: u32,
     pub memory_bytes: u64,
     pub cpu_millis: u64,
+    pub created_at: OffsetDateTime,
 }
 
 impl Store {
-    /// Puts the sandbox, which must be `queued`, at the end of its tenant's queue, and wakes the nodes. False: its image was removed.
-    pub async fn enqueue(&self, sandbox: &Sandbox, input: &Input) -> Result<bool, StoreError> {
-        let told = sqlx::query!(
-            "with known as (
-                insert into tenants (id, created_at) values ($2, $16) on conflict do nothing
-            ), added as (
-                insert into sandboxes (
-                    id, tenant, principal, kind, state, name, image_reference, image_digest, image_root, program, limits, output_policy,
-                    labels, memory_bytes, cpu_millis, created_at, expires_at
-                )
-                select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17
-                where exists (select 1 from images where root = $9)
-                returning id
-            ), given as (
-                insert into inputs (sandbox, files, stdin)
-                select id, $18, $19 from added where $18::bytea is not null or $19::bytea is not null
-            )
-            select pg_notify($20, '') from added",
-            sandbox.id.0,
-            sandbox.tenant.as_str(),
-            sandbox.principal,
-            sandbox.kind.as_str(),
-            sandbox.state.as_str(),
-            sandbox.name.as_deref() as _,
-            sandbox.image.reference,
-            sandbox.image.digest,
-            sandbox.image.root.to_string(),
-            Json(&sandbox.program) as _,
-            Json(&sandbox.limits) as _,
-            policy_name(sandbox.output_policy),
-            Json(&sandbox.labels) as _,
-            bigint(sandbox.limits.memory_bytes()),
-            bigint(sandbox.limits.cpu_millis()),
-            sandbox.created_at,
-            sandbox.expires_at as _,
-            input.files as _,
-            input.stdin as _,
-            CHANNEL,
-        )
-        .fetch_optional(&self.pool)
-        .await?;
-        Ok(told.is_some())
-    }
-
-    /// The next sandboxes to be started, fairest first: every tenant's oldest, then every tenant's second, and so on. None of these tenants.
-    pub async fn next_queued(&self, limit: u32, without: &[TenantId]) -> Result<Vec<Candidate>, StoreError> {
-        let without: Vec<String> = without.iter().map(|tenant| tenant.as_str().to_owned()).collect();
+    /// The first sandboxes of every principal that waits, oldest first, so many of each. None of a tenant or principal that is suspended.
+    pub async fn next_queued(&self, of_each: u32) -> Result<Vec<Candidate>, StoreError> {
         let rows = sqlx::query!(
-            "select id, tenant, memory_bytes, cpu_millis
-            from (
-                select id, tenant, memory_bytes, cpu_millis, created_at,
-                    row_number() over (partition by tenant order by created_at, id) as turn
-                from sandboxes
-                where state = 'queued' and tenant <> all($2)
-            ) as queue
-            order by turn, created_at, id
-            limit $1",
-            i64::from(limit),
-            &without,
+            r#"with recursive line as (
+                -- from one who waits to the next, along the index: what stands behind the first ones is not read
+                (select tenant, principal from sandboxes where state = 'queued' order by tenant, principal limit 1)
+                union all
+                select next.tenant, next.principal
+                from line, lateral (
+                    select tenant, principal from sandboxes
+                    where state = 'queued' and (tenant, principal) > (line.tenant, line.principal)
+                    order by tenant, principal
+                    limit 1
+                ) as next
+            )
+            select head.id, line.tenant as "tenant!", line.principal as "principal!", tenants.weight, head.memory_bytes, head.cpu_millis,
+                head.created_at
+            from line
+                join tenants on tenants.id = line.tenant
+                join principals on principals.tenant = line.tenant and principals.name = line.principal,
+                lateral (
+                    select id, memory_bytes, cpu_millis, created_at from sandboxes
+                    where state = 'queued' and tenant = line.tenant and principal = line.principal
+                    order by created_at, id
+                    limit $1
+                ) as head
+            where tenants.suspended_at is null and principals.suspended_at is null
+            order by line.tenant, line.principal, head.created_at, head.id"#,
+            i64::from(of_each),
         )
         .fetch_all(&self.pool)
         .await?;
         let candidates = rows.into_iter().map(|row| Candidate {
             id: SandboxId(row.id),
-            tenant: TenantId::proven(row.tenant),
+            owner: Owner { tenant: TenantId::proven(row.tenant), principal: row.principal },
+            weight: u32::try_from(row.weight).unwrap_or(1),
             memory_bytes: unsigned(row.memory_bytes),
             cpu_millis: unsigned(row.cpu_millis),
+            created_at: row.created_at,
         });
         Ok(candidates.collect())
+    }
+
+    /// How many would be started up to this one, itself included, if nothing changed: those of its tenant before it, and of each other tenant
+    /// as many as fall to its weight meanwhile. `None` if it does not wait.
+    pub async fn queue_position(&self, id: SandboxId) -> Result<Option<u64>, StoreError> {
+        let position = sqlx::query_scalar!(
+            r#"with own as (
+                select tenants.weight, sandboxes.tenant, (
+                    select count(*) from sandboxes as other
+                    where other.state = 'queued' and other.tenant = sandboxes.tenant
+                        and (other.created_at, other.id) <= (sandboxes.created_at, sandboxes.id)
+                ) as turn
+                from sandboxes join tenants on tenants.id = sandboxes.tenant
+                where sandboxes.id = $1 and sandboxes.state = 'queued'
+            )
+            select turn + (
+                select coalesce(sum(least(tenants.queued, own.turn * tenants.weight / own.weight)), 0)
+                from tenants
+                where tenants.queued > 0 and tenants.id <> own.tenant and tenants.suspended_at is null
+            )::bigint as "position!"
+            from own"#,
+            id.0,
+        )
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(position.map(unsigned))
     }
 
     /// How many sandboxes wait.
@@ -126,16 +127,26 @@ impl Store {
                 select id from sandboxes
                 where id = $1 and state = 'queued'
                 for update skip locked  -- several nodes may claim at once
+            ), claimed as (
+                update sandboxes set state = 'starting', node = $2, claimed_at = $3
+                from picked where sandboxes.id = picked.id
+                returning sandboxes.id, tenant, principal
+            ), tenant_counted as (
+                update tenants set queued = queued - 1 from claimed where tenants.id = claimed.tenant
+                returning claimed.id, claimed.tenant, claimed.principal
+            ), principal_counted as (
+                -- after the tenant, always
+                update principals set queued = queued - 1 from tenant_counted as claimed
+                where principals.tenant = claimed.tenant and principals.name = claimed.principal
             )
-            update sandboxes set state = 'starting', node = $2, claimed_at = $3
-            from picked where sandboxes.id = picked.id",
+            select id from claimed",
             id.0,
             node.0,
             now,
         )
-        .execute(&mut *transaction)
+        .fetch_optional(&mut *transaction)
         .await?;
-        if claimed.rows_affected() == 0 {
+        if claimed.is_none() {
             return Ok(None);
         }
         let sandbox = select_sandboxes!("id = $1", id.0).fetch_one(&mut *transaction).await?.read()?;
@@ -181,10 +192,17 @@ mod tests {
     use sqlx::PgPool;
 
     use super::{super::sandboxes::tests::*, *};
-    use crate::sandbox::{Kind, Limits, RequestedLimits, State};
+    use crate::{
+        sandbox::{Kind, State},
+        store::{Suspension, Who},
+    };
 
     fn queued(tenant: &str) -> Sandbox {
         Sandbox { state: State::Queued, claimed_at: None, ..sandbox(tenant, Kind::Run, None) }
+    }
+
+    async fn enqueue(store: &Store, sandbox: &Sandbox) -> bool {
+        admit(store, sandbox, NodeId(uuid::Uuid::nil())).await
     }
 
     #[sqlx::test(migrations = "../migrations")]
@@ -192,7 +210,7 @@ mod tests {
         let (store, node) = store_with_node(pool).await;
         let sandbox = queued("acme");
         let input = Input { files: Some(vec![1]), stdin: None };
-        store.enqueue(&sandbox, &input).await.unwrap();
+        assert!(admit_with(&store, &sandbox, node, &input).await);
         assert_eq!(store.queue_depth().await.unwrap(), 1);
 
         let (claimed, given) = store.claim(sandbox.id, node, OffsetDateTime::UNIX_EPOCH).await.unwrap().unwrap();
@@ -204,41 +222,36 @@ mod tests {
     #[sqlx::test(migrations = "../migrations")]
     async fn nobody_overtakes_the_queue(pool: PgPool) {
         let (store, node) = store_with_node(pool).await;
-        store.enqueue(&queued("acme"), &Input::default()).await.unwrap();
+        enqueue(&store, &queued("acme")).await;
         let late = sandbox("other", Kind::Run, None);
-        assert!(!store.admit(&late, node).await.unwrap());
+        assert!(!admit(&store, &late, node).await);
         assert_eq!(store.find(&late.tenant, late.id).await.unwrap(), None);
     }
 
     #[sqlx::test(migrations = "../migrations")]
-    async fn a_tenant_with_many_waiting_does_not_hold_up_another(pool: PgPool) {
+    async fn the_first_of_everyone_who_waits_are_found(pool: PgPool) {
         let (store, _node) = store_with_node(pool).await;
-        let (first, second, other) = (queued("acme"), queued("acme"), queued("other"));
-        for sandbox in [&first, &second, &other] {
-            store.enqueue(sandbox, &Input::default()).await.unwrap();
+        let (first, second, third, other) = (queued("acme"), queued("acme"), queued("acme"), queued("other"));
+        let colleague = Sandbox { principal: "bob".into(), ..queued("acme") };
+        for sandbox in [&first, &second, &third, &colleague, &other] {
+            assert!(enqueue(&store, sandbox).await);
         }
-        let order: Vec<_> = store.next_queued(10, &[]).await.unwrap().into_iter().map(|candidate| candidate.id).collect();
-        assert_eq!(order, [first.id, other.id, second.id]);
-        let others = store.next_queued(10, std::slice::from_ref(&first.tenant)).await.unwrap();
-        assert_eq!(others.into_iter().map(|candidate| candidate.id).collect::<Vec<_>>(), [other.id]);
-    }
+        let found: Vec<_> = store.next_queued(2).await.unwrap().into_iter().map(|candidate| candidate.id).collect();
+        assert_eq!(found, [first.id, second.id, colleague.id, other.id]);
+        assert_eq!(store.queue_position(third.id).await.unwrap(), Some(4));
+        assert_eq!(store.queue_position(other.id).await.unwrap(), Some(2));
 
-    #[sqlx::test(migrations = "../migrations")]
-    async fn a_large_one_that_waits_holds_back_its_own_tenant_alone(pool: PgPool) {
-        let (store, node) = store_with_node(pool).await;
-        let asked: RequestedLimits = serde_json::from_value(serde_json::json!({"memory_bytes": 4_u64 << 30})).unwrap();
-        let large = Sandbox { limits: Limits::of(Kind::Run, asked).unwrap(), ..queued("acme") };
-        assert!(store.enqueue(&large, &Input::default()).await.unwrap());
-        assert!(!store.admit(&sandbox("acme", Kind::Run, None), node).await.unwrap());
-        assert!(store.admit(&sandbox("other", Kind::Run, None), node).await.unwrap());
+        store.suspend(Who { tenant: &first.tenant, principal: None }, Suspension::Imposed { stops: false }, &act()).await.unwrap();
+        assert_eq!(store.next_queued(2).await.unwrap().len(), 1);
+        assert_eq!(store.queue_position(other.id).await.unwrap(), Some(1));
     }
 
     #[sqlx::test(migrations = "../migrations")]
     async fn no_sandbox_is_made_of_an_image_that_was_removed(pool: PgPool) {
         let (store, node) = store_with_node(pool).await;
-        store.remove_image(None, "python").await.unwrap().unwrap();
-        assert!(!store.admit(&sandbox("acme", Kind::Run, None), node).await.unwrap());
-        assert!(!store.enqueue(&queued("acme"), &Input::default()).await.unwrap());
+        store.remove_image(None, "python", &act()).await.unwrap().unwrap();
+        assert!(!admit(&store, &sandbox("acme", Kind::Run, None), node).await);
+        assert!(!enqueue(&store, &queued("acme")).await);
         assert_eq!(store.queue_depth().await.unwrap(), 0);
     }
 
@@ -246,7 +259,7 @@ mod tests {
     async fn a_listener_hears_of_new_work(pool: PgPool) {
         let (store, _node) = store_with_node(pool).await;
         let mut listener = store.listen_to_queue().await.unwrap();
-        store.enqueue(&queued("acme"), &Input::default()).await.unwrap();
+        enqueue(&store, &queued("acme")).await;
         tokio::time::timeout(Duration::from_secs(5), listener.heard()).await.unwrap();
     }
 }

@@ -7,7 +7,7 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{NodeId, Store, StoreError, bigint, damaged, unsigned};
+use super::{NodeId, Store, StoreError, admission::day_of, bigint, damaged, events::Act, unsigned};
 use crate::sandbox::{Finish, ImageUsed, Kind, Limits, LogTail, Outcome, Program, Sandbox, SandboxId, State, TenantId};
 
 /// Which sandboxes of a tenant to list.
@@ -19,6 +19,25 @@ pub struct Filter {
     /// Older than this one.
     pub before: Option<SandboxId>,
     pub limit: u32,
+}
+
+/// Which sandboxes of all tenants to list.
+#[derive(Debug, Clone, Default)]
+pub struct Everyones {
+    pub tenant: Option<TenantId>,
+    pub principal: Option<String>,
+    pub kind: Option<Kind>,
+    pub states: Vec<State>,
+    /// Older than this one.
+    pub before: Option<SandboxId>,
+    pub limit: u32,
+}
+
+/// A sandbox and the node that has it, if one has.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Held {
+    pub sandbox: Sandbox,
+    pub node: Option<NodeId>,
 }
 
 /// An end, to be stored.
@@ -151,46 +170,6 @@ pub(super) const fn policy_name(policy: OutputPolicy) -> &'static str {
 }
 
 impl Store {
-    /// Inserts the sandbox as claimed by this node, in the state that it has — unless its image was removed, or others wait who come first:
-    /// those of its tenant, and of any tenant those that would fit where it fits. Then nothing is inserted and the answer is false.
-    pub async fn admit(&self, sandbox: &Sandbox, node: NodeId) -> Result<bool, StoreError> {
-        let inserted = sqlx::query!(
-            "with known as (
-                insert into tenants (id, created_at) values ($2, $15) on conflict do nothing
-            )
-            insert into sandboxes (
-                id, tenant, principal, kind, state, name, image_reference, image_digest, image_root, program, limits, output_policy,
-                labels, memory_bytes, cpu_millis, node, created_at, claimed_at, expires_at
-            )
-            select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $19, $18, $15, $16, $17
-            where exists (select 1 from images where root = $9) and not exists (
-                select 1 from sandboxes where state = 'queued' and (tenant = $2 or (memory_bytes <= $14 and cpu_millis <= $19))
-            )",
-            sandbox.id.0,
-            sandbox.tenant.as_str(),
-            sandbox.principal,
-            sandbox.kind.as_str(),
-            sandbox.state.as_str(),
-            sandbox.name.as_deref() as _,
-            sandbox.image.reference,
-            sandbox.image.digest,
-            sandbox.image.root.to_string(),
-            Json(&sandbox.program) as _,
-            Json(&sandbox.limits) as _,
-            policy_name(sandbox.output_policy),
-            Json(&sandbox.labels) as _,
-            bigint(sandbox.limits.memory_bytes()),
-            sandbox.created_at,
-            sandbox.claimed_at as _,
-            sandbox.expires_at as _,
-            node.0,
-            bigint(sandbox.limits.cpu_millis()),
-        )
-        .execute(&self.pool)
-        .await?;
-        Ok(inserted.rows_affected() == 1)
-    }
-
     /// The sandbox of this tenant.
     pub async fn find(&self, tenant: &TenantId, id: SandboxId) -> Result<Option<Sandbox>, StoreError> {
         let row = select_sandboxes!("id = $1 and tenant = $2", id.0, tenant.as_str()).fetch_optional(&self.pool).await?;
@@ -249,18 +228,43 @@ impl Store {
             LogKept::Until(at) => (true, Some(at)),
             LogKept::UntilDeleted => (true, None),
         };
+        let log_bytes = log_tail.data_bytes() + log_tail.stdout_omitted_bytes + log_tail.stderr_omitted_bytes;
         let count = sqlx::query_scalar!(
-            r#"with ended as (
+            r#"with before as (
+                select id, state as was from sandboxes where id = $1 and state = any($2) for no key update
+            ), ended as (
                 update sandboxes
                 set state = $3, outcome = $4, reason = $5, started_at = coalesce($6, started_at), finished_at = $7, log_tail = $8,
-                    stdout_omitted_bytes = $9, stderr_omitted_bytes = $10, has_log_file = $11, log_expires_at = $12, fences = coalesce($17, fences)
-                where id = $1 and state = any($2)
-                returning id, tenant, principal, kind, memory_bytes, labels
+                    stdout_omitted_bytes = $9, stderr_omitted_bytes = $10, has_log_file = $11, log_expires_at = $12, log_bytes = $17,
+                    fences = coalesce($19, fences)
+                from before
+                where sandboxes.id = before.id
+                returning sandboxes.id, tenant, principal, kind, memory_bytes, cpu_millis, labels, (was = 'queued')::integer as was_queued
+            ), tenant_counted as (
+                update tenants
+                set live = live - 1, live_memory_bytes = live_memory_bytes - ended.memory_bytes,
+                    live_cpu_millis = live_cpu_millis - ended.cpu_millis, queued = queued - ended.was_queued,
+                    log_bytes = log_bytes + $17, day = greatest(day, $18),
+                    day_runs = case when day < $18 then 0 else day_runs end,
+                    day_cpu_us = case when day < $18 then $14 when day = $18 then day_cpu_us + $14 else day_cpu_us end
+                from ended
+                where tenants.id = ended.tenant
+                returning ended.*
+            ), principal_counted as (
+                -- after the tenant, always
+                update principals
+                set live = live - 1, live_memory_bytes = live_memory_bytes - ended.memory_bytes,
+                    live_cpu_millis = live_cpu_millis - ended.cpu_millis, queued = queued - ended.was_queued,
+                    log_bytes = log_bytes + $17, day = greatest(day, $18),
+                    day_runs = case when day < $18 then 0 else day_runs end,
+                    day_cpu_us = case when day < $18 then $14 when day = $18 then day_cpu_us + $14 else day_cpu_us end
+                from tenant_counted as ended
+                where principals.tenant = ended.tenant and principals.name = ended.principal
             ), counted as (
                 insert into usage (
-                    sandbox, tenant, principal, kind, wall_us, cpu_us, memory_peak_bytes, memory_limit_bytes, output_bytes, ended_at
+                    sandbox, tenant, principal, kind, wall_us, cpu_us, memory_peak_bytes, memory_limit_bytes, output_bytes, log_bytes, ended_at
                 )
-                select id, tenant, principal, kind, $13, $14, $15, memory_bytes, $16, $7 from ended
+                select id, tenant, principal, kind, $13, $14, $15, memory_bytes, $16, $17, $7 from ended
             ), told as (
                 insert into events (tenant, sandbox, kind, at, data)
                 select tenant, id, 'sandbox.ended', $7,
@@ -286,6 +290,8 @@ impl Store {
             bigint(finish.used.cpu_us),
             bigint(finish.used.memory_peak_bytes),
             bigint(finish.used.stdout_bytes.saturating_add(finish.used.stderr_bytes)),
+            bigint(log_bytes),
+            day_of(finish.finished_at),
             finish.fences.map(|fences| fences.bits().cast_signed()) as _,
         )
         .fetch_one(&self.pool)
@@ -313,32 +319,124 @@ impl Store {
     }
 
     /// Removes a long-lived sandbox of this tenant that does not run, and tells of it. `None` if there is none, or it runs.
-    pub async fn delete(&self, tenant: &TenantId, id: SandboxId, now: OffsetDateTime) -> Result<Option<Deleted>, StoreError> {
+    pub async fn delete(&self, tenant: &TenantId, id: SandboxId, act: &Act<'_>) -> Result<Option<Deleted>, StoreError> {
+        let (actor_tenant, actor) = act.names();
         let row = sqlx::query!(
             "with gone as (
                 delete from sandboxes
                 where id = $1 and tenant = $2 and kind = 'sandbox' and state in ('queued', 'exited', 'failed')
-                returning id, tenant, state, has_log_file, labels
+                returning id, tenant, principal, state, has_log_file, labels, log_bytes,
+                    case when state = 'queued' then 1 else 0 end as live, case when state = 'queued' then memory_bytes else 0 end as memory_bytes,
+                    case when state = 'queued' then cpu_millis else 0 end as cpu_millis
+            ), tenant_counted as (
+                update tenants
+                set live = tenants.live - gone.live, live_memory_bytes = live_memory_bytes - gone.memory_bytes,
+                    live_cpu_millis = live_cpu_millis - gone.cpu_millis, queued = queued - gone.live,
+                    log_bytes = tenants.log_bytes - gone.log_bytes
+                from gone
+                where tenants.id = gone.tenant
+                returning gone.*
+            ), principal_counted as (
+                -- after the tenant, always
+                update principals
+                set live = principals.live - gone.live, live_memory_bytes = live_memory_bytes - gone.memory_bytes,
+                    live_cpu_millis = live_cpu_millis - gone.cpu_millis, queued = queued - gone.live,
+                    log_bytes = principals.log_bytes - gone.log_bytes
+                from tenant_counted as gone
+                where principals.tenant = gone.tenant and principals.name = gone.principal
             ), told as (
-                insert into events (tenant, sandbox, kind, at, data)
-                select tenant, id, 'sandbox.deleted', $3, jsonb_build_object('state', state, 'labels', labels) from gone
+                insert into events (tenant, sandbox, kind, at, data, actor_tenant, actor)
+                select tenant, id, 'sandbox.deleted', $3, jsonb_build_object('state', state, 'labels', labels), $4, $5 from gone
             )
             select state, has_log_file from gone",
             id.0,
             tenant.as_str(),
-            now,
+            act.at,
+            actor_tenant as _,
+            actor as _,
         )
         .fetch_optional(&self.pool)
         .await?;
         row.map(|row| Ok(Deleted { state: state_of(&row.state)?, has_log_file: row.has_log_file })).transpose()
     }
 
-    /// Ended sandboxes of this node whose whole log it still keeps; with `overdue_at`, only those whose time is over by then.
-    pub async fn kept_logs(&self, node: NodeId, overdue_at: Option<OffsetDateTime>) -> Result<Vec<SandboxId>, StoreError> {
+    /// Removes sandboxes that ended before this time and whose log no node keeps, oldest first. Answers how many.
+    pub async fn prune_sandboxes(&self, before: OffsetDateTime, limit: u32) -> Result<u64, StoreError> {
+        let mut transaction = self.pool.begin().await?;
+        if !super::keeps_house(&mut transaction).await? {
+            return Ok(0);
+        }
+        // Ids begin with the time of their making: no younger one needs to be looked at.
+        let before_ms = u64::try_from(before.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
+        let newest = Uuid::from_u64_pair(before_ms << 16, 0);
+        let count = sqlx::query_scalar!(
+            r#"with gone as (
+                delete from sandboxes using (
+                    select id from sandboxes
+                    where id < $3 and state in ('exited', 'failed') and finished_at < $1 and not has_log_file
+                    order by id
+                    limit $2
+                ) as old
+                where sandboxes.id = old.id
+                returning tenant, principal, log_bytes
+            ), tenant_counted as (
+                update tenants set log_bytes = tenants.log_bytes - freed.bytes
+                from (select tenant, sum(log_bytes)::bigint as bytes from gone group by tenant) as freed
+                where tenants.id = freed.tenant
+                returning tenants.id
+            ), principal_counted as (
+                -- after the tenant, always
+                update principals set log_bytes = principals.log_bytes - freed.bytes
+                from (select tenant, principal, sum(log_bytes)::bigint as bytes from gone group by tenant, principal) as freed
+                    join tenant_counted on tenant_counted.id = freed.tenant
+                where principals.tenant = freed.tenant and principals.name = freed.principal
+            )
+            select count(*) as "count!" from gone"#,
+            before,
+            i64::from(limit),
+            newest,
+        )
+        .fetch_one(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+        Ok(unsigned(count))
+    }
+
+    /// Sandboxes and runs of every tenant, newest first, with whose and where they are.
+    pub async fn list_everyones(&self, filter: &Everyones) -> Result<Vec<Held>, StoreError> {
+        let states: Vec<String> = filter.states.iter().map(|state| state.as_str().to_owned()).collect();
+        let rows = select_sandboxes!(
+            "($1::text is null or tenant = $1)
+                and ($2::text is null or principal = $2)
+                and ($3::text is null or kind = $3)
+                and (cardinality($4::text[]) = 0 or state = any($4))
+                and ($5::uuid is null or id < $5)
+            order by id desc
+            limit $6",
+            filter.tenant.as_ref().map(TenantId::as_str) as _,
+            filter.principal.as_deref() as _,
+            filter.kind.map(Kind::as_str) as _,
+            &states,
+            filter.before.map(|id| id.0) as _,
+            i64::from(filter.limit),
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let ids: Vec<Uuid> = rows.iter().map(|row| row.id).collect();
+        let places = sqlx::query!("select id, node from sandboxes where id = any($1)", &ids).fetch_all(&self.pool).await?;
+        let node_of = |id| places.iter().find(|place| place.id == id).and_then(|place| place.node).map(NodeId);
+        rows.into_iter().map(|row| Ok(Held { node: node_of(row.id), sandbox: row.read()? })).collect()
+    }
+
+    /// Ended sandboxes of this node whose whole log it still keeps; with `overdue`, only those whose time is over at the first instant, or
+    /// that ended before the second.
+    pub async fn kept_logs(&self, node: NodeId, overdue: Option<(OffsetDateTime, OffsetDateTime)>) -> Result<Vec<SandboxId>, StoreError> {
         let ids = sqlx::query_scalar!(
-            "select id from sandboxes where node = $1 and has_log_file and ($2::timestamptz is null or log_expires_at <= $2)",
+            "select id from sandboxes
+            where node = $1 and has_log_file and ($2::timestamptz is null or log_expires_at <= $2 or finished_at < $3)",
             node.0,
-            overdue_at as _,
+            overdue.map(|(at, _)| at) as _,
+            overdue.map(|(_, ended)| ended) as _,
         )
         .fetch_all(&self.pool)
         .await?;
@@ -348,9 +446,29 @@ impl Store {
     /// Notes that the node keeps these logs no more.
     pub async fn drop_kept_logs(&self, ids: &[SandboxId]) -> Result<(), StoreError> {
         let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
-        sqlx::query!("update sandboxes set has_log_file = false, log_expires_at = null where id = any($1)", &ids)
-            .execute(&self.pool)
-            .await?;
+        // What was only in the file is gone with it.
+        sqlx::query!(
+            "with dropped as (
+                update sandboxes
+                set has_log_file = false, log_expires_at = null,
+                    log_bytes = greatest(0, log_bytes - stdout_omitted_bytes - stderr_omitted_bytes)
+                from (select id, log_bytes as had from sandboxes where id = any($1) and has_log_file order by id for no key update) as before
+                where sandboxes.id = before.id
+                returning tenant, principal, had - log_bytes as bytes
+            ), tenant_counted as (
+                update tenants set log_bytes = tenants.log_bytes - freed.bytes
+                from (select tenant, sum(bytes)::bigint as bytes from dropped group by tenant) as freed
+                where tenants.id = freed.tenant
+                returning tenants.id
+            )
+            update principals set log_bytes = principals.log_bytes - freed.bytes
+            from (select tenant, principal, sum(bytes)::bigint as bytes from dropped group by tenant, principal) as freed
+                join tenant_counted on tenant_counted.id = freed.tenant
+            where principals.tenant = freed.tenant and principals.name = freed.principal",
+            &ids
+        )
+        .execute(&self.pool)
+        .await?;
         Ok(())
     }
 }

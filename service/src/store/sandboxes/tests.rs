@@ -6,8 +6,8 @@ use sqlx::PgPool;
 
 use super::*;
 use crate::{
-    sandbox::{Phases, RequestedLimits},
-    store::NewImage,
+    sandbox::{DefaultQuotas, Owner, Phases, Quotas, RequestedLimits, asked},
+    store::{Admission, Admitted, Input, NewImage},
 };
 
 pub(crate) fn sandbox(tenant: &str, kind: Kind, name: Option<&str>) -> Sandbox {
@@ -50,8 +50,43 @@ pub(in crate::store) async fn store_with_node(pool: PgPool) -> (Store, NodeId) {
         size_bytes: 1,
         created_at: now,
     };
-    store.record_image(&image).await.unwrap();
+    store.record_image(&image, &Quotas::default(), &act()).await.unwrap();
     (store, node)
+}
+
+pub(in crate::store) fn act() -> Act<'static> {
+    Act { actor: None, at: OffsetDateTime::UNIX_EPOCH, data: json!({}) }
+}
+
+pub(in crate::store) fn owner(sandbox: &Sandbox) -> Owner {
+    Owner { tenant: sandbox.tenant.clone(), principal: sandbox.principal.clone() }
+}
+
+/// Asks for the sandbox as it is, with these quotas of every tenant and every principal.
+pub(in crate::store) async fn ask(store: &Store, sandbox: &Sandbox, node: NodeId, input: &Input, defaults: &DefaultQuotas) -> Admitted {
+    let ttl_ms = (sandbox.kind == Kind::Sandbox).then_some(None);
+    let admission = Admission {
+        sandbox,
+        node,
+        input,
+        asked: &asked(&sandbox.limits, ttl_ms),
+        network: "none",
+        isolation: "namespaces",
+        defaults,
+        queue_max: 1000,
+    };
+    store.admit(admission).await.unwrap()
+}
+
+/// The same without quotas, by somebody who may have to be introduced.
+pub(in crate::store) async fn admit(store: &Store, sandbox: &Sandbox, node: NodeId) -> bool {
+    admit_with(store, sandbox, node, &Input::default()).await
+}
+
+pub(in crate::store) async fn admit_with(store: &Store, sandbox: &Sandbox, node: NodeId, input: &Input) -> bool {
+    store.introduce(&owner(sandbox), sandbox.created_at).await.unwrap();
+    let none = DefaultQuotas { tenant: Quotas::default(), principal: Quotas::default() };
+    matches!(ask(store, sandbox, node, input, &none).await, Admitted::Yes { .. })
 }
 
 fn lost(sandbox: &Sandbox) -> Finish {
@@ -63,7 +98,7 @@ fn lost(sandbox: &Sandbox) -> Finish {
 async fn a_sandbox_reads_back_as_it_was_admitted(pool: PgPool) {
     let (store, node) = store_with_node(pool).await;
     let sandbox = sandbox("acme", Kind::Sandbox, Some("box"));
-    assert!(store.admit(&sandbox, node).await.unwrap());
+    assert!(admit(&store, &sandbox, node).await);
     assert_eq!(store.find(&sandbox.tenant, sandbox.id).await.unwrap(), Some(sandbox.clone()));
     assert_eq!(store.live_of(node).await.unwrap(), [sandbox]);
 }
@@ -72,26 +107,36 @@ async fn a_sandbox_reads_back_as_it_was_admitted(pool: PgPool) {
 async fn another_tenants_sandbox_is_not_found(pool: PgPool) {
     let (store, node) = store_with_node(pool).await;
     let sandbox = sandbox("acme", Kind::Sandbox, None);
-    store.admit(&sandbox, node).await.unwrap();
+    assert!(admit(&store, &sandbox, node).await);
     let other = TenantId::proven("other".into());
     assert_eq!(store.find(&other, sandbox.id).await.unwrap(), None);
-    assert_eq!(store.delete(&other, sandbox.id, OffsetDateTime::UNIX_EPOCH).await.unwrap(), None);
+    assert_eq!(store.delete(&other, sandbox.id, &act()).await.unwrap(), None);
 }
 
 #[sqlx::test(migrations = "../migrations")]
 async fn a_name_is_given_once_to_a_tenant_and_again_to_another(pool: PgPool) {
     let (store, node) = store_with_node(pool).await;
-    store.admit(&sandbox("acme", Kind::Sandbox, Some("box")), node).await.unwrap();
-    let again = store.admit(&sandbox("acme", Kind::Sandbox, Some("box")), node).await;
-    assert!(matches!(again, Err(StoreError::NameTaken)));
-    assert!(store.admit(&sandbox("other", Kind::Sandbox, Some("box")), node).await.unwrap());
+    assert!(admit(&store, &sandbox("acme", Kind::Sandbox, Some("box")), node).await);
+    let second = sandbox("acme", Kind::Sandbox, Some("box"));
+    let admission = Admission {
+        sandbox: &second,
+        node,
+        input: &Input::default(),
+        asked: &json!({}),
+        network: "none",
+        isolation: "namespaces",
+        defaults: &DefaultQuotas::default(),
+        queue_max: 1,
+    };
+    assert!(matches!(store.admit(admission).await, Err(StoreError::NameTaken)));
+    assert!(admit(&store, &sandbox("other", Kind::Sandbox, Some("box")), node).await);
 }
 
 #[sqlx::test(migrations = "../migrations")]
 async fn an_end_is_stored_and_counted_once(pool: PgPool) {
     let (store, node) = store_with_node(pool.clone()).await;
     let sandbox = sandbox("acme", Kind::Run, None);
-    store.admit(&sandbox, node).await.unwrap();
+    assert!(admit(&store, &sandbox, node).await);
     let finish = lost(&sandbox);
     let tail = LogTail { bytes: vec![1, 2], stdout_omitted_bytes: 3, stderr_omitted_bytes: 0 };
     let ended = Ended { finish: &finish, log_tail: &tail, log_file: LogKept::UntilDeleted };
@@ -103,17 +148,18 @@ async fn an_end_is_stored_and_counted_once(pool: PgPool) {
     assert_eq!((stored.state, stored.outcome.as_ref()), (State::Failed, Some(&finish.outcome)));
     assert_eq!(store.find_log(sandbox.id).await.unwrap(), Some(StoredLog { tail, has_file: true }));
     assert_eq!(store.kept_logs(node, None).await.unwrap(), [sandbox.id]);
-    assert_eq!(store.kept_logs(node, Some(OffsetDateTime::UNIX_EPOCH)).await.unwrap(), []);
+    assert_eq!(store.kept_logs(node, Some((OffsetDateTime::UNIX_EPOCH, OffsetDateTime::UNIX_EPOCH))).await.unwrap(), []);
     let lines = sqlx::query_scalar!(r#"select count(*) as "count!" from usage"#).fetch_one(&pool).await.unwrap();
     let events = sqlx::query_scalar!(r#"select count(*) as "count!" from events"#).fetch_one(&pool).await.unwrap();
-    assert_eq!((lines, events), (1, 1));
+    // The image's import, its tenant, the sandbox's making and its end.
+    assert_eq!((lines, events), (1, 4));
 }
 
 #[sqlx::test(migrations = "../migrations")]
 async fn an_end_that_knows_no_start_leaves_the_one_that_was_noted(pool: PgPool) {
     let (store, node) = store_with_node(pool).await;
     let sandbox = sandbox("acme", Kind::Sandbox, None);
-    store.admit(&sandbox, node).await.unwrap();
+    assert!(admit(&store, &sandbox, node).await);
     let started_at = OffsetDateTime::UNIX_EPOCH + std::time::Duration::from_secs(1);
     store.mark_running(sandbox.id, started_at, Fences::everywhere()).await.unwrap();
     let finish = lost(&sandbox);
@@ -126,14 +172,14 @@ async fn an_end_that_knows_no_start_leaves_the_one_that_was_noted(pool: PgPool) 
 async fn a_running_sandbox_is_not_deleted_and_an_ended_one_is(pool: PgPool) {
     let (store, node) = store_with_node(pool).await;
     let sandbox = sandbox("acme", Kind::Sandbox, None);
-    store.admit(&sandbox, node).await.unwrap();
+    assert!(admit(&store, &sandbox, node).await);
     store.mark_running(sandbox.id, OffsetDateTime::UNIX_EPOCH, Fences::everywhere()).await.unwrap();
-    assert_eq!(store.delete(&sandbox.tenant, sandbox.id, OffsetDateTime::UNIX_EPOCH).await.unwrap(), None);
+    assert_eq!(store.delete(&sandbox.tenant, sandbox.id, &act()).await.unwrap(), None);
 
     let finish = lost(&sandbox);
     let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
     store.finish(sandbox.id, &[State::Running], &ended).await.unwrap();
-    let deleted = store.delete(&sandbox.tenant, sandbox.id, OffsetDateTime::UNIX_EPOCH).await.unwrap();
+    let deleted = store.delete(&sandbox.tenant, sandbox.id, &act()).await.unwrap();
     assert_eq!(deleted, Some(Deleted { state: State::Failed, has_log_file: false }));
     assert_eq!(store.find(&sandbox.tenant, sandbox.id).await.unwrap(), None);
 }
@@ -145,7 +191,7 @@ async fn a_list_is_newest_first_filtered_and_paged(pool: PgPool) {
     let second = sandbox("acme", Kind::Sandbox, None);
     let run = sandbox("acme", Kind::Run, None);
     for sandbox in [&first, &second, &run] {
-        store.admit(sandbox, node).await.unwrap();
+        assert!(admit(&store, sandbox, node).await);
     }
     let list = async |filter: Filter| -> Vec<SandboxId> {
         store.list(&first.tenant, &filter).await.unwrap().into_iter().map(|sandbox| sandbox.id).collect()

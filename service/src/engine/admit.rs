@@ -1,0 +1,212 @@
+//! The way in: from what somebody asks for to a sandbox that is stored, and carried or queued. One transaction where nothing is in the way.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use uuid::Uuid;
+
+use super::{Engine, EngineError, Followed, Owner, capacity::Room, input};
+use crate::{
+    sandbox::{
+        ImageUsed, Invalid, Kind, Limits, NewSandbox, Program, Quotas, Sandbox, SandboxId, State, TenantId, WhenFull, asked, defaults_within,
+    },
+    store::{Admission, Admitted, Image, Input, Standing, StoreError},
+};
+
+/// What references named when they were last looked up. Only a guess: the statement that inserts a sandbox checks it.
+#[derive(Debug, Default)]
+pub(super) struct KnownImages(Mutex<HashMap<(TenantId, String), Arc<Image>>>);
+
+impl KnownImages {
+    /// More are not kept at one time.
+    const MAX: usize = 1024;
+
+    fn get(&self, tenant: &TenantId, reference: &str) -> Option<Arc<Image>> {
+        self.lock().get(&(tenant.clone(), reference.to_owned())).cloned()
+    }
+
+    fn learn(&self, tenant: &TenantId, image: &Arc<Image>) {
+        let mut known = self.lock();
+        if known.len() >= Self::MAX {
+            known.clear();
+        }
+        known.insert((tenant.clone(), image.reference.clone()), Arc::clone(image));
+    }
+
+    fn forget(&self, tenant: &TenantId, reference: &str) {
+        self.lock().remove(&(tenant.clone(), reference.to_owned()));
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(TenantId, String), Arc<Image>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What is in the way of a sandbox, and may be out of it at the next attempt.
+enum Obstacle {
+    ImageMoved,
+    Unknown,
+    /// Nobody asked for a limit as large as its default.
+    DefaultTooLarge(Quotas),
+}
+
+impl Engine {
+    pub(super) async fn admit(self: Arc<Self>, owner: Owner, mut asked: NewSandbox) -> Result<Followed, EngineError> {
+        /// Each obstacle may be met once, and once more if others move images at the same time.
+        const ATTEMPTS: u32 = 6;
+        let input = input::encode(&std::mem::take(&mut asked.files), asked.stdin.take());
+        let mut input = Some(input);
+        for _ in 0..ATTEMPTS {
+            match self.try_to_admit(&owner, &asked, &mut input).await? {
+                Ok(followed) => return Ok(followed),
+                Err(Obstacle::ImageMoved) => self.images.forget(&owner.tenant, asked.image.as_str()),
+                Err(Obstacle::Unknown) => self.introduce(&owner).await?,
+                Err(Obstacle::DefaultTooLarge(quotas)) => {
+                    asked.requested = defaults_within(asked.requested, &asked.limits, &quotas);
+                    asked.limits = Limits::of(asked.kind, asked.requested)?;
+                }
+            }
+        }
+        Err(EngineError::ImageNotFound(asked.image.as_str().to_owned()))
+    }
+
+    async fn try_to_admit(
+        self: &Arc<Self>,
+        owner: &Owner,
+        asked: &NewSandbox,
+        input: &mut Option<Input>,
+    ) -> Result<Result<Followed, Obstacle>, EngineError> {
+        let created_at = self.clock.now();
+        let image = self.image(&owner.tenant, asked.image.as_str()).await?;
+        let image_found_at = self.clock.now();
+        let room = Room { memory_bytes: asked.limits.memory_bytes(), cpu_millis: asked.limits.cpu_millis(), sandboxes: 1 };
+        self.capacity.could_hold(room).map_err(EngineError::NoCapacity)?;
+        let keeper = self.keeper.hello().filter(|_| !self.stopping.is_cancelled()).ok_or(EngineError::KeeperUnavailable)?;
+        if !keeper.isolation.contains(&asked.isolation) {
+            return Err(Invalid::new("isolation", "this node does not offer it: `mayfly doctor` there says what is missing").into());
+        }
+        let sandbox = Sandbox {
+            id: SandboxId(Uuid::now_v7()),
+            tenant: owner.tenant.clone(),
+            principal: owner.principal.clone(),
+            kind: asked.kind,
+            state: State::Starting,
+            name: asked.name.clone(),
+            image: ImageUsed { reference: image.reference.clone(), digest: image.digest.clone(), root: image.root.clone() },
+            program: Program::resolve(&image.config, asked)?,
+            limits: asked.limits,
+            output_policy: asked.output_policy,
+            labels: asked.labels.clone(),
+            created_at,
+            claimed_at: Some(image_found_at),
+            started_at: None,
+            fences: None,
+            finished_at: None,
+            expires_at: asked.ttl_ms.map(|ms| created_at + Duration::from_millis(ms)),
+            outcome: None,
+        };
+        let image_took = (image_found_at - created_at).unsigned_abs();
+
+        if !self.has_queue()
+            && let Some(mut reservation) = self.capacity.reserve(room)
+        {
+            match self.ask_store(&sandbox, asked, &Input::default()).await? {
+                Admitted::Yes { weight } => {
+                    reservation.count_for(owner, weight);
+                    let live = self.live.insert(sandbox, image_took);
+                    let input = input.take().unwrap_or_default();
+                    tokio::spawn(Arc::clone(self).carry(Arc::clone(&live), input, reservation));
+                    return Ok(Ok(Followed::new(live)));
+                }
+                Admitted::Behind => {}
+                refused => return self.refuse(refused, asked).map(Err),
+            }
+        }
+        if asked.when_full == WhenFull::Refuse {
+            return Err(EngineError::Busy("there is no room now, and it is not to wait"));
+        }
+        let queued = Sandbox { state: State::Queued, claimed_at: None, ..sandbox };
+        // Known before it can be claimed, so that whoever claims it finds those who wait for it.
+        let live = self.live.insert(queued.clone(), image_took);
+        let empty = Input::default();
+        let admitted = self.ask_store(&queued, asked, input.as_ref().unwrap_or(&empty)).await;
+        if !matches!(admitted, Ok(Admitted::Yes { .. })) {
+            self.live.remove(queued.id);
+        }
+        match admitted? {
+            Admitted::Yes { .. } => {}
+            refused => return self.refuse(refused, asked).map(Err),
+        }
+        self.note_queue();
+        Ok(Ok(Followed::new(live)))
+    }
+
+    async fn ask_store(self: &Arc<Self>, sandbox: &Sandbox, new: &NewSandbox, input: &Input) -> Result<Admitted, EngineError> {
+        let ttl_ms = (new.kind == Kind::Sandbox).then_some(new.ttl_ms);
+        let admission = Admission {
+            sandbox,
+            node: self.node,
+            input,
+            asked: &asked(&sandbox.limits, ttl_ms),
+            network: new.network(),
+            isolation: new.isolation(),
+            defaults: &self.tenancy.defaults,
+            queue_max: self.tenancy.queue_max,
+        };
+        let answer = self.store.admit(admission).await;
+        if let Err(StoreError::Unavailable(_)) = &answer {
+            // The connection may have broken between the commit and its answer.
+            self.settle_unclear(sandbox.clone());
+        }
+        Ok(answer?)
+    }
+
+    fn refuse(&self, refused: Admitted, asked: &NewSandbox) -> Result<Obstacle, EngineError> {
+        match refused {
+            Admitted::ImageMoved => Ok(Obstacle::ImageMoved),
+            Admitted::Unknown => Ok(Obstacle::Unknown),
+            Admitted::Suspended => Err(EngineError::Suspended),
+            Admitted::QueueFull => Err(EngineError::Busy("there is no room now, and as many wait as may")),
+            Admitted::Exceeded(exceeded, quotas) => {
+                if defaults_within(asked.requested, &asked.limits, &quotas) == asked.requested {
+                    return Err(EngineError::QuotaExceeded(Box::new(exceeded)));
+                }
+                Ok(Obstacle::DefaultTooLarge(quotas))
+            }
+            // Neither is an answer to one that is to wait, nor a refusal.
+            Admitted::Yes { .. } | Admitted::Behind => Err(EngineError::Busy("there is no room now")),
+        }
+    }
+
+    /// What the tenant means by this reference; the same as at the last time unless [`KnownImages::forget`] was told otherwise.
+    async fn image(&self, tenant: &TenantId, reference: &str) -> Result<Arc<Image>, EngineError> {
+        if let Some(known) = self.images.get(tenant, reference) {
+            return Ok(known);
+        }
+        let found = self.store.find_image(tenant, reference).await?;
+        let image = Arc::new(found.ok_or_else(|| EngineError::ImageNotFound(reference.to_owned()))?);
+        self.images.learn(tenant, &image);
+        Ok(image)
+    }
+
+    /// Whether somebody with a valid token may do anything; a tenant that was never seen may, where tenants need no registration.
+    pub async fn check_standing(&self, owner: &Owner, is_admin: bool) -> Result<(), EngineError> {
+        match self.store.standing(owner).await? {
+            Standing::Good => Ok(()),
+            Standing::Suspended => Err(EngineError::Suspended),
+            // Somebody must be able to register the first.
+            Standing::Unknown if is_admin => Ok(self.store.introduce(owner, self.clock.now()).await?),
+            Standing::Unknown => self.introduce(owner).await,
+        }
+    }
+
+    async fn introduce(&self, owner: &Owner) -> Result<(), EngineError> {
+        if self.tenancy.is_registered_only && self.store.standing(owner).await? == Standing::Unknown {
+            return Err(EngineError::UnknownTenant);
+        }
+        Ok(self.store.introduce(owner, self.clock.now()).await?)
+    }
+}

@@ -1,0 +1,281 @@
+//! How much a tenant, or one of its principals, may have: names, values, and what is said when one is used up.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{Bound, Invalid, Limits, RequestedLimits, bounds};
+
+/// What the largest permitted value of a numeric field is called: this and the field's name without its path.
+const LARGEST: &str = "largest_";
+
+/// Every number that a postgres `bigint` and a JSON reader with doubles both hold exactly.
+const NUMBER_MAX: u64 = (1 << 53) - 1;
+
+/// Quotas by number that are counted, with what they count. Those from `image_bytes` on are a tenant's alone.
+const COUNTED: [(&str, &str); 10] = [
+    ("sandboxes", "sandboxes and runs that have not ended"),
+    ("memory_bytes", "bytes of their memory limits together"),
+    ("cpu_millis", "thousandths of a core of their CPU limits together"),
+    ("queued", "sandboxes and runs that wait for room"),
+    ("runs_per_minute", "sandboxes and runs made in a minute"),
+    ("runs_per_day", "sandboxes and runs made in a day of UTC"),
+    ("cpu_seconds_per_day", "seconds of CPU time used in a day of UTC"),
+    ("log_bytes", "bytes of kept output"),
+    ("image_bytes", "bytes of imported images"),
+    ("volume_bytes", "bytes of volumes"),
+];
+const TENANT_ONLY: [&str; 2] = ["image_bytes", "volume_bytes"];
+
+/// Quotas that are lists of what may be asked for.
+const LISTS: [&str; 2] = ["networks", "isolations"];
+
+/// Quotas by name. One that is absent, or null, is no limit; absent in what differs from others, it is theirs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Quotas(BTreeMap<String, Value>);
+
+/// What differs for whoever has no quotas of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DefaultQuotas {
+    pub tenant: Quotas,
+    pub principal: Quotas,
+}
+
+/// Whose quotas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QuotaScope {
+    Tenant,
+    Principal,
+}
+
+/// A quota that a request would have gone beyond.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Exceeded {
+    pub scope: QuotaScope,
+    pub quota: String,
+    /// A number or a list.
+    pub limit: Value,
+    /// What was used before, or what was asked for where nothing is counted.
+    pub used: Value,
+    /// When the same request may do. `None`: never, with this quota.
+    pub retry_after_s: Option<u64>,
+}
+
+impl Default for DefaultQuotas {
+    fn default() -> Self {
+        const GIB: u64 = 1 << 30;
+        let tenant = [("sandboxes", 1000), ("queued", 1000), ("log_bytes", 10 * GIB), ("image_bytes", 32 * GIB), ("volume_bytes", 32 * GIB)];
+        Self {
+            tenant: Quotas(tenant.into_iter().map(|(name, number)| (name.to_owned(), number.into())).collect()),
+            principal: Quotas::default(),
+        }
+    }
+}
+
+impl Quotas {
+    /// Quotas from a JSON object, where null is no limit. `field` is its path in the request.
+    pub fn parse(field: &str, scope: QuotaScope, given: Map<String, Value>) -> Result<Self, Invalid> {
+        let mut quotas = Self::default();
+        quotas.change(field, scope, given)?;
+        Ok(quotas)
+    }
+
+    /// Takes over what is given; `"default"` takes a quota out.
+    pub fn change(&mut self, field: &str, scope: QuotaScope, given: Map<String, Value>) -> Result<(), Invalid> {
+        for (name, value) in given {
+            let field = if field.is_empty() { name.clone() } else { format!("{field}.{name}") };
+            let kind = Kind::of(scope, &name).ok_or_else(|| Invalid::new(&*field, "there is no such quota here"))?;
+            if value == "default" {
+                self.0.remove(&name);
+                continue;
+            }
+            let is_sound = match (&value, kind) {
+                (Value::Null, _) => true,
+                (Value::Number(number), Kind::Number) => number.as_u64().is_some_and(|number| number <= NUMBER_MAX),
+                (Value::Array(words), Kind::List) => words.len() <= 16 && words.iter().all(Value::is_string),
+                _ => false,
+            };
+            if !is_sound {
+                let wanted = match kind {
+                    Kind::Number => "a whole number, null for no limit",
+                    Kind::List => "a list of names, null for no limit",
+                };
+                return Err(Invalid::new(field, format!("a quota is {wanted}, or \"default\"")));
+            }
+            self.0.insert(name, value);
+        }
+        Ok(())
+    }
+
+    /// These, and the other's where these say nothing.
+    #[must_use]
+    pub fn over(&self, base: &Self) -> Self {
+        let mut all = base.clone();
+        all.0.extend(self.0.clone());
+        all
+    }
+
+    /// The number of this name, if it is limited.
+    pub fn number(&self, name: &str) -> Option<u64> {
+        self.0.get(name).and_then(Value::as_u64)
+    }
+
+    /// The names in the list of this name, if it is limited.
+    pub fn list(&self, name: &str) -> Option<Vec<&str>> {
+        self.0.get(name)?.as_array().map(|words| words.iter().filter_map(Value::as_str).collect())
+    }
+
+    /// Every quota that there is in this scope, null where there is no limit.
+    #[must_use]
+    pub fn in_full(&self, scope: QuotaScope) -> Self {
+        let names = COUNTED.iter().map(|(name, _)| *name).chain(LISTS).filter(|name| Kind::of(scope, name).is_some());
+        let mut all: BTreeMap<String, Value> = names.map(|name| (name.to_owned(), Value::Null)).collect();
+        all.extend(self.0.clone());
+        Self(all)
+    }
+
+    /// The largest permitted value of a numeric field with this dotted path.
+    pub fn largest(&self, field: &str) -> Option<u64> {
+        self.number(&format!("{LARGEST}{}", leaf(field)))
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Number,
+    List,
+}
+
+impl Kind {
+    fn of(scope: QuotaScope, name: &str) -> Option<Self> {
+        if LISTS.contains(&name) {
+            return Some(Self::List);
+        }
+        let is_largest = name.strip_prefix(LARGEST).is_some_and(|field| bounds().iter().any(|bound| is_limited(bound) && leaf(bound.field) == field));
+        let is_counted = COUNTED.iter().any(|(known, _)| *known == name) && (scope == QuotaScope::Tenant || !TENANT_ONLY.contains(&name));
+        (is_largest || is_counted).then_some(Self::Number)
+    }
+}
+
+/// Whether a quota can bound the field: those of what a sandbox takes, not those of how an answer is read.
+fn is_limited(bound: &Bound) -> bool {
+    bound.field.starts_with("limits.") || bound.field == "ttl_ms"
+}
+
+fn leaf(field: &str) -> &str {
+    field.rsplit('.').next().unwrap_or(field)
+}
+
+/// The bound as it is for whoever has these quotas; `None` stands for no such quota.
+pub fn bound_within(bound: &Bound, quotas: &Quotas) -> Bound {
+    let Some(largest) = quotas.largest(bound.field).filter(|_| is_limited(bound)) else { return *bound };
+    let max = bound.max.min(largest);
+    Bound { max, default: bound.default.map(|default| default.min(max)), ..*bound }
+}
+
+/// What a request asks of each field that a quota can bound; null: without limit.
+pub fn asked(limits: &Limits, ttl_ms: Option<Option<u64>>) -> Value {
+    let mut asked = serde_json::to_value(limits).expect("limits are numbers with names");
+    if let (Value::Object(fields), Some(ttl_ms)) = (&mut asked, ttl_ms) {
+        fields.insert("ttl_ms".to_owned(), ttl_ms.into());
+    }
+    asked
+}
+
+/// The requested limits with what was not asked for set to the largest value that these quotas permit, where the default is larger.
+pub fn defaults_within(asked: RequestedLimits, in_force: &Limits, quotas: &Quotas) -> RequestedLimits {
+    let Ok(Value::Object(mut fields)) = serde_json::to_value(asked) else { return asked };
+    let Ok(Value::Object(defaults)) = serde_json::to_value(in_force) else { return asked };
+    for (name, value) in &mut fields {
+        if let (Value::Null, Some(largest)) = (&*value, quotas.largest(name))
+            && defaults.get(name).is_some_and(|default| default.as_u64().is_none_or(|default| default > largest))
+        {
+            *value = largest.into();
+        }
+    }
+    serde_json::from_value(Value::Object(fields)).unwrap_or(asked)
+}
+
+impl Exceeded {
+    /// Whether it is about how often, not about how much.
+    pub fn is_rate(&self) -> bool {
+        self.quota == "runs_per_minute"
+    }
+}
+
+impl std::fmt::Display for Exceeded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let whose = match self.scope {
+            QuotaScope::Tenant => "the tenant",
+            QuotaScope::Principal => "the principal",
+        };
+        let Self { quota, limit, used, .. } = self;
+        match COUNTED.iter().find(|(name, _)| name == quota) {
+            Some((_, unit)) => write!(f, "{whose} may have {limit} {unit}; {used} are used"),
+            None if used.is_null() => write!(f, "{whose} may ask for {limit} in {quota} at the most, and no limit was asked for"),
+            None => write!(f, "{whose} may ask for {limit} in {quota}; {used} was asked for"),
+        }
+    }
+}
+
+impl std::str::FromStr for Quotas {
+    type Err = anyhow::Error;
+    /// A JSON object of a tenant's quotas, as settings have it.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(Self::parse("", QuotaScope::Tenant, serde_json::from_str(text)?)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::sandbox::Kind as SandboxKind;
+
+    fn quotas(value: Value) -> Quotas {
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn object(value: Value) -> Map<String, Value> {
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn what_is_given_goes_before_what_was_there_and_a_default_takes_it_out() {
+        let mut own = quotas(json!({"sandboxes": 5, "queued": 7}));
+        own.change("quotas", QuotaScope::Tenant, object(json!({"sandboxes": null, "queued": "default", "largest_pids": 9}))).unwrap();
+        assert_eq!(own, quotas(json!({"sandboxes": null, "largest_pids": 9})));
+        let base = quotas(json!({"sandboxes": 1, "queued": 2}));
+        assert_eq!(own.over(&base), quotas(json!({"sandboxes": null, "queued": 2, "largest_pids": 9})));
+    }
+
+    #[test]
+    fn a_quota_that_is_none_is_named() {
+        for (name, value) in [("sandbox", json!(1)), ("sandboxes", json!(-1)), ("sandboxes", json!([])), ("largest_wait_ms", json!(1)), ("networks", json!(1))] {
+            let error = Quotas::parse("quotas", QuotaScope::Tenant, object(json!({name: value}))).unwrap_err();
+            assert_eq!(error.field, format!("quotas.{name}"));
+        }
+        assert!(Quotas::parse("", QuotaScope::Principal, object(json!({"image_bytes": 1}))).is_err());
+    }
+
+    #[test]
+    fn a_bound_is_the_nearer_of_ours_and_the_quotas() {
+        let quotas = quotas(json!({"largest_pids": 10, "largest_memory_bytes": 1_u64 << 60}));
+        let of = |field| bound_within(crate::sandbox::bound_of(field).unwrap(), &quotas);
+        assert_eq!((of("limits.pids").max, of("limits.pids").default), (10, Some(10)));
+        assert_eq!(of("limits.memory_bytes").max, 4 << 30);
+    }
+
+    #[test]
+    fn only_what_was_not_asked_for_is_lowered() {
+        let asked: RequestedLimits = serde_json::from_value(json!({"memory_bytes": 256 << 20})).unwrap();
+        let in_force = Limits::of(SandboxKind::Sandbox, asked).unwrap();
+        let within = defaults_within(asked, &in_force, &quotas(json!({"largest_memory_bytes": 1, "largest_pids": 3, "largest_wall_ms": 5})));
+        let expected: RequestedLimits = serde_json::from_value(json!({"memory_bytes": 256 << 20, "pids": 3, "wall_ms": 5})).unwrap();
+        assert_eq!(within, expected);
+    }
+}
