@@ -5,9 +5,9 @@
 //! over the time of who was served last, so that nobody saves up (start-time fair queueing). A sandbox that lives counts as if it were to live for
 //! [`EXPECTED_S`] more; when it ends, what it really held stands for it.
 //!
-//! What does not fit is passed over by those behind it, but not for ever: once it has waited for [`PATIENCE_S`] room is held free for it, for a
-//! while; then the others go on for as long; then room is held for twice as long, and so on. However long those live who have the room, a large one
-//! gets it, and small ones wait for half of the time at the most.
+//! What does not fit is passed over by those behind it, but not for ever: once it has waited for [`PATIENCE_S`], or its tenant has been passed over for
+//! more than [`LAG_S`], room is held free for it, for a while; then the others go on for as long; then room is held for twice as long, and so on. However
+//! long those live who have the room, a large one gets it, and small ones wait for half of the time at the most.
 
 use std::collections::{HashMap, HashSet};
 
@@ -21,8 +21,10 @@ const EXPECTED_S: f64 = 1.0;
 const HELD_S: std::ops::RangeInclusive<f64> = 0.001..=10.0;
 /// How long a sandbox that does not fit is passed over, in seconds.
 const PATIENCE_S: f64 = 1.0;
-/// How long room is first held for it.
-const RESERVE_S: f64 = 5.0;
+/// How far behind others a tenant may fall by what does not fit, in seconds of the whole node.
+const LAG_S: f64 = 0.5;
+/// How long room is first held for it, and at the most: as long as a wall limit can be.
+const RESERVE_S: std::ops::RangeInclusive<f64> = 5.0..=3600.0;
 
 /// One that waits, at the head of its principal's line.
 #[derive(Debug, Clone, PartialEq)]
@@ -120,13 +122,16 @@ impl Shares {
             let by_tenant = left.0.total_cmp(&right.0).then_with(|| one.owner.tenant.cmp(&other.owner.tenant));
             by_tenant.then(left.1.total_cmp(&right.1)).then(other.waited_s.total_cmp(&one.waited_s))
         });
-        for (_, at, head) in order {
+        let mut passed_over: Vec<(f64, &Head)> = Vec::new();
+        for ((clock, _), at, head) in order {
             if head.room.fits_in(free) {
-                return Some(at);
+                let is_owed = |(earlier, other): &(f64, &Head)| (clock - earlier) * f64::from(other.weight) > LAG_S && is_held_for(other.waited_s);
+                return (!passed_over.iter().any(is_owed)).then_some(at);
             }
-            if is_held_for(head.waited_s) {
+            if is_held_for(head.waited_s - PATIENCE_S) {
                 return None;
             }
+            passed_over.push((clock, head));
         }
         None
     }
@@ -207,18 +212,17 @@ fn tenant_len(tenants: &HashMap<TenantId, Tenant>, id: &TenantId) -> usize {
     tenants.get(id).map_or(0, |tenant| tenant.principals.len())
 }
 
-/// Whether room is held free, now, for one that does not fit and has waited for so long.
+/// Whether room is held free, now, for one that does not fit and could have had it for so long.
 fn is_held_for(waited_s: f64) -> bool {
-    let mut since = waited_s - PATIENCE_S;
-    if since < 0.0 {
+    if waited_s < 0.0 {
         return false;
     }
-    let mut window = RESERVE_S;
-    while since >= 2.0 * window {
+    let (mut since, mut window) = (waited_s, *RESERVE_S.start());
+    while since >= 2.0 * window && window < *RESERVE_S.end() {
         since -= 2.0 * window;
         window *= 2.0;
     }
-    since < window
+    since % (2.0 * window) < window
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a share needs no more than 53 bits")]
