@@ -22,7 +22,10 @@ async fn every_operation_of_the_contract_exists() {
     let client = service.client();
     let mut missing = Vec::new();
     for operation in contract::operations() {
-        let path = operation.template.replace("{id}", "0190b5a4-0000-7000-8000-000000000000").replace("{reference}", "no-such-image")
+        let path = operation
+            .template
+            .replace("{id}", "0190b5a4-0000-7000-8000-000000000000")
+            .replace("{reference}", "no-such-image")
             .replace("{tenant}", "no-such-tenant")
             .replace("{principal}", "nobody");
         // Metrics have a listener of their own.
@@ -53,7 +56,10 @@ async fn every_operation_but_the_open_ones_wants_a_token() {
     let open = ["/healthz", "/readyz", "/metrics", "/openapi.yaml"];
     let mut unguarded = Vec::new();
     for operation in contract::operations().into_iter().filter(|o| !open.contains(&o.template.as_str())) {
-        let path = operation.template.replace("{id}", "0190b5a4-0000-7000-8000-000000000000").replace("{reference}", "busybox")
+        let path = operation
+            .template
+            .replace("{id}", "0190b5a4-0000-7000-8000-000000000000")
+            .replace("{reference}", "busybox")
             .replace("{tenant}", "no-such-tenant")
             .replace("{principal}", "nobody");
         let method: Method = operation.method.parse().unwrap();

@@ -275,7 +275,10 @@ async fn bad_quotas_are_named() {
     let negative = admin.patch(&path, &json!({ "principal_quotas": { "queued": -1 } })).await.problem(422, "invalid_request");
     let weight = admin.patch(&path, &json!({ "weight": 0 })).await.problem(422, "invalid_request");
 
-    assert_eq!((&unknown["field"], &negative["field"], &weight["field"]), (&json!("quotas.sandboxs"), &json!("principal_quotas.queued"), &json!("weight")));
+    assert_eq!(
+        (&unknown["field"], &negative["field"], &weight["field"]),
+        (&json!("quotas.sandboxs"), &json!("principal_quotas.queued"), &json!("weight"))
+    );
     admin.patch("/v1/admin/tenants/no-such-tenant", &json!({ "weight": 1 })).await.problem(404, "not_found");
 }
 
@@ -296,7 +299,8 @@ async fn where_tenants_are_registered_the_others_are_refused() {
     };
     tenant(&["create", "acme", "--quota", "sandboxes=5", "--weight", "50"]);
     client.run(&hello()).await;
-    let shown: Value = serde_json::from_str(&tenant(&["set", "acme", "--quota", "sandboxes=default", "--principal-quota", "queued=1"])).unwrap();
+    let shown: Value =
+        serde_json::from_str(&tenant(&["set", "acme", "--quota", "sandboxes=default", "--principal-quota", "queued=1"])).unwrap();
     assert_eq!((&shown["weight"], &shown["quotas"], &shown["principal_quotas"]), (&json!(50), &json!({}), &json!({ "queued": 1 })));
     tenant(&["suspend", "acme", "--principal", "tester"]);
     client.post("/v1/runs", &hello()).await.problem(403, "suspended");
@@ -385,7 +389,8 @@ async fn ten_thousand_runs_of_one_tenant_hardly_delay_one_of_another() {
 async fn a_large_one_gets_its_room_while_small_ones_keep_coming() {
     let service = Service::start_with(&["--capacity-memory-bytes", "268435456"]).unwrap();
     service.import("busybox").unwrap();
-    let of = |memory_bytes: u64, command: &[&str]| json!({ "image": "busybox", "command": command, "limits": { "memory_bytes": memory_bytes } });
+    let of =
+        |memory_bytes: u64, command: &[&str]| json!({ "image": "busybox", "command": command, "limits": { "memory_bytes": memory_bytes } });
     let small = Client::of(service.place(), "small");
     let stream: Vec<_> = (0..6)
         .map(|_| {
@@ -399,7 +404,8 @@ async fn a_large_one_gets_its_room_while_small_ones_keep_coming() {
         .collect();
     tokio::time::sleep(Duration::from_secs(1)).await;
 
-    let large = tokio::time::timeout(Duration::from_secs(20), timed(&Client::of(service.place(), "large"), &of(256 << 20, &["true"]))).await;
+    let large =
+        tokio::time::timeout(Duration::from_secs(20), timed(&Client::of(service.place(), "large"), &of(256 << 20, &["true"]))).await;
 
     for one in stream {
         one.abort();

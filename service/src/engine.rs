@@ -21,9 +21,9 @@ use std::{
     time::Duration,
 };
 
+pub use crate::sandbox::Owner;
 use anyhow::Context as _;
 use capacity::{Capacity, Room};
-pub use crate::sandbox::Owner;
 pub use follow::{Followed, Followup, LogStream};
 pub use live::{Finished, Progress};
 use live::{Live, Registry};

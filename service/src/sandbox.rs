@@ -16,7 +16,8 @@ pub use outcome::{Finish, Outcome, Phases, Reason, Truncated, Usage};
 pub use program::{Capabilities, Program, User, spec};
 pub use quota::{DefaultQuotas, Exceeded, QuotaScope, Quotas, asked, bound_within, defaults_within};
 pub use request::{
-    Content, File, ImageReference, Invalid, LIST_LIMIT, LabelFault, NewSandbox, RunRequest, SandboxRequest, TTL_MS, WAIT_MS, WhenFull, check_label,
+    Content, File, ImageReference, Invalid, LIST_LIMIT, LabelFault, NewSandbox, RunRequest, SandboxRequest, TTL_MS, WAIT_MS, WhenFull,
+    check_label,
 };
 pub use sandbox_core::protocol::{ImageId, SandboxId};
 use sandbox_core::{fence::Fences, protocol::OutputPolicy};

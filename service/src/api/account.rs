@@ -152,7 +152,9 @@ pub(super) async fn usage(State(app): State<Arc<App>>, caller: Caller, uri: Uri)
 pub(super) async fn usage_of(app: &App, query: UsageQuery) -> Result<Json<UsageView>, ApiError> {
     let lines = app.store.usage(&UsageQuery { limit: USAGE_LINES_MAX + 1, ..query.clone() }).await?;
     if lines.len() > usize::try_from(USAGE_LINES_MAX).unwrap_or(usize::MAX) {
-        return Err(Invalid::new("group_by", format!("that is more than {USAGE_LINES_MAX} lines: ask for less time or fewer groups")).into());
+        return Err(
+            Invalid::new("group_by", format!("that is more than {USAGE_LINES_MAX} lines: ask for less time or fewer groups")).into()
+        );
     }
     let total = lines.iter().fold(UsageLine::default(), |total, line| total.plus(line));
     let items = lines.into_iter().map(LineView::from).collect();
@@ -177,7 +179,9 @@ pub(super) fn usage_query(pairs: Vec<(String, String)>, tenant: Option<TenantId>
                         "principal" => query.by.principal = true,
                         "kind" => query.by.kind = true,
                         "tenant" => query.by.tenant = true,
-                        _ => return Err(Invalid::new("group_by", "one or more of day or hour, principal, kind, tenant, with commas").into()),
+                        _ => {
+                            return Err(Invalid::new("group_by", "one or more of day or hour, principal, kind, tenant, with commas").into());
+                        }
                     }
                 }
             }
@@ -243,7 +247,8 @@ pub(super) fn event_filter(pairs: Vec<(String, String)>, tenant: Option<TenantId
 }
 
 pub(super) fn list_limit(text: &str) -> Result<u32, ApiError> {
-    let limit = query::value::<u64>("limit", text).map_err(|_| Invalid { bound: Some(&LIST_LIMIT), ..Invalid::new("limit", "not a number") })?;
+    let limit =
+        query::value::<u64>("limit", text).map_err(|_| Invalid { bound: Some(&LIST_LIMIT), ..Invalid::new("limit", "not a number") })?;
     Ok(u32::try_from(LIST_LIMIT.check(limit)?).unwrap_or(u32::MAX))
 }
 

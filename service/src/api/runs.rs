@@ -13,7 +13,10 @@ use axum::{
 use super::{
     App,
     caller::{Caller, Creator},
-    error::ApiError, json, query, view::RunView};
+    error::ApiError,
+    json, query,
+    view::RunView,
+};
 use crate::{
     engine::{Finished, Followed, Progress},
     sandbox::{Kind, RunRequest},

@@ -125,7 +125,8 @@ impl Shares {
         let mut passed_over: Vec<(f64, &Head)> = Vec::new();
         for ((clock, _), at, head) in order {
             if head.room.fits_in(free) {
-                let is_owed = |(earlier, other): &(f64, &Head)| (clock - earlier) * f64::from(other.weight) > LAG_S && is_held_for(other.waited_s);
+                let is_owed =
+                    |(earlier, other): &(f64, &Head)| (clock - earlier) * f64::from(other.weight) > LAG_S && is_held_for(other.waited_s);
                 return (!passed_over.iter().any(is_owed)).then_some(at);
             }
             if is_held_for(head.waited_s - PATIENCE_S) {

@@ -67,7 +67,8 @@ pub struct Exceeded {
 impl Default for DefaultQuotas {
     fn default() -> Self {
         const GIB: u64 = 1 << 30;
-        let tenant = [("sandboxes", 1000), ("queued", 1000), ("log_bytes", 10 * GIB), ("image_bytes", 32 * GIB), ("volume_bytes", 32 * GIB)];
+        let tenant =
+            [("sandboxes", 1000), ("queued", 1000), ("log_bytes", 10 * GIB), ("image_bytes", 32 * GIB), ("volume_bytes", 32 * GIB)];
         Self {
             tenant: Quotas(tenant.into_iter().map(|(name, number)| (name.to_owned(), number.into())).collect()),
             principal: Quotas::default(),
@@ -154,7 +155,8 @@ impl Kind {
         if LISTS.contains(&name) {
             return Some(Self::List);
         }
-        let is_largest = name.strip_prefix(LARGEST).is_some_and(|field| bounds().iter().any(|bound| is_limited(bound) && leaf(bound.field) == field));
+        let is_largest =
+            name.strip_prefix(LARGEST).is_some_and(|field| bounds().iter().any(|bound| is_limited(bound) && leaf(bound.field) == field));
         let is_counted = COUNTED.iter().any(|(known, _)| *known == name) && (scope == QuotaScope::Tenant || !TENANT_ONLY.contains(&name));
         (is_largest || is_counted).then_some(Self::Number)
     }
@@ -255,7 +257,13 @@ mod tests {
 
     #[test]
     fn a_quota_that_is_none_is_named() {
-        for (name, value) in [("sandbox", json!(1)), ("sandboxes", json!(-1)), ("sandboxes", json!([])), ("largest_wait_ms", json!(1)), ("networks", json!(1))] {
+        for (name, value) in [
+            ("sandbox", json!(1)),
+            ("sandboxes", json!(-1)),
+            ("sandboxes", json!([])),
+            ("largest_wait_ms", json!(1)),
+            ("networks", json!(1)),
+        ] {
             let error = Quotas::parse("quotas", QuotaScope::Tenant, object(json!({name: value}))).unwrap_err();
             assert_eq!(error.field, format!("quotas.{name}"));
         }
@@ -274,7 +282,8 @@ mod tests {
     fn only_what_was_not_asked_for_is_lowered() {
         let asked: RequestedLimits = serde_json::from_value(json!({"memory_bytes": 256 << 20})).unwrap();
         let in_force = Limits::of(SandboxKind::Sandbox, asked).unwrap();
-        let within = defaults_within(asked, &in_force, &quotas(json!({"largest_memory_bytes": 1, "largest_pids": 3, "largest_wall_ms": 5})));
+        let within =
+            defaults_within(asked, &in_force, &quotas(json!({"largest_memory_bytes": 1, "largest_pids": 3, "largest_wall_ms": 5})));
         let expected: RequestedLimits = serde_json::from_value(json!({"memory_bytes": 256 << 20, "pids": 3, "wall_ms": 5})).unwrap();
         assert_eq!(within, expected);
     }

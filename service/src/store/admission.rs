@@ -28,7 +28,9 @@ pub struct Admission<'a> {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Admitted {
     /// With its tenant's weight.
-    Yes { weight: u32 },
+    Yes {
+        weight: u32,
+    },
     /// Others wait: it is to wait too.
     Behind,
     /// As many wait as may.

@@ -82,13 +82,10 @@ impl Store {
             )
             .fetch_one(&mut *transaction)
             .await?;
-            let replaced = sqlx::query_scalar!(
-                "select size_bytes from images where tenant = $1 and reference = $2",
-                tenant.as_str(),
-                image.reference
-            )
-            .fetch_optional(&mut *transaction)
-            .await?;
+            let replaced =
+                sqlx::query_scalar!("select size_bytes from images where tenant = $1 and reference = $2", tenant.as_str(), image.reference)
+                    .fetch_optional(&mut *transaction)
+                    .await?;
             let used = locked.image_bytes - replaced.unwrap_or(0);
             let after = used.saturating_add(bigint(image.size_bytes));
             if let Some(limit) = locked.quotas.0.over(defaults).number("image_bytes")

@@ -78,7 +78,9 @@ pub struct Who<'a> {
 pub enum Suspension {
     Lifted,
     /// From now on it may not; with `stops`, what runs and waits is ended too.
-    Imposed { stops: bool },
+    Imposed {
+        stops: bool,
+    },
 }
 
 /// One of the two tables has all of it.
@@ -127,10 +129,10 @@ impl Row {
                 volume_bytes: self.image_bytes.map(|_| 0),
             },
             quotas,
-            of_tenant: self.weight.zip(self.principal_quotas).map(|(weight, quotas)| OfTenant {
-                weight: u32::try_from(weight).unwrap_or(1),
-                principal_quotas: quotas.0,
-            }),
+            of_tenant: self
+                .weight
+                .zip(self.principal_quotas)
+                .map(|(weight, quotas)| OfTenant { weight: u32::try_from(weight).unwrap_or(1), principal_quotas: quotas.0 }),
         }
     }
 }
@@ -261,7 +263,9 @@ impl Store {
     /// Changes weight and quotas. `None`: there is no such account.
     pub async fn change_account(&self, who: Who<'_>, change: &Change, act: &Act<'_>) -> Result<Option<Result<(), Invalid>>, StoreError> {
         let mut transaction = self.pool.begin().await?;
-        sqlx::query!("select id from tenants where id = $1 for no key update", who.tenant.as_str()).fetch_optional(&mut *transaction).await?;
+        sqlx::query!("select id from tenants where id = $1 for no key update", who.tenant.as_str())
+            .fetch_optional(&mut *transaction)
+            .await?;
         let Some(row) = row_of(&mut transaction, who).await? else { return Ok(None) };
         let scope = if who.principal.is_none() { QuotaScope::Tenant } else { QuotaScope::Principal };
         let (mut quotas, mut principal_quotas) = (row.quotas.0, row.principal_quotas.map(|quotas| quotas.0).unwrap_or_default());

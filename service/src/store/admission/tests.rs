@@ -71,7 +71,13 @@ async fn assert_counted(pool: &PgPool) {
 }
 
 /// All four ask at once, again and again; never do more of one owner get in than there are places.
-async fn race(pool: PgPool, owners: [(&'static str, &'static str); 4], quotas: DefaultQuotas, places: usize, group: fn(&Sandbox) -> String) {
+async fn race(
+    pool: PgPool,
+    owners: [(&'static str, &'static str); 4],
+    quotas: DefaultQuotas,
+    places: usize,
+    group: fn(&Sandbox) -> String,
+) {
     let all = owners.map(|(tenant, principal)| of(tenant, principal));
     let (store, node) = ready(pool.clone(), &all).await;
     let mut got_in = 0;
@@ -275,7 +281,9 @@ async fn an_admission_is_one_transaction(pool: PgPool) {
     let alice = of("acme", "alice");
     let (store, node) = ready(pool.clone(), std::slice::from_ref(&alice)).await;
     // Every transaction that writes takes the next number.
-    let number = async || sqlx::query_scalar!(r#"select pg_snapshot_xmax(pg_current_snapshot())::text::bigint as "xmax!""#).fetch_one(&pool).await.unwrap();
+    let number = async || {
+        sqlx::query_scalar!(r#"select pg_snapshot_xmax(pg_current_snapshot())::text::bigint as "xmax!""#).fetch_one(&pool).await.unwrap()
+    };
     let before = number().await;
     assert!(matches!(ask(&store, &alice, node, &Input::default(), &DefaultQuotas::default()).await, Admitted::Yes { .. }));
     assert_eq!(number().await - before, 1);
