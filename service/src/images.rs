@@ -269,7 +269,7 @@ impl Images {
             created_at: self.clock.now(),
         };
         let image = match self.store.record_image(&image, &self.quotas, &self.act_of(actor)).await? {
-            Recorded::Yes(image) => image,
+            Recorded::Yes(image) => *image,
             Recorded::Exceeded(exceeded) => return Err(ImportError::QuotaExceeded(Box::new(exceeded))),
         };
         tracing::info!(image.reference = image.reference, image.digest = image.digest, "an image was imported");

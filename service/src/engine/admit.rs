@@ -11,7 +11,8 @@ use uuid::Uuid;
 use super::{Engine, EngineError, Followed, Owner, capacity::Room, input};
 use crate::{
     sandbox::{
-        ImageUsed, Invalid, Kind, Limits, NewSandbox, Program, Quotas, Sandbox, SandboxId, State, TenantId, WhenFull, asked, defaults_within,
+        ImageUsed, Invalid, Kind, Limits, NewSandbox, Program, RequestedLimits, Sandbox, SandboxId, State, TenantId, WhenFull, asked,
+        defaults_within,
     },
     store::{Admission, Admitted, Image, Input, Standing, StoreError},
 };
@@ -49,8 +50,8 @@ impl KnownImages {
 enum Obstacle {
     ImageMoved,
     Unknown,
-    /// Nobody asked for a limit as large as its default.
-    DefaultTooLarge(Quotas),
+    /// Nobody asked for a limit as large as its default: these will do.
+    DefaultTooLarge(Box<(RequestedLimits, Limits)>),
 }
 
 impl Engine {
@@ -64,10 +65,7 @@ impl Engine {
                 Ok(followed) => return Ok(followed),
                 Err(Obstacle::ImageMoved) => self.images.forget(&owner.tenant, asked.image.as_str()),
                 Err(Obstacle::Unknown) => self.introduce(&owner).await?,
-                Err(Obstacle::DefaultTooLarge(quotas)) => {
-                    asked.requested = defaults_within(asked.requested, &asked.limits, &quotas);
-                    asked.limits = Limits::of(asked.kind, asked.requested)?;
-                }
+                Err(Obstacle::DefaultTooLarge(less)) => (asked.requested, asked.limits) = *less,
             }
         }
         Err(EngineError::ImageNotFound(asked.image.as_str().to_owned()))
@@ -113,16 +111,16 @@ impl Engine {
         if !self.has_queue()
             && let Some(mut reservation) = self.capacity.reserve(room)
         {
-            match self.ask_store(&sandbox, asked, &Input::default()).await? {
-                Admitted::Yes { weight } => {
-                    reservation.count_for(owner, weight);
-                    let live = self.live.insert(sandbox, image_took);
-                    let input = input.take().unwrap_or_default();
-                    tokio::spawn(Arc::clone(self).carry(Arc::clone(&live), input, reservation));
-                    return Ok(Ok(Followed::new(live)));
-                }
-                Admitted::Behind => {}
-                refused => return self.refuse(refused, asked).map(Err),
+            let answer = self.ask_store(&sandbox, asked, &Input::default()).await?;
+            if let Admitted::Yes { weight } = answer {
+                reservation.count_for(owner, weight);
+                let live = self.live.insert(sandbox, image_took);
+                let input = input.take().unwrap_or_default();
+                tokio::spawn(Arc::clone(self).carry(Arc::clone(&live), input, reservation));
+                return Ok(Ok(Followed::new(live)));
+            }
+            if answer != Admitted::Behind {
+                return refuse(answer, asked).map(Err);
             }
         }
         if asked.when_full == WhenFull::Refuse {
@@ -132,13 +130,10 @@ impl Engine {
         // Known before it can be claimed, so that whoever claims it finds those who wait for it.
         let live = self.live.insert(queued.clone(), image_took);
         let empty = Input::default();
-        let admitted = self.ask_store(&queued, asked, input.as_ref().unwrap_or(&empty)).await;
-        if !matches!(admitted, Ok(Admitted::Yes { .. })) {
+        let answer = self.ask_store(&queued, asked, input.as_ref().unwrap_or(&empty)).await;
+        if !matches!(answer, Ok(Admitted::Yes { .. })) {
             self.live.remove(queued.id);
-        }
-        match admitted? {
-            Admitted::Yes { .. } => {}
-            refused => return self.refuse(refused, asked).map(Err),
+            return refuse(answer?, asked).map(Err);
         }
         self.note_queue();
         Ok(Ok(Followed::new(live)))
@@ -162,23 +157,6 @@ impl Engine {
             self.settle_unclear(sandbox.clone());
         }
         Ok(answer?)
-    }
-
-    fn refuse(&self, refused: Admitted, asked: &NewSandbox) -> Result<Obstacle, EngineError> {
-        match refused {
-            Admitted::ImageMoved => Ok(Obstacle::ImageMoved),
-            Admitted::Unknown => Ok(Obstacle::Unknown),
-            Admitted::Suspended => Err(EngineError::Suspended),
-            Admitted::QueueFull => Err(EngineError::Busy("there is no room now, and as many wait as may")),
-            Admitted::Exceeded(exceeded, quotas) => {
-                if defaults_within(asked.requested, &asked.limits, &quotas) == asked.requested {
-                    return Err(EngineError::QuotaExceeded(Box::new(exceeded)));
-                }
-                Ok(Obstacle::DefaultTooLarge(quotas))
-            }
-            // Neither is an answer to one that is to wait, nor a refusal.
-            Admitted::Yes { .. } | Admitted::Behind => Err(EngineError::Busy("there is no room now")),
-        }
     }
 
     /// What the tenant means by this reference; the same as at the last time unless [`KnownImages::forget`] was told otherwise.
@@ -208,5 +186,25 @@ impl Engine {
             return Err(EngineError::UnknownTenant);
         }
         Ok(self.store.introduce(owner, self.clock.now()).await?)
+    }
+}
+
+/// What is to be done about a sandbox that was not let in, or what its creator hears.
+fn refuse(refused: Admitted, asked: &NewSandbox) -> Result<Obstacle, EngineError> {
+    match refused {
+        Admitted::ImageMoved => Ok(Obstacle::ImageMoved),
+        Admitted::Unknown => Ok(Obstacle::Unknown),
+        Admitted::Suspended => Err(EngineError::Suspended),
+        Admitted::QueueFull => Err(EngineError::Busy("there is no room now, and as many wait as may")),
+        Admitted::Exceeded(exceeded, quotas) => {
+            let requested = defaults_within(asked.requested, &asked.limits, &quotas);
+            match Limits::of(asked.kind, requested) {
+                Ok(limits) if requested != asked.requested => Ok(Obstacle::DefaultTooLarge(Box::new((requested, limits)))),
+                // What is asked for is too much, or nothing is as little as the quota.
+                Ok(_) | Err(_) => Err(EngineError::QuotaExceeded(Box::new(exceeded))),
+            }
+        }
+        // Neither is an answer to one that is to wait, nor a refusal.
+        Admitted::Yes { .. } | Admitted::Behind => Err(EngineError::Busy("there is no room now")),
     }
 }

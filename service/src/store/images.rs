@@ -40,7 +40,7 @@ pub struct Image {
 /// What became of an image that was to be recorded.
 #[derive(Debug, Clone)]
 pub enum Recorded {
-    Yes(Image),
+    Yes(Box<Image>),
     Exceeded(Exceeded),
 }
 
@@ -124,7 +124,7 @@ impl Store {
         let object = format!("image/{}", image.reference);
         super::events::tell(&mut transaction, image.tenant.as_ref(), "image.imported", Some(&object), &act).await?;
         transaction.commit().await?;
-        row.read().map(Recorded::Yes)
+        row.read().map(|image| Recorded::Yes(Box::new(image)))
     }
 
     /// What the tenant means by this reference: its own image, else the shared one.

@@ -148,10 +148,9 @@ async fn a_bucket_gives_out_what_it_holds_and_what_flowed_in(pool: PgPool) {
 }
 
 async fn refused(store: &Store, sandbox: &Sandbox, node: NodeId, quotas: &DefaultQuotas) -> Exceeded {
-    match ask(store, sandbox, node, &Input::default(), quotas).await {
-        Admitted::Exceeded(exceeded, _) => exceeded,
-        other => panic!("{other:?}"),
-    }
+    let answer = ask(store, sandbox, node, &Input::default(), quotas).await;
+    let Admitted::Exceeded(exceeded, _) = answer else { panic!("{answer:?}") };
+    exceeded
 }
 
 /// Each quota refuses one more than it allows, by its name, with its value, what is used, and when to come again.
@@ -186,6 +185,8 @@ async fn every_quota_names_itself_its_value_and_the_use(pool: PgPool) {
         ("largest_inodes", json!(1), json!(4096), None),
         ("largest_open_files", json!(1), json!(256), None),
         ("largest_file_size_bytes", json!(1), json!(64 << 20), None),
+        ("largest_io_bytes_per_s", json!(1), json!(256 << 20), None),
+        ("largest_io_ops_per_s", json!(1), json!(20_000), None),
         ("networks", json!(["proxy"]), json!("none"), None),
         ("isolations", json!(["gvisor"]), json!("namespaces"), None),
     ];
