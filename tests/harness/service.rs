@@ -348,14 +348,24 @@ pub fn wait(child: &mut Child, deadline: Duration) -> Result<Option<ExitStatus>>
 /// It did not end in time.
 pub fn finish(command: &mut Command, deadline: Duration) -> Result<(ExitStatus, String)> {
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    // Read while it runs: a pipe holds 64 KiB, and who writes more waits for a reader.
+    let heard = [reader(child.stdout.take().context("piped")?), reader(child.stderr.take().context("piped")?)];
     let status = wait(&mut child, deadline)?;
     if status.is_none() {
         child.kill()?;
     }
     let mut said = String::new();
-    child.stdout.take().context("piped")?.read_to_string(&mut said)?;
-    child.stderr.take().context("piped")?.read_to_string(&mut said)?;
+    for stream in heard {
+        said += &stream.join().map_err(|_| anyhow::anyhow!("reading what it said panicked"))??;
+    }
     Ok((status.with_context(|| format!("{command:?} is still there: {said}"))?, said))
+}
+
+fn reader(mut stream: impl Read + Send + 'static) -> std::thread::JoinHandle<std::io::Result<String>> {
+    std::thread::spawn(move || {
+        let mut said = String::new();
+        stream.read_to_string(&mut said).map(|_| said)
+    })
 }
 
 /// The two addresses out of the line that says that the service is ready.
