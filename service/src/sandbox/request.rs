@@ -289,7 +289,7 @@ impl NewSandbox {
 
     /// What stands between it and the kernel, as quotas name it.
     pub const fn isolation(&self) -> &'static str {
-        "namespaces"
+        "container"
     }
 
     fn args_and_env_fit(&self) -> Result<(), Invalid> {

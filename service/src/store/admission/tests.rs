@@ -188,7 +188,7 @@ async fn every_quota_names_itself_its_value_and_the_use(pool: PgPool) {
         ("largest_io_bytes_per_s", json!(1), json!(256 << 20), None),
         ("largest_io_ops_per_s", json!(1), json!(20_000), None),
         ("networks", json!(["proxy"]), json!("none"), None),
-        ("isolations", json!(["gvisor"]), json!("namespaces"), None),
+        ("isolations", json!(["gvisor"]), json!("container"), None),
     ];
     for (quota, limit, used, retry_after_s) in cases {
         for scope in [QuotaScope::Tenant, QuotaScope::Principal] {
@@ -266,7 +266,7 @@ async fn the_queue_is_bounded(pool: PgPool) {
             input: &Input::default(),
             asked: &json!({}),
             network: "none",
-            isolation: "namespaces",
+            isolation: "container",
             defaults: &none,
             queue_max: 1,
         };

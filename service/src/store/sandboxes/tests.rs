@@ -71,7 +71,7 @@ pub(in crate::store) async fn ask(store: &Store, sandbox: &Sandbox, node: NodeId
         input,
         asked: &asked(&sandbox.limits, ttl_ms),
         network: "none",
-        isolation: "namespaces",
+        isolation: "container",
         defaults,
         queue_max: 1000,
     };
@@ -124,7 +124,7 @@ async fn a_name_is_given_once_to_a_tenant_and_again_to_another(pool: PgPool) {
         input: &Input::default(),
         asked: &json!({}),
         network: "none",
-        isolation: "namespaces",
+        isolation: "container",
         defaults: &DefaultQuotas::default(),
         queue_max: 1,
     };
