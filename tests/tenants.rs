@@ -312,8 +312,8 @@ async fn where_tenants_are_registered_the_others_are_refused() {
 
 /// A node with room for one sandbox of the default size.
 fn narrow(more: &[&str]) -> Service {
-    let service = Service::start_with(&[&["--capacity-memory-bytes", "268435456"], more].concat()).unwrap();
-    service.import("busybox").unwrap();
+    let service = Service::start_with(&[&["--capacity-memory-bytes", "268435456"], more].concat()).expect("it starts");
+    service.import("busybox").expect("the image is imported");
     service
 }
 
