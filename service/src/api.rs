@@ -2,6 +2,8 @@
 
 mod account;
 mod admin;
+mod bounds;
+mod browser;
 pub mod caller;
 pub mod error;
 pub mod images;
@@ -24,10 +26,14 @@ use axum::{
     routing::{get, post},
 };
 use error::ApiError;
-use tower_http::{catch_panic::CatchPanicLayer, sensitive_headers::SetSensitiveRequestHeadersLayer, timeout::TimeoutLayer};
+use tower_http::{
+    catch_panic::CatchPanicLayer, sensitive_headers::SetSensitiveRequestHeadersLayer, set_header::SetResponseHeaderLayer,
+    timeout::TimeoutLayer,
+};
 
 use crate::{
-    clock::Clock, engine::Engine, images::Images, metrics::Metrics, runtime::Keeper, sandbox::WAIT_MS, store::Store, token::Verifier,
+    clock::Clock, config::DoorSettings, engine::Engine, images::Images, metrics::Metrics, runtime::Keeper, sandbox::WAIT_MS, store::Store,
+    token::Verifier,
 };
 
 /// The contract, as it is served.
@@ -49,7 +55,7 @@ pub struct App {
 }
 
 /// The whole API.
-pub fn router(app: Arc<App>) -> Router {
+pub fn router(app: Arc<App>, door: &DoorSettings) -> Router {
     let deadline = |duration| TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, duration);
     let waiting = Router::new().route("/v1/runs", post(runs::create)).layer(deadline(Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE));
     let quick = Router::new()
@@ -68,11 +74,20 @@ pub fn router(app: Arc<App>) -> Router {
         .layer(deadline(QUICK_DEADLINE));
     // An import lasts as long as its archive; it keeps its own bounds.
     let routes = waiting.merge(quick).merge(images::router()).fallback(async || ApiError::NotFound);
-    routes
+    let mut routes = routes
         .layer(CatchPanicLayer::custom(|_panic| axum::response::IntoResponse::into_response(ApiError::panicked())))
+        .layer(middleware::from_fn_with_state(door.body_deadline, bounds::bound_body))
+        .layer(middleware::from_fn(bounds::bound_head))
         .layer(middleware::from_fn_with_state(Arc::clone(&app), observe::observe))
-        .layer(SetSensitiveRequestHeadersLayer::new([header::AUTHORIZATION, header::SEC_WEBSOCKET_PROTOCOL]))
-        .with_state(app)
+        .layer(SetSensitiveRequestHeadersLayer::new([header::AUTHORIZATION, header::SEC_WEBSOCKET_PROTOCOL]));
+    for (name, value) in browser::safety(door) {
+        routes = routes.layer(SetResponseHeaderLayer::if_not_present(name, value));
+    }
+    // Outermost: a preflight has no token, and a page must be able to read refusals too.
+    if let Some(cors) = browser::cors(&door.cors_origins) {
+        routes = routes.layer(cors);
+    }
+    routes.with_state(app)
 }
 
 /// The listener of its own that Prometheus reads.

@@ -1,6 +1,8 @@
 //! What an operator can set: flags, environment and one TOML file, which say the same things.
 
 mod account;
+mod door;
+mod keys;
 
 use std::{
     fs,
@@ -13,6 +15,8 @@ pub use account::Account;
 pub(crate) use account::finish;
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
+pub use door::{DoorSettings, TlsFiles};
+pub use keys::KeySettings;
 use sandbox_core::{
     fence::{Fence, Fences},
     selinux::Labels,
@@ -21,7 +25,7 @@ use serde::Deserialize;
 
 use crate::{
     sandbox::{DefaultQuotas, QuotaScope, Quotas},
-    token::{Rules, Secret},
+    token::Rules,
 };
 
 /// Connections to Postgres: fewer starve the hot path, more than this no server takes by default.
@@ -76,9 +80,47 @@ pub struct Options {
     /// SELinux label of the files in sandboxes, for a keeper of our own
     #[arg(long, env = "MAYFLY_SELINUX_MOUNT_LABEL", value_name = "LABEL", requires = "selinux_label")]
     pub selinux_mount_label: Option<String>,
-    /// File with the secret that tokens are signed with, at least 32 bytes [default: jwt-secret in the data folder, made as needed]
+    /// PEM file with the certificate of the API and those between it and its authority; without it the API speaks plain HTTP. Read
+    /// again when it changes, and on SIGHUP, by the service's user
+    #[arg(long, env = "MAYFLY_TLS_CERT", value_name = "PATH")]
+    pub tls_cert: Option<PathBuf>,
+    /// PEM file with the private key to that certificate
+    #[arg(long, env = "MAYFLY_TLS_KEY", value_name = "PATH")]
+    pub tls_key: Option<PathBuf>,
+    /// Origin, as in https://app.example.com, whose pages may call the API from a browser; several with commas between [default: none]
+    #[arg(long, env = "MAYFLY_CORS_ORIGIN", value_name = "ORIGIN", value_delimiter = ',')]
+    pub cors_origin: Option<Vec<String>>,
+    /// Connections to the API at one time; one more waits [default: 4096, or half of the open files allowed if that is less]
+    #[arg(long, env = "MAYFLY_CONNECTIONS_MAX", value_name = "COUNT")]
+    pub connections_max: Option<u32>,
+    /// Seconds that a client may take for the head of a request, 1 to 300 [default: 10]
+    #[arg(long, env = "MAYFLY_HEAD_TIMEOUT_S", value_name = "SECONDS")]
+    pub head_timeout_s: Option<u32>,
+    /// Seconds that a client may take for a body, 1 to 3600; it has one more for each 16 KiB of it [default: 60]
+    #[arg(long, env = "MAYFLY_BODY_TIMEOUT_S", value_name = "SECONDS")]
+    pub body_timeout_s: Option<u32>,
+    /// File with the secret that tokens are signed with (HS256), at least 32 bytes [default, if no other key is given: jwt-secret in the data folder, made as needed]
     #[arg(long, env = "MAYFLY_JWT_SECRET_FILE", value_name = "PATH")]
     pub jwt_secret_file: Option<PathBuf>,
+    /// PEM file with a public key for tokens: RSA (RS256), P-256 (ES256) or Ed25519 (EdDSA); as KID=PATH it proves only tokens of that
+    /// `kid`. Several with commas between
+    #[arg(long, env = "MAYFLY_JWT_PUBLIC_KEY_FILE", value_name = "[KID=]PATH", value_delimiter = ',')]
+    pub jwt_public_key_file: Option<Vec<String>>,
+    /// JSON Web Key Set with keys for tokens, which may be secrets; read again and again, by the service's user
+    #[arg(long, env = "MAYFLY_JWT_JWKS_FILE", value_name = "PATH")]
+    pub jwt_jwks_file: Option<PathBuf>,
+    /// Where an issuer publishes its JSON Web Key Set, http or https
+    #[arg(long, env = "MAYFLY_JWT_JWKS_URL", hide_env_values = true, value_name = "URL")]
+    pub jwt_jwks_url: Option<String>,
+    /// PEM file with the only authorities that may vouch for that issuer's certificate [default: the system's]
+    #[arg(long, env = "MAYFLY_JWT_JWKS_CA_FILE", value_name = "PATH")]
+    pub jwt_jwks_ca_file: Option<PathBuf>,
+    /// Seconds after which a JSON Web Key Set is read again, 1 to 86400 [default: 300]
+    #[arg(long, env = "MAYFLY_JWT_JWKS_REFRESH_S", value_name = "SECONDS")]
+    pub jwt_jwks_refresh_s: Option<u32>,
+    /// Seconds that an issuer's clock may be wrong by, 0 to 300 [default: 30]
+    #[arg(long, env = "MAYFLY_JWT_LEEWAY_S", value_name = "SECONDS")]
+    pub jwt_leeway_s: Option<u32>,
     /// The only `iss` that a token may have [default: any]
     #[arg(long, env = "MAYFLY_JWT_ISSUER", value_name = "TEXT")]
     pub jwt_issuer: Option<String>,
@@ -88,6 +130,12 @@ pub struct Options {
     /// Name of the claim that holds the tenant [default: tenant]
     #[arg(long, env = "MAYFLY_TENANT_CLAIM", value_name = "NAME")]
     pub tenant_claim: Option<String>,
+    /// Name of the claim that holds the user inside the tenant [default: sub]
+    #[arg(long, env = "MAYFLY_SUBJECT_CLAIM", value_name = "NAME")]
+    pub subject_claim: Option<String>,
+    /// Name of the claim that holds the scopes: words in a text, or a list of them, as in `scp` or `permissions` [default: scope]
+    #[arg(long, env = "MAYFLY_SCOPE_CLAIM", value_name = "NAME")]
+    pub scope_claim: Option<String>,
     /// Memory that sandboxes together may be promised, in bytes [default: 80 % of this machine's]
     #[arg(long, env = "MAYFLY_CAPACITY_MEMORY_BYTES", value_name = "BYTES")]
     pub capacity_memory_bytes: Option<u64>,
@@ -159,8 +207,8 @@ pub struct Settings {
     pub keeper_socket: Option<PathBuf>,
     pub required_fences: Fences,
     pub selinux_labels: Option<Labels>,
-    /// `None`: the data folder's.
-    pub jwt_secret_file: Option<PathBuf>,
+    pub door: DoorSettings,
+    pub keys: KeySettings,
     pub token_rules: Rules,
     pub capacity_memory_bytes: Option<u64>,
     pub capacity_cpu_millis: Option<u64>,
@@ -182,20 +230,21 @@ impl Options {
             Some(path) => read(path)?,
             None => Self::default(),
         };
+        let token_rules = keys::rules(&self, &file)?;
+        let door = DoorSettings::settle(&self, &file)?;
+        let data_dir = self.data_dir.as_ref().or(file.data_dir.as_ref()).map_or(Path::new("/var/lib/mayfly"), PathBuf::as_path);
+        let data_dir = std::path::absolute(data_dir).with_context(|| format!("data-dir: {}", data_dir.display()))?;
+        let keys = KeySettings::settle(&self, &file, &data_dir)?;
         let nearer = self.database_url.or(self.usual_database_url);
         let database_connections = self.database_connections.or(file.database_connections).unwrap_or(16);
-        ensure!(
-            (CONNECTIONS_MIN..=CONNECTIONS_MAX).contains(&database_connections),
-            "database-connections: {database_connections} is out of range: {CONNECTIONS_MIN} to {CONNECTIONS_MAX}"
-        );
+        within("database-connections", database_connections, CONNECTIONS_MIN, CONNECTIONS_MAX)?;
         let mount = given(self.selinux_mount_label).or(given(file.selinux_mount_label));
         let process = given(self.selinux_label).or(given(file.selinux_label));
         ensure!(process.is_some() || mount.is_none(), "selinux-mount-label: it needs selinux-label");
-        let data_dir = self.data_dir.or(file.data_dir).unwrap_or_else(|| "/var/lib/mayfly".into());
         Ok(Settings {
             listen: self.listen.or(file.listen).unwrap_or(loopback(8080)),
             metrics_listen: self.metrics_listen.or(file.metrics_listen).unwrap_or(loopback(9464)),
-            data_dir: std::path::absolute(&data_dir).with_context(|| format!("data-dir: {}", data_dir.display()))?,
+            data_dir,
             database_url: given(nearer).or(given(file.database_url)),
             database_connections,
             postgres_bin_dir: self.postgres_bin_dir.or(file.postgres_bin_dir),
@@ -208,12 +257,9 @@ impl Options {
                 asked.into_iter().chain(process.is_some().then_some(Fence::Selinux)).collect()
             },
             selinux_labels: process.map(|process| Labels { process, mount }),
-            jwt_secret_file: self.jwt_secret_file.or(file.jwt_secret_file),
-            token_rules: Rules {
-                audience: self.jwt_audience.or(file.jwt_audience).unwrap_or_else(|| "mayfly".into()),
-                issuer: self.jwt_issuer.or(file.jwt_issuer),
-                tenant_claim: self.tenant_claim.or(file.tenant_claim).unwrap_or_else(|| "tenant".into()),
-            },
+            door,
+            keys,
+            token_rules,
             capacity_memory_bytes: positive("capacity-memory-bytes", self.capacity_memory_bytes.or(file.capacity_memory_bytes))?,
             capacity_cpu_millis: positive("capacity-cpu-millis", self.capacity_cpu_millis.or(file.capacity_cpu_millis))?,
             overcommit_memory_percent: positive(
@@ -233,28 +279,13 @@ impl Options {
     }
 }
 
-impl Settings {
-    /// Where the secret is, or will be made.
-    pub fn secret_file(&self) -> PathBuf {
-        self.jwt_secret_file.clone().unwrap_or_else(|| self.data_dir.join("jwt-secret"))
-    }
-
-    /// The secret that `serve` uses. Fails if there is none yet.
-    pub fn secret(&self) -> anyhow::Result<Secret> {
-        let path = self.secret_file();
-        let is_missing = self.jwt_secret_file.is_none() && matches!(path.try_exists(), Ok(false));
-        ensure!(!is_missing, "there is no {} yet: `mayfly serve` makes it, or give --jwt-secret-file", path.display());
-        Secret::read(&path)
-    }
-}
-
 fn read(path: &Path) -> anyhow::Result<Options> {
     let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
     // The library's own message shows the line, even one with a password.
     toml::from_str(&text).map_err(|error| {
         let number = error.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
         let line = text.lines().nth(number - 1).unwrap_or_default().trim();
-        let shown = if line.contains("database-url") { "database-url" } else { line };
+        let shown = ["database-url", "jwt-jwks-url"].into_iter().find(|key| line.contains(key)).unwrap_or(line);
         anyhow::anyhow!("{}, line {number}: {shown}: {}", path.display(), error.message())
     })
 }
@@ -291,6 +322,11 @@ fn positive(name: &str, number: Option<u64>) -> anyhow::Result<Option<u64>> {
     Ok(number)
 }
 
+fn within(name: &str, number: u32, min: u32, max: u32) -> anyhow::Result<u32> {
+    ensure!((min..=max).contains(&number), "{name}: {number} is out of range: {min} to {max}");
+    Ok(number)
+}
+
 #[cfg(test)]
 mod tests {
     use clap::{CommandFactory, Parser};
@@ -321,10 +357,10 @@ mod tests {
         let settings = Options::default().settle().unwrap();
         assert_eq!(settings.listen.to_string(), "127.0.0.1:8080");
         assert_eq!(settings.metrics_listen.to_string(), "127.0.0.1:9464");
-        assert_eq!(settings.secret_file(), Path::new("/var/lib/mayfly/jwt-secret"));
+        assert_eq!(settings.keys.secret_file(), Path::new("/var/lib/mayfly/jwt-secret"));
         assert_eq!(settings.user, "mayfly");
         assert_eq!(settings.database_url, None);
-        assert_eq!(settings.token_rules, Rules { audience: "mayfly".into(), issuer: None, tenant_claim: "tenant".into() });
+        assert_eq!(settings.token_rules, Rules::default());
     }
 
     #[test]
@@ -356,7 +392,7 @@ mod tests {
         for flag in
             Line::command().get_arguments().filter_map(|arg| arg.get_long()).filter(|flag| !["config", "usual-database-url"].contains(flag))
         {
-            let error = toml::from_str::<Options>(&format!("{flag} = []")).unwrap_err();
+            let error = toml::from_str::<Options>(&format!("{flag} = {{}}")).unwrap_err();
             assert!(!error.message().contains("unknown field"), "{flag}: {error}");
         }
     }

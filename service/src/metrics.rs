@@ -1,11 +1,14 @@
 //! What the service counts, in the text format of Prometheus.
 
 use prometheus::{
-    Encoder as _, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Encoder as _, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 use sandbox_core::protocol::Start;
 
-use crate::sandbox::{Kind, Outcome, State};
+use crate::{
+    sandbox::{Kind, Outcome, State},
+    token::Freshness,
+};
 
 /// Every series of this process. Labels have few values, never ids.
 #[derive(Debug)]
@@ -23,6 +26,8 @@ pub struct Metrics {
     pub(crate) capacity_memory_bytes: IntGauge,
     pub(crate) capacity_cpu_millis: IntGauge,
     keeper_reconnects: IntCounter,
+    jwks_age_seconds: GaugeVec,
+    jwks_loads: IntCounterVec,
 }
 
 impl Metrics {
@@ -48,6 +53,9 @@ impl Metrics {
         registry.register(Box::new(live.clone()))?;
         let keeper_reconnects = IntCounter::new("sandbox_keeper_reconnects_total", "Connections to the keeper that were made again")?;
         registry.register(Box::new(keeper_reconnects.clone()))?;
+        let age = Opts::new("mayfly_jwks_age_seconds", "Since the keys for tokens were last loaded from there; -1 if they never were");
+        let jwks_age_seconds = GaugeVec::new(age, &["source"])?;
+        registry.register(Box::new(jwks_age_seconds.clone()))?;
 
         const REQUEST_SECONDS: [f64; 14] = [0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 10.0, 60.0];
         const LAUNCH_SECONDS: [f64; 10] = [0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01, 0.05, 0.25, 1.0];
@@ -74,6 +82,8 @@ impl Metrics {
             capacity_memory_bytes: gauge("sandbox_capacity_memory_bytes", "Memory that this node commits at the most")?,
             capacity_cpu_millis: gauge("sandbox_capacity_cpu_millis", "CPU that this node commits at the most")?,
             keeper_reconnects,
+            jwks_age_seconds,
+            jwks_loads: counters("mayfly_jwks_loads_total", "Attempts to load the keys for tokens", &["source", "result"])?,
             registry,
         })
     }
@@ -113,6 +123,17 @@ impl Metrics {
     /// The connection to the keeper was made again so often in this process's life.
     pub(crate) fn keeper_reconnects(&self, count: u64) {
         self.keeper_reconnects.inc_by(count.saturating_sub(self.keeper_reconnects.get()));
+    }
+
+    /// The sets of keys for tokens are so old, and were loaded so often in this process's life.
+    pub(crate) fn jwks(&self, sets: &[Freshness]) {
+        for Freshness { source, age, loads, failures } in sets {
+            self.jwks_age_seconds.with_label_values(&[source]).set(age.map_or(-1.0, |age| age.as_secs_f64()));
+            for (result, count) in [("ok", loads), ("failed", failures)] {
+                let series = self.jwks_loads.with_label_values(&[*source, result]);
+                series.inc_by(count.saturating_sub(series.get()));
+            }
+        }
     }
 
     /// Every series as text, for Prometheus.

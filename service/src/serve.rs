@@ -4,6 +4,7 @@ mod door;
 mod folders;
 mod helpers;
 mod node;
+mod tls;
 
 use std::{
     io::{self, IsTerminal, Write},
@@ -19,10 +20,12 @@ use door::Bounds;
 use helpers::Helpers;
 use rustix::process::{Resource, Rlimit};
 use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
+use tls::Certificate;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     task::JoinHandle,
 };
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::{EnvFilter, layer::SubscriberExt, util::SubscriberInitExt};
 
@@ -36,7 +39,7 @@ use crate::{
     postgres::Cluster,
     runtime::Keeper,
     store::{NodeId, Store},
-    token::{Secret, Verifier},
+    token::{Key, Keyring, Secret, Verifier},
 };
 
 /// How long requests in progress have to end by themselves, once we are told to stop.
@@ -48,10 +51,7 @@ const LAST_ANSWERS: Duration = Duration::from_secs(2);
 /// How long connections to the database have to be given back.
 const CLOSE: Duration = Duration::from_secs(2);
 
-/// How long a client may take for the head of a request.
-const HEAD_DEADLINE: Duration = Duration::from_secs(10);
-/// Connections at one time; waiting runs and followed logs hold one each.
-const CONNECTIONS_MAX: usize = 4096;
+const METRICS_HEAD_DEADLINE: Duration = Duration::from_secs(10);
 const METRICS_CONNECTIONS_MAX: usize = 64;
 
 /// Serves until it is told to stop, and stops what it started. Started as root it becomes an unprivileged user before it listens to
@@ -70,13 +70,13 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
     let keeper = helpers::look_for_keeper(&settings, is_root)?;
     folders::prepare(folder, &account, is_root)?;
     let _alone = folders::lock(folder)?;
-    let secret = secret(&settings, is_root.then_some(&account))?;
+    let keys = keys(&settings, is_root.then_some(&account))?;
     let node = node::id(folder, is_root.then_some(&account))?;
     raise_descriptor_limit();
-    hold_signals()?;
+    hold_signals(settings.door.tls.is_some())?;
 
     let helpers = Helpers::start(&settings, keeper, cluster, &account)?;
-    let served = serve_unprivileged(&settings, &account, is_root, doors, Identity { node, secret: &secret }, &helpers);
+    let served = serve_unprivileged(&settings, &account, is_root, doors, Identity { node, keys: &keys }, &helpers);
     let stopped = match &served {
         Ok(_) => helpers.stop(),
         Err(_) => helpers.stop_started(),
@@ -90,11 +90,11 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
     }
 }
 
-/// What this service is known by: as a node, and to who brings a token.
+/// What this service is known by as a node, and by which keys it knows its callers.
 #[derive(Clone, Copy)]
 struct Identity<'a> {
     node: NodeId,
-    secret: &'a Secret,
+    keys: &'a [Key],
 }
 
 /// Where requests come in.
@@ -136,7 +136,8 @@ async fn serve(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
         () = signals.next() => return Ok(Ended::Told),
     };
     let Started { app, api, metrics, addresses, stopping } = started;
-    say(&format!("mayfly is ready on http://{}, metrics on http://{}/metrics", addresses.0, addresses.1));
+    let scheme = if settings.door.tls.is_some() { "https" } else { "http" };
+    say(&format!("mayfly is ready on {scheme}://{}, metrics on http://{}/metrics", addresses.0, addresses.1));
 
     let ended = tokio::select! {
         () = signals.next() => Ended::Told,
@@ -192,6 +193,9 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
         (None, Some(cluster)) => cluster.connect_options(),
         (None, None) => bail!("there is no database"),
     };
+    let certificate = settings.door.tls.as_ref().map(Certificate::follow).transpose()?;
+    let tls = certificate.map(|certificate| certificate.acceptor()).transpose()?;
+    let keyring = Keyring::follow(identity.keys.to_vec(), settings.keys.sources()?, settings.keys.jwks_refresh).await?;
     let store = connect(options, settings.database_connections).await?;
     store.migrate().await.context("bringing the database's schema up to date")?;
     let (clock, figures) = (Clock::System, Arc::new(Metrics::new()?));
@@ -213,26 +217,33 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
     };
     let engine = Engine::start(store.clone(), keeper.clone(), engine_settings).await?;
     let images = Images::open(store.clone(), keeper.clone(), clock.clone(), settings.quotas.tenant.clone(), &settings.data_dir)?;
-    let verifier = Verifier::new(identity.secret, &settings.token_rules);
+    let verifier = Verifier::new(keyring, settings.token_rules.clone());
     let app = Arc::new(api::App { engine, store, keeper, verifier, images, clock, metrics: figures });
     let stopping = CancellationToken::new();
-    let metrics = open(doors.metrics, api::metrics_router(Arc::clone(&app)), METRICS_CONNECTIONS_MAX, stopping.clone())?;
-    let api = open(doors.api, api::router(Arc::clone(&app)), connections_max(), stopping.clone())?;
+    let bounds = Bounds { connections: METRICS_CONNECTIONS_MAX, head_deadline: METRICS_HEAD_DEADLINE };
+    let metrics = open(doors.metrics, api::metrics_router(Arc::clone(&app)), bounds, None, stopping.clone())?;
+    let bounds = Bounds { connections: connections_max(settings.door.connections_max), head_deadline: settings.door.head_deadline };
+    let api = open(doors.api, api::router(Arc::clone(&app), &settings.door), bounds, tls, stopping.clone())?;
     Ok(Started { app, api, metrics, addresses, stopping })
 }
 
 /// Serves in a task of its own, as [`door::serve`] does.
-fn open(listener: TcpListener, router: Router, connections: usize, stopping: CancellationToken) -> anyhow::Result<JoinHandle<()>> {
+fn open(
+    listener: TcpListener,
+    router: Router,
+    bounds: Bounds,
+    tls: Option<TlsAcceptor>,
+    stopping: CancellationToken,
+) -> anyhow::Result<JoinHandle<()>> {
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    let bounds = Bounds { connections, head_deadline: HEAD_DEADLINE };
-    Ok(tokio::spawn(door::serve(listener, router, bounds, stopping)))
+    Ok(tokio::spawn(door::serve(listener, router, bounds, tls, stopping)))
 }
 
-/// As many as there are descriptors for, with as many again for what requests need.
-fn connections_max() -> usize {
+/// As many as are wanted and there are descriptors for, with as many again for what requests need.
+fn connections_max(wanted: usize) -> usize {
     let descriptors = rustix::process::getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    usize::try_from(descriptors / 2).unwrap_or(usize::MAX).min(CONNECTIONS_MAX)
+    usize::try_from(descriptors / 2).unwrap_or(usize::MAX).min(wanted)
 }
 
 /// Tries once by hand: a pool would only say that it had to wait for too long.
@@ -272,10 +283,14 @@ impl Signals {
 
 /// From now on SIGTERM and SIGINT wait until somebody asks for them with [`Signals`]: whoever ends us in the middle of a start should
 /// not leave half of it running. Starts no thread.
-fn hold_signals() -> anyhow::Result<()> {
+fn hold_signals(is_hangup_ours: bool) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().context("catching signals")?;
     // The handlers stay installed when these are gone.
-    runtime.block_on(async { Signals::new() }).map(drop)
+    runtime.block_on(async {
+        // SIGHUP has a meaning where there is a certificate to read again; else it ends us, as it ends any program.
+        let hangup = is_hangup_ours.then(|| signal(SignalKind::hangup())).transpose()?;
+        Signals::new().map(|signals| drop((signals, hangup)))
+    })
 }
 
 fn service_account(user: &str) -> anyhow::Result<Account> {
@@ -289,16 +304,13 @@ fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).with_context(|| format!("listening on {address}"))
 }
 
-/// The secret that is configured, or the data folder's own, which is made at the first start.
-fn secret(settings: &Settings, owner: Option<&Account>) -> anyhow::Result<Secret> {
-    let path = settings.secret_file();
-    if settings.jwt_secret_file.is_none()
-        && let Some(secret) = Secret::create(&path, owner.map(|account| (account.uid, account.gid)))?
-    {
+/// The keys that are configured, or the data folder's own secret, which is made at the first start.
+fn keys(settings: &Settings, owner: Option<&Account>) -> anyhow::Result<Vec<Key>> {
+    let path = settings.keys.secret_file();
+    if settings.keys.is_own_secret() && Secret::create(path, owner.map(|account| (account.uid, account.gid)))?.is_some() {
         tracing::info!("no key for tokens is configured: made one in {}", path.display());
-        return Ok(secret);
     }
-    Secret::read(&path)
+    settings.keys.fixed()
 }
 
 fn start_log(format: LogFormat) {

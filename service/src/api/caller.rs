@@ -46,7 +46,7 @@ impl FromRequestParts<Arc<App>> for Creator {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, ApiError> {
-        Caller::verified(parts, app).map(Self)
+        Caller::verified(parts, app).await.map(Self)
     }
 }
 
@@ -54,23 +54,27 @@ impl FromRequestParts<Arc<App>> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, ApiError> {
-        let caller = Self::verified(parts, app)?;
+        let caller = Self::verified(parts, app).await?;
         app.engine.check_standing(&caller.owner(), caller.scopes.allow(Scope::Admin)).await?;
         Ok(caller)
     }
 }
 
 impl Caller {
-    fn verified(parts: &Parts, app: &App) -> Result<Self, ApiError> {
-        let token =
-            token_in(&parts.headers).ok_or_else(|| ApiError::Unauthenticated("a token is needed: `Authorization: Bearer …`".to_owned()))?;
-        let claims = app.verifier.verify(token, app.clock.now_unix_s())?;
+    async fn verified(parts: &Parts, app: &App) -> Result<Self, ApiError> {
+        let token = token_in(&parts.headers).ok_or(ApiError::Unauthenticated(None))?;
+        let claims = app.verifier.verify(token, app.clock.now_unix_s()).await?;
         Ok(Self { tenant: TenantId::proven(claims.tenant), principal: claims.subject, scopes: claims.scopes })
     }
 }
 
 fn token_in(headers: &HeaderMap) -> Option<&str> {
-    if let Some(value) = headers.get(header::AUTHORIZATION) {
+    let mut given = headers.get_all(header::AUTHORIZATION).iter();
+    if let Some(value) = given.next() {
+        // Of two one would be believed here, and perhaps the other by a proxy before us.
+        if given.next().is_some() {
+            return None;
+        }
         let (scheme, token) = value.to_str().ok()?.split_once(' ')?;
         return scheme.eq_ignore_ascii_case("bearer").then(|| token.trim());
     }
@@ -92,6 +96,12 @@ mod tests {
         assert_eq!(token_in(&headers(header::AUTHORIZATION, "bearer abc")), Some("abc"));
         assert_eq!(token_in(&headers(header::AUTHORIZATION, "Basic abc")), None);
         assert_eq!(token_in(&HeaderMap::new()), None);
+    }
+
+    #[test]
+    fn of_two_tokens_none_is_taken() {
+        let two = ["Bearer a", "Bearer b"].map(|value| (header::AUTHORIZATION, value.parse().unwrap()));
+        assert_eq!(token_in(&HeaderMap::from_iter(two)), None);
     }
 
     #[test]

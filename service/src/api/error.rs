@@ -18,8 +18,9 @@ use crate::{
 /// Why a request was not done.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
-    #[error("{0}")]
-    Unauthenticated(String),
+    /// Without a token, or with one that is not accepted.
+    #[error("{}", .0.map_or_else(|| "a token is needed: `Authorization: Bearer …`".to_owned(), |error| error.to_string()))]
+    Unauthenticated(Option<TokenError>),
     #[error("the token lacks the scope {}", .0.as_str())]
     Forbidden(Scope),
     #[error("there is no such thing here")]
@@ -32,6 +33,10 @@ pub enum ApiError {
     Conflict(String),
     #[error("{0}")]
     PayloadTooLarge(String),
+    #[error("target and headers of the request are larger than {0} bytes together")]
+    HeadTooLarge(usize),
+    #[error("the body of the request came too slowly")]
+    SlowBody,
     #[error(transparent)]
     Invalid(#[from] Invalid),
     /// More than the tenant or the principal may have.
@@ -102,6 +107,8 @@ impl ApiError {
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "Method not allowed"),
             Self::Conflict(_) => (StatusCode::CONFLICT, "conflict", "Conflict"),
             Self::PayloadTooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", "Payload too large"),
+            Self::HeadTooLarge(_) => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large", "Headers too large"),
+            Self::SlowBody => (StatusCode::REQUEST_TIMEOUT, "timeout", "Timeout"),
             Self::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_request", "Invalid request"),
             Self::QuotaExceeded(exceeded) if exceeded.is_rate() => (StatusCode::TOO_MANY_REQUESTS, "rate_limited", "Too many requests"),
             Self::QuotaExceeded(_) => (StatusCode::TOO_MANY_REQUESTS, "quota_exceeded", "Quota exceeded"),
@@ -118,7 +125,9 @@ impl ApiError {
     /// Whether the same request may be answered otherwise later.
     fn is_retryable(&self) -> bool {
         match self {
-            Self::Busy(_) | Self::DatabaseUnavailable | Self::KeeperUnavailable | Self::Timeout | Self::Internal(_) => true,
+            Self::Busy(_) | Self::DatabaseUnavailable | Self::KeeperUnavailable | Self::SlowBody | Self::Timeout | Self::Internal(_) => {
+                true
+            }
             Self::QuotaExceeded(exceeded) => exceeded.retry_after_s.is_some(),
             Self::Unauthenticated(_)
             | Self::Suspended
@@ -129,6 +138,7 @@ impl ApiError {
             | Self::MethodNotAllowed
             | Self::Conflict(_)
             | Self::PayloadTooLarge(_)
+            | Self::HeadTooLarge(_)
             | Self::Invalid(_)
             | Self::NoCapacity(_) => false,
         }
@@ -136,6 +146,20 @@ impl ApiError {
 
     fn exceeded(&self) -> Option<&Exceeded> {
         if let Self::QuotaExceeded(exceeded) = self { Some(exceeded) } else { None }
+    }
+
+    /// What RFC 6750, 3, has a refused client hear of tokens.
+    #[expect(clippy::wildcard_enum_match_arm, reason = "all others have nothing to do with tokens")]
+    fn challenge(&self) -> Option<HeaderValue> {
+        let text = match self {
+            Self::Unauthenticated(None) => "Bearer realm=\"mayfly\"".to_owned(),
+            Self::Unauthenticated(Some(error)) => {
+                format!("Bearer realm=\"mayfly\", error=\"invalid_token\", error_description=\"{error}\"")
+            }
+            Self::Forbidden(scope) => format!("Bearer realm=\"mayfly\", error=\"insufficient_scope\", scope=\"{scope}\""),
+            _ => return None,
+        };
+        Some(HeaderValue::try_from(text).expect("our own words and the names of scopes are ASCII without quotes"))
     }
 
     /// A handler panicked; the panic itself is in the log.
@@ -185,8 +209,8 @@ impl IntoResponse for ApiError {
         if let Some(exceeded) = self.exceeded() {
             rate_limit_headers(exceeded, response.headers_mut());
         }
-        if status == StatusCode::UNAUTHORIZED {
-            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        if let Some(challenge) = self.challenge() {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
         }
         if status == StatusCode::SERVICE_UNAVAILABLE && self.is_retryable() {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
@@ -212,7 +236,7 @@ fn rate_limit_headers(exceeded: &Exceeded, headers: &mut HeaderMap) {
 
 impl From<TokenError> for ApiError {
     fn from(error: TokenError) -> Self {
-        Self::Unauthenticated(error.to_string())
+        Self::Unauthenticated(Some(error))
     }
 }
 

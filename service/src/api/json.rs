@@ -1,7 +1,5 @@
 //! Bodies of requests: bounded, and told field by field what is wrong with them.
 
-use std::time::Duration;
-
 use axum::body::Body;
 use http_body_util::BodyExt as _;
 use serde::de::DeserializeOwned;
@@ -11,14 +9,12 @@ use crate::sandbox::{Invalid, bound_of};
 
 /// The largest body of a request that is JSON.
 const BODY_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// How long a client may take to send it.
-const BODY_DEADLINE: Duration = Duration::from_secs(60);
 /// How much of a body that is too large is read all the same: a client that is still sending would not hear the answer.
 const DRAIN_BYTES_MAX: usize = 64 * 1024 * 1024;
 
 /// Reads a whole body and what it says. The error names the field by its dotted path, and its bound where it has one.
 pub async fn read<T: DeserializeOwned>(body: Body) -> Result<T, ApiError> {
-    let bytes = tokio::time::timeout(BODY_DEADLINE, bytes(body)).await.map_err(|_| ApiError::Timeout)??;
+    let bytes = bytes(body).await?;
     parse(&bytes).map_err(ApiError::Invalid)
 }
 

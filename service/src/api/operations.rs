@@ -36,5 +36,6 @@ pub(super) async fn openapi() -> impl IntoResponse {
 }
 
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
+    app.metrics.jwks(&app.verifier.freshness());
     Ok(([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], app.metrics.text()?).into_response())
 }

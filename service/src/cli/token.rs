@@ -1,4 +1,4 @@
-//! `mayfly token`: signs a token with the secret that `serve` uses, or a given one.
+//! `mayfly token`: signs a token with the secret that `serve` uses, a given one, or a private key.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use clap::Args;
 use crate::{
     clock::Clock,
     config::Options,
-    token::{Claims, Scopes, Signer},
+    token::{Claims, KeyId, Scopes, Signer},
 };
 
 #[derive(Debug, Args)]
@@ -19,8 +19,8 @@ pub(super) struct Arguments {
     /// The user inside the tenant
     #[arg(long)]
     sub: String,
-    /// What it allows, with blanks between: runs, sandboxes:read, sandboxes:write, images:read, images:write, admin (all of them)
-    #[arg(long, default_value = "runs sandboxes:read sandboxes:write images:read images:write")]
+    /// What it allows, with blanks between: runs, sandboxes:read, sandboxes:write, images:read, images:write, volumes, metrics:read, admin (all of them)
+    #[arg(long, default_value = "runs sandboxes:read sandboxes:write images:read images:write volumes metrics:read")]
     scope: Scopes,
     /// How long it is good: a number with s, m, h or d
     #[arg(long, default_value = "1h", value_parser = parse_ttl)]
@@ -29,8 +29,8 @@ pub(super) struct Arguments {
     key: Key,
 }
 
-/// Where the secret is, and what else must be as `serve` has it.
-#[derive(Debug, Args)]
+/// Where the key is, and what else must be as `serve` has it.
+#[derive(Debug, Default, Args)]
 pub(super) struct Key {
     /// TOML file with the settings of `serve`
     #[arg(long, env = "MAYFLY_CONFIG", value_name = "PATH")]
@@ -41,6 +41,12 @@ pub(super) struct Key {
     /// File with the secret [default: jwt-secret in the data folder]
     #[arg(long, env = "MAYFLY_JWT_SECRET_FILE", value_name = "PATH")]
     jwt_secret_file: Option<PathBuf>,
+    /// PEM file with a private key to sign with instead: RSA (RS256), P-256 (ES256) or Ed25519 (EdDSA), as `openssl genpkey` writes it
+    #[arg(long, env = "MAYFLY_PRIVATE_KEY_FILE", value_name = "PATH", conflicts_with = "jwt_secret_file")]
+    private_key_file: Option<PathBuf>,
+    /// The token's `kid`: what `serve` knows the key by [default: none]
+    #[arg(long, env = "MAYFLY_KID", value_name = "TEXT")]
+    kid: Option<KeyId>,
     /// The token's `iss` [default: none]
     #[arg(long, env = "MAYFLY_JWT_ISSUER", value_name = "TEXT")]
     jwt_issuer: Option<String>,
@@ -50,6 +56,12 @@ pub(super) struct Key {
     /// Name of the claim that holds the tenant [default: tenant]
     #[arg(long, env = "MAYFLY_TENANT_CLAIM", value_name = "NAME")]
     tenant_claim: Option<String>,
+    /// Name of the claim that holds the user [default: sub]
+    #[arg(long, env = "MAYFLY_SUBJECT_CLAIM", value_name = "NAME")]
+    subject_claim: Option<String>,
+    /// Name of the claim that holds the scopes [default: scope]
+    #[arg(long, env = "MAYFLY_SCOPE_CLAIM", value_name = "NAME")]
+    scope_claim: Option<String>,
 }
 
 impl Key {
@@ -62,11 +74,16 @@ impl Key {
             jwt_issuer: self.jwt_issuer,
             jwt_audience: self.jwt_audience,
             tenant_claim: self.tenant_claim,
+            subject_claim: self.subject_claim,
+            scope_claim: self.scope_claim,
             ..Options::default()
         };
         let settings = options.settle()?;
-        let signer = Signer::new(&settings.secret()?, settings.token_rules);
-        Ok(signer.sign(claims, Clock::System.now_unix_s(), ttl_s)?)
+        let signer = match &self.private_key_file {
+            Some(path) => Signer::read_private(path, self.kid, settings.token_rules)?,
+            None => Signer::with_secret(&settings.keys.secret()?, self.kid, settings.token_rules),
+        };
+        signer.sign(claims, Clock::System.now_unix_s(), ttl_s)
     }
 }
 
@@ -94,6 +111,7 @@ fn parse_ttl(text: &str) -> anyhow::Result<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::token::{self, Keyring, Rules, Secret, Verifier};
 
     #[test]
     fn a_ttl_has_a_unit() {
@@ -109,23 +127,16 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_same_secret_and_folder_as_serves_make_a_good_token() {
+    #[tokio::test]
+    async fn the_same_secret_and_folder_as_serves_make_a_good_token() {
         let folder = tempfile::tempdir().unwrap();
-        let secret = crate::token::Secret::create(&folder.path().join("jwt-secret"), None).unwrap().unwrap();
-        let key = Key {
-            config: None,
-            data_dir: Some(folder.path().to_owned()),
-            jwt_secret_file: None,
-            jwt_issuer: None,
-            jwt_audience: Some("other".into()),
-            tenant_claim: None,
-        };
+        let secret = Secret::create(&folder.path().join("jwt-secret"), None).unwrap().unwrap();
+        let key = Key { data_dir: Some(folder.path().to_owned()), jwt_audience: Some("other".into()), ..Key::default() };
         let claims = Claims { tenant: "acme".into(), subject: "alice".into(), scopes: "runs".parse().unwrap() };
         let token = key.sign(&claims, 60).unwrap();
 
-        let rules = crate::token::Rules { audience: "other".into(), issuer: None, tenant_claim: "tenant".into() };
-        let verifier = crate::token::Verifier::new(&secret, &rules);
-        assert_eq!(verifier.verify(&token, Clock::System.now_unix_s()), Ok(claims));
+        let rules = Rules { audience: "other".into(), ..Rules::default() };
+        let verifier = Verifier::new(Keyring::fixed(vec![token::Key::secret(&secret)]), rules);
+        assert_eq!(verifier.verify(&token, Clock::System.now_unix_s()).await, Ok(claims));
     }
 }

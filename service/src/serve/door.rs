@@ -1,4 +1,4 @@
-//! The connections of one listener: bounded in their number and in the time that the head of a request may take.
+//! The connections of one listener: bounded in their number, in the time that the head of a request may take, and in its size.
 
 use std::{
     io,
@@ -18,20 +18,27 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
 };
+use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// What is read of a head before it is refused unheard. The API itself refuses smaller ones, with a problem that says so.
+const HEAD_BYTES_MAX: usize = 256 * 1024;
 
 /// What a listener's clients may take.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bounds {
     /// Whoever is one too many waits in the kernel's queue.
     pub(super) connections: usize,
-    /// For the head of each request, from the connection's beginning or from the answer before it: also how long a connection may rest.
+    /// For the handshake of TLS, and for the head of each request, from the connection's beginning or from the answer before it: also how
+    /// long a connection may rest.
     pub(super) head_deadline: Duration,
 }
 
 /// Serves until `stopping`, and then until the requests in progress have ended. A connection that became a WebSocket is not waited for.
-pub(super) async fn serve(listener: TcpListener, router: Router, bounds: Bounds, stopping: CancellationToken) {
+/// Without `tls` it is plain HTTP.
+pub(super) async fn serve(listener: TcpListener, router: Router, bounds: Bounds, tls: Option<TlsAcceptor>, stopping: CancellationToken) {
     let room = Arc::new(Semaphore::new(bounds.connections));
     let open = TaskTracker::new();
     loop {
@@ -39,7 +46,7 @@ pub(super) async fn serve(listener: TcpListener, router: Router, bounds: Bounds,
             counted = accept(&listener, &room) => counted,
             () = stopping.cancelled() => break,
         };
-        open.spawn(attend(counted, router.clone(), bounds.head_deadline, stopping.clone()));
+        open.spawn(attend(counted, tls.clone(), router.clone(), bounds.head_deadline, stopping.clone()));
     }
     drop(listener);
     open.close();
@@ -73,10 +80,26 @@ fn is_the_clients(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset)
 }
 
-async fn attend(counted: Counted, router: Router, head_deadline: Duration, stopping: CancellationToken) {
+async fn attend(counted: Counted, tls: Option<TlsAcceptor>, router: Router, head_deadline: Duration, stopping: CancellationToken) {
+    let Some(tls) = tls else { return talk(counted, router, head_deadline, stopping).await };
+    let handshake = tokio::select! {
+        shaken = timeout(head_deadline, tls.accept(counted)) => shaken,
+        () = stopping.cancelled() => return,
+    };
+    match handshake {
+        Ok(Ok(stream)) => talk(stream, router, head_deadline, stopping).await,
+        Ok(Err(error)) => tracing::debug!(%error, "a handshake failed"),
+        Err(_) => tracing::debug!("a handshake took too long"),
+    }
+}
+
+async fn talk<S>(stream: S, router: Router, head_deadline: Duration, stopping: CancellationToken)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(head_deadline);
-    let connection = http.serve_connection(TokioIo::new(counted), TowerToHyperService::new(router)).with_upgrades();
+    http.timer(TokioTimer::new()).header_read_timeout(head_deadline).max_buf_size(HEAD_BYTES_MAX);
+    let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)).with_upgrades();
     let mut connection = pin!(connection);
     let served = tokio::select! {
         served = &mut connection => served,
@@ -145,7 +168,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (address, stopping) = (listener.local_addr().unwrap(), CancellationToken::new());
         let router = Router::new().route("/", get(async || "hello"));
-        (address, stopping.clone(), tokio::spawn(serve(listener, router, bounds, stopping)))
+        (address, stopping.clone(), tokio::spawn(serve(listener, router, bounds, None, stopping)))
     }
 
     #[tokio::test]

@@ -4,28 +4,39 @@ use std::{fmt, str::FromStr};
 
 /// One thing that a caller may be allowed to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
+#[repr(u16)]
 pub enum Scope {
     Runs = 1,
     SandboxesRead = 1 << 1,
     SandboxesWrite = 1 << 2,
     ImagesRead = 1 << 3,
     ImagesWrite = 1 << 4,
+    Volumes = 1 << 5,
+    MetricsRead = 1 << 6,
     /// Everything, and what concerns all tenants.
-    Admin = 1 << 5,
+    Admin = 1 << 7,
 }
 
 /// A word that is no scope of ours.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no scope: there are runs, sandboxes:read, sandboxes:write, images:read, images:write and admin")]
+#[error("{0:?} is no scope: there are runs, sandboxes:read, sandboxes:write, images:read, images:write, volumes, metrics:read and admin")]
 pub struct UnknownScope(String);
 
 /// A set of scopes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Scopes(u8);
+pub struct Scopes(u16);
 
 impl Scope {
-    const ALL: [Self; 6] = [Self::Runs, Self::SandboxesRead, Self::SandboxesWrite, Self::ImagesRead, Self::ImagesWrite, Self::Admin];
+    const ALL: [Self; 8] = [
+        Self::Runs,
+        Self::SandboxesRead,
+        Self::SandboxesWrite,
+        Self::ImagesRead,
+        Self::ImagesWrite,
+        Self::Volumes,
+        Self::MetricsRead,
+        Self::Admin,
+    ];
 
     /// As it stands in tokens and errors.
     pub const fn as_str(self) -> &'static str {
@@ -35,6 +46,8 @@ impl Scope {
             Self::SandboxesWrite => "sandboxes:write",
             Self::ImagesRead => "images:read",
             Self::ImagesWrite => "images:write",
+            Self::Volumes => "volumes",
+            Self::MetricsRead => "metrics:read",
             Self::Admin => "admin",
         }
     }
@@ -55,19 +68,19 @@ impl FromStr for Scope {
 
 impl Scopes {
     /// The scopes among these words. A token may name those of other services too; they mean nothing here.
-    pub fn known_in(words: &str) -> Self {
-        words.split(' ').filter_map(|word| word.parse().ok()).collect()
+    pub fn known_in<'a>(words: impl IntoIterator<Item = &'a str>) -> Self {
+        words.into_iter().filter_map(|word| word.parse().ok()).collect()
     }
 
     /// Whether a caller with these may do that: it is in the set, or `admin` is, which implies all.
     pub const fn allow(self, scope: Scope) -> bool {
-        self.0 & (scope as u8 | Scope::Admin as u8) != 0
+        self.0 & (scope as u16 | Scope::Admin as u16) != 0
     }
 }
 
 impl FromIterator<Scope> for Scopes {
     fn from_iter<T: IntoIterator<Item = Scope>>(scopes: T) -> Self {
-        Self(scopes.into_iter().fold(0, |set, scope| set | scope as u8))
+        Self(scopes.into_iter().fold(0, |set, scope| set | scope as u16))
     }
 }
 
@@ -82,7 +95,7 @@ impl FromStr for Scopes {
 impl fmt::Display for Scopes {
     /// As it stands in a token: words with one blank between them.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let held: Vec<_> = Scope::ALL.into_iter().filter(|scope| self.0 & *scope as u8 != 0).map(Scope::as_str).collect();
+        let held: Vec<_> = Scope::ALL.into_iter().filter(|scope| self.0 & *scope as u16 != 0).map(Scope::as_str).collect();
         f.write_str(&held.join(" "))
     }
 }
@@ -112,13 +125,13 @@ mod tests {
 
     #[test]
     fn scopes_of_other_services_are_passed_over_in_tokens_and_refused_on_the_command_line() {
-        assert_eq!(Scopes::known_in("openid runs"), "runs".parse().unwrap());
+        assert_eq!(Scopes::known_in(["openid", "runs"]), "runs".parse().unwrap());
         assert_eq!("openid runs".parse::<Scopes>(), Err(UnknownScope("openid".into())));
     }
 
     #[test]
     fn a_set_is_written_as_it_is_read() {
-        let text = "runs sandboxes:write admin";
+        let text = "runs sandboxes:write volumes admin";
         assert_eq!(text.parse::<Scopes>().unwrap().to_string(), text);
     }
 }

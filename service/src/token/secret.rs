@@ -26,9 +26,13 @@ impl fmt::Debug for Secret {
 impl Secret {
     /// Takes these bytes, without blanks and line ends behind them. Fails if they are fewer than 32.
     pub fn new(bytes: &[u8]) -> anyhow::Result<Self> {
-        let bytes = bytes.trim_ascii_end();
+        Self::exactly(bytes.trim_ascii_end().to_vec())
+    }
+
+    /// Takes these bytes and no others: what looks like a line end may be one of a key's.
+    pub(super) fn exactly(bytes: Vec<u8>) -> anyhow::Result<Self> {
         ensure!(bytes.len() >= BYTES_MIN, "a secret has at least {BYTES_MIN} bytes; this one has {}", bytes.len());
-        Ok(Self(bytes.to_vec()))
+        Ok(Self(bytes))
     }
 
     /// Reads a secret from its file.
