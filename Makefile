@@ -36,13 +36,14 @@ test-vm: ## the keeper's tests in emulated machines with Linux 6.1 and pure cgro
 	@tools/test-vm.sh $(ARGS)
 
 .PHONY: check
-check: ## format, lints, licences and sources of dependencies, documentation, shell scripts
+check: ## format, lints, licences, sources and (where their database can be had) known faults of dependencies, documentation, shell scripts
 	@tools/setup.sh check
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS='-D warnings -A rustdoc::private_intra_doc_links' cargo doc --workspace --no-deps --document-private-items --locked --quiet
 	cargo fetch --locked --quiet
 	cargo deny --offline --all-features check licenses bans sources
+	@tools/advisories.sh
 	shellcheck -x .ci/run tools/*.sh images/*.sh images/*/build.sh
 
 .PHONY: bench

@@ -1,7 +1,7 @@
 //! Starting the service: what it needs, what it says when that is missing, and what it takes over.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command, time::Duration};
 
 use mayfly_tests::{
     Client, Service, image,
@@ -42,6 +42,29 @@ async fn a_real_database_is_used_when_it_is_given() {
     assert_eq!(rows, "1");
     assert!(!service.place().data_dir.join("postgres/data").exists(), "a private cluster was made all the same");
     assert!(service.stop().unwrap().success());
+}
+
+#[tokio::test]
+async fn a_database_is_reached_by_tls_and_only_if_its_certificate_is_good() {
+    let database = Database::start_with_tls();
+    let url = |mode: &str, root: &str| {
+        let root = database.folder.path().join(root);
+        format!("{}?sslmode={mode}&sslrootcert={}", database.url.replace("127.0.0.1", "localhost"), root.display())
+    };
+
+    let service = Service::start_with(&["--database-url", &url("verify-full", "cert.pem")]).unwrap();
+    service.client().get("/v1/sandboxes").await.expect(200);
+    let encrypted = database.ask(
+        "select count(*) > 0 and bool_and(ssl) from pg_stat_ssl join pg_stat_activity using (pid)
+         where client_addr is not null and pid <> pg_backend_pid()",
+    );
+    drop(service);
+    let required = Service::start_with(&["--database-url", &url("require", "cert.pem")]).unwrap();
+    drop(required);
+    let doubted = Service::start_with(&["--database-url", &url("verify-full", "other.pem")]).unwrap_err();
+
+    assert_eq!(encrypted, "t");
+    assert!(format!("{doubted:#}").contains("certificate"), "{doubted:#}");
 }
 
 #[tokio::test]
@@ -190,7 +213,25 @@ struct Database {
 
 impl Database {
     fn start() -> Self {
+        Self::start_in(service::folder().unwrap(), "")
+    }
+
+    /// With a certificate of its own for localhost, and another one that is not its own.
+    fn start_with_tls() -> Self {
         let folder = service::folder().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        for (cert, key) in [("cert.pem", "key.pem"), ("other.pem", "other-key.pem")] {
+            let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+            fs::write(path(cert), certified.cert.pem()).unwrap();
+            fs::write(path(key), certified.signing_key.serialize_pem()).unwrap();
+            fs::set_permissions(path(key), fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        image::run(Command::new("chown").arg("nobody").arg(path("key.pem"))).unwrap();
+        let options = format!(" -c ssl=on -c ssl_cert_file={} -c ssl_key_file={}", path("cert.pem").display(), path("key.pem").display());
+        Self::start_in(folder, &options)
+    }
+
+    fn start_in(folder: tempfile::TempDir, further: &str) -> Self {
         let bin = newest_postgres();
         image::run(Command::new("chown").arg("nobody").arg(folder.path())).unwrap();
         let data = folder.path().join("data");
@@ -198,8 +239,10 @@ impl Database {
         fs::write(&password, "not:so/simple").unwrap();
         image::run(Command::new("chown").arg("nobody").arg(&password)).unwrap();
         let port = free_port();
-        let options =
-            format!("-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={} -c fsync=off", folder.path().display());
+        let options = format!(
+            "-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={} -c fsync=off{further}",
+            folder.path().display()
+        );
         image::run(
             as_nobody(&format!("{bin}/initdb"))
                 .args(["-U", "mayfly", "--auth=scram-sha-256", "--no-sync", "-D"])

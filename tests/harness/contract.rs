@@ -31,6 +31,22 @@ pub struct Operation {
     pub template: String,
 }
 
+impl Operation {
+    /// What the document says of it.
+    #[must_use]
+    pub fn definition(&self) -> &'static Value {
+        &document()["paths"][&self.template][self.method.to_lowercase()]
+    }
+
+    /// The scopes of which a token needs one; empty if any valid token will do. `None`: it needs no token.
+    #[must_use]
+    pub fn scopes(&self) -> Option<Vec<&'static str>> {
+        let requirements = self.definition().get("security").unwrap_or(&document()["security"]).as_array()?;
+        let names = |requirement: &'static Value| requirement["bearer"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        (!requirements.is_empty()).then(|| requirements.iter().flat_map(names).collect())
+    }
+}
+
 /// Every operation of the contract.
 #[must_use]
 pub fn operations() -> Vec<Operation> {
@@ -58,6 +74,10 @@ pub fn check(method: &str, path: &str, status: u16, content_type: &str, body: &s
         ensure!(matches!(status, 404 | 405 | 401 | 413), "{method} {path} is not in the contract and answered {status}");
         return if method == "HEAD" { Ok(()) } else { validate("#/components/schemas/Problem", body) };
     };
+    // The one answer that any request may get: its head was not read to the end.
+    if status == 431 {
+        return validate("#/components/schemas/Problem", body);
+    }
     let pointer = format!("/paths/{}/{}/responses/{status}", escape(&operation.template), method.to_lowercase());
     let mut response =
         document().pointer(&pointer).with_context(|| format!("status {status} is not promised for {method} {}", operation.template))?;

@@ -142,6 +142,8 @@ pub fn folder() -> Result<tempfile::TempDir> {
 pub struct Service {
     folder: tempfile::TempDir,
     args: Vec<String>,
+    /// What it logs, in the words of RUST_LOG.
+    log_filter: String,
     child: Option<Child>,
     place: Place,
     /// `None`: it serves other tests, which hold their own shares of the machine.
@@ -181,6 +183,17 @@ impl Service {
         Self::launch(args, Some(host::busy()))
     }
 
+    /// Starts one that logs what this says, in the words of `RUST_LOG`, and imports the `busybox` image.
+    #[must_use]
+    pub fn start_logging(filter: &str) -> Self {
+        let mut service = Self::start_with(&[]).expect("the service starts");
+        service.stop().expect("it stops");
+        filter.clone_into(&mut service.log_filter);
+        service.start_again().expect("it starts again");
+        service.import("busybox").expect("the image is imported");
+        service
+    }
+
     fn launch(args: &[&str], load: Option<File>) -> Result<Self> {
         ensure!(nix::unistd::geteuid().is_root(), "these tests start sandboxes: they need root");
         let folder = folder()?;
@@ -192,7 +205,7 @@ impl Service {
             busybox_root: PathBuf::new(),
         };
         let args = args.iter().map(|&a| a.to_owned()).collect();
-        let mut service = Self { folder, args, child: None, place, _load: load };
+        let mut service = Self { folder, args, log_filter: "info,sqlx=warn".to_owned(), child: None, place, _load: load };
         service.start_again()?;
         Ok(service)
     }
@@ -208,6 +221,7 @@ impl Service {
             .args(["serve", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--data-dir"])
             .arg(&self.place.data_dir)
             .args(&self.args)
+            .env("RUST_LOG", &self.log_filter)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
@@ -370,7 +384,7 @@ fn reader(mut stream: impl Read + Send + 'static) -> std::thread::JoinHandle<std
 
 /// The two addresses out of the line that says that the service is ready.
 fn addresses(line: &str) -> Result<(String, String)> {
-    let urls: Vec<_> = line.split([' ', ',']).filter(|word| word.starts_with("http://")).collect();
+    let urls: Vec<_> = line.split([' ', ',']).filter(|word| word.starts_with("http")).collect();
     let [api, metrics] = urls[..] else { bail!("not two addresses in {line:?}") };
     Ok((api.to_owned(), metrics.trim_end_matches("/metrics").to_owned()))
 }

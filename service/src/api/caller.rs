@@ -61,6 +61,7 @@ impl FromRequestParts<Arc<App>> for Caller {
 }
 
 impl Caller {
+    /// Who the request's token says is calling. Whether they may call at all now is not the token's to say.
     async fn verified(parts: &Parts, app: &App) -> Result<Self, ApiError> {
         let token = token_in(&parts.headers).ok_or(ApiError::Unauthenticated(None))?;
         let claims = app.verifier.verify(token, app.clock.now_unix_s()).await?;
