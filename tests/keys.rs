@@ -47,11 +47,14 @@ impl Pair {
 
     fn sign_as(&self, kid: Option<&str>, claims: &Value) -> String {
         let pem = self.keys.serialize_pem();
-        let key = match self.algorithm {
-            Algorithm::RS256 => EncodingKey::from_rsa_pem(pem.as_bytes()),
-            Algorithm::ES256 => EncodingKey::from_ec_pem(pem.as_bytes()),
-            _ => EncodingKey::from_ed_pem(pem.as_bytes()),
+        let read: fn(&[u8]) -> jsonwebtoken::errors::Result<EncodingKey> = if self.algorithm == Algorithm::RS256 {
+            EncodingKey::from_rsa_pem
+        } else if self.algorithm == Algorithm::ES256 {
+            EncodingKey::from_ec_pem
+        } else {
+            EncodingKey::from_ed_pem
         };
+        let key = read(pem.as_bytes());
         let header = Header { kid: kid.map(str::to_owned), ..Header::new(self.algorithm) };
         jsonwebtoken::encode(&header, claims, &key.unwrap()).unwrap()
     }
@@ -178,7 +181,11 @@ struct Issuer {
 
 impl Issuer {
     async fn start(pairs: &[&Pair]) -> Self {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::start_at("127.0.0.1:0", pairs).await
+    }
+
+    async fn start_at(address: &str, pairs: &[&Pair]) -> Self {
+        let listener = tokio::net::TcpListener::bind(address).await.unwrap();
         let url = format!("http://{}/keys", listener.local_addr().unwrap());
         let (keys, fetches) = (Arc::new(Mutex::new(Value::Null)), Arc::new(AtomicUsize::new(0)));
         let (published, counted) = (Arc::clone(&keys), Arc::clone(&fetches));
@@ -309,23 +316,14 @@ async fn a_storm_of_unknown_keys_fetches_once_in_five_seconds() {
 #[tokio::test]
 async fn an_issuer_that_is_not_there_at_the_start_is_asked_again() {
     let pair = Pair::ed("late");
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let service = Service::start_with(&["--jwt-jwks-url", &format!("http://{port}/keys")]).unwrap();
+    let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let service = Service::start_with(&["--jwt-jwks-url", &format!("http://{address}/keys")]).unwrap();
     let is_without = service.log().contains("no keys for tokens yet");
-    let listener = tokio::net::TcpListener::bind(port).await.unwrap();
-    let body = json!({ "keys": [pair.jwk()] }).to_string();
-    let served = tokio::spawn(async move {
-        loop {
-            let (mut client, _) = listener.accept().await.unwrap();
-            client.read(&mut [0; 4096]).await.ok();
-            let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len());
-            client.write_all(answer.as_bytes()).await.ok();
-        }
-    });
+    let issuer = Issuer::start_at(&address, &[&pair]).await;
 
     assert!(is_without, "the control failed: {}", service.log());
     assert_eq!(status(service.place(), &pair.token()).await, 200, "the first token that names a key has it fetched");
-    served.abort();
+    assert!(issuer.fetches() > 0);
 }
 
 #[tokio::test]

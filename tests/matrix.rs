@@ -176,7 +176,7 @@ async fn what_is_another_tenants_is_as_if_it_never_was() {
         let handshakes = if operation.definition()["responses"].get("101").is_some() {
             let open = async |path: &str| {
                 let url = format!("{}{path}", service.place.url);
-                format!("{:#}", stream::open(&url, stranger.token()).await.err().expect("no stream is for strangers"))
+                format!("{:#}", stream::open(&url, stranger.token()).await.expect_err("no stream is for strangers"))
             };
             Some((open(&path).await, open(&absent).await))
         } else {

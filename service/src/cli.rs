@@ -26,7 +26,7 @@ enum Command {
     /// Serve the API until SIGTERM or SIGINT
     Serve(Box<Options>),
     /// Make a token for the API and print it
-    Token(token::Arguments),
+    Token(Box<token::Arguments>),
     /// Work with images
     #[command(subcommand)]
     Image(ImageCommand),
@@ -55,7 +55,7 @@ enum ImageCommand {
 pub fn run() -> ExitCode {
     let done = match Line::parse().command {
         Command::Serve(options) => options.settle().and_then(serve::run),
-        Command::Token(arguments) => token::run(arguments),
+        Command::Token(arguments) => token::run(*arguments),
         Command::Image(ImageCommand::Import(arguments)) => image::run(*arguments),
         Command::Tenant(command) => tenant::run(*command),
         Command::Doctor { json, options } => match examine(*options, json) {
