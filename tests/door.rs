@@ -155,6 +155,27 @@ async fn every_answer_is_safe_for_browsers() {
 }
 
 #[tokio::test]
+async fn a_browsers_handshake_is_answered_without_its_token() {
+    let client = shared().client();
+    let run = client.shell("true").await;
+    let token = client.token().unwrap();
+    let url = format!("{}/v1/sandboxes/{}/logs", client.place().url, run["id"].as_str().unwrap());
+    let handshake = reqwest::Client::new()
+        .get(url)
+        .header("connection", "upgrade")
+        .header("upgrade", "websocket")
+        .header("sec-websocket-version", "13")
+        .header("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==")
+        .header("sec-websocket-protocol", format!("mayfly.v1, mayfly.bearer.{token}"));
+
+    let answer = handshake.send().await.unwrap();
+
+    assert_eq!(answer.status(), 101);
+    assert_eq!(answer.headers()["sec-websocket-protocol"], "mayfly.v1");
+    assert!(answer.headers().values().all(|value| !value.to_str().unwrap().contains(token)));
+}
+
+#[tokio::test]
 async fn a_head_that_is_too_large_is_refused_as_a_problem() {
     let client = shared().client();
     let send = async |request: reqwest::RequestBuilder| client.send(request, "GET", "/v1/limits").await;

@@ -174,7 +174,7 @@ async fn claims_may_have_other_names_and_scopes_may_be_a_list() {
 /// An issuer that publishes keys on loopback.
 struct Issuer {
     url: String,
-    keys: Arc<Mutex<Value>>,
+    answer: Arc<Mutex<String>>,
     fetches: Arc<AtomicUsize>,
     served: tokio::task::JoinHandle<()>,
 }
@@ -187,8 +187,8 @@ impl Issuer {
     async fn start_at(address: &str, pairs: &[&Pair]) -> Self {
         let listener = tokio::net::TcpListener::bind(address).await.unwrap();
         let url = format!("http://{}/keys", listener.local_addr().unwrap());
-        let (keys, fetches) = (Arc::new(Mutex::new(Value::Null)), Arc::new(AtomicUsize::new(0)));
-        let (published, counted) = (Arc::clone(&keys), Arc::clone(&fetches));
+        let (answer, fetches) = (Arc::new(Mutex::new(String::new())), Arc::new(AtomicUsize::new(0)));
+        let (published, counted) = (Arc::clone(&answer), Arc::clone(&fetches));
         let served = tokio::spawn(async move {
             loop {
                 let (mut client, _) = listener.accept().await.unwrap();
@@ -200,19 +200,24 @@ impl Issuer {
                     }
                 }
                 counted.fetch_add(1, Ordering::SeqCst);
-                let body = published.lock().unwrap().to_string();
-                let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", body.len());
+                let answer = published.lock().unwrap().clone();
                 // A client that went away is no fault of ours.
-                client.write_all(format!("{head}{body}").as_bytes()).await.ok();
+                client.write_all(answer.as_bytes()).await.ok();
             }
         });
-        let issuer = Self { url, keys, fetches, served };
+        let issuer = Self { url, answer, fetches, served };
         issuer.publish(pairs);
         issuer
     }
 
     fn publish(&self, pairs: &[&Pair]) {
-        *self.keys.lock().unwrap() = json!({ "keys": pairs.iter().map(|pair| pair.jwk()).collect::<Vec<_>>() });
+        let body = json!({ "keys": pairs.iter().map(|pair| pair.jwk()).collect::<Vec<_>>() }).to_string();
+        self.answer("200 OK", "", &body);
+    }
+
+    fn answer(&self, status: &str, header: &str, body: &str) {
+        let head = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n{header}\r\n", body.len());
+        *self.answer.lock().unwrap() = format!("{head}{body}");
     }
 
     fn fetches(&self) -> usize {
@@ -324,6 +329,24 @@ async fn an_issuer_that_is_not_there_at_the_start_is_asked_again() {
     assert!(is_without, "the control failed: {}", service.log());
     assert_eq!(status(service.place(), &pair.token()).await, 200, "the first token that names a key has it fetched");
     assert!(issuer.fetches() > 0);
+}
+
+#[tokio::test]
+async fn an_issuer_is_not_followed_elsewhere_and_not_heard_for_ever() {
+    let pair = Pair::ed("elsewhere");
+    let (elsewhere, issuer) = (Issuer::start(&[&pair]).await, Issuer::start(&[]).await);
+    issuer.answer("302 Found", &format!("location: {}\r\n", elsewhere.url), "");
+    let service = Service::start_with(&["--jwt-jwks-url", &issuer.url]).unwrap();
+
+    let redirected = status(service.place(), &pair.token()).await;
+    let padded = json!({ "keys": [pair.jwk()], "padding": "x".repeat(300_000) });
+    issuer.answer("200 OK", "", &padded.to_string());
+    let large = status(service.place(), &pair.token()).await;
+    issuer.publish(&[&pair]);
+    let control = status(service.place(), &pair.token()).await;
+
+    assert_eq!((redirected, large, control), (401, 401, 200), "{}", service.log());
+    assert_eq!(elsewhere.fetches(), 0);
 }
 
 #[tokio::test]
