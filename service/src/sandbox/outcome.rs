@@ -301,7 +301,10 @@ mod tests {
         let expected = json!({
             "reason": "oom_killed", "exit_code": null, "signal": "SIGKILL",
             "limits_hit": ["memory"], "message": "memory limit of 64 MiB reached; 1 process killed",
-            "usage": { "wall_ms": 812, "cpu_ms": 640, "memory_peak_bytes": 67_108_864, "pids_peak": 3, "stdout_bytes": 20, "stderr_bytes": 0 },
+            "usage": {
+                "wall_ms": 812, "cpu_ms": 640, "memory_peak_bytes": 67_108_864, "pids_peak": 3, "stdout_bytes": 20, "stderr_bytes": 0,
+                "io_read_bytes": 4096, "io_written_bytes": 8192, "io_reads": 1, "io_writes": 2
+            },
             "truncated": { "stdout": false, "stderr": false },
             "phases_ms": { "queue": 0.1, "image": 0.0, "launch": 0.9, "total": 813.4 }, "launch": "warm"
         });
