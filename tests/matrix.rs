@@ -40,6 +40,12 @@ async fn make(owner: &Client, part: &str, before: &[Made]) -> Made {
             owner.post_raw(&format!("/v1/images/import?reference={}", made.id), "application/x-tar", archive).await.expect(201);
             made
         }
+        ("/v1/admin/tenants/{tenant}", []) => {
+            // A tenant and its principal are there from their first request on.
+            owner.get("/v1/quota").await.expect(200);
+            Made { id: mark(owner), absent: format!("tenant-{}", uuid::Uuid::new_v4().simple()) }
+        }
+        ("/v1/admin/tenants/{tenant}/principals/{principal}", [_]) => Made { id: "tester".to_owned(), absent: "nobody".to_owned() },
         _ => panic!("openapi.yaml has {part}, and this test does not know how to make what it names: add that to `make`"),
     }
 }

@@ -279,7 +279,10 @@ mod tests {
                 throttled_us: 0,
                 stdout_bytes: 20,
                 stderr_bytes: 0,
-                ..sandbox_core::protocol::Usage::default()
+                io_read_bytes: 4096,
+                io_written_bytes: 8192,
+                io_reads: 1,
+                io_writes: 2,
             },
             limits_hit: vec![Limit::Memory],
             oom_kills: 1,
