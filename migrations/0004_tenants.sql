@@ -1,6 +1,9 @@
 -- Tenants and principals with their quotas and what they use; who did what; usage by the hour.
 
 alter table tenants
+    -- The names that tokens may hold, also those of issuers that put a bar into them.
+    drop constraint tenants_id_check,
+    add constraint tenants_id_check check (id ~ '^[A-Za-z0-9._@:|+-]{1,128}$'),
     -- Share of a full node, beside other tenants'.
     add column weight integer not null default 100 check (weight between 1 and 10000),
     -- What differs from the defaults: a number, a list, or null for no limit.
@@ -27,7 +30,7 @@ alter table tenants
 
 create table principals (
     tenant text not null references tenants,
-    name text not null check (name ~ '^[A-Za-z0-9._@:-]{1,128}$'),
+    name text not null check (name ~ '^[A-Za-z0-9._@:|+-]{1,128}$'),
     created_at timestamptz not null,
     quotas jsonb not null default '{}' check (jsonb_typeof(quotas) = 'object'),
     suspended_at timestamptz,

@@ -87,7 +87,7 @@ pub struct Options {
     /// PEM file with the private key to that certificate
     #[arg(long, env = "MAYFLY_TLS_KEY", value_name = "PATH")]
     pub tls_key: Option<PathBuf>,
-    /// Origin, as in https://app.example.com, whose pages may call the API from a browser; several with commas between [default: none]
+    /// Origin, as in `https://app.example.com`, whose pages may call the API from a browser; several with commas between [default: none]
     #[arg(long, env = "MAYFLY_CORS_ORIGIN", value_name = "ORIGIN", value_delimiter = ',')]
     pub cors_origin: Option<Vec<String>>,
     /// Connections to the API at one time; one more waits [default: 4096, or half of the open files allowed if that is less]

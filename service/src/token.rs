@@ -12,7 +12,7 @@ mod secret;
 mod signer;
 mod source;
 
-pub use claims::{Claims, NameInvalid, Rules};
+pub use claims::{Claims, NameInvalid, Rules, is_name};
 pub use key::{Key, KeyId};
 pub use keyring::{Freshness, Keyring};
 pub use scope::{Scope, Scopes, UnknownScope};

@@ -25,10 +25,9 @@ use super::{
 use crate::{
     sandbox::{Invalid, Kind, QuotaScope, Quotas, State as SandboxState, TenantId},
     store::{Account, Act, Change, Everyones, Suspension, Used, Who},
-    token::Scope,
+    token::{Scope, is_name},
 };
 
-const NAME_BYTES_MAX: usize = 128;
 const WEIGHTS: std::ops::RangeInclusive<u32> = 1..=10_000;
 
 pub(super) fn router() -> Router<Arc<App>> {
@@ -290,8 +289,7 @@ async fn events(State(app): State<Arc<App>>, _admin: Admin, uri: Uri) -> Result<
 
 /// Of the form that tokens have.
 fn name(field: &str, text: String) -> Result<String, ApiError> {
-    let is_sound = (1..=NAME_BYTES_MAX).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._@:-".contains(&b));
-    is_sound.then_some(text).ok_or_else(|| Invalid::new(field, "a name is 1 to 128 letters, digits and ._@:-").into())
+    is_name(&text).then_some(text).ok_or_else(|| Invalid::new(field, "a name is 1 to 128 letters, digits and ._@:|+-").into())
 }
 
 fn check(change: &Change, scope: QuotaScope) -> Result<(), ApiError> {

@@ -124,6 +124,7 @@ fn name_in(claims: &Map<String, Value>, claim: &str) -> Option<String> {
     claims.get(claim)?.as_str().filter(|name| is_name(name)).map(str::to_owned)
 }
 
-fn is_name(name: &str) -> bool {
+/// Whether a tenant or principal may be called so.
+pub fn is_name(name: &str) -> bool {
     (1..=NAME_BYTES_MAX).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._@:|+-".contains(&b))
 }
