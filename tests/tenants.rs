@@ -78,6 +78,19 @@ async fn what_will_never_do_is_not_to_be_tried_again() {
 }
 
 #[tokio::test]
+async fn an_isolation_that_is_not_allowed_is_a_quota_too() {
+    let service = shared();
+    let (client, _) = tenant_with(&service.place, json!({ "isolations": ["container"] })).await;
+    client.run(&hello()).await;
+
+    let mut request = hello();
+    request["isolation"] = json!("gvisor");
+    let problem = client.post("/v1/runs", &request).await.problem(429, "quota_exceeded");
+
+    assert_eq!((&problem["quota"], &problem["retryable"]), (&json!("isolations"), &json!(false)), "{problem:#}");
+}
+
+#[tokio::test]
 async fn a_default_that_is_larger_than_the_quota_gives_way_to_it() {
     let service = shared();
     let (client, _) = tenant_with(&service.place, json!({ "largest_pids": 10, "largest_wall_ms": 3000 })).await;

@@ -289,7 +289,10 @@ impl NewSandbox {
 
     /// What stands between it and the kernel, as quotas name it.
     pub const fn isolation(&self) -> &'static str {
-        "container"
+        match self.isolation {
+            Isolation::Container => "container",
+            Isolation::Gvisor => "gvisor",
+        }
     }
 
     fn args_and_env_fit(&self) -> Result<(), Invalid> {
