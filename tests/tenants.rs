@@ -31,6 +31,19 @@ fn assert_told(problem: &Value, quota: &str, limit: &Value, used: &Value) {
 }
 
 #[tokio::test]
+async fn names_that_tokens_may_have_can_be_registered() {
+    let service = shared();
+    let name = format!("auth0|{}+1", uuid::Uuid::new_v4());
+
+    let made = Client::admin(&service.place).post("/v1/admin/tenants", &json!({ "id": name })).await;
+
+    let location = made.header("location").to_owned();
+    made.expect(201);
+    assert_eq!(Client::admin(&service.place).get(&location).await.expect(200)["id"], json!(name));
+    Client::of_principal(&service.place, &name, "google|me+2").run(&hello()).await;
+}
+
+#[tokio::test]
 async fn one_more_than_the_quota_is_told_by_name_value_and_use() {
     let service = shared();
     let (client, _) = tenant_with(&service.place, json!({ "sandboxes": 1 })).await;

@@ -137,7 +137,8 @@ async fn create(State(app): State<Arc<App>>, Admin(admin): Admin, body: Body) ->
     if change != Change::default() {
         apply(&app, &admin, who, change).await?;
     }
-    let location = format!("/v1/admin/tenants/{tenant}");
+    // The one sign of names that may not stand in a URI as it is (RFC 3986).
+    let location = format!("/v1/admin/tenants/{}", tenant.as_str().replace('|', "%7C"));
     Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(tenant_view(&app, &tenant).await?)).into_response())
 }
 
