@@ -146,7 +146,7 @@ async fn list(State(app): State<Arc<App>>, _admin: Admin, uri: Uri) -> Result<Js
     let (limit, after) = page(query::pairs(&uri)?)?;
     let base = &app.engine.default_quotas().tenant;
     let tenants = app.store.list_tenants(&after, limit + 1, base, app.clock.now()).await?;
-    Ok(Json(paged(tenants, limit, |tenant| tenant.name.clone(), |tenant| TenantView::new(tenant, base))))
+    Ok(Json(paged(tenants, limit, |tenant| hex::encode(&tenant.name), |tenant| TenantView::new(tenant, base))))
 }
 
 async fn read(State(app): State<Arc<App>>, _admin: Admin, Path(tenant): Path<String>) -> Result<Json<TenantView>, ApiError> {
@@ -198,7 +198,7 @@ async fn list_principals(
     let (limit, after) = page(query::pairs(&uri)?)?;
     let base = behind_principals(&app, &tenant).await?;
     let principals = app.store.list_principals(&tenant, &after, limit + 1, &base, app.clock.now()).await?;
-    Ok(Json(paged(principals, limit, |one| one.name.clone(), |one| PrincipalView::new(&tenant, one, &base))))
+    Ok(Json(paged(principals, limit, |one| hex::encode(&one.name), |one| PrincipalView::new(&tenant, one, &base))))
 }
 
 type PrincipalPath = Path<(String, String)>;
@@ -356,11 +356,17 @@ fn page(pairs: Vec<(String, String)>) -> Result<(u32, String), ApiError> {
     for (key, text) in pairs {
         match key.as_str() {
             "limit" => limit = account::list_limit(&text)?,
-            "cursor" => after = name("cursor", text)?,
+            "cursor" => after = after_cursor(&text)?,
             _ => return Err(query::unknown(&key)),
         }
     }
     Ok((limit, after))
+}
+
+/// The name that a page ended with. In a cursor it is written so that it stands in a URL as it is.
+fn after_cursor(text: &str) -> Result<String, ApiError> {
+    let name = hex::decode(text).ok().and_then(|bytes| String::from_utf8(bytes).ok()).filter(|name| is_name(name));
+    name.ok_or_else(|| Invalid::new("cursor", "not a cursor that a page gave").into())
 }
 
 /// A page of these, of which there is one more than asked for if there is another page.
