@@ -7,7 +7,7 @@ set -e
 export PATH=/bin
 mount -t devtmpfs dev /dev
 insmod /modules/overlay.ko
-insmod /modules/brd.ko rd_nr=2 rd_size=393216
+insmod /modules/brd.ko rd_nr=2 rd_size=524288
 insmod /modules/loop.ko
 insmod /modules/quota_tree.ko
 insmod /modules/quota_v2.ko

@@ -50,6 +50,9 @@ pub(crate) struct Made {
     pub(crate) device: Option<Device>,
 }
 
+/// No layer takes the last twentieth of its disk.
+const KEPT_PART: u64 = 20;
+
 /// What everything on such a layer is counted in. Promises are rounded down to it.
 pub(crate) const BLOCK_BYTES: u64 = 4096;
 /// What the overlay itself takes of a layer: `work/work`, `work/incompat`, `volatile` and `dirty` in it, the last of which is an empty file.
@@ -75,6 +78,7 @@ impl Disks {
 
     /// Makes a layer. Takes milliseconds to seconds.
     pub(crate) fn make(&self, order: Order) -> io::Result<(OwnedFd, Made)> {
+        self.leave_some(order.bytes)?;
         match self.kind {
             Kind::Quota => Ok((quota::make(&self.folder, order)?, Made { device: None })),
             Kind::Image => image::make(&self.folder, order),
@@ -92,6 +96,18 @@ impl Disks {
             Kind::Quota => quota::remove(&self.folder, id_base),
             Kind::Image => Ok(()),
         }
+    }
+
+    /// Refuses a layer that would take the last of the disk, on which logs, images and perhaps the database are too: whoever asks for much is
+    /// told so, and the others go on.
+    fn leave_some(&self, bytes: u64) -> io::Result<()> {
+        let space = rustix::fs::fstatfs(open(&self.folder)?)?;
+        let block = u64::try_from(space.f_bsize).map_err(io::Error::other)?;
+        if leaves_enough(space.f_bavail.saturating_mul(block), space.f_blocks.saturating_mul(block), bytes) {
+            return Ok(());
+        }
+        let step = format!("setting {bytes} bytes aside in {} and leaving the node its share", self.folder.display());
+        Err(at(step)(io::ErrorKind::StorageFull.into()))
     }
 
     /// Removes what there is of a layer; the last step is to let go of `mount`.
@@ -113,6 +129,11 @@ impl Disks {
     }
 }
 
+/// Whether a disk of `total` bytes, of which `free` are, keeps its share when `taken` go.
+const fn leaves_enough(free: u64, total: u64, taken: u64) -> bool {
+    matches!(free.checked_sub(taken), Some(left) if left >= total / KEPT_PART)
+}
+
 fn open(folder: &Path) -> io::Result<OwnedFd> {
     Ok(openat(CWD, folder, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?)
 }
@@ -128,4 +149,17 @@ fn make_folders(root: BorrowedFd<'_>, id_base: u32) -> io::Result<()> {
 /// Names the step that failed.
 fn at(step: impl std::fmt::Display) -> impl FnOnce(io::Error) -> io::Error {
     move |error| io::Error::new(error.kind(), format!("{step}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_layer_takes_the_last_of_a_disk() {
+        assert!(leaves_enough(1000, 2000, 900));
+        assert!(!leaves_enough(1000, 2000, 901), "the last twentieth is the node's");
+        assert!(!leaves_enough(1000, 2000, 1001));
+        assert!(!leaves_enough(99, 2000, 0), "it is gone already");
+    }
 }
