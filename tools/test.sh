@@ -9,7 +9,8 @@ tools/setup.sh test
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
 export SQLX_OFFLINE=true
 # The programs that the tests start are built first, as cargo builds tests: it builds a package's own programs for its tests, not another's.
-cargo build --workspace --all-targets --locked
+# The steps at which crash tests kill are in these programs, and in none that is installed.
+cargo build --workspace --all-targets --locked --features fail-points
 images/busybox/build.sh >/dev/null
 images/python/build.sh >/dev/null
 
@@ -59,7 +60,7 @@ runner=(test --no-fail-fast)
 if cargo nextest --version >/dev/null 2>&1; then
     runner=(nextest run --no-fail-fast)
 fi
-MAYFLY_TEST_SERVICE=$place DATABASE_URL=$scratch_url cargo "${runner[@]}" --workspace --locked "$@" || outcome=$?
+MAYFLY_TEST_SERVICE=$place DATABASE_URL=$scratch_url cargo "${runner[@]}" --workspace --locked --features fail-points "$@" || outcome=$?
 
 exec {service_in}>&-
 if ! wait "$service_pid"; then

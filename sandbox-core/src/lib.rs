@@ -8,6 +8,7 @@ mod cgroup;
 pub mod client;
 mod disk;
 pub mod error;
+pub mod fail_point;
 pub mod fence;
 pub mod files;
 mod ids;

@@ -53,6 +53,7 @@ enum ImageCommand {
 
 /// Does what the command line says. An error is one line on stderr and a failure.
 pub fn run() -> ExitCode {
+    sandbox_core::fail_point::arm();
     let done = match Line::parse().command {
         Command::Serve(options) => options.settle().and_then(serve::run),
         Command::Token(arguments) => token::run(*arguments),

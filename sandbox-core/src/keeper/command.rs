@@ -47,6 +47,7 @@ struct Arguments {
 
 /// Runs a keeper as the command line says, whose other programs lie in the folder `programs`, until it is told to stop.
 pub fn run(programs: &Path, weakening: Weakening) -> anyhow::Result<()> {
+    crate::fail_point::arm();
     let arguments = Arguments::parse();
     anyhow::ensure!(nix::unistd::geteuid().is_root(), "sandbox-keeper must be started as root");
     let group = match arguments.group.parse() {
