@@ -46,6 +46,10 @@ async fn make(owner: &Client, part: &str, before: &[Made]) -> Made {
             Made { id: mark(owner), absent: format!("tenant-{}", uuid::Uuid::new_v4().simple()) }
         }
         ("/v1/admin/tenants/{tenant}/principals/{principal}", [_]) => Made { id: "tester".to_owned(), absent: "nobody".to_owned() },
+        ("/v1/admin/nodes/{node}", []) => {
+            let own = std::fs::read_to_string(shared().place.data_dir.join("node-id")).unwrap();
+            Made { id: own.trim().to_owned(), absent: uuid::Uuid::new_v4().to_string() }
+        }
         _ => panic!("openapi.yaml has {part}, and this test does not know how to make what it names: add that to `make`"),
     }
 }

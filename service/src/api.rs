@@ -10,6 +10,7 @@ pub mod images;
 pub mod json;
 mod limits;
 mod logs;
+mod nodes;
 mod observe;
 mod operations;
 pub mod query;
@@ -68,6 +69,7 @@ pub fn router(app: Arc<App>, door: &DoorSettings) -> Router {
         .route("/v1/usage", get(account::usage))
         .route("/v1/events", get(account::events))
         .merge(admin::router())
+        .merge(nodes::router())
         .route("/healthz", get(operations::health))
         .route("/readyz", get(operations::ready))
         .route("/openapi.yaml", get(operations::openapi))

@@ -1,6 +1,8 @@
 //! The command line: what can be asked of the binary, and how it answers.
 
+mod api;
 mod image;
+mod node;
 mod tenant;
 mod token;
 
@@ -33,6 +35,9 @@ enum Command {
     /// Work with tenants, their quotas and their principals
     #[command(subcommand)]
     Tenant(Box<tenant::Command>),
+    /// Work with the machines that run sandboxes
+    #[command(subcommand)]
+    Node(Box<node::Command>),
     /// Say what this machine can and cannot do, and what to do about it
     Doctor {
         /// Print a JSON object instead of text
@@ -59,6 +64,7 @@ pub fn run() -> ExitCode {
         Command::Token(arguments) => token::run(*arguments),
         Command::Image(ImageCommand::Import(arguments)) => image::run(*arguments),
         Command::Tenant(command) => tenant::run(*command),
+        Command::Node(command) => node::run(*command),
         Command::Doctor { json, options } => match examine(*options, json) {
             Ok(true) => Ok(()),
             Ok(false) => return ExitCode::FAILURE,

@@ -148,6 +148,18 @@ pub struct Options {
     /// CPU that sandboxes together may be promised, in percent of this machine's [default: 800]
     #[arg(long, env = "MAYFLY_OVERCOMMIT_CPU_PERCENT", value_name = "PERCENT")]
     pub overcommit_cpu_percent: Option<u64>,
+    /// Memory that is kept free, in percent of this machine's: with less, no sandbox is started [default: 5]
+    #[arg(long, env = "MAYFLY_MEMORY_RESERVE_PERCENT", value_name = "PERCENT")]
+    pub memory_reserve_percent: Option<u64>,
+    /// The same of the disk that the data folder is on [default: 5]
+    #[arg(long, env = "MAYFLY_DISK_RESERVE_PERCENT", value_name = "PERCENT")]
+    pub disk_reserve_percent: Option<u64>,
+    /// How long this node counts as alive without being heard of by the others, in seconds; then what it runs is settled by them [default: 15]
+    #[arg(long, env = "MAYFLY_NODE_LEASE_S", value_name = "SECONDS")]
+    pub node_lease_s: Option<u32>,
+    /// How long requests and runs in progress may take to end by themselves when the service is told to stop, in seconds [default: 10]
+    #[arg(long, env = "MAYFLY_STOP_GRACE_S", value_name = "SECONDS")]
+    pub stop_grace_s: Option<u32>,
     /// Whether a tenant appears with its first valid token, or must be registered before [default: auto]
     #[arg(long, env = "MAYFLY_TENANTS", value_name = "HOW")]
     pub tenants: Option<Tenants>,
@@ -214,6 +226,10 @@ pub struct Settings {
     pub capacity_cpu_millis: Option<u64>,
     pub overcommit_memory_percent: u64,
     pub overcommit_cpu_percent: u64,
+    pub memory_reserve_percent: u64,
+    pub disk_reserve_percent: u64,
+    pub node_lease: Duration,
+    pub stop_grace: Duration,
     pub tenants: Tenants,
     pub quotas: DefaultQuotas,
     pub queue_max: u64,
@@ -269,6 +285,10 @@ impl Options {
             .unwrap_or(80),
             overcommit_cpu_percent: positive("overcommit-cpu-percent", self.overcommit_cpu_percent.or(file.overcommit_cpu_percent))?
                 .unwrap_or(800),
+            memory_reserve_percent: percent("memory-reserve-percent", self.memory_reserve_percent.or(file.memory_reserve_percent))?,
+            disk_reserve_percent: percent("disk-reserve-percent", self.disk_reserve_percent.or(file.disk_reserve_percent))?,
+            node_lease: seconds(within("node-lease-s", self.node_lease_s.or(file.node_lease_s).unwrap_or(15), 2, 3600)?),
+            stop_grace: seconds(within("stop-grace-s", self.stop_grace_s.or(file.stop_grace_s).unwrap_or(10), 0, 3600)?),
             tenants: self.tenants.or(file.tenants).unwrap_or_default(),
             quotas: quotas(given(self.tenant_quotas).or(file.tenant_quotas), given(self.principal_quotas).or(file.principal_quotas))?,
             queue_max: self.queue_max.or(file.queue_max).unwrap_or(10_000),
@@ -315,6 +335,17 @@ fn quotas(tenant: Option<String>, principal: Option<String>) -> anyhow::Result<D
 
 fn hours(count: u32) -> Duration {
     Duration::from_secs(u64::from(count) * 3600)
+}
+
+fn seconds(count: u32) -> Duration {
+    Duration::from_secs(u64::from(count))
+}
+
+/// A share that is kept free.
+fn percent(name: &str, number: Option<u64>) -> anyhow::Result<u64> {
+    let number = number.unwrap_or(5);
+    ensure!(number <= 100, "{name}: {number} is out of range: 0 to 100");
+    Ok(number)
 }
 
 fn positive(name: &str, number: Option<u64>) -> anyhow::Result<Option<u64>> {

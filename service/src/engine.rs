@@ -6,7 +6,9 @@ mod carry;
 mod fair;
 mod follow;
 mod input;
+mod lease;
 mod live;
+mod pressure;
 mod queue;
 mod recovery;
 mod settle;
@@ -25,8 +27,11 @@ pub use crate::sandbox::Owner;
 use anyhow::Context as _;
 use capacity::{Capacity, Room};
 pub use follow::{Followed, Followup, LogStream};
+use lease::{Identity, Tenure};
 pub use live::{Finished, Progress};
 use live::{Live, Registry};
+use pressure::Pressure;
+pub use pressure::Reserves;
 use sandbox_core::protocol::KillReason;
 use time::OffsetDateTime;
 use tokio::sync::Notify;
@@ -38,7 +43,7 @@ use crate::{
     metrics::Metrics,
     runtime::{CallError, Keeper},
     sandbox::{DefaultQuotas, Event, Exceeded, Invalid, Kind, LogTail, NewSandbox, Sandbox, SandboxId, State, TenantId},
-    store::{Act, Filter, NodeId, Store, StoreError},
+    store::{Act, Filter, NodeCapacity, NodeId, Store, StoreError},
 };
 
 /// How long a new sandbox is waited for before its creator hears that it is still starting.
@@ -54,8 +59,14 @@ pub struct Settings {
     pub node: NodeId,
     /// For people.
     pub node_name: String,
+    /// How long this node counts as alive without being heard of.
+    pub lease: Duration,
+    /// Whether a keeper that went away may come back: it is not ours.
+    pub does_keeper_return: bool,
+    pub data_dir: PathBuf,
     /// Where the keeper writes logs.
     pub logs_dir: PathBuf,
+    pub reserves: Reserves,
     /// The most that the limits of this node's live sandboxes may come to.
     pub capacity_memory_bytes: u64,
     pub capacity_cpu_millis: u64,
@@ -86,13 +97,20 @@ pub struct Engine {
     clock: Clock,
     metrics: Arc<Metrics>,
     node: NodeId,
+    tenure: Tenure,
+    pressure: Pressure,
+    does_keeper_return: bool,
     capacity: Arc<Capacity>,
     live: Registry,
     /// Wakes the scheduler.
     wake: Arc<Notify>,
     /// Whether something waits in the queue, as far as this node knows.
     has_queue: Arc<AtomicBool>,
+    /// Takes no more work, and lets what there is come to its end.
+    is_closing: AtomicBool,
     stopping: CancellationToken,
+    /// The lease is let go.
+    over: CancellationToken,
     tenancy: Tenancy,
     images: admit::KnownImages,
 }
@@ -109,7 +127,7 @@ pub enum EngineError {
     NoCapacity(String),
     /// There is no room now, and it may not wait.
     #[error("{0}")]
-    Busy(&'static str),
+    Busy(String),
     #[error("{0}")]
     QuotaExceeded(Box<Exceeded>),
     #[error("the tenant or the principal is suspended")]
@@ -146,12 +164,12 @@ pub struct Output {
 impl Engine {
     /// Takes over what this node left behind — lives on with what lives, settles what ended — and begins to schedule.
     pub async fn start(store: Store, keeper: Keeper, settings: Settings) -> anyhow::Result<Arc<Self>> {
-        let Settings { node, node_name, logs_dir, capacity_memory_bytes, capacity_cpu_millis, tenancy, clock, metrics } = settings;
+        let Settings { node, node_name, lease, data_dir, logs_dir, capacity_memory_bytes, capacity_cpu_millis, clock, metrics, .. } =
+            settings;
         let hello = keeper.connected().await;
-        store
-            .register_node(node, &node_name, capacity_memory_bytes, capacity_cpu_millis, clock.now())
-            .await
-            .context("registering this node failed")?;
+        let capacity = NodeCapacity { memory_bytes: capacity_memory_bytes, cpu_millis: capacity_cpu_millis };
+        let identity = Identity { node, name: node_name, capacity, held_for: lease };
+        let tenure = Tenure::begin(&store, identity, clock.now()).await.context("taking this node's lease failed")?;
         let total =
             Room { memory_bytes: capacity_memory_bytes, cpu_millis: capacity_cpu_millis, sandboxes: u64::from(hello.sandboxes_max) };
         let (wake, has_queue) = (Arc::new(Notify::new()), Arc::new(AtomicBool::new(true)));
@@ -172,12 +190,19 @@ impl Engine {
             clock,
             metrics,
             node,
+            tenure,
+            pressure: Pressure::new(settings.reserves, data_dir),
+            does_keeper_return: settings.does_keeper_return,
             wake,
             has_queue,
+            is_closing: AtomicBool::new(false),
             stopping: CancellationToken::new(),
-            tenancy,
+            over: CancellationToken::new(),
+            tenancy: settings.tenancy,
             images: admit::KnownImages::default(),
         });
+        engine.pressure.look();
+        tokio::spawn(Arc::clone(&engine).hold_lease());
         engine.recover().await?;
         tokio::spawn(Arc::clone(&engine).schedule());
         tokio::spawn(Arc::clone(&engine).keep_house());
@@ -305,27 +330,61 @@ impl Engine {
         self.stopping.cancelled().await;
     }
 
-    /// Whether new sandboxes can be made: the keeper is there.
+    /// Whether new sandboxes can be made here: the keeper is there, and nobody drains the node or stops the service.
     pub fn is_ready(&self) -> bool {
-        self.keeper.hello().is_some() && !self.stopping.is_cancelled()
+        self.keeper.hello().is_some() && !self.stopping.is_cancelled() && !self.is_closing() && !self.tenure.orders().is_drained
+    }
+
+    /// Whether this service is about to stop.
+    pub fn is_closing(&self) -> bool {
+        self.is_closing.load(Ordering::SeqCst)
+    }
+
+    /// Takes no more work. Returns when every run has ended, or `deadline` is over.
+    pub async fn close(&self, deadline: Duration) {
+        self.is_closing.store(true, Ordering::SeqCst);
+        let ended = async {
+            for live in self.carried() {
+                if live.sandbox.kind == Kind::Run {
+                    Followed::new(live).ended().await;
+                }
+            }
+        };
+        // Who needs longer is ended, or left to the next service.
+        drop(tokio::time::timeout(deadline, ended).await);
     }
 
     /// Makes no more sandboxes, ends those that live, and returns when their ends are stored or `deadline` is over.
     pub async fn stop(&self, deadline: Duration) {
+        self.is_closing.store(true, Ordering::SeqCst);
         self.stopping.cancel();
         let ended = async {
-            let mut all = self.live.all();
-            all.retain(|live| !matches!(live.progress(), Progress::Queued));
+            let all = self.carried();
             for live in &all {
                 self.kill(live, KillReason::Evicted).await;
             }
             for live in all {
-                Followed::new(live).ended().await;
+                Followed::new(live).until(|progress| matches!(progress, Progress::Ended(_) | Progress::Gone | Progress::Queued)).await;
             }
         };
         if tokio::time::timeout(deadline, ended).await.is_err() {
             tracing::warn!("not every sandbox ended in time; the next start settles the rest");
         }
+        self.let_go(false).await;
+    }
+
+    /// Makes no more sandboxes and leaves those that live to the keeper and to the next service.
+    pub async fn hand_over(&self) {
+        self.is_closing.store(true, Ordering::SeqCst);
+        self.stopping.cancel();
+        self.let_go(true).await;
+    }
+
+    /// What this process follows.
+    fn carried(&self) -> Vec<Arc<Live>> {
+        let mut all = self.live.all();
+        all.retain(|live| !matches!(live.progress(), Progress::Queued));
+        all
     }
 
     /// Records that it is to end, and tells the keeper. One that is not with the keeper yet ends as soon as it is.
@@ -351,7 +410,7 @@ impl Engine {
         loop {
             tokio::select! {
                 _ = self.keeper.connected() => {}
-                () = self.keeper.gone() => return,
+                () = self.keeper_gone() => return,
             }
             match self.keeper.forget(id).await {
                 Err(CallError::Lost) => tokio::time::sleep(Duration::from_millis(100)).await,

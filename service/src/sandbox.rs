@@ -16,8 +16,8 @@ pub use outcome::{Finish, Outcome, Phases, Reason, Truncated, Usage};
 pub use program::{Capabilities, Program, User, spec};
 pub use quota::{DefaultQuotas, Exceeded, QuotaScope, Quotas, asked, bound_within, defaults_within};
 pub use request::{
-    Content, File, ImageReference, Invalid, LIST_LIMIT, LabelFault, NewSandbox, RunRequest, SandboxRequest, TTL_MS, WAIT_MS, WhenFull,
-    check_label,
+    Content, EVICT_AFTER_MS, File, ImageReference, Invalid, LIST_LIMIT, LabelFault, NewSandbox, RETRY, RunRequest, SandboxRequest, TTL_MS,
+    WAIT_MS, WhenFull, check_label,
 };
 pub use sandbox_core::protocol::{ImageId, SandboxId};
 use sandbox_core::{fence::Fences, protocol::OutputPolicy};
@@ -102,4 +102,8 @@ pub struct Sandbox {
     pub outcome: Option<Outcome>,
     /// What stood around its payload; `None`: it has not started, or never did.
     pub fences: Option<Fences>,
+    /// Which one of its attempts this is, from one on.
+    pub attempt: u32,
+    /// How often it may be tried again, should this node fail it.
+    pub retries_left: u32,
 }

@@ -33,7 +33,7 @@ use crate::{
     api,
     clock::Clock,
     config::{Account, LogFormat, Settings, Tenants},
-    engine::{self, Engine, Tenancy},
+    engine::{self, Engine, Reserves, Tenancy},
     images::Images,
     metrics::Metrics,
     postgres::Cluster,
@@ -42,8 +42,6 @@ use crate::{
     token::{Key, Keyring, Secret, Verifier},
 };
 
-/// How long requests in progress have to end by themselves, once we are told to stop.
-const DRAIN: Duration = Duration::from_secs(5);
 /// How long sandboxes have to end when they are told to.
 const END_SANDBOXES: Duration = Duration::from_secs(10);
 /// How long the answers have that tell of those ends.
@@ -141,7 +139,7 @@ async fn serve(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
 
     let ended = tokio::select! {
         () = signals.next() => Ended::Told,
-        () = app.keeper.gone() => Ended::WithoutKeeper,
+        () = app.engine.keeper_gone() => Ended::WithoutKeeper,
     };
     match ended {
         Ended::Told => {
@@ -149,12 +147,23 @@ async fn serve(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
             let last = async {
                 stopping.cancel();
                 let mut api = api;
-                if tokio::time::timeout(DRAIN, &mut api).await.is_err() {
+                let grace = settings.stop_grace;
+                if helpers.is_keeper_ours() {
+                    // Its sandboxes end with it.
+                    let (_, answered) = tokio::join!(app.engine.close(grace), tokio::time::timeout(grace, &mut api));
                     app.engine.stop(END_SANDBOXES).await;
-                    drop(tokio::time::timeout(LAST_ANSWERS, &mut api).await);
+                    if answered.is_ok() {
+                        return;
+                    }
                 } else {
-                    app.engine.stop(END_SANDBOXES).await;
+                    app.engine.close(Duration::ZERO).await;
+                    let answered = tokio::time::timeout(grace, &mut api).await;
+                    app.engine.hand_over().await;
+                    if answered.is_ok() {
+                        return;
+                    }
                 }
+                drop(tokio::time::timeout(LAST_ANSWERS, &mut api).await);
             };
             tokio::select! {
                 () = last => {}
@@ -202,6 +211,10 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
     let engine_settings = engine::Settings {
         node: identity.node,
         node_name: node_name(&settings.data_dir),
+        lease: settings.node_lease,
+        does_keeper_return: !helpers.is_keeper_ours(),
+        data_dir: settings.data_dir.clone(),
+        reserves: Reserves { memory_percent: settings.memory_reserve_percent, disk_percent: settings.disk_reserve_percent },
         logs_dir: settings.data_dir.join("logs"),
         capacity_memory_bytes: settings.capacity_memory_bytes.unwrap_or_else(|| memory_to_give(settings.overcommit_memory_percent)),
         capacity_cpu_millis: settings.capacity_cpu_millis.unwrap_or_else(|| cpu_to_give(settings.overcommit_cpu_percent)),

@@ -14,11 +14,11 @@ use std::{io, time::Duration};
 pub use admission::{Admission, Admitted};
 pub use events::{Act, EventFilter, Told};
 pub use images::{Image, NewImage, Recorded};
-pub use nodes::NodeId;
-pub use queue::{Candidate, Input, QueueListener};
+pub use nodes::{Abandoned, Capacity as NodeCapacity, Lease, Node, NodeId, Orders};
+pub use queue::{Candidate, Input, QueueListener, Return};
 #[cfg(test)]
 pub(crate) use sandboxes::tests::sandbox as sandbox_for_tests;
-pub use sandboxes::{Deleted, Ended, Everyones, Filter, Held, LogKept, StoredLog};
+pub use sandboxes::{Deleted, Ended, Everyones, Filter, Held, LogKept, StoredLog, Whereabouts, Writer};
 use sqlx::{
     Connection as _, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},

@@ -46,7 +46,7 @@ pub(super) fn router() -> Router<Arc<App>> {
 }
 
 /// A caller whose token has the scope `admin`.
-struct Admin(Caller);
+pub(super) struct Admin(pub(super) Caller);
 
 impl FromRequestParts<Arc<App>> for Admin {
     type Rejection = ApiError;

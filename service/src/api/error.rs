@@ -259,7 +259,7 @@ impl From<EngineError> for ApiError {
             EngineError::ImageNotFound(reference) => Self::ImageNotFound(reference),
             EngineError::Invalid(invalid) => Self::Invalid(invalid),
             EngineError::NoCapacity(why) => Self::NoCapacity(why),
-            EngineError::Busy(why) => Self::Busy(why.to_owned()),
+            EngineError::Busy(why) => Self::Busy(why),
             EngineError::QuotaExceeded(exceeded) => Self::QuotaExceeded(exceeded),
             EngineError::Suspended => Self::Suspended,
             EngineError::UnknownTenant => Self::UnknownTenant,

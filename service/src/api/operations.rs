@@ -25,8 +25,11 @@ pub(super) async fn health() -> Json<Status> {
 /// Sandboxes can be made: Postgres and the keeper answer.
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Json<Status>, ApiError> {
     app.store.ping().await?;
-    if !app.engine.is_ready() {
+    if app.keeper.hello().is_none() {
         return Err(ApiError::KeeperUnavailable);
+    }
+    if !app.engine.is_ready() {
+        return Err(ApiError::Busy("this node is drained, or its service is stopping".to_owned()));
     }
     Ok(Json(Status { status: "ready" }))
 }

@@ -52,7 +52,7 @@ async fn wait(app: &App, run: &mut Followed, patience: Duration) -> Option<Arc<F
     if in_time.is_some() {
         return in_time;
     }
-    let is_stopping = !app.engine.is_ready();
+    let is_stopping = app.engine.is_closing();
     let patience = if is_stopping { STOP_PATIENCE } else { START_PATIENCE };
     let settled = run.until(|progress| match progress {
         Progress::Starting => false,

@@ -36,6 +36,8 @@ pub(super) struct RunView {
     outcome: Option<Outcome>,
     fences: Option<Vec<Fence>>,
     limits: Limits,
+    /// From one on; more where `retry` was asked for and used.
+    attempt: u32,
     #[serde(with = "time::serde::rfc3339")]
     created_at: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339::option")]
@@ -98,6 +100,7 @@ impl RunView {
             outcome: sandbox.outcome,
             fences: sandbox.fences.map(|fences| fences.iter().collect()),
             limits: sandbox.limits,
+            attempt: sandbox.attempt,
             created_at: sandbox.created_at,
             started_at: sandbox.started_at,
             finished_at: sandbox.finished_at,

@@ -1,15 +1,15 @@
 //! `mayfly tenant`: tenants, principals and their quotas, by way of the API.
 
-use std::time::Duration;
-
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
-use reqwest::{Method, Url};
+use reqwest::Method;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::token::Key;
-use crate::token::{Claims, Scope};
+use super::api::{Api, Ready};
+
+/// Below which the API has tenants.
+const PLACE: &str = "v1/admin/tenants";
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -79,25 +79,6 @@ pub(super) struct Change {
     principal_quota: Vec<(String, Value)>,
 }
 
-/// Where the API is, and who asks.
-#[derive(Debug, Args)]
-pub(super) struct Api {
-    /// Where the API is
-    #[arg(long, env = "MAYFLY_URL", default_value = "http://127.0.0.1:8080")]
-    url: Url,
-    /// Token for the API, with the scope `admin` [default: one signed with the data folder's secret]
-    #[arg(long, env = "MAYFLY_TOKEN", hide_env_values = true)]
-    token: Option<String>,
-    #[command(flatten)]
-    key: Key,
-}
-
-#[derive(Debug, Deserialize)]
-struct Problem {
-    code: String,
-    detail: String,
-}
-
 #[derive(Debug, Deserialize)]
 struct Page {
     items: Vec<Listed>,
@@ -133,7 +114,7 @@ pub(super) fn run(command: Command) -> anyhow::Result<()> {
             }
             Command::Resume { who, api } => (api, Method::POST, [who.path(), vec!["resume".to_owned()]].concat(), None),
         };
-        let answer: Value = api.ready()?.ask(method, &path, &[], body).await?;
+        let answer: Value = api.ready()?.ask(method, PLACE, &path, &[], body).await?;
         super::print(serde_json::to_string_pretty(&answer)?)
     })
 }
@@ -143,7 +124,7 @@ async fn list(api: Ready) -> anyhow::Result<()> {
     let mut cursor = None;
     loop {
         let query: Vec<_> = cursor.iter().map(|cursor: &String| ("cursor", cursor.as_str())).collect();
-        let page: Page = api.ask(Method::GET, &[], &query, None).await?;
+        let page: Page = api.ask(Method::GET, PLACE, &[], &query, None).await?;
         for Listed { id, weight, suspended, used } in page.items {
             let use_of = |name: &str| used.get(name).cloned().unwrap_or_default();
             let note = if suspended { "suspended" } else { "" };
@@ -173,57 +154,6 @@ impl Change {
             ("principal_quotas", (!self.principal_quota.is_empty()).then(|| quotas(&self.principal_quota))),
         ];
         parts.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect()
-    }
-}
-
-/// A client and what it needs.
-struct Ready {
-    client: reqwest::Client,
-    url: Url,
-    token: String,
-}
-
-impl Api {
-    fn ready(self) -> anyhow::Result<Ready> {
-        let operator = Claims { tenant: "operator".into(), subject: "tenant".into(), scopes: [Scope::Admin].into_iter().collect() };
-        let token = match self.token {
-            Some(given) => given,
-            None => self.key.sign(&operator, 300).context("signing a token; give one with --token")?,
-        };
-        // A proxy knows nothing of this machine's own loopback.
-        let is_local = matches!(self.url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
-        let client = reqwest::Client::builder().timeout(Duration::from_secs(60));
-        let client = if is_local { client.no_proxy() } else { client }.build()?;
-        Ok(Ready { client, url: self.url, token })
-    }
-}
-
-impl Ready {
-    async fn ask<T: serde::de::DeserializeOwned>(
-        &self,
-        method: Method,
-        path: &[String],
-        query: &[(&str, &str)],
-        body: Option<Map<String, Value>>,
-    ) -> anyhow::Result<T> {
-        let mut place = self.url.join("v1/admin/tenants").context("--url")?;
-        place.path_segments_mut().map_err(|()| anyhow::anyhow!("--url: {} has no path", self.url))?.extend(path);
-        if !query.is_empty() {
-            place.query_pairs_mut().extend_pairs(query);
-        }
-        let request = self.client.request(method, place).bearer_auth(&self.token);
-        let request = if let Some(body) = body { request.json(&body) } else { request };
-        let url = &self.url;
-        let response = request.send().await.with_context(|| format!("asking {url}"))?;
-        let status = response.status();
-        let text = response.text().await.with_context(|| format!("hearing from {url}"))?;
-        if status.is_success() {
-            return serde_json::from_str(&text).with_context(|| format!("{url} answered something else than a tenant"));
-        }
-        match serde_json::from_str::<Problem>(&text) {
-            Ok(problem) => bail!("{url} answered {status}, {}: {}", problem.code, problem.detail),
-            Err(_) => bail!("{url} answered {status}"),
-        }
     }
 }
 

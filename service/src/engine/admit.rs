@@ -14,7 +14,7 @@ use crate::{
         ImageUsed, Invalid, Kind, Limits, NewSandbox, Program, RequestedLimits, Sandbox, SandboxId, State, TenantId, WhenFull, asked,
         defaults_within,
     },
-    store::{Admission, Admitted, Image, Input, Standing, StoreError},
+    store::{Admission, Admitted, Image, Input, Lease, Standing, StoreError},
 };
 
 /// What references named when they were last looked up. Only a guess: the statement that inserts a sandbox checks it.
@@ -105,16 +105,23 @@ impl Engine {
             finished_at: None,
             expires_at: asked.ttl_ms.map(|ms| created_at + Duration::from_millis(ms)),
             outcome: None,
+            attempt: 1,
+            retries_left: asked.retries,
         };
         let image_took = (image_found_at - created_at).unsigned_abs();
 
-        if !self.has_queue()
+        let empty = Input::default();
+        let lease = self.lease();
+        let hindrance = self.hindrance();
+        if hindrance.is_none()
+            && !self.has_queue()
             && let Some(mut reservation) = self.capacity.reserve(room)
         {
-            let answer = self.ask_store(&sandbox, asked, &Input::default()).await?;
+            let answer = self.ask_store(&sandbox, lease, asked, input.as_ref().unwrap_or(&empty)).await?;
             if let Admitted::Yes { weight } = answer {
+                sandbox_core::fail_point::reached("service.admit.claimed");
                 reservation.count_for(owner, weight);
-                let live = self.live.insert(sandbox, image_took);
+                let live = self.live.insert(sandbox, lease, image_took);
                 let input = input.take().unwrap_or_default();
                 tokio::spawn(Arc::clone(self).carry(Arc::clone(&live), input, reservation));
                 return Ok(Ok(Followed::new(live)));
@@ -124,13 +131,12 @@ impl Engine {
             }
         }
         if asked.when_full == WhenFull::Refuse {
-            return Err(EngineError::Busy("there is no room now, and it is not to wait"));
+            return Err(EngineError::Busy(hindrance.unwrap_or_else(|| "there is no room now, and it is not to wait".to_owned())));
         }
         let queued = Sandbox { state: State::Queued, claimed_at: None, ..sandbox };
         // Known before it can be claimed, so that whoever claims it finds those who wait for it.
-        let live = self.live.insert(queued.clone(), image_took);
-        let empty = Input::default();
-        let answer = self.ask_store(&queued, asked, input.as_ref().unwrap_or(&empty)).await;
+        let live = self.live.insert(queued.clone(), lease, image_took);
+        let answer = self.ask_store(&queued, lease, asked, input.as_ref().unwrap_or(&empty)).await;
         if !matches!(answer, Ok(Admitted::Yes { .. })) {
             self.live.remove(queued.id);
             return refuse(answer?, asked).map(Err);
@@ -139,11 +145,17 @@ impl Engine {
         Ok(Ok(Followed::new(live)))
     }
 
-    async fn ask_store(self: &Arc<Self>, sandbox: &Sandbox, new: &NewSandbox, input: &Input) -> Result<Admitted, EngineError> {
+    async fn ask_store(
+        self: &Arc<Self>,
+        sandbox: &Sandbox,
+        lease: Lease,
+        new: &NewSandbox,
+        input: &Input,
+    ) -> Result<Admitted, EngineError> {
         let ttl_ms = (new.kind == Kind::Sandbox).then_some(new.ttl_ms);
         let admission = Admission {
             sandbox,
-            node: self.node,
+            lease,
             input,
             asked: &asked(&sandbox.limits, ttl_ms),
             network: new.network(),
@@ -154,7 +166,7 @@ impl Engine {
         let answer = self.store.admit(admission).await;
         if let Err(StoreError::Unavailable(_)) = &answer {
             // The connection may have broken between the commit and its answer.
-            self.settle_unclear(sandbox.clone());
+            self.settle_unclear(sandbox.clone(), lease);
         }
         Ok(answer?)
     }
@@ -195,7 +207,7 @@ fn refuse(refused: Admitted, asked: &NewSandbox) -> Result<Obstacle, EngineError
         Admitted::ImageMoved => Ok(Obstacle::ImageMoved),
         Admitted::Unknown => Ok(Obstacle::Unknown),
         Admitted::Suspended => Err(EngineError::Suspended),
-        Admitted::QueueFull => Err(EngineError::Busy("there is no room now, and as many wait as may")),
+        Admitted::QueueFull => Err(EngineError::Busy("there is no room now, and as many wait as may".to_owned())),
         Admitted::Exceeded(exceeded, quotas) => {
             let requested = defaults_within(asked.requested, &asked.limits, &quotas);
             match Limits::of(asked.kind, requested) {
@@ -205,6 +217,6 @@ fn refuse(refused: Admitted, asked: &NewSandbox) -> Result<Obstacle, EngineError
             }
         }
         // Neither is an answer to one that is to wait, nor a refusal.
-        Admitted::Yes { .. } | Admitted::Behind => Err(EngineError::Busy("there is no room now")),
+        Admitted::Yes { .. } | Admitted::Behind => Err(EngineError::Busy("there is no room now".to_owned())),
     }
 }

@@ -6,12 +6,12 @@ use sandbox_core::protocol::{Cause, Ending, FailureKind, Hello, KillReason, Laun
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
-use super::{Engine, Progress, capacity::Reservation, input, live::Live, unix_us};
+use super::{Engine, Progress, capacity::Reservation, input, live::Live, settle::After, unix_us};
 use crate::{
     clock::at_us,
     runtime::{CallError, LaunchAnswer},
     sandbox::{self, Kind, Sandbox, SandboxId},
-    store::Input,
+    store::{Input, Return},
 };
 
 /// How long a launch is tried while the keeper is busy or away.
@@ -20,6 +20,13 @@ const LAUNCH_PATIENCE: Duration = Duration::from_secs(10);
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
 /// A run that ends before is never written as running: its row goes from its claim to its outcome.
 const MARK_RUNNING_AFTER: Duration = Duration::from_millis(200);
+
+/// What came of following a sandbox.
+enum Course {
+    Ended(Box<Ending>),
+    /// The keeper took it never.
+    NotBegun,
+}
 
 /// Where the payload stands after the attempt to start it.
 enum Started<W> {
@@ -30,15 +37,24 @@ enum Started<W> {
         wait: W,
     },
     Over(Box<Ending>),
+    /// The keeper is away, or could not for want of something, for as long as was waited.
+    NotBegun,
 }
 
 impl Engine {
     /// Starts the sandbox, follows it, stores its end, gives its room back.
     pub(super) async fn carry(self: Arc<Self>, live: Arc<Live>, input: Input, reservation: Reservation) {
-        let _known = self.live.known(live.sandbox.id);
-        let ending = self.launch_and_follow(&live, input).await;
+        let known = self.live.known(Arc::clone(&live));
+        let input = Arc::new(input);
+        let course = self.launch_and_follow(&live, &input).await;
         drop(reservation);
-        self.settle(&live, &ending).await;
+        let after = match course {
+            Course::Ended(ending) => self.settle(&live, &ending).await,
+            Course::NotBegun => self.give_back(&live, Return::NotBegun(&input)).await,
+        };
+        if after == After::Waits {
+            known.keep();
+        }
     }
 
     /// Takes over a sandbox that the keeper already has.
@@ -49,27 +65,33 @@ impl Engine {
         launched: Option<Launched>,
         reservation: Reservation,
     ) {
-        let _known = self.live.known(live.sandbox.id);
+        let known = self.live.known(Arc::clone(&live));
         if let Some(launched) = launched {
             live.running(launched);
         }
         let ending = self.follow(&live, keeper_started_at_us, None::<std::future::Pending<_>>).await;
         drop(reservation);
-        self.settle(&live, &ending).await;
+        if self.settle(&live, &ending).await == After::Waits {
+            known.keep();
+        }
     }
 
-    async fn launch_and_follow(&self, live: &Live, input: Input) -> Box<Ending> {
+    async fn launch_and_follow(&self, live: &Live, input: &Arc<Input>) -> Course {
         if let Some(reason) = live.ordered_kill() {
-            return self.ending(Cause::Killed(reason));
+            return Course::Ended(self.ending(Cause::Killed(reason)));
         }
         let (has_stdin, has_files) = (input.stdin.is_some(), input.files.is_some());
-        let descriptors = match input::descriptors(input).await {
+        let descriptors = match input::descriptors(Arc::clone(input)).await {
             Ok(descriptors) => descriptors,
-            Err(error) => return self.infra_error(format!("its input could not be handed over: {error}")),
+            Err(error) => return Course::Ended(self.infra_error(format!("its input could not be handed over: {error}"))),
         };
+        if live.sandbox.attempt > 1 {
+            self.clear_former_attempt(live.sandbox.id).await;
+        }
         let launch = launch_of(&live.sandbox, has_stdin, has_files);
         match self.launch(launch, &descriptors).await {
-            Started::Over(ending) => ending,
+            Started::Over(ending) => Course::Ended(ending),
+            Started::NotBegun => Course::NotBegun,
             Started::WithKeeper { keeper_started_at_us, launched, wait } => {
                 drop(descriptors);
                 if let Some(launched) = launched {
@@ -80,9 +102,21 @@ impl Engine {
                     // Ordered while the keeper may not have known of it.
                     self.kill(live, reason).await;
                 }
-                self.follow(live, keeper_started_at_us, wait).await
+                Course::Ended(self.follow(live, keeper_started_at_us, wait).await)
             }
         }
+    }
+
+    /// Has the keeper end and forget what it may still have of an attempt before this one, whose names this one has too.
+    async fn clear_former_attempt(&self, id: SandboxId) {
+        if let Ok(ended) = self.keeper.wait(id).await {
+            let told = self.keeper.kill(id, KillReason::Evicted).await;
+            if told.is_ok() {
+                // However it ended, another attempt was decided on.
+                drop(tokio::time::timeout(LAUNCH_PATIENCE, ended).await);
+            }
+        }
+        self.forget(id).await;
     }
 
     async fn launch(
@@ -93,9 +127,8 @@ impl Engine {
         let deadline = Instant::now() + LAUNCH_PATIENCE;
         let id = launch.id;
         loop {
-            let Ok(hello) = tokio::time::timeout_at(deadline, self.keeper_back()).await else {
-                return Started::Over(self.keeper_silent());
-            };
+            // What was sent before is known not to have arrived, or to have been refused.
+            let Ok(hello) = tokio::time::timeout_at(deadline, self.keeper_back()).await else { return Started::NotBegun };
             let Some(hello) = hello else { return Started::Over(self.keeper_ended()) };
             let keeper_started_at_us = hello.started_at_us;
             let (error, wait) = match self.keeper.launch(launch.clone(), descriptors).await {
@@ -115,11 +148,15 @@ impl Engine {
             drop(wait);
             match error {
                 CallError::Failed(failure) => match failure.kind {
-                    FailureKind::Busy if Instant::now() < deadline => tokio::time::sleep(BUSY_PAUSE).await,
-                    FailureKind::Refused => return Started::Over(self.ending(Cause::StartFailed { message: failure.message })),
-                    FailureKind::Busy | FailureKind::Gone | FailureKind::Host => {
-                        return Started::Over(self.infra_error(failure.message));
+                    FailureKind::Busy => {
+                        self.pressure.note(&failure.message);
+                        if Instant::now() >= deadline || self.stopping.is_cancelled() {
+                            return Started::NotBegun;
+                        }
+                        tokio::time::sleep(BUSY_PAUSE).await;
                     }
+                    FailureKind::Refused => return Started::Over(self.ending(Cause::StartFailed { message: failure.message })),
+                    FailureKind::Gone | FailureKind::Host => return Started::Over(self.infra_error(failure.message)),
                 },
                 CallError::Lost => match self.find_launched(id, keeper_started_at_us, deadline).await {
                     Ok(Some(launched)) => return Started::WithKeeper { keeper_started_at_us, launched, wait: None },
@@ -159,8 +196,16 @@ impl Engine {
     async fn keeper_back(&self) -> Option<Hello> {
         tokio::select! {
             hello = self.keeper.connected() => Some(hello),
-            () = self.keeper.gone() => None,
+            () = self.keeper_gone() => None,
         }
+    }
+
+    /// Returns when the keeper will not come back.
+    pub async fn keeper_gone(&self) {
+        if self.does_keeper_return {
+            std::future::pending::<()>().await;
+        }
+        self.keeper.gone().await;
     }
 
     /// Waits for the end, through broken connections, and does what is due before it: the row's `running`, the end of the time to live.
@@ -227,10 +272,10 @@ impl Engine {
 
     fn mark_running(&self, live: &Live) {
         let Progress::Running(launched) = live.progress() else { return };
-        let (store, id, started_at) = (self.store.clone(), live.sandbox.id, at_us(launched.started_at_us));
+        let (store, id, lease, started_at) = (self.store.clone(), live.sandbox.id, live.lease(), at_us(launched.started_at_us));
         // Not waited for: the end, should it come first, is guarded by the row's state.
         tokio::spawn(async move {
-            if let Err(error) = store.mark_running(id, started_at, launched.fences).await {
+            if let Err(error) = store.mark_running(id, lease, started_at, launched.fences).await {
                 tracing::warn!(sandbox.id = %id, %error, "noting that it runs failed");
             }
         });

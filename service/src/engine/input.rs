@@ -3,6 +3,7 @@
 use std::{
     fs, io,
     os::{fd::OwnedFd, unix::fs::FileExt as _},
+    sync::Arc,
 };
 
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -23,13 +24,14 @@ pub(super) fn encode(files: &[File], stdin: Option<Content>) -> Input {
 }
 
 /// The descriptors of a launch, in the order that the protocol asks for: standard input, then files.
-pub(super) async fn descriptors(input: Input) -> io::Result<Vec<OwnedFd>> {
+pub(super) async fn descriptors(input: Arc<Input>) -> io::Result<Vec<OwnedFd>> {
     /// Copying more than this is left to a thread that may take its time.
     const SMALL_BYTES: usize = 256 * 1024;
-    let parts: Vec<(&str, Vec<u8>)> =
-        [("stdin", input.stdin), ("files", input.files)].into_iter().filter_map(|(name, bytes)| bytes.map(|bytes| (name, bytes))).collect();
-    let bytes: usize = parts.iter().map(|(_, bytes)| bytes.len()).sum();
-    let seal_all = move || parts.iter().map(|(name, bytes)| sealed(name, bytes)).collect();
+    let bytes = [&input.stdin, &input.files].into_iter().flatten().map(Vec::len).sum::<usize>();
+    let seal_all = move || {
+        let parts = [("stdin", &input.stdin), ("files", &input.files)];
+        parts.into_iter().filter_map(|(name, bytes)| bytes.as_ref().map(|bytes| sealed(name, bytes))).collect()
+    };
     if bytes <= SMALL_BYTES {
         return seal_all();
     }
@@ -55,7 +57,7 @@ mod tests {
     async fn standard_input_comes_first_and_is_read_from_its_beginning() {
         let file = File { path: "a".into(), mode: 0o644, content: Content(b"content".to_vec()) };
         let input = encode(&[file], Some(Content(b"hello".to_vec())));
-        let mut sealed = descriptors(input).await.unwrap().into_iter().map(fs::File::from);
+        let mut sealed = descriptors(Arc::new(input)).await.unwrap().into_iter().map(fs::File::from);
 
         let mut stdin = String::new();
         sealed.next().unwrap().read_to_string(&mut stdin).unwrap();
@@ -67,13 +69,13 @@ mod tests {
     #[tokio::test]
     async fn nobody_can_change_what_was_sealed() {
         let input = Input { files: None, stdin: Some(b"hello".to_vec()) };
-        let mut stdin = fs::File::from(descriptors(input).await.unwrap().remove(0));
+        let mut stdin = fs::File::from(descriptors(Arc::new(input)).await.unwrap().remove(0));
         assert!(stdin.write_all(b"other").is_err());
         assert!(stdin.set_len(0).is_err());
     }
 
     #[tokio::test]
     async fn nothing_given_is_no_descriptor() {
-        assert!(descriptors(encode(&[], None)).await.unwrap().is_empty());
+        assert!(descriptors(Arc::new(encode(&[], None))).await.unwrap().is_empty());
     }
 }

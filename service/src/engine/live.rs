@@ -14,6 +14,7 @@ use crate::{
     clock::at_us,
     metrics::Metrics,
     sandbox::{Event, LogTail, Sandbox, SandboxId, State},
+    store::Lease,
 };
 
 /// How far a sandbox has come.
@@ -42,6 +43,8 @@ pub(super) struct Live {
     pub(super) sandbox: Sandbox,
     /// How long its image was looked for.
     pub(super) image_took: Duration,
+    /// What it was claimed by, or last taken over; of a queued one nothing.
+    lease: Mutex<Lease>,
     progress: watch::Sender<Progress>,
     killed_for: Mutex<Option<KillReason>>,
     metrics: Arc<Metrics>,
@@ -104,6 +107,20 @@ impl Live {
         }
     }
 
+    /// It waits for another attempt.
+    pub(super) fn returned(&self) {
+        self.advance(Event::Returned, Progress::Queued);
+    }
+
+    pub(super) fn lease(&self) -> Lease {
+        *self.lease.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It was taken over with this lease.
+    pub(super) fn hold(&self, lease: Lease) {
+        *self.lease.lock().unwrap_or_else(PoisonError::into_inner) = lease;
+    }
+
     fn advance(&self, event: Event, to: Progress) {
         self.progress.send_if_modified(|progress| {
             let from = progress.state();
@@ -135,12 +152,21 @@ pub(super) struct Registry {
 #[derive(Debug)]
 pub(super) struct Known<'a> {
     registry: &'a Registry,
-    id: SandboxId,
+    live: Option<Arc<Live>>,
+}
+
+impl Known<'_> {
+    /// It goes on being known: it waits again.
+    pub(super) fn keep(mut self) {
+        self.live = None;
+    }
 }
 
 impl Drop for Known<'_> {
     fn drop(&mut self) {
-        self.registry.remove(self.id);
+        if let Some(live) = self.live.take().filter(|live| self.registry.is_current(live)) {
+            self.registry.remove(live.sandbox.id);
+        }
     }
 }
 
@@ -150,18 +176,19 @@ impl Registry {
     }
 
     /// Begins to know a sandbox, in the state that it has.
-    pub(super) fn insert(&self, sandbox: Sandbox, image_took: Duration) -> Arc<Live> {
+    pub(super) fn insert(&self, sandbox: Sandbox, lease: Lease, image_took: Duration) -> Arc<Live> {
         let (id, state) = (sandbox.id, sandbox.state);
         let progress = if state == State::Queued { Progress::Queued } else { Progress::Starting };
         self.metrics.moved(None, Some(progress.state()));
         let (progress, _) = watch::channel(progress);
-        let live = Arc::new(Live { sandbox, image_took, progress, killed_for: Mutex::default(), metrics: Arc::clone(&self.metrics) });
+        let (lease, killed_for) = (Mutex::new(lease), Mutex::default());
+        let live = Arc::new(Live { sandbox, image_took, lease, progress, killed_for, metrics: Arc::clone(&self.metrics) });
         self.lock().insert(id, Arc::clone(&live));
         live
     }
 
     /// A queued sandbox was claimed: those who wait for it go on waiting.
-    pub(super) fn claimed(&self, sandbox: Sandbox) -> Arc<Live> {
+    pub(super) fn claimed(&self, sandbox: Sandbox, lease: Lease) -> Arc<Live> {
         let mut all = self.lock();
         let before = all.remove(&sandbox.id);
         let ordered_kill = before.as_ref().and_then(|before| before.ordered_kill());
@@ -176,8 +203,8 @@ impl Registry {
             },
         );
         let id = sandbox.id;
-        let killed_for = Mutex::new(ordered_kill);
-        let live = Arc::new(Live { sandbox, image_took, progress, killed_for, metrics: Arc::clone(&self.metrics) });
+        let (lease, killed_for) = (Mutex::new(lease), Mutex::new(ordered_kill));
+        let live = Arc::new(Live { sandbox, image_took, lease, progress, killed_for, metrics: Arc::clone(&self.metrics) });
         all.insert(id, Arc::clone(&live));
         live
     }
@@ -203,9 +230,14 @@ impl Registry {
         });
     }
 
+    /// Whether this is what is known of its sandbox now, and not what was before it was claimed again.
+    pub(super) fn is_current(&self, live: &Arc<Live>) -> bool {
+        self.lock().get(&live.sandbox.id).is_some_and(|current| Arc::ptr_eq(current, live))
+    }
+
     /// Known until the guard is dropped: also one whose task panics is known no more, so that others can take it over.
-    pub(super) const fn known(&self, id: SandboxId) -> Known<'_> {
-        Known { registry: self, id }
+    pub(super) const fn known(&self, live: Arc<Live>) -> Known<'_> {
+        Known { registry: self, live: Some(live) }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<SandboxId, Arc<Live>>> {

@@ -6,7 +6,10 @@ use std::{
     time::Duration,
 };
 
-use sandbox_core::protocol::{Cause, KillReason};
+use sandbox_core::{
+    fail_point,
+    protocol::{Cause, KillReason},
+};
 use time::OffsetDateTime;
 use tokio::time::{Instant, MissedTickBehavior};
 
@@ -58,7 +61,7 @@ impl Engine {
             tokio::select! {
                 () = self.stopping.cancelled() => return,
                 // Nothing can be started any more, and what was running is over.
-                () = self.keeper.gone() => self.stopping.cancel(),
+                () = self.keeper_gone() => self.stopping.cancel(),
                 () = self.wake.notified() => {}
                 () = heard(&mut listener) => {
                     lines.outdate();
@@ -66,6 +69,7 @@ impl Engine {
                 }
                 _ = look.tick() => {
                     lines.looked_at = None;
+                    self.pressure.look();
                     self.look_around().await;
                     self.stop_suspended_or_log().await;
                 }
@@ -86,11 +90,11 @@ impl Engine {
 
     /// Claims for as long as somebody is next; see [`super::fair`].
     async fn claim_what_fits(self: &Arc<Self>, lines: &mut Lines) -> Result<(), StoreError> {
-        while !self.stopping.is_cancelled() {
+        while !self.stopping.is_cancelled() && self.hindrance().is_none() {
             // Set before looking, so that room which becomes free from now on wakes the scheduler.
             self.has_queue.store(true, Ordering::SeqCst);
             if lines.looked_at.is_none() || lines.has_run_out {
-                lines.take(self.store.next_queued(OF_EACH).await?);
+                lines.take(self.store.next_queued(OF_EACH, self.node, self.clock.now()).await?);
             }
             let heads = lines.heads(self.clock.now());
             let Some((next, reservation)) = self.capacity.grant(&heads) else {
@@ -103,9 +107,11 @@ impl Engine {
                 return Ok(());
             };
             let Some(id) = lines.pop(next) else { return Ok(()) };
-            match self.store.claim(id, self.node, self.clock.now()).await {
+            let lease = self.lease();
+            match self.store.claim(id, lease, self.clock.now()).await {
                 Ok(Some((sandbox, input))) => {
-                    let live = self.live.claimed(sandbox);
+                    fail_point::reached("service.queue.claimed");
+                    let live = self.live.claimed(sandbox, lease);
                     tokio::spawn(Arc::clone(self).carry(live, input, reservation));
                 }
                 // Someone was faster.
@@ -142,14 +148,16 @@ impl Engine {
             }
         };
         let Some(row) = rows.into_iter().find(|row| row.id == id) else { return };
-        let live = self.live.claimed(row);
+        let live = self.live.claimed(row, self.lease());
         let ending = self.infra_error("the connection to the database broke while it was taken from the queue".to_owned());
-        let engine = Arc::clone(self);
-        tokio::spawn(async move { engine.settle(&live, &ending).await });
+        self.settle_alone(live, ending);
     }
 
     async fn look_around(&self) {
         self.metrics.keeper_reconnects(self.keeper.reconnects());
+        if let Err(error) = self.notice_ends().await {
+            tracing::warn!(%error, "looking for the ends of what others run failed");
+        }
         if !self.has_queue.load(Ordering::SeqCst) {
             return;
         }

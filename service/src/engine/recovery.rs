@@ -57,7 +57,7 @@ impl Engine {
         for sandbox in rows {
             let room = Room { memory_bytes: sandbox.limits.memory_bytes(), cpu_millis: sandbox.limits.cpu_millis(), sandboxes: 1 };
             let record = records.remove(&sandbox.id);
-            let live = self.live.claimed(sandbox);
+            let live = self.live.claimed(sandbox, self.lease());
             if let Some(record) = record {
                 adopted += 1;
                 let reservation = self.capacity.reserve_for_live(room);
@@ -65,8 +65,7 @@ impl Engine {
             } else {
                 lost += 1;
                 let ending = self.infra_error("its node's keeper was started anew, or never got the order to start it".to_owned());
-                let engine = Arc::clone(self);
-                tokio::spawn(async move { engine.settle(&live, &ending).await });
+                self.settle_alone(live, ending);
             }
         }
         if adopted + lost > 0 {

@@ -2,14 +2,17 @@
 
 use std::{sync::Arc, time::Duration};
 
-use sandbox_core::protocol::{Cause, Ending, OutputPolicy, Usage};
+use sandbox_core::{
+    fail_point,
+    protocol::{Cause, Ending, OutputPolicy, Usage},
+};
 use time::OffsetDateTime;
 
-use super::{Engine, Finished, live::Live};
+use super::{Engine, Finished, Progress, lease::LEFT_TO_OTHERS, live::Live};
 use crate::{
     clock::at_us,
     sandbox::{Finish, Kind, LogTail, Phases, Sandbox, SandboxId, State},
-    store::{Ended, LogKept},
+    store::{Ended, Lease, LogKept, Return, StoreError, Writer},
 };
 
 /// How long the whole log of a run is kept when it does not fit beside the outcome.
@@ -20,9 +23,32 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 /// How often a log that cannot be read is tried, with the same pauses, before its sandbox's end is stored without it.
 const READ_ATTEMPTS: u32 = 10;
 
+/// What is left of a sandbox once its attempt is settled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum After {
+    Nothing,
+    /// It waits for another attempt, here or on another node, and so do those who wait for it.
+    Waits,
+}
+
 impl Engine {
-    /// Stores the end, however long that takes — the keeper has the record until then — and tells everyone who waits.
-    pub(super) async fn settle(&self, live: &Live, ending: &Ending) {
+    /// Stores the end, however long that takes — the keeper has the record until then — and tells everyone who waits. What this machine failed
+    /// goes back into the queue instead, if it may be tried again.
+    pub(super) async fn settle(&self, live: &Arc<Live>, ending: &Ending) -> After {
+        if let Cause::InfraError { message } = &ending.cause
+            && live.sandbox.kind == Kind::Run
+            && live.sandbox.retries_left > 0
+            && live.ordered_kill().is_none()
+        {
+            // First: the next attempt has the same names. Should we die in between, its row says that it is live and the keeper knows it
+            // not, which is such a failure again.
+            self.forget(live.sandbox.id).await;
+            return self.give_back(live, Return::Failed { message, until: self.clock.now() + LEFT_TO_OTHERS }).await;
+        }
+        self.store_and_tell(live, ending).await
+    }
+
+    async fn store_and_tell(&self, live: &Arc<Live>, ending: &Ending) -> After {
         // What was known before its keeper was lost is true all the same.
         let ending = Ending { launched: ending.launched.or_else(|| live.launched()), ..ending.clone() };
         let finish = Finish::of(&ending, &live.sandbox.limits, phases(live, at_us(ending.ended_at_us)));
@@ -36,9 +62,12 @@ impl Engine {
             Kind::Sandbox => LogKept::UntilDeleted,
         };
         let ended = Ended { finish: &finish, log_tail: &log_tail, log_file };
-        if self.store_end(id, &[State::Starting, State::Running], &ended).await {
-            self.metrics.ended(live.sandbox.kind, &finish.outcome);
+        fail_point::reached("service.settle.read");
+        if !self.until_clear(live, |lease| self.store.finish(id, Writer::Holder(lease), &ended)).await {
+            return self.leave_to_others(live).await;
         }
+        fail_point::reached("service.settle.stored");
+        self.metrics.ended(live.sandbox.kind, &finish.outcome);
         live.ended(finished(&live.sandbox, finish, log_tail));
         self.live.remove(id);
         match log_file {
@@ -47,10 +76,108 @@ impl Engine {
             }
             LogKept::Until(_) | LogKept::UntilDeleted => self.forget_record(id).await,
         }
+        fail_point::reached("service.settle.forgotten");
+        After::Nothing
+    }
+
+    /// Puts it back into the queue, however long that takes.
+    pub(super) async fn give_back(&self, live: &Arc<Live>, why: Return<'_>) -> After {
+        let id = live.sandbox.id;
+        if !self.until_clear(live, |lease| self.store.give_back(id, lease, why, self.clock.now())).await {
+            return self.leave_to_others(live).await;
+        }
+        fail_point::reached("service.settle.returned");
+        live.returned();
+        self.note_queue();
+        After::Waits
+    }
+
+    /// Tries until the database has answered. False: it was not ours to say.
+    async fn until_clear<F>(&self, live: &Arc<Live>, write: impl Fn(Lease) -> F) -> bool
+    where
+        F: Future<Output = Result<bool, StoreError>>,
+    {
+        let id = live.sandbox.id;
+        let mut pause = RETRY_MIN;
+        loop {
+            let written = match write(live.lease()).await {
+                Ok(true) => return true,
+                // This node may have lost its lease and taken it again, and the sandbox with it.
+                Ok(false) => match self.is_ours_again(live).await {
+                    Ok(true) => continue,
+                    Ok(false) => return false,
+                    Err(error) => error,
+                },
+                Err(error) => error,
+            };
+            tracing::error!(sandbox.id = %id, error = %written, "storing what became of it failed; it is tried again");
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(RETRY_MAX);
+        }
+    }
+
+    /// Whether the sandbox was taken over by this node under a lease that its follower did not know yet.
+    async fn is_ours_again(&self, live: &Arc<Live>) -> Result<bool, StoreError> {
+        let now = self.store.whereabouts(live.sandbox.id).await?;
+        let lease = self.lease();
+        let is_ours = now.is_some_and(|now| !now.state.is_final() && now.lease == Some(lease));
+        if !is_ours || live.lease() == lease || !self.live.is_current(live) {
+            return Ok(false);
+        }
+        live.hold(lease);
+        Ok(true)
+    }
+
+    /// Its row is somebody else's, or says already how it ended: what we have of it is dropped, and who waits for it here hears of that end.
+    async fn leave_to_others(&self, live: &Arc<Live>) -> After {
+        let id = live.sandbox.id;
+        if !self.live.is_current(live) {
+            return After::Nothing;
+        }
+        self.forget(id).await;
+        live.returned();
+        match self.store.ended_of(&[id]).await {
+            Ok(ended) if !ended.is_empty() => {
+                self.tell_ends(ended);
+                After::Nothing
+            }
+            Ok(_) | Err(_) => After::Waits,
+        }
+    }
+
+    /// Tells who waits here for sandboxes that others carried to their end.
+    pub(super) async fn notice_ends(&self) -> Result<(), StoreError> {
+        let waiting: Vec<SandboxId> =
+            self.live.all().iter().filter(|live| matches!(live.progress(), Progress::Queued)).map(|live| live.sandbox.id).collect();
+        if !waiting.is_empty() {
+            self.tell_ends(self.store.ended_of(&waiting).await?);
+        }
+        Ok(())
+    }
+
+    fn tell_ends(&self, ended: Vec<(Sandbox, LogTail)>) {
+        for (sandbox, log_tail) in ended {
+            let id = sandbox.id;
+            if let Some(live) = self.live.get(id).filter(|live| matches!(live.progress(), Progress::Queued)) {
+                live.ended(Finished { sandbox, log_tail });
+                self.live.remove(id);
+            }
+        }
+    }
+
+    /// [`Engine::settle`] of a sandbox that nobody follows, in a task of its own.
+    pub(super) fn settle_alone(self: &Arc<Self>, live: Arc<Live>, ending: Box<Ending>) {
+        let engine = Arc::clone(self);
+        tokio::spawn(async move {
+            let known = engine.live.known(Arc::clone(&live));
+            if engine.settle(&live, &ending).await == After::Waits {
+                known.keep();
+            }
+        });
     }
 
     /// Ends a sandbox whose insertion may have been committed or not: whoever asked for it was told that it was not made.
-    pub(super) fn settle_unclear(self: &Arc<Self>, sandbox: Sandbox) {
+    pub(super) fn settle_unclear(self: &Arc<Self>, sandbox: Sandbox, lease: Lease) {
         let engine = Arc::clone(self);
         tokio::spawn(async move {
             let now = engine.clock.now();
@@ -58,7 +185,8 @@ impl Engine {
             let cause = Cause::InfraError { message: "the connection to the database broke while it was made".to_owned() };
             let finish = Finish::without_usage(cause, now, &sandbox.limits, Phases { total, ..Phases::default() });
             let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
-            if engine.store_end(sandbox.id, &[sandbox.state], &ended).await {
+            let writer = if sandbox.state == State::Queued { Writer::Queue } else { Writer::Holder(lease) };
+            if engine.store_end(sandbox.id, writer, &ended).await {
                 engine.metrics.ended(sandbox.kind, &finish.outcome);
             }
         });
@@ -82,7 +210,7 @@ impl Engine {
     /// Stores and tells the end of a sandbox that never left the queue.
     pub(super) async fn settle_queued(&self, sandbox: &Sandbox, finish: Finish) {
         let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
-        match self.store.finish(sandbox.id, &[State::Queued], &ended).await {
+        match self.store.finish(sandbox.id, Writer::Queue, &ended).await {
             Ok(true) => {
                 self.metrics.ended(sandbox.kind, &finish.outcome);
                 if let Some(live) = self.live.get(sandbox.id) {
@@ -97,10 +225,10 @@ impl Engine {
     }
 
     /// Tries until it works. False: it was stored before.
-    async fn store_end(&self, id: SandboxId, from: &[State], ended: &Ended<'_>) -> bool {
+    async fn store_end(&self, id: SandboxId, writer: Writer, ended: &Ended<'_>) -> bool {
         let mut pause = RETRY_MIN;
         loop {
-            match self.store.finish(id, from, ended).await {
+            match self.store.finish(id, writer, ended).await {
                 Ok(is_first) => return is_first,
                 Err(error) => tracing::error!(sandbox.id = %id, %error, "storing its end failed; it is tried again"),
             }

@@ -40,7 +40,7 @@ const IO_OPS_PER_S: Bound =
     Bound { field: "limits.io_ops_per_s", unit: "operations a second", min: 10, default: Some(20_000), max: 10_000_000 };
 
 /// Every bound that a request is held to.
-pub fn bounds() -> [&'static Bound; 15] {
+pub fn bounds() -> [&'static Bound; 16] {
     [
         &MEMORY_BYTES,
         &CPU_MILLIS,
@@ -55,6 +55,7 @@ pub fn bounds() -> [&'static Bound; 15] {
         &IO_BYTES_PER_S,
         &IO_OPS_PER_S,
         &request::WAIT_MS,
+        &request::RETRY,
         &request::TTL_MS,
         &request::LIST_LIMIT,
     ]

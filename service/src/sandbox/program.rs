@@ -200,6 +200,7 @@ mod tests {
             output_policy: OutputPolicy::Truncate,
             ttl_ms: None,
             when_full: WhenFull::Queue,
+            retries: 0,
         }
     }
 

@@ -13,8 +13,12 @@ use super::{Bound, Capabilities, Kind, Limits, RequestedLimits, User};
 
 /// How long `POST /v1/runs` waits for the end before it answers 202.
 pub const WAIT_MS: Bound = Bound { field: "wait_ms", unit: "milliseconds", min: 0, default: Some(30_000), max: 300_000 };
+/// How often a run that this service failed is tried again.
+pub const RETRY: Bound = Bound { field: "retry", unit: "attempts", min: 0, default: Some(0), max: 10 };
 /// How long a sandbox lives from its creation.
 pub const TTL_MS: Bound = Bound { field: "ttl_ms", unit: "milliseconds", min: 1000, default: None, max: 604_800_000 };
+/// How long what lives on a node that is drained may go on.
+pub const EVICT_AFTER_MS: Bound = Bound { field: "evict_after_ms", unit: "milliseconds", min: 0, default: None, max: 604_800_000 };
 /// How many entries a page of a list has.
 pub const LIST_LIMIT: Bound = Bound { field: "limit", unit: "entries", min: 1, default: Some(50), max: 200 };
 
@@ -78,6 +82,7 @@ pub struct RunRequest {
     #[serde(default)]
     when_full: WhenFull,
     wait_ms: Option<u64>,
+    retry: Option<u64>,
 }
 
 /// Body of `POST /v1/sandboxes`.
@@ -221,6 +226,8 @@ pub struct NewSandbox {
     pub output_policy: OutputPolicy,
     pub ttl_ms: Option<u64>,
     pub when_full: WhenFull,
+    /// How often it is tried again after an `infra_error`.
+    pub retries: u32,
 }
 
 impl RunRequest {
@@ -231,6 +238,7 @@ impl RunRequest {
             Some(ms) => WAIT_MS.check(ms)?,
             None => 30_000,
         };
+        let retries = RETRY.check(self.retry.unwrap_or(0))?;
         let sandbox = NewSandbox {
             kind: Kind::Run,
             image: ImageReference::parse("image", self.image)?,
@@ -249,6 +257,7 @@ impl RunRequest {
             output_policy: self.output_policy,
             ttl_ms: None,
             when_full: self.when_full,
+            retries: u32::try_from(retries).unwrap_or(u32::MAX),
         };
         sandbox.args_and_env_fit().map(|()| (sandbox, wait_ms))
     }
@@ -276,6 +285,7 @@ impl SandboxRequest {
             output_policy: self.output_policy,
             ttl_ms: self.ttl_ms.map(|ms| TTL_MS.check(ms)).transpose()?,
             when_full: self.when_full,
+            retries: 0,
         };
         sandbox.args_and_env_fit().map(|()| sandbox)
     }

@@ -7,9 +7,11 @@ use serde::{Deserialize, Serialize};
 /// ```text
 ///          Claimed            Launched           Ended
 /// queued ──────────▶ starting ──────────▶ running ─────▶ exited
-///    │                  │                    │
-///    │ Lost             │ Lost               │ Lost
-///    └──────────────────┴────────────────────┴─────────▶ failed
+///  │  ▲                │  │                 │  │
+///  │  └────────────────┴──│─────────────────┘  │
+///  │           Returned   │                    │
+///  │ Lost                 │ Lost               │ Lost
+///  └──────────────────────┴────────────────────┴───────▶ failed
 /// ```
 ///
 /// `failed`: the payload never started, or nobody knows what became of it.
@@ -32,6 +34,8 @@ pub enum Event {
     Launched,
     /// The payload ended, and how is known.
     Ended,
+    /// This attempt came to nothing by no fault of its own; it waits for another.
+    Returned,
     /// The payload never ran, or its end is unknown.
     Lost,
 }
@@ -45,8 +49,9 @@ impl State {
             (Self::Queued, Event::Claimed) => Some(Self::Starting),
             (Self::Starting, Event::Launched) => Some(Self::Running),
             (Self::Running, Event::Ended) => Some(Self::Exited),
+            (Self::Starting | Self::Running, Event::Returned) => Some(Self::Queued),
             (Self::Queued | Self::Starting | Self::Running, Event::Lost) => Some(Self::Failed),
-            (Self::Queued, Event::Launched | Event::Ended)
+            (Self::Queued, Event::Launched | Event::Ended | Event::Returned)
             | (Self::Starting, Event::Claimed | Event::Ended)
             | (Self::Running, Event::Claimed | Event::Launched)
             | (Self::Exited | Self::Failed, _) => None,

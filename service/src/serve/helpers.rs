@@ -98,6 +98,11 @@ impl Helpers {
         &self.keeper_socket
     }
 
+    /// Whether the keeper is started and stopped with the service.
+    pub(super) fn is_keeper_ours(&self) -> bool {
+        self.keeper != Owner::Other
+    }
+
     /// The private cluster, if there is one.
     pub(super) fn cluster(&self) -> Option<&Cluster> {
         self.cluster.as_ref().map(|(cluster, _)| cluster)

@@ -4,7 +4,7 @@ use serde_json::Value;
 use sqlx::types::Json;
 use time::OffsetDateTime;
 
-use super::{Input, NodeId, Store, StoreError, bigint, damaged, queue::CHANNEL, sandboxes::policy_name, unsigned};
+use super::{Input, Lease, Store, StoreError, bigint, damaged, queue::CHANNEL, sandboxes::policy_name, unsigned};
 use crate::sandbox::{DefaultQuotas, Exceeded, QuotaScope, Quotas, Sandbox, State};
 
 /// A sandbox that somebody wants, in the state that it is to have: claimed by this node, or queued.
@@ -12,8 +12,8 @@ use crate::sandbox::{DefaultQuotas, Exceeded, QuotaScope, Quotas, Sandbox, State
 pub struct Admission<'a> {
     pub sandbox: &'a Sandbox,
     /// Who claims it; it counts only where it does not wait.
-    pub node: NodeId,
-    /// What a queued one is to be given.
+    pub lease: Lease,
+    /// What it is to be given; kept where it waits or may be tried again.
     pub input: &'a Input,
     /// What was asked of each field that a quota can bound.
     pub asked: &'a Value,
@@ -48,8 +48,9 @@ impl Store {
     /// Inserts the sandbox, or nothing. A row that is locked is read as it is now, not as it was when the statement began: what is counted
     /// in the tenant's and the principal's row is exact, however many ask at once.
     pub async fn admit(&self, admission: Admission<'_>) -> Result<Admitted, StoreError> {
-        let Admission { sandbox, node, input, asked, network, isolation, defaults, queue_max } = admission;
+        let Admission { sandbox, lease, input, asked, network, isolation, defaults, queue_max } = admission;
         let claimed = sandbox.state != State::Queued;
+        let is_kept = !claimed || sandbox.retries_left > 0;
         let row = sqlx::query!(
             r#"with image as (
                 select digest from images
@@ -120,15 +121,16 @@ impl Store {
             ), added as (
                 insert into sandboxes (
                     id, tenant, principal, kind, state, name, image_reference, image_digest, image_root, program, limits, output_policy,
-                    labels, memory_bytes, cpu_millis, created_at, expires_at, node, claimed_at
+                    labels, memory_bytes, cpu_millis, created_at, expires_at, node, claimed_at, epoch, retries_left
                 )
-                select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19
+                select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $33, $34
                 from principal, image
                 where image.digest = $8
                     and not exists (select 1 from used where suspended_at is not null)
                     and not exists (select 1 from first)
                     and case when $5 = 'queued' then (select coalesce(sum(queued), 0) from tenants where queued > 0) < $20
-                        else not exists (select 1 from tenants where queued > 0 and suspended_at is null) end
+                        else not exists (select 1 from tenants where queued > 0 and suspended_at is null)
+                            and exists (select 1 from nodes where id = $18 and epoch = $33 and drained_at is null) end
                 returning id
             ), tenant_counted as (
                 update tenants
@@ -150,7 +152,7 @@ impl Store {
                 where principals.tenant = $2 and principals.name = $3 and used.turn = 2
             ), given as (
                 insert into inputs (sandbox, files, stdin)
-                select id, $22, $23 from added where $5 = 'queued' and ($22::bytea is not null or $23::bytea is not null)
+                select id, $22, $23 from added where ($22::bytea is not null or $23::bytea is not null)
             ), told as (
                 insert into events (tenant, sandbox, kind, at, data, actor_tenant, actor)
                 select $2, id, 'sandbox.created', $16, $24, $2, $3 from added
@@ -188,12 +190,12 @@ impl Store {
             bigint(sandbox.limits.cpu_millis()),
             sandbox.created_at,
             sandbox.expires_at as _,
-            claimed.then_some(node.0) as _,
+            claimed.then_some(lease.node.0) as _,
             sandbox.claimed_at as _,
             bigint(queue_max) as _,
             i64::from(!claimed),
-            if claimed { None } else { input.files.as_deref() } as _,
-            if claimed { None } else { input.stdin.as_deref() } as _,
+            if is_kept { input.files.as_deref() } else { None } as _,
+            if is_kept { input.stdin.as_deref() } else { None } as _,
             serde_json::json!({ "kind": sandbox.kind, "image": sandbox.image.reference, "labels": sandbox.labels }),
             CHANNEL,
             "",
@@ -203,6 +205,8 @@ impl Store {
             day_of(sandbox.created_at),
             network,
             isolation,
+            bigint(if claimed { lease.epoch } else { 0 }),
+            sandbox.retries_left.cast_signed(),
         )
         .fetch_one(&self.pool)
         .await?;

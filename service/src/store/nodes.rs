@@ -1,9 +1,17 @@
-//! Table `nodes`: the machines that run sandboxes.
+//! Table `nodes`: the machines that run sandboxes, and who may write for each.
+//!
+//! A process takes a node's lease and holds it by renewing it. Its epoch stands in every row that it claims; what it writes of such a row is
+//! held against that, so one that lost the lease, and does not know it, changes nothing. Leases go by the database's clock, the one that all
+//! nodes have in common.
 
+use std::time::Duration;
+
+use sqlx::postgres::types::PgInterval;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{Store, StoreError, bigint};
+use super::{Act, Store, StoreError, bigint, events, sandboxes::Row, unsigned};
+use crate::sandbox::Sandbox;
 
 /// Names a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -15,46 +23,216 @@ impl std::fmt::Display for NodeId {
     }
 }
 
+/// The right to write for a node, for as long as nobody took it since.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lease {
+    pub node: NodeId,
+    pub epoch: u64,
+}
+
+/// What a node has to give.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capacity {
+    pub memory_bytes: u64,
+    pub cpu_millis: u64,
+}
+
+/// What an operator wants of a node.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Orders {
+    /// It takes no more work.
+    pub is_drained: bool,
+    /// What lives on it then is to be ended.
+    pub evict_at: Option<OffsetDateTime>,
+}
+
+/// A node as operators see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    pub id: NodeId,
+    /// For people.
+    pub name: String,
+    pub capacity: Capacity,
+    pub epoch: u64,
+    pub started_at: OffsetDateTime,
+    pub lease_until: OffsetDateTime,
+    /// Whether its lease holds.
+    pub is_alive: bool,
+    pub drained_at: Option<OffsetDateTime>,
+    pub evict_at: Option<OffsetDateTime>,
+    /// Sandboxes and runs that it claimed and that have not ended.
+    pub live: u64,
+}
+
+/// A sandbox that was claimed for a node under a lease which nobody holds any more.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Abandoned {
+    pub sandbox: Sandbox,
+    pub lease: Lease,
+    pub node_name: String,
+}
+
 impl Store {
-    /// Says that this node serves now, with so much to give. Its name is for people.
-    pub async fn register_node(
+    /// Takes the node, from whomever had it: with everything that it has live. Its name is for people.
+    pub async fn take_node(
         &self,
         id: NodeId,
         name: &str,
-        memory_bytes: u64,
-        cpu_millis: u64,
+        capacity: Capacity,
         now: OffsetDateTime,
-    ) -> Result<(), StoreError> {
-        sqlx::query!(
-            "insert into nodes (id, name, memory_bytes, cpu_millis, started_at)
-             values ($1, $2, $3, $4, $5)
-             on conflict (id) do update
-             set name = excluded.name, memory_bytes = excluded.memory_bytes, cpu_millis = excluded.cpu_millis,
-                 started_at = excluded.started_at",
+        held_for: Duration,
+    ) -> Result<Lease, StoreError> {
+        let epoch = sqlx::query_scalar!(
+            r#"with taken as (
+                insert into nodes (id, name, memory_bytes, cpu_millis, started_at, epoch, lease_until)
+                values ($1, $2, $3, $4, $5, 1, now() + $6)
+                on conflict (id) do update
+                set name = excluded.name, memory_bytes = excluded.memory_bytes, cpu_millis = excluded.cpu_millis,
+                    started_at = excluded.started_at, epoch = nodes.epoch + 1, lease_until = excluded.lease_until
+                returning epoch
+            ), adopted as (
+                update sandboxes set epoch = taken.epoch from taken where node = $1 and state in ('starting', 'running')
+            )
+            select epoch as "epoch!" from taken"#,
             id.0,
             name,
-            bigint(memory_bytes),
-            bigint(cpu_millis),
+            bigint(capacity.memory_bytes),
+            bigint(capacity.cpu_millis),
             now,
+            interval(held_for),
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(Lease { node: id, epoch: unsigned(epoch) })
+    }
+
+    /// Goes on holding the lease; `None`: it is lost.
+    pub async fn renew(&self, lease: Lease, held_for: Duration) -> Result<Option<Orders>, StoreError> {
+        let orders = sqlx::query_as!(
+            Orders,
+            r#"update nodes set lease_until = now() + $3 where id = $1 and epoch = $2
+            returning drained_at is not null as "is_drained!", evict_at"#,
+            lease.node.0,
+            bigint(lease.epoch),
+            interval(held_for),
+        )
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(orders)
+    }
+
+    /// Lets the lease end now: others need not wait for its time.
+    pub async fn release(&self, lease: Lease) -> Result<(), StoreError> {
+        sqlx::query!("update nodes set lease_until = now() where id = $1 and epoch = $2", lease.node.0, bigint(lease.epoch))
+            .execute(&self.pool)
+            .await?;
+        Ok(())
+    }
+
+    /// Takes the right to write from nodes whose lease is over and that have something live, so that it can be given to others.
+    pub async fn depose_dead_nodes(&self, own: NodeId) -> Result<u64, StoreError> {
+        let deposed = sqlx::query!(
+            "with dead as (
+                select id from nodes
+                where id <> $1 and lease_until < now()
+                    and exists (
+                        select 1 from sandboxes
+                        where node = nodes.id and state in ('starting', 'running') and sandboxes.epoch = nodes.epoch
+                    )
+                for update skip locked  -- every node looks for them
+            )
+            update nodes set epoch = epoch + 1 from dead where nodes.id = dead.id",
+            own.0,
         )
         .execute(&self.pool)
         .await?;
-        Ok(())
+        Ok(deposed.rows_affected())
     }
+
+    /// What nodes had live when they were deposed, and still nobody has taken.
+    pub async fn abandoned(&self) -> Result<Vec<Abandoned>, StoreError> {
+        let places = sqlx::query!(
+            r#"select sandboxes.id, node as "node!", sandboxes.epoch, nodes.name
+            from sandboxes join nodes on nodes.id = sandboxes.node
+            where state in ('starting', 'running') and sandboxes.epoch < nodes.epoch and lease_until < now()
+            limit 1000"#
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let ids: Vec<Uuid> = places.iter().map(|place| place.id).collect();
+        let rows = super::sandboxes::select_sandboxes!("id = any($1) and state in ('starting', 'running')", &ids);
+        let sandboxes = rows.fetch_all(&self.pool).await?.into_iter().map(Row::read).collect::<Result<Vec<_>, _>>()?;
+        let place_of = |sandbox: Sandbox| {
+            let place = places.iter().find(|place| place.id == sandbox.id.0)?;
+            let lease = Lease { node: NodeId(place.node), epoch: unsigned(place.epoch) };
+            Some(Abandoned { sandbox, lease, node_name: place.name.clone() })
+        };
+        Ok(sandboxes.into_iter().filter_map(place_of).collect())
+    }
+
+    /// Every node that ever was, the latest started first.
+    pub async fn list_nodes(&self) -> Result<Vec<Node>, StoreError> {
+        let rows = sqlx::query!(
+            r#"select id, name, memory_bytes, cpu_millis, epoch, started_at, lease_until, lease_until >= now() as "is_alive!", drained_at,
+                evict_at, (select count(*) from sandboxes where node = nodes.id and state in ('starting', 'running')) as "live!"
+            from nodes
+            order by started_at desc, id
+            limit 1000"#
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let nodes = rows.into_iter().map(|row| Node {
+            id: NodeId(row.id),
+            name: row.name,
+            capacity: Capacity { memory_bytes: unsigned(row.memory_bytes), cpu_millis: unsigned(row.cpu_millis) },
+            epoch: unsigned(row.epoch),
+            started_at: row.started_at,
+            lease_until: row.lease_until,
+            is_alive: row.is_alive,
+            drained_at: row.drained_at,
+            evict_at: row.evict_at,
+            live: unsigned(row.live),
+        });
+        Ok(nodes.collect())
+    }
+
+    /// Has the node take no more work; what lives on it then is ended at `evict_at`, if one is given. False: there is no such node.
+    pub async fn drain_node(&self, id: NodeId, evict_at: Option<OffsetDateTime>, act: &Act<'_>) -> Result<bool, StoreError> {
+        let mut transaction = self.pool.begin().await?;
+        let found = sqlx::query!(
+            "update nodes set drained_at = coalesce(drained_at, $2), evict_at = $3 where id = $1",
+            id.0,
+            act.at,
+            evict_at as _
+        )
+        .execute(&mut *transaction)
+        .await?;
+        if found.rows_affected() == 0 {
+            return Ok(false);
+        }
+        events::tell(&mut transaction, None, "node.drained", Some(&format!("node/{id}")), act).await?;
+        transaction.commit().await?;
+        Ok(true)
+    }
+
+    /// Has the node take work again. False: there is no such node.
+    pub async fn resume_node(&self, id: NodeId, act: &Act<'_>) -> Result<bool, StoreError> {
+        let mut transaction = self.pool.begin().await?;
+        let found =
+            sqlx::query!("update nodes set drained_at = null, evict_at = null where id = $1", id.0).execute(&mut *transaction).await?;
+        if found.rows_affected() == 0 {
+            return Ok(false);
+        }
+        events::tell(&mut transaction, None, "node.resumed", Some(&format!("node/{id}")), act).await?;
+        transaction.commit().await?;
+        Ok(true)
+    }
+}
+
+/// A span of time as Postgres holds it.
+fn interval(span: Duration) -> PgInterval {
+    PgInterval { months: 0, days: 0, microseconds: i64::try_from(span.as_micros()).unwrap_or(i64::MAX) }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[sqlx::test(migrations = "../migrations")]
-    async fn a_node_whose_host_is_renamed_is_the_same_node(pool: sqlx::PgPool) {
-        let store = Store { pool: pool.clone() };
-        let (node, other) = (NodeId(Uuid::now_v7()), NodeId(Uuid::now_v7()));
-        store.register_node(node, "old:/var/lib/mayfly", 1, 1, OffsetDateTime::UNIX_EPOCH).await.unwrap();
-        store.register_node(node, "new:/var/lib/mayfly", 2, 2, OffsetDateTime::UNIX_EPOCH).await.unwrap();
-        store.register_node(other, "new:/var/lib/mayfly", 1, 1, OffsetDateTime::UNIX_EPOCH).await.unwrap();
-        let count = sqlx::query_scalar!(r#"select count(*) as "count!" from nodes"#).fetch_one(&pool).await.unwrap();
-        assert_eq!(count, 2);
-    }
-}
+mod tests;

@@ -6,7 +6,7 @@ use sqlx::postgres::PgListener;
 use time::OffsetDateTime;
 
 use super::{
-    NodeId, Store, StoreError,
+    Lease, NodeId, Store, StoreError, bigint,
     sandboxes::{Row, select_sandboxes},
     unsigned,
 };
@@ -30,6 +30,15 @@ impl fmt::Debug for Input {
     }
 }
 
+/// Why a claimed sandbox goes back into the queue.
+#[derive(Debug, Clone, Copy)]
+pub enum Return<'a> {
+    /// This attempt failed by no fault of its own, and one of its retries is used for another. Until then its node leaves it to others.
+    Failed { message: &'a str, until: OffsetDateTime },
+    /// It was not begun, for want of something. This is what it is to be given.
+    NotBegun(&'a Input),
+}
+
 /// A queued sandbox, whose it is, and the room that it needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Candidate {
@@ -43,8 +52,9 @@ pub struct Candidate {
 }
 
 impl Store {
-    /// The first sandboxes of every principal that waits, oldest first, so many of each. None of a tenant or principal that is suspended.
-    pub async fn next_queued(&self, of_each: u32) -> Result<Vec<Candidate>, StoreError> {
+    /// The first sandboxes of every principal that waits, oldest first, so many of each. None of a tenant or principal that is suspended, and
+    /// none that this node failed just now while another could take it.
+    pub async fn next_queued(&self, of_each: u32, node: NodeId, now: OffsetDateTime) -> Result<Vec<Candidate>, StoreError> {
         let rows = sqlx::query!(
             r#"with recursive line as (
                 -- from one who waits to the next, along the index: what stands behind the first ones is not read
@@ -66,12 +76,17 @@ impl Store {
                 lateral (
                     select id, memory_bytes, cpu_millis, created_at from sandboxes
                     where state = 'queued' and tenant = line.tenant and principal = line.principal
+                        and (failed_node is distinct from $2 or failed_until <= $3 or not exists (
+                            select 1 from nodes where id <> $2 and lease_until >= now() and drained_at is null
+                        ))
                     order by created_at, id
                     limit $1
                 ) as head
             where tenants.suspended_at is null and principals.suspended_at is null
             order by line.tenant, line.principal, head.created_at, head.id"#,
             i64::from(of_each),
+            node.0,
+            now,
         )
         .fetch_all(&self.pool)
         .await?;
@@ -119,16 +134,17 @@ impl Store {
         Ok(unsigned(count))
     }
 
-    /// Takes this sandbox from the queue for this node, with what it is to be given. `None` if someone was faster.
-    pub async fn claim(&self, id: SandboxId, node: NodeId, now: OffsetDateTime) -> Result<Option<(Sandbox, Input)>, StoreError> {
+    /// Takes this sandbox from the queue, with what it is to be given. `None` if someone was faster, or the node may not: it is drained, or its
+    /// lease is lost.
+    pub async fn claim(&self, id: SandboxId, lease: Lease, now: OffsetDateTime) -> Result<Option<(Sandbox, Input)>, StoreError> {
         let mut transaction = self.pool.begin().await?;
         let claimed = sqlx::query!(
             "with picked as (
                 select id from sandboxes
-                where id = $1 and state = 'queued'
+                where id = $1 and state = 'queued' and exists (select 1 from nodes where id = $2 and epoch = $4 and drained_at is null)
                 for update skip locked  -- several nodes may claim at once
             ), claimed as (
-                update sandboxes set state = 'starting', node = $2, claimed_at = $3
+                update sandboxes set state = 'starting', node = $2, claimed_at = $3, epoch = $4
                 from picked where sandboxes.id = picked.id
                 returning sandboxes.id, tenant, principal
             ), tenant_counted as (
@@ -141,8 +157,9 @@ impl Store {
             )
             select id from claimed",
             id.0,
-            node.0,
+            lease.node.0,
             now,
+            bigint(lease.epoch),
         )
         .fetch_optional(&mut *transaction)
         .await?;
@@ -150,11 +167,66 @@ impl Store {
             return Ok(None);
         }
         let sandbox = select_sandboxes!("id = $1", id.0).fetch_one(&mut *transaction).await?.read()?;
-        let input = sqlx::query_as!(Input, "delete from inputs where sandbox = $1 returning files, stdin", id.0)
-            .fetch_optional(&mut *transaction)
-            .await?;
+        let input = if sandbox.retries_left > 0 {
+            sqlx::query_as!(Input, "select files, stdin from inputs where sandbox = $1", id.0).fetch_optional(&mut *transaction).await?
+        } else {
+            sqlx::query_as!(Input, "delete from inputs where sandbox = $1 returning files, stdin", id.0)
+                .fetch_optional(&mut *transaction)
+                .await?
+        };
         transaction.commit().await?;
         Ok(Some((sandbox, input.unwrap_or_default())))
+    }
+
+    /// Puts a sandbox that was claimed under this lease back into the queue, where its age gives it its place. False if it is not the lease's any
+    /// more, has ended, or has no retry left.
+    pub async fn give_back(&self, id: SandboxId, lease: Lease, why: Return<'_>, now: OffsetDateTime) -> Result<bool, StoreError> {
+        let none = Input::default();
+        let (is_failure, message, until, input) = match why {
+            Return::Failed { message, until } => (true, message, Some(until), &none),
+            Return::NotBegun(input) => (false, "", None, input),
+        };
+        let again = sqlx::query!(
+            "with again as (
+                update sandboxes
+                set state = 'queued', node = null, epoch = 0, claimed_at = null, started_at = null, fences = null,
+                    attempt = attempt + $4, retries_left = retries_left - $4,
+                    failed_node = case when $4 = 1 then $2 else failed_node end, failed_until = coalesce($5, failed_until)
+                where id = $1 and state in ('starting', 'running') and node = $2 and epoch = $3 and retries_left >= $4
+                returning id, tenant, principal, kind, labels, attempt
+            ), tenant_counted as (
+                update tenants set queued = queued + 1 from again where tenants.id = again.tenant
+                returning again.id, again.tenant, again.principal
+            ), principal_counted as (
+                -- after the tenant, always
+                update principals set queued = queued + 1 from tenant_counted as again
+                where principals.tenant = again.tenant and principals.name = again.principal
+            ), kept as (
+                insert into inputs (sandbox, files, stdin)
+                select id, $6, $7 from again where $6::bytea is not null or $7::bytea is not null
+                on conflict (sandbox) do nothing
+            ), told as (
+                insert into events (tenant, sandbox, kind, at, data)
+                select tenant, id, 'sandbox.retried', $8,
+                    jsonb_build_object('kind', kind, 'labels', labels, 'attempt', attempt, 'message', $9::text)
+                from again
+                where $4 = 1
+            )
+            select pg_notify($10, '')::text as told from again",
+            id.0,
+            lease.node.0,
+            bigint(lease.epoch),
+            i32::from(is_failure),
+            until as _,
+            input.files.as_deref() as _,
+            input.stdin.as_deref() as _,
+            now,
+            message,
+            CHANNEL,
+        )
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(again.is_some())
     }
 
     /// Queued sandboxes whose time to live is over.
@@ -202,62 +274,63 @@ mod tests {
     }
 
     async fn enqueue(store: &Store, sandbox: &Sandbox) -> bool {
-        admit(store, sandbox, NodeId(uuid::Uuid::nil())).await
+        admit(store, sandbox, Lease { node: NodeId(uuid::Uuid::nil()), epoch: 0 }).await
     }
 
     #[sqlx::test(migrations = "../migrations")]
     async fn a_queued_sandbox_is_claimed_once_with_its_input(pool: PgPool) {
-        let (store, node) = store_with_node(pool).await;
+        let (store, lease) = store_with_node(pool).await;
         let sandbox = queued("acme");
         let input = Input { files: Some(vec![1]), stdin: None };
-        assert!(admit_with(&store, &sandbox, node, &input).await);
+        assert!(admit_with(&store, &sandbox, lease, &input).await);
         assert_eq!(store.queue_depth().await.unwrap(), 1);
 
-        let (claimed, given) = store.claim(sandbox.id, node, OffsetDateTime::UNIX_EPOCH).await.unwrap().unwrap();
+        let (claimed, given) = store.claim(sandbox.id, lease, OffsetDateTime::UNIX_EPOCH).await.unwrap().unwrap();
         assert_eq!((claimed.id, claimed.state, given), (sandbox.id, State::Starting, input));
-        assert!(store.claim(sandbox.id, node, OffsetDateTime::UNIX_EPOCH).await.unwrap().is_none());
+        assert!(store.claim(sandbox.id, lease, OffsetDateTime::UNIX_EPOCH).await.unwrap().is_none());
         assert_eq!(store.queue_depth().await.unwrap(), 0);
     }
 
     #[sqlx::test(migrations = "../migrations")]
     async fn nobody_overtakes_the_queue(pool: PgPool) {
-        let (store, node) = store_with_node(pool).await;
+        let (store, lease) = store_with_node(pool).await;
         enqueue(&store, &queued("acme")).await;
         let late = sandbox("other", Kind::Run, None);
-        assert!(!admit(&store, &late, node).await);
+        assert!(!admit(&store, &late, lease).await);
         assert_eq!(store.find(&late.tenant, late.id).await.unwrap(), None);
     }
 
     #[sqlx::test(migrations = "../migrations")]
     async fn the_first_of_everyone_who_waits_are_found(pool: PgPool) {
-        let (store, _node) = store_with_node(pool).await;
+        let (store, lease) = store_with_node(pool).await;
         let (first, second, third, other) = (queued("acme"), queued("acme"), queued("acme"), queued("other"));
         let colleague = Sandbox { principal: "bob".into(), ..queued("acme") };
         for sandbox in [&first, &second, &third, &colleague, &other] {
             assert!(enqueue(&store, sandbox).await);
         }
-        let found: Vec<_> = store.next_queued(2).await.unwrap().into_iter().map(|candidate| candidate.id).collect();
+        let found: Vec<_> =
+            store.next_queued(2, lease.node, OffsetDateTime::UNIX_EPOCH).await.unwrap().into_iter().map(|candidate| candidate.id).collect();
         assert_eq!(found, [first.id, second.id, colleague.id, other.id]);
         assert_eq!(store.queue_position(third.id).await.unwrap(), Some(4));
         assert_eq!(store.queue_position(other.id).await.unwrap(), Some(2));
 
         store.suspend(Who { tenant: &first.tenant, principal: None }, Suspension::Imposed { stops: false }, &act()).await.unwrap();
-        assert_eq!(store.next_queued(2).await.unwrap().len(), 1);
+        assert_eq!(store.next_queued(2, lease.node, OffsetDateTime::UNIX_EPOCH).await.unwrap().len(), 1);
         assert_eq!(store.queue_position(other.id).await.unwrap(), Some(1));
     }
 
     #[sqlx::test(migrations = "../migrations")]
     async fn no_sandbox_is_made_of_an_image_that_was_removed(pool: PgPool) {
-        let (store, node) = store_with_node(pool).await;
+        let (store, lease) = store_with_node(pool).await;
         store.remove_image(None, "python", &act()).await.unwrap().unwrap();
-        assert!(!admit(&store, &sandbox("acme", Kind::Run, None), node).await);
+        assert!(!admit(&store, &sandbox("acme", Kind::Run, None), lease).await);
         assert!(!enqueue(&store, &queued("acme")).await);
         assert_eq!(store.queue_depth().await.unwrap(), 0);
     }
 
     #[sqlx::test(migrations = "../migrations")]
     async fn a_listener_hears_of_new_work(pool: PgPool) {
-        let (store, _node) = store_with_node(pool).await;
+        let (store, _lease) = store_with_node(pool).await;
         let mut listener = store.listen_to_queue().await.unwrap();
         enqueue(&store, &queued("acme")).await;
         tokio::time::timeout(Duration::from_secs(5), listener.heard()).await.unwrap();

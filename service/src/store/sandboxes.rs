@@ -7,7 +7,7 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{NodeId, Store, StoreError, admission::day_of, bigint, damaged, events::Act, unsigned};
+use super::{Lease, NodeId, Store, StoreError, admission::day_of, bigint, damaged, events::Act, unsigned};
 use crate::sandbox::{Finish, ImageUsed, Kind, Limits, LogTail, Outcome, Program, Sandbox, SandboxId, State, TenantId};
 
 /// Which sandboxes of a tenant to list.
@@ -46,6 +46,22 @@ pub struct Ended<'a> {
     pub finish: &'a Finish,
     pub log_tail: &'a LogTail,
     pub log_file: LogKept,
+}
+
+/// Who says how a sandbox ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Writer {
+    /// Whoever takes it from the queue.
+    Queue,
+    /// The one that holds, or held, the lease under which it was claimed.
+    Holder(Lease),
+}
+
+/// Where a sandbox stands, and under which lease it was claimed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Whereabouts {
+    pub state: State,
+    pub lease: Option<Lease>,
 }
 
 /// How long the node keeps the whole log of an ended sandbox.
@@ -97,6 +113,8 @@ pub(super) struct Row {
     pub(super) expires_at: Option<OffsetDateTime>,
     pub(super) outcome: Option<Json<Outcome>>,
     pub(super) fences: Option<i32>,
+    pub(super) attempt: i32,
+    pub(super) retries_left: i32,
 }
 
 /// Reads whole rows; the condition and what follows it are the caller's.
@@ -110,7 +128,7 @@ macro_rules! select_sandboxes {
                 output_policy,
                 labels as "labels: crate::store::sandboxes::Labels",
                 created_at, claimed_at, started_at, finished_at, expires_at,
-                outcome as "outcome: sqlx::types::Json<crate::sandbox::Outcome>", fences
+                outcome as "outcome: sqlx::types::Json<crate::sandbox::Outcome>", fences, attempt, retries_left
             from sandboxes
             where "# + $condition
             $(, $argument)*
@@ -153,6 +171,8 @@ impl Row {
             expires_at: self.expires_at,
             outcome: self.outcome.map(|outcome| outcome.0),
             fences: self.fences.map(|bits| Fences::from_bits(bits.cast_unsigned())),
+            attempt: self.attempt.unsigned_abs(),
+            retries_left: self.retries_left.unsigned_abs(),
         })
     }
 }
@@ -205,24 +225,53 @@ impl Store {
         rows.into_iter().map(Row::read).collect()
     }
 
-    /// Notes that the payload runs. Nothing happens if the sandbox is not starting any more.
-    pub async fn mark_running(&self, id: SandboxId, started_at: OffsetDateTime, fences: Fences) -> Result<(), StoreError> {
+    /// Where this sandbox stands; `None` if there is none.
+    pub async fn whereabouts(&self, id: SandboxId) -> Result<Option<Whereabouts>, StoreError> {
+        let row = sqlx::query!("select state, node, epoch from sandboxes where id = $1", id.0).fetch_optional(&self.pool).await?;
+        row.map(|row| {
+            let lease = row.node.map(|node| Lease { node: NodeId(node), epoch: unsigned(row.epoch) });
+            Ok(Whereabouts { state: state_of(&row.state)?, lease })
+        })
+        .transpose()
+    }
+
+    /// Those of these sandboxes that have ended, with the ends of their logs.
+    pub async fn ended_of(&self, ids: &[SandboxId]) -> Result<Vec<(Sandbox, LogTail)>, StoreError> {
+        let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
+        let rows = select_sandboxes!("id = any($1) and state in ('exited', 'failed')", &ids).fetch_all(&self.pool).await?;
+        let mut ended = Vec::with_capacity(rows.len());
+        for row in rows {
+            let sandbox = row.read()?;
+            let tail = self.find_log(sandbox.id).await?.map(|stored| stored.tail).unwrap_or_default();
+            ended.push((sandbox, tail));
+        }
+        Ok(ended)
+    }
+
+    /// Notes that the payload runs. Nothing happens if the sandbox is not starting any more, or not under this lease.
+    pub async fn mark_running(&self, id: SandboxId, lease: Lease, started_at: OffsetDateTime, fences: Fences) -> Result<(), StoreError> {
         sqlx::query!(
-            "update sandboxes set state = 'running', started_at = $2, fences = $3 where id = $1 and state = 'starting'",
+            "update sandboxes set state = 'running', started_at = $2, fences = $3
+            where id = $1 and state = 'starting' and node = $4 and epoch = $5",
             id.0,
             started_at,
             fences.bits().cast_signed(),
+            lease.node.0,
+            bigint(lease.epoch),
         )
         .execute(&self.pool)
         .await?;
         Ok(())
     }
 
-    /// Stores the end of a sandbox whose state is one of `from`, with its line in the ledger and its event: all or nothing. False if it
-    /// had another state: then its end was stored before.
-    pub async fn finish(&self, id: SandboxId, from: &[State], ended: &Ended<'_>) -> Result<bool, StoreError> {
+    /// Stores the end of a sandbox that is live, with its line in the ledger and its event: all or nothing. False if it is not the writer's to
+    /// say: its end was stored before, or somebody else has it.
+    pub async fn finish(&self, id: SandboxId, writer: Writer, ended: &Ended<'_>) -> Result<bool, StoreError> {
         let Ended { finish, log_tail, log_file } = ended;
-        let from: Vec<String> = from.iter().map(|state| state.as_str().to_owned()).collect();
+        let lease = match writer {
+            Writer::Queue => None,
+            Writer::Holder(lease) => Some(lease),
+        };
         let (has_log_file, log_expires_at) = match *log_file {
             LogKept::No => (false, None),
             LogKept::Until(at) => (true, Some(at)),
@@ -231,7 +280,10 @@ impl Store {
         let log_bytes = log_tail.data_bytes() + log_tail.stdout_omitted_bytes + log_tail.stderr_omitted_bytes;
         let count = sqlx::query_scalar!(
             r#"with before as (
-                select id, state as was from sandboxes where id = $1 and state = any($2) for no key update
+                select id, state as was from sandboxes
+                where id = $1
+                    and case when $2::uuid is null then state = 'queued' else state in ('starting', 'running') and node = $2 and epoch = $20 end
+                for no key update
             ), ended as (
                 update sandboxes
                 set state = $3, outcome = $4, reason = $5, started_at = coalesce($6, started_at), finished_at = $7, log_tail = $8,
@@ -275,7 +327,7 @@ impl Store {
             )
             select count(*) as "count!" from ended"#,
             id.0,
-            &from,
+            lease.map(|lease| lease.node.0) as _,
             finish.state.as_str(),
             Json(&finish.outcome) as _,
             finish.outcome.reason.as_str(),
@@ -293,6 +345,7 @@ impl Store {
             bigint(log_bytes),
             day_of(finish.finished_at),
             finish.fences.map(|fences| fences.bits().cast_signed()) as _,
+            lease.map(|lease| bigint(lease.epoch)) as _,
         )
         .fetch_one(&self.pool)
         .await?;

@@ -9,7 +9,7 @@ use time::macros::datetime;
 use super::*;
 use crate::{
     sandbox::{Finish, Kind, LogTail, Phases, SandboxId, TenantId},
-    store::{Ended, GroupBy, LogKept, Standing, Suspension, UsageQuery, Who, sandboxes::tests::*},
+    store::{Ended, GroupBy, LogKept, Standing, Suspension, UsageQuery, Who, Writer, sandboxes::tests::*},
 };
 
 /// So often somebody races for the last place.
@@ -31,15 +31,16 @@ fn done(sandbox: &Sandbox) -> Finish {
 async fn finish(store: &Store, sandbox: &Sandbox, finish: &Finish) {
     let tail = LogTail::default();
     let ended = Ended { finish, log_tail: &tail, log_file: LogKept::No };
-    assert!(store.finish(sandbox.id, &[State::Starting, State::Queued], &ended).await.unwrap());
+    let place = store.whereabouts(sandbox.id).await.unwrap().unwrap();
+    assert!(store.finish(sandbox.id, place.lease.map_or(Writer::Queue, Writer::Holder), &ended).await.unwrap());
 }
 
-async fn ready(pool: PgPool, owners: &[Sandbox]) -> (Store, NodeId) {
-    let (store, node) = store_with_node(pool).await;
+async fn ready(pool: PgPool, owners: &[Sandbox]) -> (Store, Lease) {
+    let (store, lease) = store_with_node(pool).await;
     for sandbox in owners {
         store.introduce(&owner(sandbox), sandbox.created_at).await.unwrap();
     }
-    (store, node)
+    (store, lease)
 }
 
 /// What is counted in the rows of tenants and principals is what there is.
@@ -79,13 +80,13 @@ async fn race(
     group: fn(&Sandbox) -> String,
 ) {
     let all = owners.map(|(tenant, principal)| of(tenant, principal));
-    let (store, node) = ready(pool.clone(), &all).await;
+    let (store, lease) = ready(pool.clone(), &all).await;
     let mut got_in = 0;
     for round in 0..RACES {
         let asking = owners.map(|(tenant, principal)| {
             let (store, quotas, sandbox) = (store.clone(), quotas.clone(), of(tenant, principal));
             tokio::spawn(async move {
-                let is_in = matches!(ask(&store, &sandbox, node, &Input::default(), &quotas).await, Admitted::Yes { .. });
+                let is_in = matches!(ask(&store, &sandbox, lease, &Input::default(), &quotas).await, Admitted::Yes { .. });
                 is_in.then_some(sandbox)
             })
         });
@@ -124,14 +125,14 @@ async fn the_last_place_of_each_of_two_principals_is_given_once(pool: PgPool) {
 #[sqlx::test(migrations = "../migrations")]
 async fn a_bucket_gives_out_what_it_holds_and_what_flowed_in(pool: PgPool) {
     let alice = of("acme", "alice");
-    let (store, node) = ready(pool, std::slice::from_ref(&alice)).await;
+    let (store, lease) = ready(pool, std::slice::from_ref(&alice)).await;
     let limited = quotas(json!({"runs_per_minute": 30}), json!({}));
     let start = datetime!(2030-01-01 12:00 UTC);
     let at = async |ms: u64, many: u32| {
         let asking = (0..many).map(|_| {
             let (store, limited) = (store.clone(), limited.clone());
             let sandbox = Sandbox { created_at: start + Duration::from_millis(ms), ..of("acme", "alice") };
-            tokio::spawn(async move { matches!(ask(&store, &sandbox, node, &Input::default(), &limited).await, Admitted::Yes { .. }) })
+            tokio::spawn(async move { matches!(ask(&store, &sandbox, lease, &Input::default(), &limited).await, Admitted::Yes { .. }) })
         });
         let mut got_in = 0;
         for asked in asking.collect::<Vec<_>>() {
@@ -147,8 +148,8 @@ async fn a_bucket_gives_out_what_it_holds_and_what_flowed_in(pool: PgPool) {
     assert_eq!(at(600_000, 100).await, 30);
 }
 
-async fn refused(store: &Store, sandbox: &Sandbox, node: NodeId, quotas: &DefaultQuotas) -> Exceeded {
-    let answer = ask(store, sandbox, node, &Input::default(), quotas).await;
+async fn refused(store: &Store, sandbox: &Sandbox, lease: Lease, quotas: &DefaultQuotas) -> Exceeded {
+    let answer = ask(store, sandbox, lease, &Input::default(), quotas).await;
     let Admitted::Exceeded(exceeded, _) = answer else { panic!("{answer:?}") };
     exceeded
 }
@@ -157,12 +158,12 @@ async fn refused(store: &Store, sandbox: &Sandbox, node: NodeId, quotas: &Defaul
 #[sqlx::test(migrations = "../migrations")]
 async fn every_quota_names_itself_its_value_and_the_use(pool: PgPool) {
     let alice = Sandbox { created_at: datetime!(2030-01-01 23:59 UTC), ..of("acme", "alice") };
-    let (store, node) = ready(pool.clone(), std::slice::from_ref(&alice)).await;
-    assert_eq!(ask(&store, &alice, node, &Input::default(), &quotas(json!({}), json!({}))).await, Admitted::Yes { weight: 100 });
+    let (store, lease) = ready(pool.clone(), std::slice::from_ref(&alice)).await;
+    assert_eq!(ask(&store, &alice, lease, &Input::default(), &quotas(json!({}), json!({}))).await, Admitted::Yes { weight: 100 });
     let used = sandbox_core::protocol::Usage { cpu_us: 2_500_000, ..Default::default() };
     finish(&store, &alice, &Finish { used, ..done(&alice) }).await;
     let live = Sandbox { created_at: alice.created_at, ..of("acme", "alice") };
-    assert_eq!(ask(&store, &live, node, &Input::default(), &quotas(json!({}), json!({}))).await, Admitted::Yes { weight: 100 });
+    assert_eq!(ask(&store, &live, lease, &Input::default(), &quotas(json!({}), json!({}))).await, Admitted::Yes { weight: 100 });
     sqlx::query!("update tenants set log_bytes = 7").execute(&pool).await.unwrap();
     sqlx::query!("update principals set log_bytes = 7").execute(&pool).await.unwrap();
     let (memory, cpu) = (alice.limits.memory_bytes(), alice.limits.cpu_millis());
@@ -196,50 +197,50 @@ async fn every_quota_names_itself_its_value_and_the_use(pool: PgPool) {
             let defaults = if scope == QuotaScope::Tenant { quotas(own, json!({})) } else { quotas(json!({}), own) };
             let again = Sandbox { id: SandboxId(uuid::Uuid::now_v7()), ..alice.clone() };
             let expected = Exceeded { scope, quota: quota.to_owned(), limit: limit.clone(), used: used.clone(), retry_after_s };
-            assert_eq!(refused(&store, &again, node, &defaults).await, expected);
+            assert_eq!(refused(&store, &again, lease, &defaults).await, expected);
         }
     }
     let waiting = Sandbox { state: State::Queued, claimed_at: None, ..of("acme", "alice") };
-    let exceeded = refused(&store, &waiting, node, &quotas(json!({"queued": 0}), json!({}))).await;
+    let exceeded = refused(&store, &waiting, lease, &quotas(json!({"queued": 0}), json!({}))).await;
     assert_eq!((exceeded.quota.as_str(), exceeded.limit, exceeded.used), ("queued", json!(0), json!(0)));
     let endless = sandbox("acme", Kind::Sandbox, None);
-    let exceeded = refused(&store, &endless, node, &quotas(json!({"largest_ttl_ms": 1000}), json!({}))).await;
+    let exceeded = refused(&store, &endless, lease, &quotas(json!({"largest_ttl_ms": 1000}), json!({}))).await;
     assert_eq!((exceeded.quota.as_str(), exceeded.used), ("largest_ttl_ms", json!(null)));
 }
 
 #[sqlx::test(migrations = "../migrations")]
 async fn a_quota_of_ones_own_goes_before_the_tenants_and_that_before_the_default(pool: PgPool) {
     let alice = of("acme", "alice");
-    let (store, node) = ready(pool, std::slice::from_ref(&alice)).await;
+    let (store, lease) = ready(pool, std::slice::from_ref(&alice)).await;
     let defaults = quotas(json!({}), json!({"largest_pids": 1}));
     let tenant = Who { tenant: &alice.tenant, principal: None };
     let change = |value: Value| serde_json::from_value(value).unwrap();
-    assert_eq!(refused(&store, &alice, node, &defaults).await.limit, json!(1));
+    assert_eq!(refused(&store, &alice, lease, &defaults).await.limit, json!(1));
     store.change_account(tenant, &change(json!({"principal_quotas": {"largest_pids": 2}})), &act()).await.unwrap().unwrap().unwrap();
-    assert_eq!(refused(&store, &alice, node, &defaults).await.limit, json!(2));
+    assert_eq!(refused(&store, &alice, lease, &defaults).await.limit, json!(2));
     let own = Who { principal: Some("alice"), ..tenant };
     store.change_account(own, &change(json!({"quotas": {"largest_pids": null}})), &act()).await.unwrap().unwrap().unwrap();
-    assert!(matches!(ask(&store, &alice, node, &Input::default(), &defaults).await, Admitted::Yes { .. }));
+    assert!(matches!(ask(&store, &alice, lease, &Input::default(), &defaults).await, Admitted::Yes { .. }));
 }
 
 #[sqlx::test(migrations = "../migrations")]
 async fn a_new_day_begins_with_nothing_used(pool: PgPool) {
     let alice = Sandbox { created_at: datetime!(2030-01-01 23:59:59 UTC), ..of("acme", "alice") };
-    let (store, node) = ready(pool, std::slice::from_ref(&alice)).await;
+    let (store, lease) = ready(pool, std::slice::from_ref(&alice)).await;
     let daily = quotas(json!({"runs_per_day": 1}), json!({}));
-    assert!(matches!(ask(&store, &alice, node, &Input::default(), &daily).await, Admitted::Yes { .. }));
+    assert!(matches!(ask(&store, &alice, lease, &Input::default(), &daily).await, Admitted::Yes { .. }));
     let next = |at| Sandbox { created_at: at, ..of("acme", "alice") };
-    assert_eq!(refused(&store, &next(alice.created_at), node, &daily).await.retry_after_s, Some(2));
+    assert_eq!(refused(&store, &next(alice.created_at), lease, &daily).await.retry_after_s, Some(2));
     let tomorrow = next(datetime!(2030-01-02 00:00 UTC));
-    assert!(matches!(ask(&store, &tomorrow, node, &Input::default(), &daily).await, Admitted::Yes { .. }));
+    assert!(matches!(ask(&store, &tomorrow, lease, &Input::default(), &daily).await, Admitted::Yes { .. }));
 }
 
 #[sqlx::test(migrations = "../migrations")]
 async fn who_is_suspended_gets_nothing_and_who_is_unknown_neither(pool: PgPool) {
     let alice = of("acme", "alice");
-    let (store, node) = store_with_node(pool).await;
+    let (store, lease) = store_with_node(pool).await;
     let none = quotas(json!({}), json!({}));
-    let ask_again = async || ask(&store, &of("acme", "alice"), node, &Input::default(), &none).await;
+    let ask_again = async || ask(&store, &of("acme", "alice"), lease, &Input::default(), &none).await;
     assert_eq!(ask_again().await, Admitted::Unknown);
     assert_eq!(store.standing(&owner(&alice)).await.unwrap(), Standing::Unknown);
     store.introduce(&owner(&alice), alice.created_at).await.unwrap();
@@ -257,12 +258,12 @@ async fn who_is_suspended_gets_nothing_and_who_is_unknown_neither(pool: PgPool) 
 #[sqlx::test(migrations = "../migrations")]
 async fn the_queue_is_bounded(pool: PgPool) {
     let waiting = || Sandbox { state: State::Queued, claimed_at: None, ..of("acme", "alice") };
-    let (store, node) = ready(pool.clone(), &[waiting()]).await;
+    let (store, lease) = ready(pool.clone(), &[waiting()]).await;
     let one_waits = async || {
         let (sandbox, none) = (waiting(), quotas(json!({}), json!({})));
         let admission = Admission {
             sandbox: &sandbox,
-            node,
+            lease,
             input: &Input::default(),
             asked: &json!({}),
             network: "none",
@@ -290,9 +291,9 @@ async fn writers(pool: &PgPool) -> std::collections::BTreeSet<String> {
 #[sqlx::test(migrations = "../migrations")]
 async fn an_admission_is_one_transaction(pool: PgPool) {
     let alice = of("acme", "alice");
-    let (store, node) = ready(pool.clone(), std::slice::from_ref(&alice)).await;
+    let (store, lease) = ready(pool.clone(), std::slice::from_ref(&alice)).await;
     let before = writers(&pool).await;
-    assert!(matches!(ask(&store, &alice, node, &Input::default(), &DefaultQuotas::default()).await, Admitted::Yes { .. }));
+    assert!(matches!(ask(&store, &alice, lease, &Input::default(), &DefaultQuotas::default()).await, Admitted::Yes { .. }));
     let admitted = writers(&pool).await;
     assert_eq!(admitted.difference(&before).count(), 1);
     finish(&store, &alice, &done(&alice)).await;
@@ -302,13 +303,13 @@ async fn an_admission_is_one_transaction(pool: PgPool) {
 /// Folding at any boundary changes no sum, and what ended is counted to the microsecond.
 #[sqlx::test(migrations = "../migrations")]
 async fn usage_is_the_sum_of_outcomes_wherever_it_was_folded(pool: PgPool) {
-    let (store, node) = ready(pool, &[of("acme", "alice"), of("acme", "bob"), of("other", "alice")]).await;
+    let (store, lease) = ready(pool, &[of("acme", "alice"), of("acme", "bob"), of("other", "alice")]).await;
     let start = datetime!(2030-01-01 22:30 UTC);
     let (mut cpu, mut wall, mut memory) = (0, 0, 0_u128);
     for turn in 0..20_u64 {
         let (tenant, principal) = [("acme", "alice"), ("acme", "bob"), ("other", "alice")][usize::try_from(turn % 3).unwrap()];
         let sandbox = Sandbox { created_at: start + Duration::from_secs(turn * 600), ..of(tenant, principal) };
-        assert!(admit(&store, &sandbox, node).await);
+        assert!(admit(&store, &sandbox, lease).await);
         let used = sandbox_core::protocol::Usage { cpu_us: 1000 + turn, wall_us: 7 * turn + 1, stdout_bytes: turn, ..Default::default() };
         if tenant == "acme" {
             (cpu, wall) = (cpu + used.cpu_us, wall + used.wall_us);
@@ -339,7 +340,7 @@ async fn usage_is_the_sum_of_outcomes_wherever_it_was_folded(pool: PgPool) {
 #[sqlx::test(migrations = "../migrations")]
 async fn what_is_old_is_removed_and_what_is_not_stays(pool: PgPool) {
     let alice = of("acme", "alice");
-    let (store, node) = ready(pool.clone(), std::slice::from_ref(&alice)).await;
+    let (store, lease) = ready(pool.clone(), std::slice::from_ref(&alice)).await;
     let at = |hours: i64| {
         let at = datetime!(2030-01-01 00:00 UTC) + time::Duration::hours(hours);
         let ms = u64::try_from(at.unix_timestamp_nanos() / 1_000_000).unwrap();
@@ -348,7 +349,7 @@ async fn what_is_old_is_removed_and_what_is_not_stays(pool: PgPool) {
     };
     let (old, young, live) = (at(1), at(100), at(2));
     for sandbox in [&old, &young, &live] {
-        assert!(admit(&store, sandbox, node).await);
+        assert!(admit(&store, sandbox, lease).await);
     }
     for sandbox in [&old, &young] {
         finish(&store, sandbox, &done(sandbox)).await;
@@ -373,13 +374,13 @@ async fn what_is_old_is_removed_and_what_is_not_stays(pool: PgPool) {
 async fn a_node_finds_what_a_suspension_is_to_end(pool: PgPool) {
     let (alice, bob) = (of("acme", "alice"), of("acme", "bob"));
     let waiting = Sandbox { state: State::Queued, claimed_at: None, ..of("acme", "alice") };
-    let (store, node) = ready(pool, &[alice.clone(), bob.clone()]).await;
+    let (store, lease) = ready(pool, &[alice.clone(), bob.clone()]).await;
     for sandbox in [&alice, &bob, &waiting] {
-        assert!(admit(&store, sandbox, node).await);
+        assert!(admit(&store, sandbox, lease).await);
     }
     let who = Who { tenant: &alice.tenant, principal: Some("alice") };
     let found = async || {
-        let mut ids: Vec<_> = store.to_be_stopped(node).await.unwrap().into_iter().map(|(id, _)| id.0).collect();
+        let mut ids: Vec<_> = store.to_be_stopped(lease.node).await.unwrap().into_iter().map(|(id, _)| id.0).collect();
         ids.sort();
         ids
     };

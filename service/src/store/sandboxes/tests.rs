@@ -7,7 +7,7 @@ use sqlx::PgPool;
 use super::*;
 use crate::{
     sandbox::{DefaultQuotas, Owner, Phases, Quotas, RequestedLimits, asked},
-    store::{Admission, Admitted, Input, NewImage},
+    store::{Admission, Admitted, Input, NewImage, NodeCapacity},
 };
 
 pub(crate) fn sandbox(tenant: &str, kind: Kind, name: Option<&str>) -> Sandbox {
@@ -32,13 +32,23 @@ pub(crate) fn sandbox(tenant: &str, kind: Kind, name: Option<&str>) -> Sandbox {
         finished_at: None,
         expires_at: None,
         outcome: None,
+        attempt: 1,
+        retries_left: 0,
     }
 }
 
-pub(in crate::store) async fn store_with_node(pool: PgPool) -> (Store, NodeId) {
+/// Long enough for any test.
+pub(in crate::store) const HELD_FOR: std::time::Duration = std::time::Duration::from_secs(3600);
+
+pub(in crate::store) async fn take_node(store: &Store, node: NodeId) -> Lease {
+    let capacity = NodeCapacity { memory_bytes: 1, cpu_millis: 1 };
+    store.take_node(node, "node", capacity, OffsetDateTime::UNIX_EPOCH, HELD_FOR).await.unwrap()
+}
+
+pub(in crate::store) async fn store_with_node(pool: PgPool) -> (Store, Lease) {
     let store = Store { pool };
-    let (node, now) = (NodeId(Uuid::now_v7()), OffsetDateTime::UNIX_EPOCH);
-    store.register_node(node, "node", 1, 1, now).await.unwrap();
+    let now = OffsetDateTime::UNIX_EPOCH;
+    let lease = take_node(&store, NodeId(Uuid::now_v7())).await;
     let root = "a".repeat(64);
     let config = json!({ "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": [] } });
     let image = NewImage {
@@ -51,7 +61,7 @@ pub(in crate::store) async fn store_with_node(pool: PgPool) -> (Store, NodeId) {
         created_at: now,
     };
     store.record_image(&image, &Quotas::default(), &act()).await.unwrap();
-    (store, node)
+    (store, lease)
 }
 
 pub(in crate::store) fn act() -> Act<'static> {
@@ -63,11 +73,11 @@ pub(in crate::store) fn owner(sandbox: &Sandbox) -> Owner {
 }
 
 /// Asks for the sandbox as it is, with these quotas of every tenant and every principal.
-pub(in crate::store) async fn ask(store: &Store, sandbox: &Sandbox, node: NodeId, input: &Input, defaults: &DefaultQuotas) -> Admitted {
+pub(in crate::store) async fn ask(store: &Store, sandbox: &Sandbox, lease: Lease, input: &Input, defaults: &DefaultQuotas) -> Admitted {
     let ttl_ms = (sandbox.kind == Kind::Sandbox).then_some(None);
     let admission = Admission {
         sandbox,
-        node,
+        lease,
         input,
         asked: &asked(&sandbox.limits, ttl_ms),
         network: "none",
@@ -79,14 +89,14 @@ pub(in crate::store) async fn ask(store: &Store, sandbox: &Sandbox, node: NodeId
 }
 
 /// The same without quotas, by somebody who may have to be introduced.
-pub(in crate::store) async fn admit(store: &Store, sandbox: &Sandbox, node: NodeId) -> bool {
-    admit_with(store, sandbox, node, &Input::default()).await
+pub(in crate::store) async fn admit(store: &Store, sandbox: &Sandbox, lease: Lease) -> bool {
+    admit_with(store, sandbox, lease, &Input::default()).await
 }
 
-pub(in crate::store) async fn admit_with(store: &Store, sandbox: &Sandbox, node: NodeId, input: &Input) -> bool {
+pub(in crate::store) async fn admit_with(store: &Store, sandbox: &Sandbox, lease: Lease, input: &Input) -> bool {
     store.introduce(&owner(sandbox), sandbox.created_at).await.unwrap();
     let none = DefaultQuotas { tenant: Quotas::default(), principal: Quotas::default() };
-    matches!(ask(store, sandbox, node, input, &none).await, Admitted::Yes { .. })
+    matches!(ask(store, sandbox, lease, input, &none).await, Admitted::Yes { .. })
 }
 
 fn lost(sandbox: &Sandbox) -> Finish {
@@ -96,18 +106,18 @@ fn lost(sandbox: &Sandbox) -> Finish {
 
 #[sqlx::test(migrations = "../migrations")]
 async fn a_sandbox_reads_back_as_it_was_admitted(pool: PgPool) {
-    let (store, node) = store_with_node(pool).await;
+    let (store, lease) = store_with_node(pool).await;
     let sandbox = sandbox("acme", Kind::Sandbox, Some("box"));
-    assert!(admit(&store, &sandbox, node).await);
+    assert!(admit(&store, &sandbox, lease).await);
     assert_eq!(store.find(&sandbox.tenant, sandbox.id).await.unwrap(), Some(sandbox.clone()));
-    assert_eq!(store.live_of(node).await.unwrap(), [sandbox]);
+    assert_eq!(store.live_of(lease.node).await.unwrap(), [sandbox]);
 }
 
 #[sqlx::test(migrations = "../migrations")]
 async fn another_tenants_sandbox_is_not_found(pool: PgPool) {
-    let (store, node) = store_with_node(pool).await;
+    let (store, lease) = store_with_node(pool).await;
     let sandbox = sandbox("acme", Kind::Sandbox, None);
-    assert!(admit(&store, &sandbox, node).await);
+    assert!(admit(&store, &sandbox, lease).await);
     let other = TenantId::proven("other".into());
     assert_eq!(store.find(&other, sandbox.id).await.unwrap(), None);
     assert_eq!(store.delete(&other, sandbox.id, &act()).await.unwrap(), None);
@@ -115,12 +125,12 @@ async fn another_tenants_sandbox_is_not_found(pool: PgPool) {
 
 #[sqlx::test(migrations = "../migrations")]
 async fn a_name_is_given_once_to_a_tenant_and_again_to_another(pool: PgPool) {
-    let (store, node) = store_with_node(pool).await;
-    assert!(admit(&store, &sandbox("acme", Kind::Sandbox, Some("box")), node).await);
+    let (store, lease) = store_with_node(pool).await;
+    assert!(admit(&store, &sandbox("acme", Kind::Sandbox, Some("box")), lease).await);
     let second = sandbox("acme", Kind::Sandbox, Some("box"));
     let admission = Admission {
         sandbox: &second,
-        node,
+        lease,
         input: &Input::default(),
         asked: &json!({}),
         network: "none",
@@ -129,26 +139,26 @@ async fn a_name_is_given_once_to_a_tenant_and_again_to_another(pool: PgPool) {
         queue_max: 1,
     };
     assert!(matches!(store.admit(admission).await, Err(StoreError::NameTaken)));
-    assert!(admit(&store, &sandbox("other", Kind::Sandbox, Some("box")), node).await);
+    assert!(admit(&store, &sandbox("other", Kind::Sandbox, Some("box")), lease).await);
 }
 
 #[sqlx::test(migrations = "../migrations")]
 async fn an_end_is_stored_and_counted_once(pool: PgPool) {
-    let (store, node) = store_with_node(pool.clone()).await;
+    let (store, lease) = store_with_node(pool.clone()).await;
     let sandbox = sandbox("acme", Kind::Run, None);
-    assert!(admit(&store, &sandbox, node).await);
+    assert!(admit(&store, &sandbox, lease).await);
     let finish = lost(&sandbox);
     let tail = LogTail { bytes: vec![1, 2], stdout_omitted_bytes: 3, stderr_omitted_bytes: 0 };
     let ended = Ended { finish: &finish, log_tail: &tail, log_file: LogKept::UntilDeleted };
 
-    assert!(store.finish(sandbox.id, &[State::Starting, State::Running], &ended).await.unwrap());
-    assert!(!store.finish(sandbox.id, &[State::Starting, State::Running], &ended).await.unwrap());
+    assert!(store.finish(sandbox.id, Writer::Holder(lease), &ended).await.unwrap());
+    assert!(!store.finish(sandbox.id, Writer::Holder(lease), &ended).await.unwrap());
 
     let stored = store.find(&sandbox.tenant, sandbox.id).await.unwrap().unwrap();
     assert_eq!((stored.state, stored.outcome.as_ref()), (State::Failed, Some(&finish.outcome)));
     assert_eq!(store.find_log(sandbox.id).await.unwrap(), Some(StoredLog { tail, has_file: true }));
-    assert_eq!(store.kept_logs(node, None).await.unwrap(), [sandbox.id]);
-    assert_eq!(store.kept_logs(node, Some((OffsetDateTime::UNIX_EPOCH, OffsetDateTime::UNIX_EPOCH))).await.unwrap(), []);
+    assert_eq!(store.kept_logs(lease.node, None).await.unwrap(), [sandbox.id]);
+    assert_eq!(store.kept_logs(lease.node, Some((OffsetDateTime::UNIX_EPOCH, OffsetDateTime::UNIX_EPOCH))).await.unwrap(), []);
     let lines = sqlx::query_scalar!(r#"select count(*) as "count!" from usage"#).fetch_one(&pool).await.unwrap();
     let events = sqlx::query_scalar!(r#"select count(*) as "count!" from events"#).fetch_one(&pool).await.unwrap();
     // The image's import, its tenant, the sandbox's making and its end.
@@ -157,28 +167,28 @@ async fn an_end_is_stored_and_counted_once(pool: PgPool) {
 
 #[sqlx::test(migrations = "../migrations")]
 async fn an_end_that_knows_no_start_leaves_the_one_that_was_noted(pool: PgPool) {
-    let (store, node) = store_with_node(pool).await;
+    let (store, lease) = store_with_node(pool).await;
     let sandbox = sandbox("acme", Kind::Sandbox, None);
-    assert!(admit(&store, &sandbox, node).await);
+    assert!(admit(&store, &sandbox, lease).await);
     let started_at = OffsetDateTime::UNIX_EPOCH + std::time::Duration::from_secs(1);
-    store.mark_running(sandbox.id, started_at, Fences::everywhere()).await.unwrap();
+    store.mark_running(sandbox.id, lease, started_at, Fences::everywhere()).await.unwrap();
     let finish = lost(&sandbox);
     let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
-    store.finish(sandbox.id, &[State::Running], &ended).await.unwrap();
+    store.finish(sandbox.id, Writer::Holder(lease), &ended).await.unwrap();
     assert_eq!(store.find(&sandbox.tenant, sandbox.id).await.unwrap().unwrap().started_at, Some(started_at));
 }
 
 #[sqlx::test(migrations = "../migrations")]
 async fn a_running_sandbox_is_not_deleted_and_an_ended_one_is(pool: PgPool) {
-    let (store, node) = store_with_node(pool).await;
+    let (store, lease) = store_with_node(pool).await;
     let sandbox = sandbox("acme", Kind::Sandbox, None);
-    assert!(admit(&store, &sandbox, node).await);
-    store.mark_running(sandbox.id, OffsetDateTime::UNIX_EPOCH, Fences::everywhere()).await.unwrap();
+    assert!(admit(&store, &sandbox, lease).await);
+    store.mark_running(sandbox.id, lease, OffsetDateTime::UNIX_EPOCH, Fences::everywhere()).await.unwrap();
     assert_eq!(store.delete(&sandbox.tenant, sandbox.id, &act()).await.unwrap(), None);
 
     let finish = lost(&sandbox);
     let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
-    store.finish(sandbox.id, &[State::Running], &ended).await.unwrap();
+    store.finish(sandbox.id, Writer::Holder(lease), &ended).await.unwrap();
     let deleted = store.delete(&sandbox.tenant, sandbox.id, &act()).await.unwrap();
     assert_eq!(deleted, Some(Deleted { state: State::Failed, has_log_file: false }));
     assert_eq!(store.find(&sandbox.tenant, sandbox.id).await.unwrap(), None);
@@ -186,12 +196,12 @@ async fn a_running_sandbox_is_not_deleted_and_an_ended_one_is(pool: PgPool) {
 
 #[sqlx::test(migrations = "../migrations")]
 async fn a_list_is_newest_first_filtered_and_paged(pool: PgPool) {
-    let (store, node) = store_with_node(pool).await;
+    let (store, lease) = store_with_node(pool).await;
     let first = sandbox("acme", Kind::Sandbox, None);
     let second = sandbox("acme", Kind::Sandbox, None);
     let run = sandbox("acme", Kind::Run, None);
     for sandbox in [&first, &second, &run] {
-        assert!(admit(&store, sandbox, node).await);
+        assert!(admit(&store, sandbox, lease).await);
     }
     let list = async |filter: Filter| -> Vec<SandboxId> {
         store.list(&first.tenant, &filter).await.unwrap().into_iter().map(|sandbox| sandbox.id).collect()

@@ -1,0 +1,148 @@
+//! What keeps this node from taking work although room is left: an operator's word, a machine that runs short of something, no keeper.
+
+use std::{
+    fs, io,
+    path::PathBuf,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::Engine;
+
+/// How long nothing is taken after the keeper found the machine short of something.
+const BREATHER: Duration = Duration::from_secs(1);
+
+/// The share of the machine, in percent, that no new sandbox is started into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reserves {
+    pub memory_percent: u64,
+    pub disk_percent: u64,
+}
+
+/// What this machine is short of.
+#[derive(Debug)]
+pub(super) struct Pressure {
+    reserves: Reserves,
+    /// The folder on whose disk logs, images and perhaps the database are.
+    folder: PathBuf,
+    /// What the last look found.
+    seen: Mutex<Option<String>>,
+    /// What the keeper lacked, and until when that counts.
+    told: Mutex<Option<(String, Instant)>>,
+}
+
+impl Pressure {
+    pub(super) fn new(reserves: Reserves, folder: PathBuf) -> Self {
+        Self { reserves, folder, seen: Mutex::default(), told: Mutex::default() }
+    }
+
+    /// Looks at the machine. What cannot be read is no shortage.
+    pub(super) fn look(&self) {
+        let found = self.shortage().unwrap_or_else(|error| {
+            tracing::warn!(%error, "how much of this machine is left cannot be read");
+            None
+        });
+        let before = std::mem::replace(&mut *lock(&self.seen), found.clone());
+        match (before, found) {
+            (None, Some(shortage)) => tracing::warn!("{shortage}: no sandbox is started until that has changed"),
+            (Some(shortage), None) => tracing::info!("not so any more: {shortage}"),
+            (None, None) | (Some(_), Some(_)) => {}
+        }
+    }
+
+    fn shortage(&self) -> io::Result<Option<String>> {
+        let Reserves { memory_percent, disk_percent } = self.reserves;
+        let disk = rustix::fs::statvfs(&self.folder)?;
+        if is_below(disk.f_bavail, disk.f_blocks, disk_percent) {
+            return Ok(Some(format!("this node has less than {disk_percent} % of its disk left")));
+        }
+        let meminfo = fs::read_to_string("/proc/meminfo")?;
+        let kib = |name: &str| meminfo.lines().find_map(|line| line.strip_prefix(name)?.trim().trim_end_matches(" kB").parse::<u64>().ok());
+        match (kib("MemAvailable:"), kib("MemTotal:")) {
+            (Some(free), Some(total)) if is_below(free, total, memory_percent) => {
+                Ok(Some(format!("this node has less than {memory_percent} % of its memory left")))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The keeper could not start a sandbox for want of something.
+    pub(super) fn note(&self, message: &str) {
+        *lock(&self.told) = Some((format!("this node is short of something: {message}"), Instant::now() + BREATHER));
+    }
+
+    /// What there is too little of now.
+    pub(super) fn now(&self) -> Option<String> {
+        let told = lock(&self.told).as_ref().filter(|(_, until)| *until > Instant::now()).map(|(message, _)| message.clone());
+        told.or_else(|| lock(&self.seen).clone())
+    }
+}
+
+impl Engine {
+    /// Why this node takes no work now; `None` if it does.
+    pub(super) fn hindrance(&self) -> Option<String> {
+        if self.is_closing() {
+            return Some("this node is stopping".to_owned());
+        }
+        if self.tenure.orders().is_drained {
+            return Some("this node is drained".to_owned());
+        }
+        if self.keeper.hello().is_none() {
+            return Some("the keeper of this node is away".to_owned());
+        }
+        self.pressure.now()
+    }
+}
+
+/// Whether less than `percent` of `total` is left.
+fn is_below(left: u64, total: u64, percent: u64) -> bool {
+    u128::from(left) * 100 < u128::from(total) * u128::from(percent)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pressure(memory_percent: u64, disk_percent: u64) -> Pressure {
+        Pressure::new(Reserves { memory_percent, disk_percent }, std::env::temp_dir())
+    }
+
+    #[test]
+    fn a_share_is_kept_exactly() {
+        assert!(!is_below(5, 100, 5) && is_below(4, 100, 5));
+        assert!(!is_below(0, 100, 0));
+        assert!(!is_below(u64::MAX, u64::MAX, 100));
+    }
+
+    #[test]
+    fn a_machine_that_keeps_nothing_back_is_never_short() {
+        let pressure = pressure(0, 0);
+        pressure.look();
+        assert_eq!(pressure.now(), None);
+    }
+
+    #[test]
+    fn what_is_short_is_named() {
+        for (memory, disk, word) in [(100, 0, "memory"), (0, 100, "disk")] {
+            let pressure = pressure(memory, disk);
+            pressure.look();
+            assert!(pressure.now().unwrap().contains(word));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_keeper_lacked_counts_for_a_moment() {
+        let pressure = pressure(0, 0);
+        pressure.note("process ids");
+        assert!(pressure.now().unwrap().contains("process ids"));
+        assert!(pressure.now().is_some());
+        tokio::time::advance(BREATHER * 2).await;
+        assert_eq!(pressure.now(), None);
+    }
+}
