@@ -10,6 +10,8 @@ pub mod host;
 pub mod image;
 #[path = "harness/outcome.rs"]
 pub mod outcome;
+#[path = "harness/postgres.rs"]
+pub mod postgres;
 #[path = "harness/service.rs"]
 pub mod service;
 #[path = "harness/stream.rs"]

@@ -1,0 +1,222 @@
+//! Several nodes on one database, and one node that is drained, stopped, or short of something: what is accepted is done once, somewhere.
+//!
+//! A test that has two nodes starts two services on this machine, each with its own keeper and data folder.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::time::Duration;
+
+use mayfly_tests::{
+    Client, Service,
+    outcome::{assert_exit, assert_reason, stdout},
+    postgres::Database,
+    service::{finish, mayfly},
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::{Value, json};
+
+/// Long enough to notice by, and for a loaded machine.
+const SOON: Duration = Duration::from_secs(30);
+/// A lease as short as it may be: the others need not wait for long.
+const LEASE_S: &str = "2";
+
+fn node(database: &Database) -> Service {
+    let service = Service::start_with(&["--database-url", &database.url, "--node-lease-s", LEASE_S]).unwrap();
+    service.import("busybox").unwrap();
+    service
+}
+
+fn client(service: &Service) -> Client {
+    Client::of(service.place(), "traveller")
+}
+
+fn signal(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(pid.cast_signed()), signal).unwrap();
+}
+
+/// Accepts a run at this node, and returns its id once it runs.
+async fn begin(node: &Service, script: &str, retry: u64) -> String {
+    let request = json!({ "image": "busybox", "command": ["sh", "-c", script], "stdin": "given", "wait_ms": 0, "retry": retry });
+    let id = client(node).post("/v1/runs", &request).await.expect(202)["id"].as_str().unwrap().to_owned();
+    client(node).until(&format!("/v1/runs/{id}"), |run| run["state"] == "running").await;
+    id
+}
+
+async fn ended(node: &Service, id: &str) -> Value {
+    client(node).until(&format!("/v1/runs/{id}"), |run| !run["outcome"].is_null()).await
+}
+
+fn node_id(node: &Service) -> String {
+    std::fs::read_to_string(node.place().data_dir.join("node-id")).unwrap().trim().to_owned()
+}
+
+/// The whole machine, as far as it is this node's.
+fn kill_machine(node: &mut Service) {
+    let keeper = node.place().keeper_pid();
+    node.kill();
+    signal(keeper, Signal::SIGKILL);
+}
+
+fn endings(database: &Database, id: &str) -> String {
+    database.ask(&format!("select count(*) from events where kind = 'sandbox.ended' and sandbox = '{id}'"))
+}
+
+#[tokio::test]
+async fn what_a_dead_node_ran_is_done_by_another_if_it_may_be_tried_again() {
+    let database = Database::start();
+    let (mut first, second) = (node(&database), node(&database));
+    let script = "read -r line; echo $line; sleep 4; echo done; exit 3";
+    let (once, again) = (begin(&first, script, 0).await, begin(&first, script, 1).await);
+
+    kill_machine(&mut first);
+    let (once, again) = (ended(&second, &once).await, ended(&second, &again).await);
+
+    assert_reason(&once, "infra_error");
+    assert!(once["outcome"]["message"].as_str().unwrap().contains("not heard of"), "{once}");
+    assert_exit(&again, 3);
+    assert_eq!((stdout(&again), &again["attempt"]), ("given\ndone\n", &json!(2)));
+    for run in [&once, &again] {
+        assert_eq!(endings(&database, run["id"].as_str().unwrap()), "1");
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_was_taken_for_dead_writes_nothing_over_its_successors_word() {
+    let database = Database::start();
+    let (first, second) = (node(&database), node(&database));
+    // No two attempts say the same. The first one ends while its node's service sleeps, and its keeper knows how.
+    let id = begin(&first, "sleep 4; cat /proc/sys/kernel/random/uuid", 1).await;
+
+    signal(first.place().pid, Signal::SIGSTOP);
+    let done = ended(&second, &id).await;
+    signal(first.place().pid, Signal::SIGCONT);
+    let mine = node_id(&first);
+    Client::admin(second.place()).until(&format!("/v1/admin/nodes/{mine}"), |node| node["state"] == "serving" && node["live"] == 0).await;
+
+    assert_exit(&done, 0);
+    assert_eq!(done["attempt"], 2);
+    assert_eq!(client(&second).get(&format!("/v1/runs/{id}")).await.expect(200), done);
+    assert_eq!(endings(&database, &id), "1");
+    // And it serves again, with its keeper.
+    assert_exit(&client(&first).shell("exit 5").await, 5);
+    let log = first.log();
+    assert!(log.contains("taken for dead"), "{log}");
+}
+
+#[tokio::test]
+async fn a_drained_node_takes_nothing_and_what_comes_to_its_door_is_done_elsewhere() {
+    let database = Database::start();
+    let (first, second) = (node(&database), node(&database));
+    let admin = Client::admin(first.place());
+    let mine = node_id(&first);
+    let running = begin(&first, "sleep 3; exit 4", 0).await;
+
+    let drained = admin.post(&format!("/v1/admin/nodes/{mine}/drain"), &json!({})).await.expect(200);
+    let refused = json!({ "image": "busybox", "command": ["true"], "when_full": "refuse" });
+    let refused = client(&first).post("/v1/runs", &refused).await;
+    let elsewhere = client(&first).shell("echo elsewhere").await;
+
+    assert_eq!((&drained["state"], &drained["evict_at"]), (&json!("drained"), &Value::Null));
+    let detail = refused.problem(503, "no_capacity")["detail"].clone();
+    assert!(detail.as_str().unwrap().contains("drained") || detail.as_str().unwrap().contains("no room"), "{detail}");
+    assert_eq!(stdout(&elsewhere), "elsewhere\n");
+    let place = database.ask(&format!("select node from sandboxes where id = '{}'", elsewhere["id"].as_str().unwrap()));
+    assert_eq!(place, node_id(&second));
+    // What ran goes on to its end.
+    assert_exit(&ended(&first, &running).await, 4);
+    admin.until(&format!("/v1/admin/nodes/{mine}"), |node| node["live"] == 0).await;
+
+    // Drained is drained, whoever serves there.
+    let resumed = admin.post(&format!("/v1/admin/nodes/{mine}/resume"), &json!({})).await.expect(200);
+    assert_eq!(resumed["state"], "serving");
+    drop(second);
+    assert_exit(&client(&first).shell("true").await, 0);
+}
+
+#[tokio::test]
+async fn what_outlasts_a_drain_is_evicted_when_its_time_is_over() {
+    let service = Service::start();
+    let admin = Client::admin(service.place());
+    let made = service.client();
+    let request = json!({ "image": "busybox", "command": ["sleep", "1000"] });
+    let id = made.post("/v1/sandboxes", &request).await.expect(201)["id"].as_str().unwrap().to_owned();
+
+    let mine = node_id(&service);
+    let mut command = mayfly();
+    let arguments = ["node", "drain", &mine, "--evict-after-s", "1", "--url", &service.place().url];
+    let (status, said) = finish(command.args(arguments).args(["--token", admin.token().unwrap()]), SOON).unwrap();
+    let sandbox = made.until(&format!("/v1/sandboxes/{id}"), |sandbox| !sandbox["outcome"].is_null()).await;
+
+    assert!(status.success() && said.contains("drained"), "{said}");
+    assert_reason(&sandbox, "evicted");
+    let mut command = mayfly();
+    let (status, said) =
+        finish(command.args(["node", "list", "--url", &service.place().url, "--token", admin.token().unwrap()]), SOON).unwrap();
+    assert!(status.success() && said.contains(&mine) && said.contains("drained"), "{said}");
+}
+
+#[tokio::test]
+async fn a_drained_node_stays_drained_after_a_restart() {
+    let mut service = Service::start();
+    let mine = node_id(&service);
+    Client::admin(service.place()).post(&format!("/v1/admin/nodes/{mine}/drain"), &json!({})).await.expect(200);
+    service.kill();
+    service.start_again().unwrap();
+
+    let request = json!({ "image": "busybox", "command": ["true"], "wait_ms": 0 });
+    let waiting = client(&service).post("/v1/runs", &request).await.expect(202);
+    let ready = client(&service).get("/readyz").await;
+    Client::admin(service.place()).post(&format!("/v1/admin/nodes/{mine}/resume"), &json!({})).await.expect(200);
+
+    assert_eq!(waiting["state"], "queued");
+    ready.problem(503, "no_capacity");
+    assert_exit(&ended(&service, waiting["id"].as_str().unwrap()).await, 0);
+}
+
+/// The share that is to be kept free is all of it: so is every machine short.
+#[tokio::test]
+async fn a_machine_that_is_short_of_disk_or_memory_starts_nothing_and_says_why() {
+    for (flag, word) in [("--disk-reserve-percent", "disk"), ("--memory-reserve-percent", "memory")] {
+        let service = Service::start_with(&[flag, "100"]).unwrap();
+        service.import("busybox").unwrap();
+        let mut request = json!({ "image": "busybox", "command": ["true"], "wait_ms": 0 });
+
+        let waiting = client(&service).post("/v1/runs", &request).await.expect(202);
+        request["when_full"] = json!("refuse");
+        let refused = client(&service).post("/v1/runs", &request).await;
+
+        assert_eq!(waiting["state"], "queued");
+        let problem = refused.problem(503, "no_capacity");
+        assert!(problem["detail"].as_str().unwrap().contains(word), "{problem}");
+        assert_eq!(problem["retryable"], true);
+    }
+}
+
+#[tokio::test]
+async fn a_run_in_progress_comes_to_its_end_before_the_service_stops() {
+    let service = Service::start();
+    let pid = service.place().pid;
+    let client = client(&service);
+    let request = json!({ "image": "busybox", "command": ["sh", "-c", "echo begun; sleep 2; exit 6"] });
+    let run = tokio::spawn(async move { client.post("/v1/runs", &request).await });
+    service.client().until("/v1/sandboxes", |_| service.place().footprint().left().iter().any(|left| left.contains("(sleep)"))).await;
+
+    signal(pid, Signal::SIGTERM);
+
+    assert_exit(&run.await.unwrap().expect(200), 6);
+}
+
+#[tokio::test]
+async fn what_does_not_end_within_the_grace_is_evicted() {
+    let mut service = Service::start_with(&["--stop-grace-s", "1"]).unwrap();
+    service.import("busybox").unwrap();
+    let id = begin(&service, "sleep 1000", 0).await;
+
+    let status = service.stop().unwrap();
+    service.start_again().unwrap();
+
+    assert!(status.success(), "{}", service.log());
+    assert_reason(&ended(&service, &id).await, "evicted");
+}
