@@ -4,6 +4,44 @@
 //! the environment variable `MAYFLY_FAIL_POINTS`, in the words of the crate `fail`: `keeper.launch.cloned=2*off->1*return` kills at the third
 //! time. Several are parted by semicolons.
 
+/// Every step that there is. What a crash test goes through.
+pub const STEPS: &[&str] = &[
+    // A keeper starts: it has its number; what others left is gone; clients can connect.
+    "keeper.start.locked",
+    "keeper.start.swept",
+    "keeper.start.listening",
+    // A launch, from the request to the answer. What stands ready for a request was built by the steps from `slot_taken` to `cloned`, too.
+    "keeper.launch.received",
+    "keeper.launch.log_made",
+    "keeper.launch.slot_taken",
+    "keeper.launch.disk_begun",
+    "keeper.launch.cloned",
+    "keeper.launch.recorded",
+    "keeper.launch.ready",
+    "keeper.launch.limited",
+    "keeper.launch.ordered",
+    "keeper.launch.started",
+    "keeper.launch.answered",
+    "keeper.park.built",
+    // An end: init has said so; the pipes are read; the counters are; the log has its last record; who waited knows; init is killed.
+    "keeper.end.reported",
+    "keeper.end.pumped",
+    "keeper.end.counted",
+    "keeper.end.logged",
+    "keeper.end.answered",
+    "keeper.end.killed",
+    // What is taken apart after it.
+    "keeper.remove.disk",
+    "keeper.remove.group",
+    "keeper.remove.done",
+    // The log is deleted; the record is dropped.
+    "keeper.forget.unlinked",
+    "keeper.forget.done",
+    // An image: its folder is made; it has its name.
+    "keeper.unpack.begun",
+    "keeper.unpack.committed",
+];
+
 /// Takes the environment's word for which steps kill. At the start of a process.
 #[cfg(feature = "fail-points")]
 #[expect(clippy::disallowed_methods, reason = "the programs that are installed have no such variable")]
@@ -28,3 +66,36 @@ pub fn reached(step: &str) {
 /// Says that a step was reached: nothing, without the feature.
 #[cfg(not(feature = "fail-points"))]
 pub const fn reached(_step: &str) {}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, path::Path};
+
+    use super::*;
+
+    /// The names with which `reached` is called in the sources below `folder`.
+    fn names_in(folder: &Path, names: &mut Vec<String>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                names_in(&path, names);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                let calls = text.split("reached(\"").skip(1).filter_map(|rest| rest.split('"').next());
+                // What the comment at the top of this file and this test say are no calls.
+                names.extend(calls.filter(|_| !path.ends_with("fail_point.rs")).map(str::to_owned));
+            }
+        }
+    }
+
+    #[test]
+    fn the_list_has_every_step_of_the_sources_and_no_other() {
+        let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let mut names = Vec::new();
+        names_in(&here.join("src"), &mut names);
+        names_in(&here.join("../service/src"), &mut names);
+        let found: BTreeSet<&str> = names.iter().map(String::as_str).collect();
+        assert_eq!(found, STEPS.iter().copied().collect::<BTreeSet<_>>());
+        assert_eq!(STEPS.len(), STEPS.iter().collect::<BTreeSet<_>>().len(), "a step stands twice in the list");
+    }
+}

@@ -47,6 +47,7 @@ use timer::{Due, Timer};
 use crate::{
     cgroup::{Device, Devices, Tree},
     disk::Disks,
+    fail_point::reached,
     fence::{Fence, Fences},
     ids::{self, Ranges},
     log::{self, Kind},
@@ -194,6 +195,7 @@ impl Keeper {
     fn start(options: &Options) -> io::Result<Self> {
         let (number, lock) = claim_number(&options.run)?;
         sweep_dead_keepers(&options.run, number)?;
+        reached("keeper.start.locked");
         let stage = stage_of(&options.run, number);
         build::settle(&stage)?;
         let store = Store::open(&options.images)?;
@@ -218,6 +220,8 @@ impl Keeper {
         }
         signals.thread_block()?;
         let program = crate::seccomp::program();
+        sweep_disks(&disks, &options.run, number)?;
+        reached("keeper.start.swept");
         let keeper = Self {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             listener: listen_at(options)?,
@@ -247,25 +251,11 @@ impl Keeper {
             shutdown: None,
             _lock: lock,
         };
-        keeper.sweep_disks(&options.run, number)?;
         keeper.watch(keeper.listener.as_fd(), Source::Listener, 0)?;
         keeper.watch(keeper.signals.as_fd(), Source::Signals, 0)?;
         keeper.watch(keeper.timer.descriptor(), Source::Timer, 0)?;
+        reached("keeper.start.listening");
         Ok(keeper)
-    }
-
-    /// Removes what is left of writable layers of this keeper's number, and of those that no keeper has.
-    fn sweep_disks(&self, run: &std::path::Path, own: u32) -> io::Result<()> {
-        for number in 0..KEEPERS_MAX {
-            let first = first_id(number);
-            let is_of_number = |id: u32| (first..first_id(number + 1)).contains(&id);
-            let left = self.disks.left(is_of_number)?;
-            let lock = if number == own || left.is_empty() { None } else { try_lock(run, number)? };
-            if number == own || lock.is_some() {
-                left.iter().try_for_each(|folder| store::remove_in_background(folder))?;
-            }
-        }
-        Ok(())
     }
 
     fn watch(&self, descriptor: BorrowedFd<'_>, source: Source, serial: u64) -> io::Result<()> {
@@ -469,6 +459,20 @@ fn sweep_dead_keepers(run: &std::path::Path, own: u32) -> io::Result<()> {
                 // Not ours: the next keeper tries again.
                 warn(format_args!("what keeper {number} left could not be removed: {error}"));
             }
+        }
+    }
+    Ok(())
+}
+
+/// Removes what is left of writable layers of keeper `own`, and of those that no living keeper has.
+fn sweep_disks(disks: &Disks, run: &std::path::Path, own: u32) -> io::Result<()> {
+    for number in 0..KEEPERS_MAX {
+        let first = first_id(number);
+        let is_of_number = |id: u32| (first..first_id(number + 1)).contains(&id);
+        let left = disks.left(is_of_number)?;
+        let lock = if number == own || left.is_empty() { None } else { try_lock(run, number)? };
+        if number == own || lock.is_some() {
+            left.iter().try_for_each(|folder| store::remove_in_background(folder))?;
         }
     }
     Ok(())

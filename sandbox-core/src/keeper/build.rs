@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     disk,
+    fail_point::reached,
     fence::{Fence, Fences},
     init::CONTROL,
     protocol::{
@@ -125,7 +126,10 @@ impl Keeper {
             })
         });
         match built {
-            Ok((serial, body)) => self.lot.insert(serial, Parked { class, body, is_ready: false, is_doomed: false }),
+            Ok((serial, body)) => {
+                self.lot.insert(serial, Parked { class, body, is_ready: false, is_doomed: false });
+                reached("keeper.park.built");
+            }
             Err(_) => self.lot.give_up(|given_up| *given_up == class),
         }
         Ok(true)
@@ -137,6 +141,7 @@ impl Keeper {
             Some(slot) => slot,
             None => self.slots.make()?.ok_or(BuildError::Full)?,
         };
+        reached("keeper.launch.slot_taken");
         let serial = self.serial();
         let disk = match self.begin_disk(&slot, blueprint) {
             Ok(disk) => disk,
@@ -145,8 +150,12 @@ impl Keeper {
                 return Err(BuildError::Host(at("starting to make the writable layer")(error)));
             }
         };
+        if disk.is_some() {
+            reached("keeper.launch.disk_begun");
+        }
         match self.clone_and_set_up(&slot, blueprint) {
             Ok(init) => {
+                reached("keeper.launch.cloned");
                 // Without this watch it could not be followed; both descriptors were made a moment ago, so only want of memory can fail here.
                 let watched = self
                     .watch(init.child.pidfd.as_fd(), Source::Init, serial)

@@ -22,6 +22,7 @@ use super::{
 };
 use crate::{
     cgroup::Limits,
+    fail_point::reached,
     fence::{Fence, Fences},
     log::Kind,
     network,
@@ -58,6 +59,7 @@ impl Keeper {
     /// Starts the sandbox of a request, or answers why not.
     pub(super) fn launch(&mut self, asker: Asker, launch: Launch, descriptors: Vec<OwnedFd>) -> io::Result<()> {
         let received_at_ns = monotonic_ns();
+        reached("keeper.launch.received");
         match self.prepare(asker, launch, descriptors) {
             Ok(body) => self.spawn(body, received_at_ns),
             Err(answer) => {
@@ -101,6 +103,7 @@ impl Keeper {
         })?;
         let sink = Sink::log(&self.logs, id, self.group)
             .map_err(|error| Box::new(failed(FailureKind::Host, format!("making the log file failed: {error}"))))?;
+        reached("keeper.launch.log_made");
         let start = init::Start {
             program: Program::Path,
             args: plan.args,
@@ -159,6 +162,7 @@ impl Keeper {
                 return Ok(());
             }
         };
+        reached("keeper.unpack.begun");
         let mut descriptors = descriptors;
         descriptors.push(rustix::io::fcntl_dupfd_cloexec(&self.programs.unpack, 0)?);
         let start = init::Start {
@@ -289,6 +293,7 @@ impl Keeper {
             body: Some(body),
         };
         self.sandboxes.insert(serial, sandbox);
+        reached("keeper.launch.recorded");
         // What fails from here on is the sandbox's end, and is cleaned up like any other.
         let watched = self.watch_new(serial, received_at_ns);
         if let Err(error) = watched {
@@ -344,10 +349,13 @@ impl Keeper {
 fn begin_in(body: &mut Body, pending: Pending, io: IoLimits, own_uts: &OwnedFd) -> io::Result<()> {
     body.slot.group.set_limits(pending.limits).map_err(at("setting the limits"))?;
     body.slot.group.limit_io(io).map_err(at("setting the limits of input and output"))?;
+    reached("keeper.launch.limited");
     body.oom_notice = body.slot.group.oom_notice().map_err(at("watching the memory limit"))?;
     network::set_host_name(&body.init.child.pidfd, own_uts, &pending.hostname).map_err(at("setting the host name"))?;
     let descriptors: Vec<BorrowedFd<'_>> = pending.descriptors.iter().map(AsFd::as_fd).collect();
-    body.init.control.send(&Order::Start(Box::new(pending.start)), &descriptors)
+    body.init.control.send(&Order::Start(Box::new(pending.start)), &descriptors)?;
+    reached("keeper.launch.ordered");
+    Ok(())
 }
 
 impl Preparation {

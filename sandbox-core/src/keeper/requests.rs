@@ -18,6 +18,7 @@ use super::{
     warn,
 };
 use crate::{
+    fail_point::reached,
     log,
     protocol::{Answer, Call, FailureKind, ImageId, Record, Request, SandboxId, VERSION},
     transport,
@@ -147,12 +148,14 @@ impl Keeper {
             }
             _ => {}
         }
+        reached("keeper.forget.unlinked");
         let Some(serial) = serial else { return Answer::Done };
         self.by_id.remove(&id);
         // One that is still being dismantled is dropped when it is done (`clean_up`).
         if self.sandboxes.get(&serial).is_some_and(|sandbox| sandbox.body.is_none()) {
             self.sandboxes.remove(&serial);
         }
+        reached("keeper.forget.done");
         Answer::Done
     }
 

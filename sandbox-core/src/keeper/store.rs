@@ -8,7 +8,7 @@ use std::{
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
 
-use crate::{protocol::ImageId, rootfs::base, sys};
+use crate::{fail_point::reached, protocol::ImageId, rootfs::base, sys};
 
 /// The folder of images.
 #[derive(Debug)]
@@ -88,7 +88,11 @@ impl Store {
             // Somebody else was faster with the same content.
             Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => self.discard(name),
             Err(error) => Err(error),
-            Ok(()) => fs::File::open(&self.folder)?.sync_all(),
+            Ok(()) => {
+                fs::File::open(&self.folder)?.sync_all()?;
+                reached("keeper.unpack.committed");
+                Ok(())
+            }
         }
     }
 

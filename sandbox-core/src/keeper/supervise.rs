@@ -15,6 +15,7 @@ use super::{
     unix_us, warn,
 };
 use crate::{
+    fail_point::reached,
     log::Kind,
     protocol::{
         Answer, Cause, Launched,
@@ -56,7 +57,10 @@ impl Keeper {
                     parked.is_ready = true;
                     Ok(())
                 }
-                None => self.begin(serial),
+                None => {
+                    reached("keeper.launch.ready");
+                    self.begin(serial)
+                }
             },
             // gVisor's kernel, which was killed for the decision, was missed by init before it heard of it.
             Report::Failed { .. }
@@ -87,8 +91,11 @@ impl Keeper {
                 Ok(())
             }
             Report::Ended { status, at_ns, own_cpu_us, is_disk_full, are_inodes_used_up } => {
+                reached("keeper.end.reported");
                 self.end(serial, Some(Ended { status, at_ns, own_cpu_us, is_disk_full, are_inodes_used_up }), None);
-                self.kill_by_force(serial)
+                self.kill_by_force(serial)?;
+                reached("keeper.end.killed");
+                Ok(())
             }
         }
     }
@@ -110,6 +117,7 @@ impl Keeper {
         sandbox.init_cpu_us += own_cpu_us;
         let limits = sandbox.supervision;
         let asker = sandbox.launch_asker.take();
+        reached("keeper.launch.started");
         if let Some(wall_ms) = limits.wall_ms {
             self.timer.set(at_ns.saturating_add(wall_ms.saturating_mul(1_000_000)), serial, Due::Wall)?;
         }
@@ -119,6 +127,7 @@ impl Keeper {
         match asker {
             Some(asker) => {
                 self.answer(asker, Answer::Launched(launched));
+                reached("keeper.launch.answered");
                 Ok(())
             }
             None => Ok(()),
@@ -279,21 +288,25 @@ impl Keeper {
                 }
             }
         }
+        reached("keeper.end.pumped");
         let counters = body.slot.group.counters().unwrap_or_else(|error| {
             failure.get_or_insert(Cause::InfraError { message: format!("reading the usage failed: {error}") });
             crate::cgroup::Counters::default()
         });
+        reached("keeper.end.counted");
         let evidence = Evidence { ended, counters, now_ns: monotonic_ns(), now_us: unix_us(), failure };
         let ending = sandbox.judge(evidence);
         if let Err(error) = sandbox.output.finish(ending.ended_at_us) {
             warn(format_args!("ending a log failed: {error}"));
         }
+        reached("keeper.end.logged");
         sandbox.ending = Some(ending.clone());
         let askers = sandbox.take_askers();
         if let Purpose::Payload { .. } = sandbox.purpose {
             for asker in askers {
                 self.answer(asker, Answer::Ended(Box::new(ending.clone())));
             }
+            reached("keeper.end.answered");
         } else {
             self.unpacked(serial);
         }
@@ -327,6 +340,9 @@ impl Keeper {
                 return self.timer.set(monotonic_ns() + REMOVE_AGAIN_AFTER_NS, serial, Due::Remove);
             }
         }
+        if self.body(serial).is_some_and(|body| body.disk.is_some()) {
+            reached("keeper.remove.disk");
+        }
         let Some(body) = self.body(serial) else { return Ok(()) };
         let removed = match body.slot.group.remove() {
             Ok(false) => body.slot.group.kill().map(|()| false),
@@ -341,6 +357,7 @@ impl Keeper {
                 return self.timer.set(monotonic_ns() + REMOVE_AGAIN_AFTER_NS, serial, Due::Remove);
             }
         }
+        reached("keeper.remove.group");
         let id_base = body.slot.id_base;
         self.slots.give_back(id_base);
         if self.lot.remove(serial).is_some() {
@@ -356,6 +373,7 @@ impl Keeper {
         if is_forgotten {
             self.sandboxes.remove(&serial);
         }
+        reached("keeper.remove.done");
         Ok(())
     }
 }
