@@ -34,7 +34,7 @@ pub const STEPS: &[&str] = &[
     "keeper.remove.disk",
     "keeper.remove.group",
     "keeper.remove.done",
-    // The log is deleted; the record is dropped.
+    // The log is deleted, or sealed where it is to be kept; the record is dropped.
     "keeper.forget.unlinked",
     "keeper.forget.done",
     // An image: its folder is made; it has its name.

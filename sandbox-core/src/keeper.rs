@@ -11,6 +11,8 @@ pub(crate) mod gvisor;
 mod launch;
 mod output;
 mod parked;
+mod records;
+mod recovery;
 mod requests;
 mod sandbox;
 mod slot;
@@ -39,6 +41,7 @@ use rustix::{
 use connection::{Asker, Connection};
 use gvisor::Gvisor;
 use parked::Lot;
+use records::Records;
 use sandbox::{Decision, Sandbox};
 use slot::Slots;
 use store::Store;
@@ -51,7 +54,7 @@ use crate::{
     fence::{Fence, Fences},
     ids::{self, Ranges},
     log::{self, Kind},
-    protocol::{Answer, Cause, Hello, Isolation, SandboxId, VERSION},
+    protocol::{Answer, Cause, Hello, Isolation, VERSION},
     selinux::Labels,
     sys,
 };
@@ -99,6 +102,8 @@ const KEEPERS_MAX: u32 = 16;
 
 /// How long the payload may take to start.
 const START_WITHIN_NS: u64 = 30_000_000_000;
+/// How long a keeper that is starting waits for the last of the one before to let go of the logs.
+const LOGS_WITHIN_NS: u64 = 5_000_000_000;
 /// How long preparing one thing may take on a busy machine: with a deadline closer than that, none is begun.
 const PREPARING_NS: u64 = 30_000_000;
 /// The keeper's nice value: what holds sandboxes to their limits must not wait for them (sched(7)).
@@ -157,7 +162,7 @@ pub struct Keeper {
     timer: Timer,
     connections: HashMap<u64, Connection>,
     sandboxes: HashMap<u64, Sandbox>,
-    by_id: HashMap<SandboxId, u64>,
+    records: Records,
     next_serial: u64,
     slots: Slots,
     lot: Lot,
@@ -180,6 +185,8 @@ pub struct Keeper {
     shutdown: Option<Vec<Asker>>,
     /// Held as long as this keeper lives: its name and its id ranges are its own.
     _lock: OwnedFd,
+    /// Held as long: so are the records in its folder of logs.
+    _logs_lock: OwnedFd,
 }
 
 /// Runs a keeper until it is told to stop. Needs root.
@@ -194,6 +201,7 @@ pub fn run(options: &Options, on_ready: impl FnOnce()) -> io::Result<()> {
 impl Keeper {
     fn start(options: &Options) -> io::Result<Self> {
         let (number, lock) = claim_number(&options.run)?;
+        let logs_lock = claim_logs(&options.logs)?;
         sweep_dead_keepers(&options.run, number)?;
         reached("keeper.start.locked");
         let stage = stage_of(&options.run, number);
@@ -221,6 +229,9 @@ impl Keeper {
         signals.thread_block()?;
         let program = crate::seccomp::program();
         sweep_disks(&disks, &options.run, number)?;
+        // Only now is everything dead that could write to a log.
+        let mut records = Records::default();
+        recovery::recover(&options.logs, &mut records)?;
         reached("keeper.start.swept");
         let keeper = Self {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
@@ -229,7 +240,7 @@ impl Keeper {
             timer: Timer::new()?,
             connections: HashMap::new(),
             sandboxes: HashMap::new(),
-            by_id: HashMap::new(),
+            records,
             next_serial: 1,
             slots: Slots::new(tree.clone(), ranges)?,
             lot: Lot::default(),
@@ -250,6 +261,7 @@ impl Keeper {
             buffer: vec![0; log::DATA_BYTES_MAX],
             shutdown: None,
             _lock: lock,
+            _logs_lock: logs_lock,
         };
         keeper.watch(keeper.listener.as_fd(), Source::Listener, 0)?;
         keeper.watch(keeper.signals.as_fd(), Source::Signals, 0)?;
@@ -434,6 +446,23 @@ fn try_lock(run: &std::path::Path, number: u32) -> io::Result<Option<OwnedFd>> {
         Ok(()) => Ok(Some(file.into())),
         Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
         Err(error) => Err(error.into()),
+    }
+}
+
+/// The folder of logs, for this keeper alone: another one that found logs without an end there would take their sandboxes for dead.
+fn claim_logs(logs: &std::path::Path) -> io::Result<OwnedFd> {
+    let folder = std::fs::File::open(logs).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", logs.display())))?;
+    let deadline = monotonic_ns() + LOGS_WITHIN_NS;
+    loop {
+        match rustix::fs::flock(&folder, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(folder.into()),
+            // A keeper that was killed a moment ago may have a child left that dies of it.
+            Err(rustix::io::Errno::WOULDBLOCK) if monotonic_ns() < deadline => std::thread::sleep(std::time::Duration::from_millis(5)),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(io::Error::other(format!("another keeper writes its logs to {}", logs.display())));
+            }
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 

@@ -3,17 +3,21 @@
 //! The keeper appends, anybody reads. A record is a header of 24 bytes — length of the data (u32), [`Kind`] (u8), three zero bytes, sequence
 //! number (u64), Unix time in microseconds (u64), all little-endian — and then the data. Sequence numbers start at 0 and
 //! rise by one. A record is appended with one write, so a reader that stops at an incomplete record and tries again later sees
-//! every record exactly once. The last record is of the kind [`Kind::End`] and has no data: nothing follows it.
+//! every record exactly once. The last record is of the kind [`Kind::End`], and its data is the ending ([`decode_ending`]): nothing follows it. It is
+//! written before anybody is told of the end, so the ending outlives the keeper.
 
 use std::path::{Path, PathBuf};
 
-use crate::protocol::SandboxId;
+use crate::protocol::{Cause, Ending, SandboxId};
 
 /// Bytes before the data of each record.
 pub const HEADER_BYTES: usize = 24;
 
 /// The most data in one record.
 pub const DATA_BYTES_MAX: usize = 64 * 1024;
+
+/// The longest text in an [`Ending`]: escaped, with all else, it fits into [`DATA_BYTES_MAX`].
+const MESSAGE_BYTES_MAX: usize = 8 * 1024;
 
 /// Where the log of a sandbox lies below the folder of logs.
 pub fn path(folder: &Path, id: SandboxId) -> PathBuf {
@@ -66,6 +70,23 @@ impl Record<'_> {
     }
 }
 
+/// Cuts what an ending says to what a log can hold.
+pub(crate) fn bound_ending(ending: &mut Ending) {
+    if let Cause::StartFailed { message } | Cause::InfraError { message } = &mut ending.cause {
+        message.truncate(message.floor_char_boundary(MESSAGE_BYTES_MAX));
+    }
+}
+
+/// The data of an end record: JSON, so that later versions can add to it. The ending must be bounded ([`bound_ending`]).
+pub(crate) fn encode_ending(ending: &Ending) -> Vec<u8> {
+    serde_json::to_vec(ending).expect("an ending has no map, and no number that JSON lacks")
+}
+
+/// The ending in the data of an end record; `None` if there is none, as in logs of versions before it was written there.
+pub fn decode_ending(data: &[u8]) -> Option<Ending> {
+    serde_json::from_slice(data).ok()
+}
+
 /// The first record in `bytes` and the bytes behind it; `None` if it is not complete yet.
 pub fn parse(bytes: &[u8]) -> Result<Option<(Record<'_>, &[u8])>, Damaged> {
     let Some((header, rest)) = bytes.split_first_chunk::<HEADER_BYTES>() else { return Ok(None) };
@@ -105,6 +126,25 @@ mod tests {
         for len in 0..bytes.len() {
             assert_eq!(parse(&bytes[..len]), Ok(None), "cut at {len}");
         }
+    }
+
+    #[test]
+    fn an_ending_reads_back_and_fits_however_much_it_says() {
+        let mut ending = Ending {
+            cause: Cause::StartFailed { message: "\u{1}".repeat(1 << 20) },
+            launched: None,
+            ended_at_us: u64::MAX,
+            usage: crate::protocol::Usage { cpu_us: u64::MAX, ..Default::default() },
+            limits_hit: vec![crate::protocol::Limit::Memory, crate::protocol::Limit::Disk],
+            oom_kills: 1,
+            stdout_truncated: true,
+            stderr_truncated: false,
+        };
+        bound_ending(&mut ending);
+        let data = encode_ending(&ending);
+        assert!(data.len() <= DATA_BYTES_MAX, "{}", data.len());
+        assert_eq!(decode_ending(&data), Some(ending));
+        assert_eq!(decode_ending(b""), None);
     }
 
     #[test]

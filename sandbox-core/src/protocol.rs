@@ -2,7 +2,8 @@
 //!
 //! A request carries a `tag` of the caller's choosing and is answered by exactly one [`Reply`] with that tag, at once or —
 //! [`Request::Wait`] — when the sandbox ends. The keeper pushes nothing: what it knows of a sandbox stays in its records until
-//! [`Request::Forget`], so a service that was killed asks again and has missed nothing.
+//! [`Request::Forget`], so a service that was killed asks again and has missed nothing. Endings are in the logs (`log.rs`) before they are told, so
+//! the keeper that comes after one that was killed has them, too.
 //!
 //! Messages are encoded with postcard; the description of a sandbox inside them is the standard's `config.json`
 //! (OCI runtime-spec, `config.md`). Descriptors travel beside the message (`SCM_RIGHTS`, unix(7)).
@@ -17,7 +18,7 @@ use crate::fence::Fences;
 pub mod init;
 
 /// Version of this protocol. Both sides refuse another one.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The largest message either side may send, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 384 * 1024;
@@ -114,10 +115,11 @@ pub enum Request {
     Wait { id: SandboxId },
     /// End a sandbox. The reason is recorded before the kill. Answered by [`Answer::Done`]; no error if it is already over.
     Kill { id: SandboxId, reason: KillReason },
-    /// Every record that was not forgotten yet. Answered by [`Answer::Records`].
-    List,
+    /// The records that were not forgotten yet and have changed after number `after` (0: all). Answered by [`Answer::Records`], as many as fit; for
+    /// the rest, ask again after the last one's number. Numbers are those of one keeper ([`Hello::started_at_us`]).
+    List { after: u64 },
     /// Drop the record of an ended sandbox and delete its log file. The service says this once it has both in safety.
-    /// Answered by [`Answer::Done`], also if there is no record, as of a keeper that was started since; `Busy` if it has not ended.
+    /// Answered by [`Answer::Done`], also if there is no record; `Busy` if it has not ended.
     Forget { id: SandboxId },
     /// Drop the record of an ended sandbox but keep its log file, for a later [`Request::Forget`]. Answered like that.
     ForgetRecord { id: SandboxId },
@@ -145,7 +147,11 @@ pub enum Answer {
     Hello(Hello),
     Launched(Launched),
     Ended(Box<Ending>),
-    Records(Vec<Record>),
+    /// In the order of [`Record::seq`].
+    Records {
+        records: Vec<Record>,
+        is_more: bool,
+    },
     Unpacked(Unpacked),
     Images(Vec<ImageId>),
     Done,
@@ -157,7 +163,7 @@ pub enum Answer {
 pub struct Hello {
     pub version: u32,
     pub pid: u32,
-    /// Unix time in microseconds when this keeper started: another value means another keeper, whose sandboxes are gone.
+    /// Unix time in microseconds when this keeper started: another value means another keeper. Of the sandboxes of the one before it has the records, as ended.
     pub started_at_us: u64,
     pub cgroup: CgroupMode,
     /// How many sandboxes this keeper can run at once (its id ranges).
@@ -380,6 +386,8 @@ pub struct Usage {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     pub id: SandboxId,
+    /// Given anew whenever the record changes — accepted, launched, ended — and larger than any before.
+    pub seq: u64,
     /// `None`: the payload does not run yet.
     pub launched: Option<Launched>,
     /// Whether it is over. [`Request::Wait`] then answers at once, with the ending.
@@ -417,7 +425,7 @@ pub enum FailureKind {
     Refused,
     /// No such sandbox or image here.
     Gone,
-    /// Not now: out of id ranges, or the sandbox has not ended.
+    /// Not now: out of something, which the message names, or the sandbox has not ended.
     Busy,
     /// This machine failed. The message says at which step.
     Host,

@@ -170,7 +170,7 @@ impl Keeper {
                 Answer::Launched(launched) => Ok(LaunchAnswer::Launched(launched)),
                 Answer::Ended(ending) => Ok(LaunchAnswer::Ended(ending)),
                 other @ (Answer::Hello(_)
-                | Answer::Records(_)
+                | Answer::Records { .. }
                 | Answer::Unpacked(_)
                 | Answer::Images(_)
                 | Answer::Done
@@ -194,11 +194,24 @@ impl Keeper {
         self.done(Request::Kill { id, reason }).await
     }
 
-    /// Every record that was not forgotten.
+    /// Every record that was not forgotten, each once, in the order of their latest change.
     pub async fn list(&self) -> Result<Vec<Record>, CallError> {
-        let answer = self.call(Request::List, &[]).await?;
-        let Answer::Records(records) = answer else { return Err(unexpected(answer)) };
-        Ok(records)
+        let mut all: Vec<Record> = Vec::new();
+        loop {
+            // One that changes meanwhile comes again, later, as it is then.
+            let after = all.last().map_or(0, |record| record.seq);
+            let answer = self.call(Request::List { after }, &[]).await?;
+            let Answer::Records { records, is_more } = answer else { return Err(unexpected(answer)) };
+            let is_stuck = records.is_empty();
+            all.extend(records);
+            if !is_more || is_stuck {
+                let mut latest = HashMap::new();
+                all.into_iter().for_each(|record| drop(latest.insert(record.id, record)));
+                let mut records: Vec<Record> = latest.into_values().collect();
+                records.sort_unstable_by_key(|record| record.seq);
+                return Ok(records);
+            }
+        }
     }
 
     /// Drops the record and the log of a sandbox that ended.
@@ -340,7 +353,7 @@ async fn greet(socket: &Polled) -> io::Result<Hello> {
         Answer::Hello(hello) if hello.version == VERSION => Ok(hello),
         Answer::Hello(hello) => Err(io::Error::other(format!("the keeper speaks version {}, this service {VERSION}", hello.version))),
         Answer::Failed(failure) => Err(io::Error::other(failure)),
-        Answer::Launched(_) | Answer::Ended(_) | Answer::Records(_) | Answer::Unpacked(_) | Answer::Images(_) | Answer::Done => {
+        Answer::Launched(_) | Answer::Ended(_) | Answer::Records { .. } | Answer::Unpacked(_) | Answer::Images(_) | Answer::Done => {
             Err(io::Error::new(io::ErrorKind::InvalidData, "the keeper answered something else than hello"))
         }
     }

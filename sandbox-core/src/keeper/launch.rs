@@ -78,7 +78,7 @@ impl Keeper {
             plan.limits.pids = gvisor::host_pids(pids);
         }
         let id = launch.id;
-        if self.by_id.contains_key(&id) {
+        if self.records.get(id).is_some() {
             return Err(refused(format!("sandbox {id} exists already")));
         }
         let mut descriptors = descriptors.into_iter();
@@ -101,8 +101,11 @@ impl Keeper {
                 failed(FailureKind::Host, format!("opening image {} failed: {error}", launch.image))
             })
         })?;
-        let sink = Sink::log(&self.logs, id, self.group)
-            .map_err(|error| Box::new(failed(FailureKind::Host, format!("making the log file failed: {error}"))))?;
+        let sink = Sink::log(&self.logs, id, self.group).map_err(|error| match error.kind() {
+            // It ran, and its record is forgotten: whoever sends the order again must not get a second payload.
+            io::ErrorKind::AlreadyExists => refused(format!("sandbox {id} was started before: its log exists")),
+            _ => Box::new(failed(FailureKind::Host, format!("making the log file failed: {error}"))),
+        })?;
         reached("keeper.launch.log_made");
         let start = init::Start {
             program: Program::Path,
@@ -260,7 +263,7 @@ impl Keeper {
         } = asked;
         let launch_asker = match &purpose {
             Purpose::Payload { id } => {
-                self.by_id.insert(*id, serial);
+                self.records.accept(*id, serial);
                 self.slots.expect_io(supervision.io);
                 Some(asker)
             }

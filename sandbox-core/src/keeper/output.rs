@@ -12,7 +12,7 @@ use std::{
 
 use crate::{
     log::{self, Kind, Record},
-    protocol::{OutputPolicy, SandboxId},
+    protocol::{Ending, OutputPolicy, SandboxId},
 };
 
 /// Where output goes.
@@ -130,15 +130,14 @@ impl Output {
         self.sink.append(kind, kept, at_us)
     }
 
-    /// Says that nothing follows. Both streams are closed from here on.
-    pub(super) fn finish(&mut self, at_us: u64) -> io::Result<()> {
+    /// Writes how it ended, behind which nothing follows. Both streams are closed from here on.
+    pub(super) fn finish(&mut self, ending: &Ending) -> io::Result<()> {
         self.stdout.pipe = None;
         self.stderr.pipe = None;
-        let ended = self.sink.append(Kind::End, &[], at_us);
-        if let Sink::Log { .. } = self.sink {
-            // The record of an ended sandbox may be kept for long; its descriptor need not.
-            self.sink = Sink::Memory { stdout: Vec::new(), stderr: Vec::new() };
-        }
+        let Sink::Log { .. } = self.sink else { return Ok(()) };
+        let ended = self.sink.append(Kind::End, &log::encode_ending(ending), ending.ended_at_us);
+        // What is left of the sandbox may take long to go; the descriptor need not.
+        self.sink = Sink::Memory { stdout: Vec::new(), stderr: Vec::new() };
         ended
     }
 
@@ -152,7 +151,8 @@ impl Output {
 }
 
 impl Sink {
-    fn append(&mut self, kind: Kind, data: &[u8], at_us: u64) -> io::Result<()> {
+    /// Appends one record with one write. `data` holds at most [`log::DATA_BYTES_MAX`] bytes.
+    pub(super) fn append(&mut self, kind: Kind, data: &[u8], at_us: u64) -> io::Result<()> {
         match self {
             Self::Memory { stdout, .. } if kind == Kind::Stdout => stdout.extend_from_slice(data),
             Self::Memory { stderr, .. } => stderr.extend_from_slice(data),

@@ -14,13 +14,15 @@ use super::{
     Keeper, Source,
     connection::{Asker, Connection, failed},
     monotonic_ns, parked,
-    sandbox::{Decision, Sandbox},
+    records::State,
+    recovery,
+    sandbox::Decision,
     warn,
 };
 use crate::{
     fail_point::reached,
     log,
-    protocol::{Answer, Call, FailureKind, ImageId, Record, Request, SandboxId, VERSION},
+    protocol::{Answer, Call, FailureKind, ImageId, Request, SandboxId, VERSION},
     transport,
 };
 
@@ -79,23 +81,30 @@ impl Keeper {
             Request::Launch(_) | Request::Unpack { .. } if self.shutdown.is_some() => failed(FailureKind::Busy, "the keeper is stopping"),
             Request::Launch(launch) => return self.launch(asker, *launch, descriptors),
             Request::Unpack { image, layers, limits } => return self.unpack(asker, image, layers, limits, descriptors),
-            Request::Wait { id } => match self.by_id.get(&id).and_then(|serial| self.sandboxes.get_mut(serial)) {
+            Request::Wait { id } => match self.records.get(id) {
                 None => failed(FailureKind::Gone, format!("no sandbox {id}")),
-                Some(Sandbox { ending: Some(ending), .. }) => Answer::Ended(Box::new(ending.clone())),
-                Some(sandbox) if sandbox.waiters.len() >= WAITERS_MAX => failed(FailureKind::Busy, "too many wait for this sandbox"),
-                Some(sandbox) => {
-                    sandbox.waiters.push(asker);
-                    return Ok(());
-                }
+                Some(State::Ended(ending)) => Answer::Ended(ending.clone()),
+                Some(State::Alive(serial)) => match self.sandboxes.get_mut(serial) {
+                    None => failed(FailureKind::Gone, format!("no sandbox {id}")),
+                    Some(sandbox) if sandbox.waiters.len() >= WAITERS_MAX => failed(FailureKind::Busy, "too many wait for this sandbox"),
+                    Some(sandbox) => {
+                        sandbox.waiters.push(asker);
+                        return Ok(());
+                    }
+                },
             },
-            Request::Kill { id, reason } => match self.by_id.get(&id) {
+            Request::Kill { id, reason } => match self.records.get(id) {
                 None => failed(FailureKind::Gone, format!("no sandbox {id}")),
-                Some(&serial) => {
+                Some(State::Ended(_)) => Answer::Done,
+                Some(&State::Alive(serial)) => {
                     self.decide(serial, Decision::Killed(reason))?;
                     Answer::Done
                 }
             },
-            Request::List => Answer::Records(self.records()),
+            Request::List { after } => {
+                let (records, is_more) = self.records.page(after);
+                Answer::Records { records, is_more }
+            }
             Request::Forget { id } => self.forget(id, LogFile::Delete),
             Request::ForgetRecord { id } => self.forget(id, LogFile::Keep),
             Request::Images => match self.store.images() {
@@ -126,35 +135,23 @@ impl Keeper {
         self.lot.expire(monotonic_ns()).into_iter().try_for_each(|serial| self.kill_by_force(serial))
     }
 
-    pub(super) fn records(&self) -> Vec<Record> {
-        // By id: one that is forgotten and still being dismantled is not to be told.
-        let record = |(id, serial): (&SandboxId, &u64)| {
-            let sandbox = self.sandboxes.get(serial)?;
-            Some(Record { id: *id, launched: sandbox.launched, is_ended: sandbox.ending.is_some() })
-        };
-        self.by_id.iter().filter_map(record).collect()
-    }
-
     fn forget(&mut self, id: SandboxId, log_file: LogFile) -> Answer {
-        let serial = self.by_id.get(&id).copied();
-        let sandbox = serial.and_then(|serial| self.sandboxes.get(&serial));
-        if sandbox.is_some_and(|sandbox| sandbox.ending.is_none()) {
+        if let Some(State::Alive(_)) = self.records.get(id) {
             return failed(FailureKind::Busy, "the sandbox has not ended");
         }
-        let removed = if log_file == LogFile::Delete { std::fs::remove_file(log::path(&self.logs, id)) } else { Ok(()) };
-        match removed {
+        let path = log::path(&self.logs, id);
+        let done = match log_file {
+            LogFile::Delete => std::fs::remove_file(path),
+            LogFile::Keep => recovery::seal(&path),
+        };
+        match done {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return failed(FailureKind::Host, format!("removing the log failed: {error}"));
+                return failed(FailureKind::Host, format!("forgetting the log failed: {error}"));
             }
             _ => {}
         }
         reached("keeper.forget.unlinked");
-        let Some(serial) = serial else { return Answer::Done };
-        self.by_id.remove(&id);
-        // One that is still being dismantled is dropped when it is done (`clean_up`).
-        if self.sandboxes.get(&serial).is_some_and(|sandbox| sandbox.body.is_none()) {
-            self.sandboxes.remove(&serial);
-        }
+        self.records.forget(id);
         reached("keeper.forget.done");
         Answer::Done
     }

@@ -36,7 +36,7 @@ pub(super) enum Decision {
     LogFailed(i32),
 }
 
-/// The life of a sandbox, from the request to the forgetting.
+/// The life of a sandbox, from the request until nothing is left of it.
 #[derive(Debug)]
 pub(super) struct Sandbox {
     pub(super) purpose: Purpose,
@@ -68,7 +68,7 @@ pub(super) struct Sandbox {
     pub(super) waiters: Vec<Asker>,
     /// What is to be given to init when it is ready.
     pub(super) pending: Option<Pending>,
-    /// `None` once everything of it is gone but the record.
+    /// `None` once everything of it is gone but its record, which is in [`super::records`].
     pub(super) body: Option<Body>,
 }
 

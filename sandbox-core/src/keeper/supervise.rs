@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     fail_point::reached,
-    log::Kind,
+    log::{self, Kind},
     protocol::{
         Answer, Cause, Launched,
         init::{Order, Report},
@@ -113,6 +113,9 @@ impl Keeper {
             fences: sandbox.fences,
         };
         sandbox.launched = Some(launched);
+        if let Purpose::Payload { id } = sandbox.purpose {
+            self.records.launched(id, launched);
+        }
         sandbox.started_at_ns = Some(at_ns);
         sandbox.init_cpu_us += own_cpu_us;
         let limits = sandbox.supervision;
@@ -295,14 +298,17 @@ impl Keeper {
         });
         reached("keeper.end.counted");
         let evidence = Evidence { ended, counters, now_ns: monotonic_ns(), now_us: unix_us(), failure };
-        let ending = sandbox.judge(evidence);
-        if let Err(error) = sandbox.output.finish(ending.ended_at_us) {
+        let mut ending = sandbox.judge(evidence);
+        log::bound_ending(&mut ending);
+        // Before anybody is told: what was said must hold after a kill of the keeper, too.
+        if let Err(error) = sandbox.output.finish(&ending) {
             warn(format_args!("ending a log failed: {error}"));
         }
         reached("keeper.end.logged");
         sandbox.ending = Some(ending.clone());
         let askers = sandbox.take_askers();
-        if let Purpose::Payload { .. } = sandbox.purpose {
+        if let Purpose::Payload { id } = sandbox.purpose {
+            self.records.ended(id, ending.clone());
             for asker in askers {
                 self.answer(asker, Answer::Ended(Box::new(ending.clone())));
             }
@@ -366,11 +372,7 @@ impl Keeper {
         let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
         sandbox.body = None;
         sandbox.pending = None;
-        let is_forgotten = match &sandbox.purpose {
-            Purpose::Payload { id } => self.by_id.get(id) != Some(&serial),
-            Purpose::Unpack { .. } => true,
-        };
-        if is_forgotten {
+        if sandbox.ending.is_some() {
             self.sandboxes.remove(&serial);
         }
         reached("keeper.remove.done");

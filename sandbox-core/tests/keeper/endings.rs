@@ -2,7 +2,7 @@
 
 use sandbox_core::protocol::{Answer, Cause, FailureKind, KillReason, Request};
 
-use crate::harness::{command, kill, node, output, shell, wait};
+use crate::harness::{command, kill, node, output, records, shell, wait};
 
 #[test]
 fn hello_world_exits_with_its_output_and_plausible_usage() {
@@ -108,7 +108,7 @@ fn an_ending_is_told_to_all_who_ask_until_it_is_forgotten() {
     drop(first);
     let mut second = node().client();
     assert_eq!(wait(&mut second, run.id), ending);
-    let Answer::Records(records) = second.call(&Request::List, &[]).unwrap() else { panic!() };
+    let records = records(&mut second);
     assert!(records.iter().any(|record| record.id == run.id && record.is_ended));
     assert_eq!(second.call(&Request::Forget { id: run.id }, &[]).unwrap(), Answer::Done);
     let Answer::Failed(failure) = second.call(&Request::Wait { id: run.id }, &[]).unwrap() else { panic!() };
@@ -123,7 +123,7 @@ fn a_log_outlives_its_record_until_it_is_forgotten_too() {
     run.launch(&mut client);
     wait(&mut client, run.id);
     assert_eq!(client.call(&Request::ForgetRecord { id: run.id }, &[]).unwrap(), Answer::Done);
-    let Answer::Records(records) = client.call(&Request::List, &[]).unwrap() else { panic!() };
+    let records = records(&mut client);
     assert!(records.iter().all(|record| record.id != run.id));
     assert_eq!(output(&node().log_path(run.id)).0, "kept\n");
     assert_eq!(client.call(&Request::Forget { id: run.id }, &[]).unwrap(), Answer::Done);

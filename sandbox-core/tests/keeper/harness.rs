@@ -15,8 +15,8 @@ use sandbox_core::{
     fence::{Fence, Fences},
     log,
     protocol::{
-        Answer, Ending, ImageId, IoLimits, Isolation, KillReason, Launch, Launched, Medium, OutputPolicy, Request, SandboxId, Stdin,
-        Supervision, UnpackLimits,
+        Answer, Ending, ImageId, IoLimits, Isolation, KillReason, Launch, Launched, Medium, OutputPolicy, Record, Request, SandboxId,
+        Stdin, Supervision, UnpackLimits,
     },
 };
 use serde_json::{Value, json};
@@ -62,9 +62,15 @@ impl Node {
         Self::start_in(Command::new(KEEPER), tempfile::Builder::new().prefix("mfk").tempdir().unwrap(), disks)
     }
 
+    /// The next keeper in the folders of one that was killed.
+    pub(crate) fn start_after(killed: tempfile::TempDir) -> Self {
+        let disks = killed.path().join("disks");
+        Self::start_in(Command::new(KEEPER), killed, &disks)
+    }
+
     fn start_in(mut keeper: Command, folder: tempfile::TempDir, disks: &Path) -> Self {
         let at = |name: &str| folder.path().join(name);
-        std::fs::create_dir(at("logs")).unwrap();
+        std::fs::create_dir_all(at("logs")).unwrap();
         let mut child = keeper
             .args(["--group", "0", "--socket"])
             .arg(at("keeper.sock"))
@@ -90,6 +96,13 @@ impl Node {
     /// Waits until the keeper has ended by itself, which must be without an error.
     pub(crate) fn wait_for_exit(mut self) {
         assert!(self.child.wait().unwrap().success());
+    }
+
+    /// Waits until it has died, as it was told to by a step that kills. Its folders stay until what this returns is dropped.
+    pub(crate) fn died(mut self) -> tempfile::TempDir {
+        let status = self.child.wait().unwrap();
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9), "{status}");
+        std::mem::replace(&mut self.folder, tempfile::tempdir().unwrap())
     }
 
     pub(crate) fn client(&self) -> Client {
@@ -143,10 +156,15 @@ impl Node {
 
 /// What a keeper says that is to refuse to start.
 pub(crate) fn refusal(arguments: &[&str]) -> String {
+    refusal_with_logs(tempfile::tempdir().unwrap().path(), arguments)
+}
+
+/// The same, with its folder of logs.
+pub(crate) fn refusal_with_logs(logs: &Path, arguments: &[&str]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let mut keeper = Command::new(KEEPER);
     keeper.args(["--group", "0", "--socket"]).arg(folder.path().join("keeper.sock"));
-    keeper.arg("--images").arg(folder.path().join("images")).arg("--logs").arg(folder.path());
+    keeper.arg("--images").arg(folder.path().join("images")).arg("--logs").arg(logs);
     keeper.arg("--disks").arg(folder.path().join("disks")).args(arguments);
     let done = keeper.output().unwrap();
     assert!(!done.status.success(), "the keeper started: {}", String::from_utf8_lossy(&done.stdout));
@@ -386,6 +404,20 @@ pub(crate) fn wait(client: &mut Client, id: SandboxId) -> Ending {
 
 pub(crate) fn kill(client: &mut Client, id: SandboxId) {
     assert_eq!(client.call(&Request::Kill { id, reason: KillReason::StoppedByUser }, &[]).unwrap(), Answer::Done);
+}
+
+/// Every record, page by page.
+pub(crate) fn records(client: &mut Client) -> Vec<Record> {
+    let mut all: Vec<Record> = Vec::new();
+    loop {
+        let after = all.last().map_or(0, |record| record.seq);
+        let answer = client.call(&Request::List { after }, &[]).unwrap();
+        let Answer::Records { records, is_more } = answer else { panic!("the keeper answered {answer:?}") };
+        all.extend(records);
+        if !is_more {
+            return all;
+        }
+    }
 }
 
 /// Both streams of a finished log, which must end with its end record.

@@ -15,4 +15,5 @@ mod io;
 mod leaks;
 mod limits;
 mod privileges;
+mod records;
 mod walls;

@@ -2,7 +2,7 @@
 
 use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
-use sandbox_core::protocol::{Cause, Ending, FailureKind, Hello, KillReason, Launch, Launched, Stdin, Supervision};
+use sandbox_core::protocol::{Cause, Ending, FailureKind, KillReason, Launch, Launched, Stdin, Supervision};
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
@@ -30,9 +30,8 @@ enum Course {
 
 /// Where the payload stands after the attempt to start it.
 enum Started<W> {
-    /// It is with the keeper that started at this time. `wait` brings its end.
+    /// It is with the keeper. `wait` brings its end.
     WithKeeper {
-        keeper_started_at_us: u64,
         launched: Option<Launched>,
         wait: W,
     },
@@ -58,18 +57,12 @@ impl Engine {
     }
 
     /// Takes over a sandbox that the keeper already has.
-    pub(super) async fn adopt(
-        self: Arc<Self>,
-        live: Arc<Live>,
-        keeper_started_at_us: u64,
-        launched: Option<Launched>,
-        reservation: Reservation,
-    ) {
+    pub(super) async fn adopt(self: Arc<Self>, live: Arc<Live>, launched: Option<Launched>, reservation: Reservation) {
         let known = self.live.known(Arc::clone(&live));
         if let Some(launched) = launched {
             live.running(launched);
         }
-        let ending = self.follow(&live, keeper_started_at_us, None::<std::future::Pending<_>>).await;
+        let ending = self.follow(&live, None::<std::future::Pending<_>>).await;
         drop(reservation);
         if self.settle(&live, &ending).await == After::Waits {
             known.keep();
@@ -92,7 +85,7 @@ impl Engine {
         match self.launch(launch, &descriptors).await {
             Started::Over(ending) => Course::Ended(ending),
             Started::NotBegun => Course::NotBegun,
-            Started::WithKeeper { keeper_started_at_us, launched, wait } => {
+            Started::WithKeeper { launched, wait } => {
                 drop(descriptors);
                 if let Some(launched) = launched {
                     live.running(launched);
@@ -102,7 +95,7 @@ impl Engine {
                     // Ordered while the keeper may not have known of it.
                     self.kill(live, reason).await;
                 }
-                Course::Ended(self.follow(live, keeper_started_at_us, wait).await)
+                Course::Ended(self.follow(live, wait).await)
             }
         }
     }
@@ -128,9 +121,10 @@ impl Engine {
         let id = launch.id;
         loop {
             // What was sent before is known not to have arrived, or to have been refused.
-            let Ok(hello) = tokio::time::timeout_at(deadline, self.keeper_back()).await else { return Started::NotBegun };
-            let Some(hello) = hello else { return Started::Over(self.keeper_ended()) };
-            let keeper_started_at_us = hello.started_at_us;
+            let Ok(back) = tokio::time::timeout_at(deadline, self.keeper_back()).await else { return Started::NotBegun };
+            if back.is_none() {
+                return Started::Over(self.keeper_ended());
+            }
             let (error, wait) = match self.keeper.launch(launch.clone(), descriptors).await {
                 Err(error) => (error, None),
                 Ok(answer) => {
@@ -138,7 +132,7 @@ impl Engine {
                     let wait = self.keeper.wait(id).await.ok();
                     match answer.await {
                         Ok(LaunchAnswer::Launched(launched)) => {
-                            return Started::WithKeeper { keeper_started_at_us, launched: Some(launched), wait };
+                            return Started::WithKeeper { launched: Some(launched), wait };
                         }
                         Ok(LaunchAnswer::Ended(ending)) => return Started::Over(ending),
                         Err(error) => (error, wait),
@@ -158,8 +152,8 @@ impl Engine {
                     FailureKind::Refused => return Started::Over(self.ending(Cause::StartFailed { message: failure.message })),
                     FailureKind::Gone | FailureKind::Host => return Started::Over(self.infra_error(failure.message)),
                 },
-                CallError::Lost => match self.find_launched(id, keeper_started_at_us, deadline).await {
-                    Ok(Some(launched)) => return Started::WithKeeper { keeper_started_at_us, launched, wait: None },
+                CallError::Lost => match self.find_launched(id, deadline).await {
+                    Ok(Some(launched)) => return Started::WithKeeper { launched, wait: None },
                     // The order never arrived.
                     Ok(None) => {}
                     Err(ending) => return Started::Over(ending),
@@ -168,17 +162,11 @@ impl Engine {
         }
     }
 
-    /// Whether a launch whose answer was lost arrived, and how far it came.
-    async fn find_launched(
-        &self,
-        id: SandboxId,
-        keeper_started_at_us: u64,
-        deadline: Instant,
-    ) -> Result<Option<Option<Launched>>, Box<Ending>> {
+    /// Whether a launch whose answer was lost arrived, and how far it came. A keeper that was started since has the records of the one before.
+    async fn find_launched(&self, id: SandboxId, deadline: Instant) -> Result<Option<Option<Launched>>, Box<Ending>> {
         loop {
             let asked = async {
-                let hello = self.keeper_back().await?;
-                (hello.started_at_us == keeper_started_at_us).then_some(())?;
+                self.keeper_back().await?;
                 Some(self.keeper.list().await)
             };
             let Ok(answer) = tokio::time::timeout_at(deadline, asked).await else { return Err(self.keeper_silent()) };
@@ -193,9 +181,9 @@ impl Engine {
     }
 
     /// The keeper, as soon as there is a connection to it; `None` when it is gone for good.
-    async fn keeper_back(&self) -> Option<Hello> {
+    async fn keeper_back(&self) -> Option<()> {
         tokio::select! {
-            hello = self.keeper.connected() => Some(hello),
+            _ = self.keeper.connected() => Some(()),
             () = self.keeper_gone() => None,
         }
     }
@@ -209,13 +197,8 @@ impl Engine {
     }
 
     /// Waits for the end, through broken connections, and does what is due before it: the row's `running`, the end of the time to live.
-    async fn follow(
-        &self,
-        live: &Live,
-        keeper_started_at_us: u64,
-        first: Option<impl Future<Output = Result<Box<Ending>, CallError>>>,
-    ) -> Box<Ending> {
-        let mut ending = std::pin::pin!(self.wait_for_end(live, keeper_started_at_us, first));
+    async fn follow(&self, live: &Live, first: Option<impl Future<Output = Result<Box<Ending>, CallError>>>) -> Box<Ending> {
+        let mut ending = std::pin::pin!(self.wait_for_end(live, first));
         let mark_after = match live.sandbox.kind {
             Kind::Run => MARK_RUNNING_AFTER,
             Kind::Sandbox => Duration::ZERO,
@@ -239,12 +222,7 @@ impl Engine {
         }
     }
 
-    async fn wait_for_end(
-        &self,
-        live: &Live,
-        keeper_started_at_us: u64,
-        first: Option<impl Future<Output = Result<Box<Ending>, CallError>>>,
-    ) -> Box<Ending> {
+    async fn wait_for_end(&self, live: &Live, first: Option<impl Future<Output = Result<Box<Ending>, CallError>>>) -> Box<Ending> {
         let id = live.sandbox.id;
         let mut answer = match first {
             Some(first) => first.await,
@@ -253,12 +231,13 @@ impl Engine {
         loop {
             match answer {
                 Ok(ending) => return ending,
+                // Too many ask at once.
+                Err(CallError::Failed(failure)) if failure.kind == FailureKind::Busy => tokio::time::sleep(BUSY_PAUSE).await,
                 Err(CallError::Failed(failure)) => return self.infra_error(format!("the keeper does not know it: {failure}")),
                 Err(CallError::Lost) => {}
             }
-            if self.keeper_back().await.is_none_or(|hello| hello.started_at_us != keeper_started_at_us) {
-                return self.keeper_ended();
-            }
+            // However long it takes: the next keeper has the record of this one's sandbox. Should none come, this service ends, and its successor asks.
+            self.keeper.connected().await;
             if let Some(reason) = live.ordered_kill() {
                 // The order may have been lost with the connection.
                 self.kill(live, reason).await;

@@ -51,7 +51,6 @@ impl Engine {
 
     /// Follows the sandboxes of these rows that the keeper has, settles those that it has not, and answers with records that belong to no row.
     async fn take_over(self: &Arc<Self>, rows: Vec<Sandbox>, records: Vec<Record>) -> Vec<SandboxId> {
-        let keeper = self.keeper.connected().await;
         let mut records: HashMap<_, _> = records.into_iter().map(|record| (record.id, record)).collect();
         let (mut adopted, mut lost) = (0_u32, 0_u32);
         for sandbox in rows {
@@ -61,10 +60,10 @@ impl Engine {
             if let Some(record) = record {
                 adopted += 1;
                 let reservation = self.capacity.reserve_for_live(room);
-                tokio::spawn(Arc::clone(self).adopt(live, keeper.started_at_us, record.launched, reservation));
+                tokio::spawn(Arc::clone(self).adopt(live, record.launched, reservation));
             } else {
                 lost += 1;
-                let ending = self.infra_error("its node's keeper was started anew, or never got the order to start it".to_owned());
+                let ending = self.infra_error("its node's keeper never got the order to start it, or has lost its record".to_owned());
                 self.settle_alone(live, ending);
             }
         }

@@ -40,7 +40,7 @@ fn greeting(request: &Request, started_at_us: u64) -> Option<Answer> {
 }
 
 fn list(request: &Request) -> Option<Answer> {
-    matches!(request, Request::List).then(|| Answer::Records(vec![]))
+    matches!(request, Request::List { .. }).then(|| Answer::Records { records: vec![], is_more: false })
 }
 
 #[tokio::test]
@@ -73,6 +73,19 @@ async fn a_broken_connection_fails_the_call_and_is_made_again() {
     tokio::time::timeout(Duration::from_secs(5), again).await.unwrap();
     assert_eq!(keeper.connected().await.started_at_us, 2);
     assert_eq!(keeper.list().await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn a_list_of_many_pages_is_whole_and_has_each_record_as_it_was_last() {
+    let record = |id: u128, seq| Record { id: SandboxId(uuid::Uuid::from_u128(id)), seq, launched: None, is_ended: seq == 4 };
+    let (_folder, path) = fake(move |request| match request {
+        Request::List { after: 0 } => Some(Answer::Records { records: vec![record(1, 1), record(2, 2)], is_more: true }),
+        // The first one has ended while this was asked.
+        Request::List { after: 2 } => Some(Answer::Records { records: vec![record(3, 3), record(1, 4)], is_more: false }),
+        other => greeting(other, 1),
+    });
+    let keeper = Keeper::connect(&path, Fences::default()).await.unwrap();
+    assert_eq!(keeper.list().await.unwrap(), [record(2, 2), record(3, 3), record(1, 4)]);
 }
 
 #[tokio::test]
