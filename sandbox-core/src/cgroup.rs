@@ -10,11 +10,11 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    rc::Rc,
 };
 
 use cgroups_rs::fs::hierarchies::{UNIFIED_MOUNTPOINT, V1, is_cgroup2_unified_mode};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, openat, unlinkat};
+use serde::{Deserialize, Serialize};
 
 pub(crate) use blkio::{Device, Devices};
 pub(crate) use counters::Counters;
@@ -25,7 +25,7 @@ use crate::protocol::{CgroupMode, IoLimits};
 pub(crate) const PARENT: &str = "mayfly";
 
 /// What a sandbox may use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Limits {
     pub(crate) memory_bytes: u64,
     /// CPU time in each period, in microseconds.
@@ -36,13 +36,11 @@ pub(crate) struct Limits {
 }
 
 /// The node's hierarchies, with this keeper's parent group made in each.
-#[derive(Debug, Clone)]
-pub(crate) struct Tree(Rc<Shared>);
-
-#[derive(Debug)]
-struct Shared {
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Tree {
     mode: CgroupMode,
     devices: Devices,
+    #[serde(with = "crate::handover")]
     parents: Vec<OwnedFd>,
     /// The folders of `parents`, for the last act.
     paths: Vec<PathBuf>,
@@ -50,7 +48,7 @@ struct Shared {
 }
 
 /// Which of the hierarchies has which controller.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct Places {
     memory: usize,
     cpu: usize,
@@ -62,10 +60,13 @@ struct Places {
 }
 
 /// The group of one sandbox, in every hierarchy.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Group {
     name: String,
-    tree: Tree,
+    mode: CgroupMode,
+    devices: Devices,
+    places: Places,
+    #[serde(with = "crate::handover")]
     folders: Vec<OwnedFd>,
     /// How fast it may use every disk of the node, if that was set.
     io: Option<IoLimits>,
@@ -130,19 +131,20 @@ impl Tree {
         let parents = points.iter().map(|point| make_parent(point, name, found.mode)).collect::<io::Result<_>>()?;
         let paths = points.iter().map(|point| point.join(PARENT).join(name)).collect();
         let places = Places { memory, cpu, cpuacct, pids, io, unified };
-        let tree = Self(Rc::new(Shared { mode: found.mode, devices, parents, paths, places }));
+        let tree = Self { mode: found.mode, devices, parents, paths, places };
         tree.sweep()?;
         Ok(tree)
     }
 
     pub(crate) fn mode(&self) -> CgroupMode {
-        self.0.mode
+        self.mode
     }
 
     /// A fresh group, without limits yet.
     pub(crate) fn make(&self, name: String) -> io::Result<Group> {
-        let mut group = Group { name, tree: self.clone(), folders: Vec::new(), io: None, own_device: None };
-        for parent in &self.0.parents {
+        let Self { mode, devices, places, .. } = *self;
+        let mut group = Group { name, mode, devices, places, folders: Vec::new(), io: None, own_device: None };
+        for parent in &self.parents {
             let made = mkdirat(parent, &group.name, Mode::from_raw_mode(0o755)).and_then(|()| open_folder(parent.as_fd(), &group.name));
             match made {
                 Ok(folder) => group.folders.push(folder),
@@ -161,7 +163,7 @@ impl Tree {
 
     /// Removes the parents, which must be empty, and what they were in if nobody else is there.
     pub(crate) fn remove(&self) -> io::Result<()> {
-        for path in &self.0.paths {
+        for path in &self.paths {
             std::fs::remove_dir(path)?;
             if let Some(shared) = path.parent() {
                 match std::fs::remove_dir(shared) {
@@ -177,7 +179,7 @@ impl Tree {
 
     /// Ends and removes every group below the parents.
     fn sweep(&self) -> io::Result<()> {
-        for parent in &self.0.parents {
+        for parent in &self.parents {
             for entry in rustix::fs::Dir::read_from(parent)? {
                 let entry = entry?;
                 let name = entry.file_name().to_string_lossy().into_owned();
@@ -236,12 +238,12 @@ fn enable_controllers(folder: BorrowedFd<'_>) -> io::Result<()> {
 impl Group {
     /// The folder to be born in (`CLONE_INTO_CGROUP`): the whole of it on v2, its killing part on a hybrid host.
     pub(crate) fn birthplace(&self) -> Option<BorrowedFd<'_>> {
-        self.tree.0.places.unified.and_then(|index| self.folders.get(index)).map(AsFd::as_fd)
+        self.places.unified.and_then(|index| self.folders.get(index)).map(AsFd::as_fd)
     }
 
     /// The `tasks` file of each v1 hierarchy, for a process to join by writing 0.
     pub(crate) fn tasks(&self) -> io::Result<Vec<OwnedFd>> {
-        let v1 = self.folders.iter().enumerate().filter(|(index, _)| Some(*index) != self.tree.0.places.unified);
+        let v1 = self.folders.iter().enumerate().filter(|(index, _)| Some(*index) != self.places.unified);
         v1.map(|(_, folder)| Ok(openat(folder, "tasks", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?)).collect()
     }
 
@@ -252,7 +254,7 @@ impl Group {
         let memory = (memory_bytes / PAGE_BYTES * PAGE_BYTES).to_string();
         // One more than the payload may have: init is in the group, too.
         set(self.pids(), "pids.max", &(pids + 1).to_string())?;
-        match self.tree.0.mode {
+        match self.mode {
             CgroupMode::V2 => {
                 set(self.memory(), "memory.max", &memory)?;
                 switch_swap_off(self.memory(), "memory.swap.max", "0")?;
@@ -271,7 +273,7 @@ impl Group {
 
     /// A new group may not save up CPU time for later: where the kernel knows that at all, it must be off.
     fn check_burst(&self) -> io::Result<()> {
-        let name = if self.tree.0.mode == CgroupMode::V2 { "cpu.max.burst" } else { "cpu.cfs_burst_us" };
+        let name = if self.mode == CgroupMode::V2 { "cpu.max.burst" } else { "cpu.cfs_burst_us" };
         match read(self.cpu(), name) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Ok(found) if found.trim_end() == "0" => Ok(()),
@@ -282,7 +284,7 @@ impl Group {
 
     /// Lets what is about to die run at full speed: a process that the CPU limit holds back would die that much later.
     pub(crate) fn lift_cpu_limit(&self) -> io::Result<()> {
-        match self.tree.0.mode {
+        match self.mode {
             CgroupMode::V2 => write(self.cpu(), "cpu.max", "max"),
             CgroupMode::V1 | CgroupMode::Hybrid => write(self.cpu(), "cpu.cfs_quota_us", "-1"),
         }
@@ -298,7 +300,7 @@ impl Group {
 
     /// A descriptor that is readable when the group runs out of memory, where the kernel does not kill the whole group by itself (v1).
     pub(crate) fn oom_notice(&self) -> io::Result<Option<OwnedFd>> {
-        if self.tree.0.mode == CgroupMode::V2 {
+        if self.mode == CgroupMode::V2 {
             return Ok(None);
         }
         let notice = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK)?;
@@ -311,8 +313,8 @@ impl Group {
     /// Removes the group everywhere. `Ok(false)`: something in it is still dying; ask again.
     pub(crate) fn remove(&mut self) -> io::Result<bool> {
         while let Some(folder) = self.folders.pop() {
-            let parent = &self.tree.0.parents[self.folders.len()];
-            match unlinkat(parent, &self.name, AtFlags::REMOVEDIR) {
+            let parent = openat(&folder, "..", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+            match parent.and_then(|parent| unlinkat(parent, &self.name, AtFlags::REMOVEDIR)) {
                 Ok(()) | Err(rustix::io::Errno::NOENT) => {}
                 Err(rustix::io::Errno::BUSY) => {
                     self.folders.push(folder);
@@ -328,19 +330,19 @@ impl Group {
     }
 
     fn memory(&self) -> BorrowedFd<'_> {
-        self.folders[self.tree.0.places.memory].as_fd()
+        self.folders[self.places.memory].as_fd()
     }
     fn cpu(&self) -> BorrowedFd<'_> {
-        self.folders[self.tree.0.places.cpu].as_fd()
+        self.folders[self.places.cpu].as_fd()
     }
     fn cpuacct(&self) -> BorrowedFd<'_> {
-        self.folders[self.tree.0.places.cpuacct].as_fd()
+        self.folders[self.places.cpuacct].as_fd()
     }
     fn pids(&self) -> BorrowedFd<'_> {
-        self.folders[self.tree.0.places.pids].as_fd()
+        self.folders[self.places.pids].as_fd()
     }
     fn blkio(&self) -> BorrowedFd<'_> {
-        self.folders[self.tree.0.places.io].as_fd()
+        self.folders[self.places.io].as_fd()
     }
 }
 

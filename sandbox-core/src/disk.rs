@@ -19,14 +19,14 @@ use serde::{Deserialize, Serialize};
 use crate::{cgroup::Device, protocol::CgroupMode, rootfs, sys};
 
 /// The folder on the node's disk, and how layers are made in it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Disks {
     folder: PathBuf,
     kind: Kind,
 }
 
 /// How layers are made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 enum Kind {
     Quota,
     Image,

@@ -40,6 +40,11 @@ pub const STEPS: &[&str] = &[
     // An image: its folder is made; it has its name.
     "keeper.unpack.begun",
     "keeper.unpack.committed",
+    // An upgrade: a child tries the new program; that says it can; the state is written down; the new program has it.
+    "keeper.upgrade.trial_begun",
+    "keeper.upgrade.accepted",
+    "keeper.upgrade.described",
+    "keeper.upgrade.taken_over",
 ];
 
 /// Takes the environment's word for which steps kill. At the start of a process.

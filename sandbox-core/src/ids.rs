@@ -10,6 +10,7 @@ use nix::{
     sched::CloneFlags,
     unistd::{Gid, Uid},
 };
+use serde::{Deserialize, Serialize};
 
 use crate::{
     privileges,
@@ -35,7 +36,7 @@ pub(crate) const fn of_init(base: u32) -> u32 {
 pub(crate) const OF_GUEST: u32 = RANGE - 1;
 
 /// Ranges of one keeper, handed out and taken back.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Ranges {
     /// Those that are free, the longest unused last taken: a range rests as long as possible between two sandboxes.
     free: std::collections::VecDeque<u32>,

@@ -19,11 +19,12 @@ mod slot;
 mod store;
 mod supervise;
 mod timer;
+mod upgrade;
 
 use std::{
     collections::HashMap,
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd},
     path::PathBuf,
 };
 
@@ -46,6 +47,8 @@ use sandbox::{Decision, Sandbox};
 use slot::Slots;
 use store::Store;
 use timer::{Due, Timer};
+pub use upgrade::Invocation;
+use upgrade::Trial;
 
 use crate::{
     cgroup::{Device, Devices, Tree},
@@ -54,7 +57,7 @@ use crate::{
     fence::{Fence, Fences},
     ids::{self, Ranges},
     log::{self, Kind},
-    protocol::{Answer, Cause, Hello, Isolation, VERSION},
+    protocol::{Answer, Cause, CgroupMode, Hello, Isolation, VERSION},
     selinux::Labels,
     sys,
 };
@@ -84,6 +87,8 @@ pub struct Options {
     /// Fences without which the keeper does not start.
     pub required: Fences,
     pub weakening: Weakening,
+    /// The program that this is, for the time when another one lies there.
+    pub program: Invocation,
 }
 
 /// Whether a request may leave out fences.
@@ -125,10 +130,11 @@ enum Source {
     OutOfMemory,
     Payload,
     Disk,
+    Trial,
 }
 
 impl Source {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Listener,
         Self::Signals,
         Self::Timer,
@@ -140,6 +146,7 @@ impl Source {
         Self::OutOfMemory,
         Self::Payload,
         Self::Disk,
+        Self::Trial,
     ];
 
     fn number(self, serial: u64) -> u64 {
@@ -183,19 +190,73 @@ pub struct Keeper {
     cores: u64,
     buffer: Vec<u8>,
     shutdown: Option<Vec<Asker>>,
+    trial: Option<Trial>,
+    program: Invocation,
     /// Held as long as this keeper lives: its name and its id ranges are its own.
-    _lock: OwnedFd,
+    lock: OwnedFd,
     /// Held as long: so are the records in its folder of logs.
-    _logs_lock: OwnedFd,
+    logs_lock: OwnedFd,
+}
+
+/// What belongs to the program, and not to what it looks after: the next one loads its own.
+#[derive(Debug)]
+struct Means {
+    programs: build::Programs,
+    gvisor: Option<Gvisor>,
+    seccomp: Vec<(u16, u8, u8, u32)>,
+    cores: u64,
+    hello: Hello,
 }
 
 /// Runs a keeper until it is told to stop. Needs root.
 pub fn run(options: &Options, on_ready: impl FnOnce()) -> io::Result<()> {
+    // What whoever started it left open is nobody's here, and would be every child's and the next program's.
+    sys::close_from(3)?;
     raise_descriptor_limit()?;
     sys::prefer_this_process(NICE)?;
     let mut keeper = Keeper::start(options)?;
     on_ready();
     keeper.serve()
+}
+
+/// Goes on with everything that the program before this one had in this process, as it stands in the file `description`.
+fn go_on(options: &Options, description: RawFd) -> io::Result<()> {
+    raise_descriptor_limit()?;
+    Keeper::take_over(options, description)?.serve()
+}
+
+impl Means {
+    fn load(options: &Options, cgroup: CgroupMode) -> io::Result<Self> {
+        let fences = fences(options)?;
+        let gvisor = Gvisor::open(options)?;
+        let hello = Hello {
+            version: VERSION,
+            pid: std::process::id(),
+            upgrades: 0,
+            started_at_us: unix_us(),
+            cgroup,
+            sandboxes_max: SANDBOXES_MAX,
+            fences,
+            isolation: [Isolation::Container].into_iter().chain(gvisor.is_some().then_some(Isolation::Gvisor)).collect(),
+        };
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+        let seccomp = crate::seccomp::program().iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect();
+        Ok(Self { programs: build::Programs::load(options)?, gvisor, seccomp, cores, hello })
+    }
+}
+
+/// The signals that the keeper reads; they are blocked from here on.
+fn signals() -> io::Result<SignalFd> {
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD] {
+        signals.add(signal);
+    }
+    signals.thread_block()?;
+    Ok(SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)
+}
+
+fn new_epoll() -> io::Result<OwnedFd> {
+    Ok(epoll::create(epoll::CreateFlags::CLOEXEC)?)
 }
 
 impl Keeper {
@@ -209,65 +270,54 @@ impl Keeper {
         let store = Store::open(&options.images)?;
         let disks = Disks::open(&options.disks, crate::cgroup::discover().mode)?;
         let tree = Tree::open(&name_of(number), devices(options)?)?;
-        let mode = tree.mode();
         let ranges = Ranges::new(first_id(number), SANDBOXES_MAX);
-        let fences = fences(options)?;
-        let gvisor = Gvisor::open(options)?;
-        let hello = Hello {
-            version: VERSION,
-            pid: std::process::id(),
-            started_at_us: unix_us(),
-            cgroup: mode,
-            sandboxes_max: SANDBOXES_MAX,
-            fences,
-            isolation: [Isolation::Container].into_iter().chain(gvisor.is_some().then_some(Isolation::Gvisor)).collect(),
-        };
-        let mut signals = SigSet::empty();
-        for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD] {
-            signals.add(signal);
-        }
-        signals.thread_block()?;
-        let program = crate::seccomp::program();
+        let Means { programs, gvisor, seccomp, cores, hello } = Means::load(options, tree.mode())?;
         sweep_disks(&disks, &options.run, number)?;
         // Only now is everything dead that could write to a log.
         let mut records = Records::default();
         recovery::recover(&options.logs, &mut records)?;
         reached("keeper.start.swept");
         let keeper = Self {
-            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            epoll: new_epoll()?,
             listener: listen_at(options)?,
-            signals: SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?,
+            signals: signals()?,
             timer: Timer::new()?,
             connections: HashMap::new(),
             sandboxes: HashMap::new(),
             records,
             next_serial: 1,
-            slots: Slots::new(tree.clone(), ranges)?,
+            slots: Slots::new(ranges)?,
             lot: Lot::default(),
             own_uts: std::fs::File::open("/proc/self/ns/uts")?.into(),
             tree,
             stage,
             store,
             disks,
-            programs: build::Programs::load(options)?,
+            programs,
             gvisor,
-            seccomp: program.iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect(),
+            seccomp,
             weakening: options.weakening,
             labels: options.labels.clone(),
             logs: options.logs.clone(),
             group: options.group,
             hello,
-            cores: std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64),
+            cores,
             buffer: vec![0; log::DATA_BYTES_MAX],
             shutdown: None,
-            _lock: lock,
-            _logs_lock: logs_lock,
+            trial: None,
+            program: options.program.clone(),
+            lock,
+            logs_lock,
         };
-        keeper.watch(keeper.listener.as_fd(), Source::Listener, 0)?;
-        keeper.watch(keeper.signals.as_fd(), Source::Signals, 0)?;
-        keeper.watch(keeper.timer.descriptor(), Source::Timer, 0)?;
+        keeper.watch_own()?;
         reached("keeper.start.listening");
         Ok(keeper)
+    }
+
+    fn watch_own(&self) -> io::Result<()> {
+        self.watch(self.listener.as_fd(), Source::Listener, 0)?;
+        self.watch(self.signals.as_fd(), Source::Signals, 0)?;
+        self.watch(self.timer.descriptor(), Source::Timer, 0)
     }
 
     fn watch(&self, descriptor: BorrowedFd<'_>, source: Source, serial: u64) -> io::Result<()> {
@@ -306,7 +356,7 @@ impl Keeper {
         if !self.timer.is_free_for(monotonic_ns(), PREPARING_NS) {
             return true;
         }
-        match self.park().and_then(|is_parked| if is_parked { Ok(true) } else { self.slots.refill() }) {
+        match self.park().and_then(|is_parked| if is_parked { Ok(true) } else { self.slots.refill(&self.tree) }) {
             Ok(is_more) => is_more,
             Err(error) => {
                 warn(format_args!("preparing a sandbox ahead failed: {error}"));
@@ -320,6 +370,10 @@ impl Keeper {
         let Err(error) = handled else { return Ok(()) };
         match source {
             Source::Listener | Source::Signals | Source::Timer => Err(error),
+            Source::Trial => {
+                warn(format_args!("not upgrading: {error}"));
+                Ok(())
+            }
             Source::Connection => {
                 warn(format_args!("disconnecting a client: {error}"));
                 self.disconnect(serial);
@@ -347,6 +401,7 @@ impl Keeper {
             Source::OutOfMemory => self.on_oom_notice(serial),
             Source::Payload => self.on_payload_death(serial),
             Source::Disk => self.on_disk(serial),
+            Source::Trial => self.on_trial(serial),
         }
     }
 
@@ -357,8 +412,10 @@ impl Keeper {
 
     fn on_signals(&mut self) -> io::Result<()> {
         while let Some(signal) = self.signals.read_signal()? {
-            if signal.ssi_signo.cast_signed() != libc::SIGCHLD {
-                self.stop(None)?;
+            match signal.ssi_signo.cast_signed() {
+                libc::SIGCHLD => {}
+                libc::SIGHUP => self.begin_upgrade(),
+                _ => self.stop(None)?,
             }
         }
         // Inits are watched by their pidfds, which stay valid; whatever else was started is simply reaped.

@@ -11,6 +11,7 @@ pub mod error;
 pub mod fail_point;
 pub mod fence;
 pub mod files;
+mod handover;
 mod ids;
 pub mod init;
 pub mod keeper;

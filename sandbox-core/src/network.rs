@@ -3,12 +3,14 @@
 use std::{fs::File, io, os::fd::OwnedFd};
 
 use nix::sched::{CloneFlags, setns, unshare};
+use serde::{Deserialize, Serialize};
 
 use crate::sys;
 
 /// Makes network namespaces and starts processes in them.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Networks {
+    #[serde(with = "crate::handover")]
     own: OwnedFd,
 }
 

@@ -163,6 +163,8 @@ pub enum Answer {
 pub struct Hello {
     pub version: u32,
     pub pid: u32,
+    /// How often it has gone on as a new program since it started, with all its sandboxes.
+    pub upgrades: u32,
     /// Unix time in microseconds when this keeper started: another value means another keeper. Of the sandboxes of the one before it has the records, as ended.
     pub started_at_us: u64,
     pub cgroup: CgroupMode,

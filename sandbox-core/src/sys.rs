@@ -10,6 +10,7 @@ use nix::{
     sched::CloneFlags,
     sys::signal::{SigAction, SigHandler, Signal},
 };
+use serde::{Deserialize, Serialize};
 
 use crate::protocol::init::WaitStatus;
 
@@ -21,10 +22,11 @@ pub(crate) enum Cloned {
 }
 
 /// A child process that only its parent can reap, so its id cannot be anybody else's until then.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Child {
     pub(crate) pid: libc::pid_t,
     /// Readable when the child is dead (pidfd_open(2)).
+    #[serde(with = "crate::handover")]
     pub(crate) pidfd: OwnedFd,
 }
 
@@ -154,8 +156,8 @@ pub(crate) fn set_seccomp_filter(program: &[libc::sock_filter]) -> io::Result<()
 
 /// Closes every descriptor from `first` up (close_range(2)).
 ///
-/// Only for a child that works by path and then exits: what it copied from its parent stays open for as long as it lives otherwise, and
-/// nothing in it may use an owner of one of these again.
+/// Only for a process that has no owner of such a descriptor yet, or a child that works by path and then exits: what it copied from its parent
+/// stays open for as long as it lives otherwise. Nothing in it may use an owner of one of these again.
 pub(crate) fn close_from(first: u32) -> io::Result<()> {
     // SAFETY: takes numbers only. That no owner of a closed descriptor acts any more is what this function's contract asks.
     let rc = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
@@ -168,6 +170,13 @@ pub(crate) fn close_on_exec_from(first: u32) -> io::Result<()> {
     const HIGHEST: libc::c_int = libc::c_int::MAX;
     // SAFETY: takes numbers only, and closes nothing now.
     let rc = unsafe { libc::syscall(libc::SYS_close_range, first, HIGHEST, libc::CLOSE_RANGE_CLOEXEC) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Has descriptor `number` stay open across execve(2).
+pub(crate) fn keep_on_exec(number: RawFd) -> io::Result<()> {
+    // SAFETY: F_SETFD takes a number and changes nothing but a flag of the descriptor's; it fails with EBADF when the number is not open.
+    let rc = unsafe { libc::fcntl(number, libc::F_SETFD, 0) };
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

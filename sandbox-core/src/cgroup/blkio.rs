@@ -23,7 +23,7 @@ impl std::fmt::Display for Device {
 
 /// The devices of the node that sandboxes reach. `None` for a folder that lies on no block device (tmpfs, a network, an overlay): there is
 /// nothing then that a rate could be set for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Devices {
     pub(crate) images: Option<Device>,
     pub(crate) disks: Option<Device>,
@@ -89,7 +89,7 @@ impl Group {
     /// Holds the group to `io` on every disk of the node. Quick if that is what it is held to already.
     pub(crate) fn limit_io(&mut self, io: IoLimits) -> io::Result<()> {
         if self.io != Some(io) {
-            self.tree.0.devices.all().try_for_each(|device| self.limit_io_on(device, io))?;
+            self.devices.all().try_for_each(|device| self.limit_io_on(device, io))?;
             self.io = Some(io);
         }
         Ok(())
@@ -104,7 +104,7 @@ impl Group {
 
     fn limit_io_on(&self, device: Device, io: IoLimits) -> io::Result<()> {
         let IoLimits { bytes_per_s, ops_per_s } = io;
-        if self.tree.0.mode == CgroupMode::V2 {
+        if self.mode == CgroupMode::V2 {
             let limits = format!("rbps={bytes_per_s} wbps={bytes_per_s} riops={ops_per_s} wiops={ops_per_s}");
             return self.limit_on(device, "io.max", &limits);
         }
@@ -133,13 +133,13 @@ impl Group {
     /// What reached the node's disks. What went through a loop device arrives at a disk and is counted there; it counts by itself only
     /// where there is no disk below.
     pub(super) fn io(&self) -> io::Result<Io> {
-        let devices = self.tree.0.devices;
+        let devices = self.devices;
         let own = self.own_device.filter(|_| devices.disks.is_none());
         let counted: Vec<String> = devices.all().chain(own).map(|device| device.to_string()).collect();
         if counted.is_empty() {
             return Ok(Io::default());
         }
-        if self.tree.0.mode == CgroupMode::V2 {
+        if self.mode == CgroupMode::V2 {
             return Ok(sum_v2(&read(self.blkio(), "io.stat")?, &counted));
         }
         let bytes = sum_v1(&read(self.blkio(), "blkio.throttle.io_service_bytes")?, &counted);

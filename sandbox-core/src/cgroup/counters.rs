@@ -27,7 +27,7 @@ const NEAR_BYTES: u64 = 2 << 20;
 impl Group {
     /// All counters at once.
     pub(crate) fn counters(&self) -> io::Result<Counters> {
-        let (memory_peak, throttled_us) = match self.tree.0.mode {
+        let (memory_peak, throttled_us) = match self.mode {
             CgroupMode::V2 => ("memory.peak", field(self.cpu(), "cpu.stat", "throttled_usec")?),
             CgroupMode::V1 | CgroupMode::Hybrid => ("memory.max_usage_in_bytes", field(self.cpu(), "cpu.stat", "throttled_time")? / 1000),
         };
@@ -45,14 +45,14 @@ impl Group {
 
     /// CPU time of all its processes, living and dead, in microseconds.
     pub(crate) fn cpu_us(&self) -> io::Result<u64> {
-        match self.tree.0.mode {
+        match self.mode {
             CgroupMode::V2 => field(self.cpu(), "cpu.stat", "usage_usec"),
             CgroupMode::V1 | CgroupMode::Hybrid => Ok(number(self.cpuacct(), "cpuacct.usage")? / 1000),
         }
     }
 
     fn is_at_memory_limit(&self) -> io::Result<bool> {
-        match self.tree.0.mode {
+        match self.mode {
             CgroupMode::V2 => Ok(field(self.memory(), "memory.events", "max")? > 0),
             // There is no such counter (memory.failcnt is not kept by all kernels). Nothing but its own limit stops a group this close to it.
             CgroupMode::V1 | CgroupMode::Hybrid => {
@@ -64,7 +64,7 @@ impl Group {
 
     /// Processes that the kernel has killed because the group was out of memory.
     pub(crate) fn oom_kills(&self) -> io::Result<u64> {
-        match self.tree.0.mode {
+        match self.mode {
             CgroupMode::V2 => field(self.memory(), "memory.events", "oom_kill"),
             CgroupMode::V1 | CgroupMode::Hybrid => field(self.memory(), "memory.oom_control", "oom_kill"),
         }

@@ -139,7 +139,7 @@ impl Keeper {
     pub(super) fn build(&mut self, blueprint: &Blueprint<'_>) -> Result<(u64, Body), BuildError> {
         let slot = match self.slots.take_ready() {
             Some(slot) => slot,
-            None => self.slots.make()?.ok_or(BuildError::Full)?,
+            None => self.slots.make(&self.tree)?.ok_or(BuildError::Full)?,
         };
         reached("keeper.launch.slot_taken");
         let serial = self.serial();

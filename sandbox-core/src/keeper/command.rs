@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use clap::Parser;
 
-use super::{Options, Weakening};
+use super::{Invocation, Options, Weakening};
 use crate::{fence::Fence, selinux::Labels};
 
 /// Launches, limits and supervises the sandboxes of one node.
@@ -37,6 +37,12 @@ struct Arguments {
     /// Fence without which it does not start, as `landlock`, `apparmor`, `selinux` (repeatable)
     #[arg(long = "require-fence", value_name = "FENCE")]
     required: Vec<Fence>,
+    /// Says whether it could take over from a keeper of another version. For that keeper alone
+    #[arg(long, hide = true, conflicts_with = "take_over")]
+    try_state: bool,
+    /// Goes on where the keeper before it stopped in this process. For that keeper alone
+    #[arg(long, hide = true, value_name = "DESCRIPTOR")]
+    take_over: Option<i32>,
     /// SELinux label of what runs in sandboxes
     #[arg(long, value_name = "LABEL")]
     selinux_label: Option<String>,
@@ -69,6 +75,13 @@ pub fn run(programs: &Path, weakening: Weakening) -> anyhow::Result<()> {
         labels: arguments.selinux_label.map(|process| Labels { process, mount: arguments.selinux_mount_label }),
         required: arguments.required.into_iter().collect(),
         weakening,
+        program: Invocation::of_this_process()?,
     };
-    super::run(&options, || println!("ready")).context("the keeper stopped")
+    if arguments.try_state {
+        return super::upgrade::try_state(&options).context("this program cannot take over");
+    }
+    match arguments.take_over {
+        Some(description) => super::go_on(&options, description).context("the keeper stopped"),
+        None => super::run(&options, || println!("ready")).context("the keeper stopped"),
+    }
 }

@@ -2,6 +2,8 @@
 
 use std::{collections::VecDeque, io, os::fd::OwnedFd};
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     protocol::{Answer, Call, Failure, FailureKind, Reply},
     transport::{Datagram, Socket},
@@ -17,7 +19,7 @@ pub(super) struct Connection {
 }
 
 /// Where an answer is to go: a connection and the tag of its request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Asker {
     pub(super) connection: u64,
     pub(super) tag: u64,

@@ -6,6 +6,7 @@ use std::{
 };
 
 use rustix::{event::epoll, process::pidfd_send_signal};
+use serde::{Deserialize, Serialize};
 
 use super::{Keeper, Source, warn};
 use crate::{
@@ -16,19 +17,20 @@ use crate::{
 };
 
 /// The layer of one sandbox, and how far it is.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Disk {
     Making(Worker),
     /// Its mount, which this keeps alive.
-    Ready(OwnedFd),
+    Ready(#[serde(with = "crate::handover")] OwnedFd),
     Removing(Worker),
     Gone,
 }
 
 /// A process that makes or removes a layer. When it has ended, this end of the socket says so.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Worker {
     child: Child,
+    #[serde(with = "crate::handover")]
     socket: Socket,
 }
 

@@ -10,22 +10,29 @@ use std::{
     path::Path,
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     log::{self, Kind, Record},
     protocol::{Ending, OutputPolicy, SandboxId},
 };
 
 /// Where output goes.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Sink {
     /// The log file of a sandbox, with the number of the next record and the file's length.
-    Log { file: File, next_seq: u64, len: u64 },
+    Log {
+        #[serde(with = "crate::handover")]
+        file: File,
+        next_seq: u64,
+        len: u64,
+    },
     /// A program of our own: what it says is for the keeper. Standard output and error.
     Memory { stdout: Vec<u8>, stderr: Vec<u8> },
 }
 
 /// The two streams of one sandbox.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Output {
     sink: Sink,
     limit_bytes: u64,
@@ -34,9 +41,10 @@ pub(super) struct Output {
     stderr: Stream,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Stream {
     /// `None` once every writer has closed it.
+    #[serde(with = "crate::handover")]
     pipe: Option<OwnedFd>,
     written_bytes: u64,
     kept_bytes: u64,

@@ -4,11 +4,13 @@
 
 use std::collections::{HashMap, VecDeque};
 
+use serde::{Deserialize, Serialize};
+
 use super::sandbox::Body;
 use crate::{fence::Fences, protocol::ImageId};
 
 /// What a sandbox is built from before anything is known of its payload. Requests that agree in this can take the same parked one.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Class {
     pub(super) image: ImageId,
     pub(super) disk_bytes: u64,
@@ -18,7 +20,7 @@ pub(super) struct Class {
 }
 
 /// One that is being built or stands ready.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Parked {
     pub(super) class: Class,
     pub(super) body: Body,
@@ -29,10 +31,11 @@ pub(super) struct Parked {
 }
 
 /// All of them, and what was asked for.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Lot {
     parked: HashMap<u64, Parked>,
     /// When the latest launches of each class were, in `CLOCK_MONOTONIC` nanoseconds, at most [`OF_CLASS_MAX`] of them.
+    #[serde(with = "pairs")]
     demand: HashMap<Class, VecDeque<u64>>,
 }
 
@@ -109,5 +112,26 @@ impl Lot {
 
     pub(super) fn is_empty(&self) -> bool {
         self.parked.is_empty()
+    }
+
+    pub(super) fn bodies(&self) -> impl Iterator<Item = (u64, &Body)> {
+        self.parked.iter().map(|(serial, parked)| (*serial, &parked.body))
+    }
+}
+
+/// A map in a format whose maps have only text for keys.
+mod pairs {
+    use serde::{Deserializer, Serializer};
+
+    use super::{Class, Deserialize, HashMap, VecDeque};
+
+    type Demand = HashMap<Class, VecDeque<u64>>;
+
+    pub(super) fn serialize<S: Serializer>(demand: &Demand, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(demand)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Demand, D::Error> {
+        Vec::<(Class, VecDeque<u64>)>::deserialize(from).map(|pairs| pairs.into_iter().collect())
     }
 }

@@ -2,17 +2,19 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use serde::{Deserialize, Serialize};
+
 use crate::protocol::{Ending, Launched, Record, SandboxId};
 
 /// The records of one keeper, found by id and by the number of their latest change.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Records {
     by_id: HashMap<SandboxId, Entry>,
     by_seq: BTreeMap<u64, SandboxId>,
     last_seq: u64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Entry {
     seq: u64,
     launched: Option<Launched>,
@@ -20,7 +22,7 @@ struct Entry {
 }
 
 /// Where a sandbox is.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) enum State {
     /// It has not ended. Its serial number.
     Alive(u64),

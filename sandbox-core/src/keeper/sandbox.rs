@@ -2,6 +2,8 @@
 
 use std::{collections::VecDeque, io, os::fd::OwnedFd};
 
+use serde::{Deserialize, Serialize};
+
 use super::{connection::Asker, disk::Disk, output::Output, slot::Slot};
 use crate::{
     cgroup::{Counters, Limits},
@@ -16,7 +18,7 @@ use crate::{
 };
 
 /// Whom a sandbox is for.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Purpose {
     /// A request's payload, kept in the records until it is forgotten.
     Payload { id: SandboxId },
@@ -25,7 +27,7 @@ pub(super) enum Purpose {
 }
 
 /// What the keeper decided to do to a sandbox, noted before it is done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Decision {
     CpuTimeout,
     WallTimeout,
@@ -37,7 +39,7 @@ pub(super) enum Decision {
 }
 
 /// The life of a sandbox, from the request until nothing is left of it.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Sandbox {
     pub(super) purpose: Purpose,
     pub(super) image: Option<ImageId>,
@@ -64,7 +66,10 @@ pub(super) struct Sandbox {
     /// CPU time of init in the group before the payload, and of gVisor's start, in microseconds.
     pub(super) init_cpu_us: u64,
     pub(super) ending: Option<Ending>,
+    /// Connections do not outlive an upgrade.
+    #[serde(skip)]
     pub(super) launch_asker: Option<Asker>,
+    #[serde(skip)]
     pub(super) waiters: Vec<Asker>,
     /// What is to be given to init when it is ready.
     pub(super) pending: Option<Pending>,
@@ -73,31 +78,35 @@ pub(super) struct Sandbox {
 }
 
 /// A payload that waits for its sandbox to be built.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Pending {
     pub(super) start: init::Start,
     /// In the order of [`init::Order::Start`].
+    #[serde(with = "crate::handover")]
     pub(super) descriptors: Vec<OwnedFd>,
     pub(super) limits: Limits,
     pub(super) hostname: String,
 }
 
 /// What exists in the kernel for a sandbox.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Body {
     pub(super) slot: Slot,
     pub(super) init: Init,
     /// Readable when the group is out of memory (v1).
+    #[serde(with = "crate::handover")]
     pub(super) oom_notice: Option<OwnedFd>,
     /// The payload's first process (pidfd_open(2)), once it runs.
+    #[serde(with = "crate::handover")]
     pub(super) payload: Option<OwnedFd>,
     /// The writable layer, if it is on disk.
     pub(super) disk: Option<Disk>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Init {
     pub(super) child: Child,
+    #[serde(with = "crate::handover")]
     pub(super) control: Socket,
     pub(super) is_dead: bool,
 }

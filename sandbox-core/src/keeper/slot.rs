@@ -2,6 +2,8 @@
 
 use std::{collections::VecDeque, io, os::fd::OwnedFd};
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     cgroup::{Group, Tree},
     ids::{self, Ranges},
@@ -10,18 +12,19 @@ use crate::{
 };
 
 /// One sandbox's id range, namespaces and cgroups: fresh, used once, never by two.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Slot {
     pub(super) id_base: u32,
+    #[serde(with = "crate::handover")]
     pub(super) user_namespace: OwnedFd,
+    #[serde(with = "crate::handover")]
     pub(super) network: OwnedFd,
     pub(super) group: Group,
 }
 
 /// Makes slots, keeps a few ready, and takes their id ranges back.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Slots {
-    tree: Tree,
     ranges: Ranges,
     pub(super) networks: Networks,
     ready: VecDeque<Slot>,
@@ -34,8 +37,8 @@ pub(super) struct Slots {
 const READY_MAX: usize = 16;
 
 impl Slots {
-    pub(super) fn new(tree: Tree, ranges: Ranges) -> io::Result<Self> {
-        Ok(Self { tree, ranges, networks: Networks::new()?, ready: VecDeque::new(), made: 0, io: None })
+    pub(super) fn new(ranges: Ranges) -> io::Result<Self> {
+        Ok(Self { ranges, networks: Networks::new()?, ready: VecDeque::new(), made: 0, io: None })
     }
 
     /// One that was made ahead.
@@ -49,20 +52,20 @@ impl Slots {
     }
 
     /// A new one; `None` when every id range is in use.
-    pub(super) fn make(&mut self) -> io::Result<Option<Slot>> {
+    pub(super) fn make(&mut self, tree: &Tree) -> io::Result<Option<Slot>> {
         let Some(id_base) = self.ranges.take() else { return Ok(None) };
-        let made = self.make_on(id_base);
+        let made = self.make_on(tree, id_base);
         if made.is_err() {
             self.ranges.give_back(id_base);
         }
         made.map(Some)
     }
 
-    fn make_on(&mut self, id_base: u32) -> io::Result<Slot> {
+    fn make_on(&mut self, tree: &Tree, id_base: u32) -> io::Result<Slot> {
         self.made += 1;
         let user_namespace = ids::new_user_namespace(id_base)?;
         let network = self.networks.make()?;
-        let mut group = self.tree.make(format!("s{}", self.made))?;
+        let mut group = tree.make(format!("s{}", self.made))?;
         if let Some(io) = self.io
             && let Err(error) = group.limit_io(io)
         {
@@ -73,11 +76,11 @@ impl Slots {
     }
 
     /// Makes one ahead; `false` when there are enough.
-    pub(super) fn refill(&mut self) -> io::Result<bool> {
+    pub(super) fn refill(&mut self, tree: &Tree) -> io::Result<bool> {
         if self.ready.len() >= READY_MAX {
             return Ok(false);
         }
-        match self.make()? {
+        match self.make(tree)? {
             Some(slot) => self.ready.push_back(slot),
             None => return Ok(false),
         }

@@ -8,15 +8,19 @@ use std::{
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
 
+use serde::{Deserialize, Serialize};
+
 use crate::{fail_point::reached, protocol::ImageId, rootfs::base, sys};
 
 /// The folder of images.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Store {
     folder: PathBuf,
     /// Mount points and our own files, over every image.
+    #[serde(with = "crate::handover")]
     base: OwnedFd,
     /// An image with nothing in it, for programs of our own.
+    #[serde(with = "crate::handover")]
     empty: OwnedFd,
     made: u64,
 }

@@ -191,8 +191,10 @@ impl Keeper {
     }
 
     pub(super) fn on_due(&mut self, serial: u64, due: Due) -> io::Result<()> {
-        if due == Due::Remove {
-            return self.clean_up(serial);
+        match due {
+            Due::Remove => return self.clean_up(serial),
+            Due::Trial => return self.give_up_trial(serial),
+            Due::Start | Due::Wall | Due::Cpu | Due::Oom | Due::Force => {}
         }
         let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
         let (is_over, is_launched) = (sandbox.ending.is_some(), sandbox.launched.is_some());
@@ -202,7 +204,7 @@ impl Keeper {
             Due::Wall if !is_over => self.decide(serial, Decision::WallTimeout),
             Due::Cpu if !is_over => self.check_cpu(serial),
             Due::Oom if !is_over => self.look_for_oom(serial),
-            Due::Start | Due::Wall | Due::Cpu | Due::Oom | Due::Remove => Ok(()),
+            Due::Start | Due::Wall | Due::Cpu | Due::Oom | Due::Remove | Due::Trial => Ok(()),
         }
     }
 

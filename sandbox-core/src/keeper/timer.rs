@@ -8,9 +8,10 @@ use std::{
 };
 
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime};
+use serde::{Deserialize, Serialize};
 
 /// What is due for a sandbox.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) enum Due {
     /// The payload should run by now.
     Start,
@@ -23,6 +24,8 @@ pub(super) enum Due {
     Force,
     /// Try again to remove the cgroups.
     Remove,
+    /// A new program on trial should have said whether it can take over.
+    Trial,
 }
 
 /// Deadlines in `CLOCK_MONOTONIC` nanoseconds, the earliest first. One that no longer matters is ignored when it comes.
@@ -40,6 +43,17 @@ impl Timer {
 
     pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
         self.descriptor.as_fd()
+    }
+
+    /// What is to be handed to the next program.
+    pub(super) fn deadlines(&self) -> &BinaryHeap<Reverse<(u64, u64, Due)>> {
+        &self.deadlines
+    }
+
+    /// Goes on with the deadlines of the program before: those that have passed come up at once.
+    pub(super) fn take_over(&mut self, deadlines: BinaryHeap<Reverse<(u64, u64, Due)>>) -> io::Result<()> {
+        self.deadlines = deadlines;
+        self.arm()
     }
 
     /// Has `due` come up for the sandbox `serial` at `at_ns`.

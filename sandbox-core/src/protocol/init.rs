@@ -12,6 +12,9 @@ use crate::{
     selinux::Labels,
 };
 
+/// Version of this protocol. A keeper that takes over sandboxes from one of another version could not talk to their inits, so it does not.
+pub const VERSION: u32 = 1;
+
 /// What the keeper tells init.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Order {

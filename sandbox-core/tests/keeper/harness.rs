@@ -15,8 +15,8 @@ use sandbox_core::{
     fence::{Fence, Fences},
     log,
     protocol::{
-        Answer, Ending, ImageId, IoLimits, Isolation, KillReason, Launch, Launched, Medium, OutputPolicy, Record, Request, SandboxId,
-        Stdin, Supervision, UnpackLimits,
+        Answer, Ending, Hello, ImageId, IoLimits, Isolation, KillReason, Launch, Launched, Medium, OutputPolicy, Record, Request,
+        SandboxId, Stdin, Supervision, UnpackLimits,
     },
 };
 use serde_json::{Value, json};
@@ -103,6 +103,15 @@ impl Node {
         let status = self.child.wait().unwrap();
         assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9), "{status}");
         std::mem::replace(&mut self.folder, tempfile::tempdir().unwrap())
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.path().join("keeper.sock")
+    }
+
+    /// What it says of itself.
+    pub(crate) fn hello(&self) -> std::io::Result<Hello> {
+        Client::connect(&self.folder.path().join("keeper.sock")).map(|(_, hello)| hello)
     }
 
     pub(crate) fn client(&self) -> Client {
@@ -338,6 +347,11 @@ impl Run {
     /// Asks for it without waiting for the answer.
     pub(crate) fn begin_launch(&self, client: &mut Client) -> Tag {
         client.send(&self.request(Stdin::Null, false), &[]).unwrap()
+    }
+
+    /// Asks for it, if the connection still stands.
+    pub(crate) fn try_launch(&self, client: &mut Client) -> bool {
+        client.send(&self.request(Stdin::Null, false), &[]).is_ok()
     }
 
     /// Launches it with a descriptor of the test's own as its standard input.

@@ -11,7 +11,7 @@ use crate::harness::{Node, shell};
 
 /// What there is of a keeper in the kernel, for a comparison.
 #[derive(Debug, PartialEq, Eq)]
-struct Snapshot {
+pub(crate) struct Snapshot {
     descriptors: usize,
     children: usize,
     groups: usize,
@@ -27,7 +27,7 @@ impl Snapshot {
     }
 
     /// What it comes to when the keeper has nothing to clean up and nothing to prepare any more.
-    fn at_rest(node: &Node) -> Self {
+    pub(crate) fn at_rest(node: &Node) -> Self {
         let deadline = Instant::now() + Duration::from_secs(10);
         let mut last = Self::of(node);
         let mut since = Instant::now();
@@ -43,7 +43,7 @@ impl Snapshot {
     }
 }
 
-fn children(node: &Node) -> Vec<String> {
+pub(crate) fn children(node: &Node) -> Vec<String> {
     let pid = node.pid();
     let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
     children.split_whitespace().map(str::to_owned).collect()

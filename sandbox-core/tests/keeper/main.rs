@@ -16,4 +16,5 @@ mod leaks;
 mod limits;
 mod privileges;
 mod records;
+mod upgrade;
 mod walls;

@@ -30,6 +30,7 @@ fn greeting(request: &Request, started_at_us: u64) -> Option<Answer> {
     let hello = Hello {
         version: VERSION,
         pid: 1,
+        upgrades: 0,
         started_at_us,
         cgroup: CgroupMode::V2,
         sandboxes_max: 1,

@@ -1,0 +1,361 @@
+//! A keeper goes on as another program, with all of its sandboxes; or, where that cannot be, as if nobody had asked.
+
+use std::{
+    collections::BTreeSet,
+    fs::File,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill as send_signal},
+    unistd::Pid,
+};
+use sandbox_core::{
+    client::Client,
+    protocol::{Answer, Cause, Ending, FailureKind, Isolation, Medium, Request, SandboxId, Start},
+};
+
+use crate::{
+    harness::{KEEPER, Node, Run, kill, output, records, shell, wait, wait_for_line},
+    leaks::{Snapshot, children},
+};
+
+const SOON: Duration = Duration::from_secs(15);
+
+/// A keeper whose program can be replaced, and what it says.
+struct Replaceable {
+    node: Node,
+    programs: tempfile::TempDir,
+}
+
+impl Replaceable {
+    fn start() -> Self {
+        Self::start_with(|_| {})
+    }
+
+    fn start_with(change: impl Fn(&mut Command)) -> Self {
+        let programs = tempfile::tempdir().unwrap();
+        for name in ["sandbox-keeper", "sandbox-init", "sandbox-unpack"] {
+            std::fs::copy(Path::new(KEEPER).with_file_name(name), programs.path().join(name)).unwrap();
+        }
+        let mut keeper = Command::new(programs.path().join("sandbox-keeper"));
+        keeper.stderr(File::create(programs.path().join("stderr")).unwrap());
+        change(&mut keeper);
+        Self { node: Node::start_as(keeper), programs }
+    }
+
+    fn program(&self) -> PathBuf {
+        self.programs.path().join("sandbox-keeper")
+    }
+
+    fn said(&self) -> String {
+        std::fs::read_to_string(self.programs.path().join("stderr")).unwrap()
+    }
+
+    /// Puts something else where the program was.
+    fn replace(&self, with: &str) {
+        let new = self.programs.path().join("new");
+        std::fs::write(&new, with).unwrap();
+        std::fs::set_permissions(&new, PermissionsExt::from_mode(0o755)).unwrap();
+        std::fs::rename(new, self.program()).unwrap();
+    }
+
+    fn put_back(&self) {
+        let new = self.programs.path().join("new");
+        std::fs::copy(KEEPER, &new).unwrap();
+        std::fs::rename(new, self.program()).unwrap();
+    }
+}
+
+fn ask_for_upgrade(node: &Node) {
+    send_signal(Pid::from_raw(node.pid().cast_signed()), Signal::SIGHUP).unwrap();
+}
+
+/// Upgrades it, and waits until it says that it was.
+fn upgrade(node: &Node) {
+    let before = until(|| node.hello().ok()).upgrades;
+    ask_for_upgrade(node);
+    until(|| node.hello().ok().filter(|hello| hello.upgrades == before + 1));
+}
+
+/// What `look` finds, as soon as it finds something.
+fn until<T>(mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + SOON;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "it does not come to that");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The ending, asked for again and again as connections break.
+fn wait_across(node: &Node, id: SandboxId) -> Ending {
+    until(|| match Client::connect(&node.socket()).ok()?.0.call(&Request::Wait { id }, &[]).ok()? {
+        Answer::Ended(ending) => Some(*ending),
+        other => panic!("the keeper answered {other:?}"),
+    })
+}
+
+fn forget(node: &Node, id: SandboxId) {
+    assert_eq!(node.client().call(&Request::Forget { id }, &[]).unwrap(), Answer::Done);
+}
+
+fn long(script: &str) -> Run {
+    let mut run = shell(script);
+    run.supervision.wall_ms = Some(60_000);
+    run.supervision.output_bytes = 32 << 20;
+    run
+}
+
+#[test]
+fn twenty_upgrades_lose_no_byte_of_sandboxes_that_write() {
+    let node = Node::start();
+    let mut client = node.client();
+    let slow = "i=0; while [ $i -lt 500 ]; do echo line $i; echo error $i >&2; i=$((i+1)); sleep 0.01; done; exit 3";
+    let fast = "i=0; while [ $i -lt 40 ]; do seq 1 5000; i=$((i+1)); sleep 0.1; done; exit 4";
+    let runs = [long(slow), long(fast), long(slow), long(fast)];
+    for run in &runs {
+        assert!(matches!(run.launch(&mut client), Answer::Launched(_)));
+    }
+    let before = node.hello().unwrap();
+    (0..20).for_each(|_| upgrade(&node));
+    let after = node.hello().unwrap();
+    assert_eq!((after.pid, after.started_at_us, after.upgrades), (before.pid, before.started_at_us, 20));
+
+    let lines = |line: &dyn Fn(u32) -> String, count| (0..count).map(line).collect::<String>();
+    let numbers = (1..=5000).map(|n| format!("{n}\n")).collect::<String>();
+    for (n, run) in runs.iter().enumerate() {
+        let ending = wait_across(&node, run.id);
+        let (stdout, stderr) = output(&node.log_path(run.id));
+        if n % 2 == 0 {
+            assert_eq!(ending.cause, Cause::Exited { code: 3 });
+            assert_eq!(stdout, lines(&|i| format!("line {i}\n"), 500));
+            assert_eq!(stderr, lines(&|i| format!("error {i}\n"), 500));
+        } else {
+            assert_eq!(ending.cause, Cause::Exited { code: 4 });
+            assert!(stdout == numbers.repeat(40), "{} bytes", stdout.len());
+        }
+        assert_eq!(ending.usage.stdout_bytes, stdout.len() as u64);
+        forget(&node, run.id);
+    }
+}
+
+#[test]
+fn upgrades_leave_nothing_open_and_nothing_behind() {
+    let node = Node::start();
+    for _ in 0..30 {
+        shell("true").run_on(&node);
+    }
+    let mut client = node.client();
+    let running = long("sleep 1000");
+    assert!(matches!(running.launch(&mut client), Answer::Launched(_)));
+    drop(client);
+    let before = Snapshot::at_rest(&node);
+    upgrade(&node);
+    upgrade(&node);
+    assert_eq!(Snapshot::at_rest(&node), before);
+    kill(&mut node.client(), running.id);
+    wait_across(&node, running.id);
+    forget(&node, running.id);
+    for _ in 0..30 {
+        shell("true").run_on(&node);
+    }
+    assert_eq!(node.client().call(&Request::Shutdown, &[]).unwrap(), Answer::Done);
+    node.wait_for_exit();
+}
+
+#[test]
+fn sandboxes_in_every_state_are_as_they_were() {
+    let node = Node::start();
+    let ended = shell("echo over; exit 9");
+    let mut client = node.client();
+    ended.launch(&mut client);
+    let ending = wait(&mut client, ended.id);
+    let running = long("cat; echo done");
+    let (read, write) = rustix::pipe::pipe().unwrap();
+    assert!(matches!(running.launch_with_stdin(&mut client, std::os::fd::AsFd::as_fd(&read)), Answer::Launched(_)));
+    drop(read);
+    // The keeper has come to rest with as many parked as it wants.
+    Snapshot::at_rest(&node);
+    let standing: BTreeSet<String> = children(&node).into_iter().collect();
+    assert!(standing.len() > 1, "nothing is parked");
+    let listed = records(&mut client);
+
+    upgrade(&node);
+
+    let mut client = node.client();
+    assert_eq!(records(&mut client), listed);
+    assert_eq!(wait(&mut client, ended.id), ending);
+    assert!(standing.is_subset(&children(&node).into_iter().collect()), "a sandbox that stood ready is gone");
+    let Answer::Launched(warm) = shell("true").launch(&mut client) else { panic!() };
+    assert_eq!(warm.start, Start::Warm);
+    rustix::io::write(&write, b"through\n").unwrap();
+    drop(write);
+    assert_eq!(wait(&mut client, running.id).cause, Cause::Exited { code: 0 });
+    assert_eq!(output(&node.log_path(running.id)).0, "through\ndone\n");
+    let Answer::Failed(twice) = running.launch(&mut client) else { panic!() };
+    assert_eq!(twice.kind, FailureKind::Refused);
+}
+
+/// Cold ones whose layer is being made on disk, warm ones, ends and clean-ups: whatever is under way at the moment of the change.
+#[test]
+fn launches_that_are_under_way_come_to_their_end() {
+    let node = Node::start();
+    let mut sent: Vec<Run> = Vec::new();
+    for turn in 0..6_u32 {
+        let mut client = node.client();
+        ask_for_upgrade(&node);
+        for n in 0..40 {
+            let mut run = long(&format!("echo {turn} {n}"));
+            if n % 3 == 0 {
+                (run.supervision.medium, run.supervision.disk_bytes) = (Medium::Disk, 4 << 20);
+            }
+            let is_sent = run.try_launch(&mut client);
+            sent.push(run);
+            if !is_sent {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(3));
+        }
+        until(|| node.hello().ok().filter(|hello| hello.upgrades == turn + 1));
+    }
+    let known: BTreeSet<SandboxId> = records(&mut node.client()).into_iter().map(|record| record.id).collect();
+    assert!(known.len() > 40, "{}", known.len());
+    for run in &sent {
+        if known.contains(&run.id) {
+            let ending = wait_across(&node, run.id);
+            assert_eq!(ending.cause, Cause::Exited { code: 0 }, "{ending:?}");
+        } else {
+            // It was never read, and has left no trace: who sent it sends it again.
+            assert!(!node.log_path(run.id).exists());
+            let mut client = node.client();
+            let answer = run.launch(&mut client);
+            assert!(matches!(answer, Answer::Launched(_)), "{answer:?}");
+            assert_eq!(wait(&mut client, run.id).cause, Cause::Exited { code: 0 });
+        }
+        output(&node.log_path(run.id));
+        forget(&node, run.id);
+    }
+}
+
+#[test]
+fn limits_in_time_hold_across_upgrades() {
+    let node = Node::start();
+    let mut client = node.client();
+    let walls: Vec<Run> = (0..8_u64)
+        .map(|n| {
+            let mut run = shell("sleep 100");
+            run.supervision.wall_ms = Some(400 + 70 * n);
+            run
+        })
+        .collect();
+    let mut busy = long("while :; do :; done");
+    busy.supervision.cpu_ms = Some(700);
+    for run in walls.iter().chain([&busy]) {
+        assert!(matches!(run.launch(&mut client), Answer::Launched(_)));
+    }
+    (0..5).for_each(|_| upgrade(&node));
+    for run in &walls {
+        let ending = wait_across(&node, run.id);
+        assert_eq!(ending.cause, Cause::WallTimeout);
+        let over_us = ending.usage.wall_us - run.supervision.wall_ms.unwrap() * 1000;
+        assert!(over_us < 250_000, "{over_us} µs too long");
+    }
+    let ending = wait_across(&node, busy.id);
+    assert_eq!(ending.cause, Cause::CpuTimeout);
+    assert!((700_000..800_000).contains(&ending.usage.cpu_us), "{:?}", ending.usage);
+}
+
+#[test]
+fn a_program_that_cannot_take_over_changes_nothing() {
+    let keeper = Replaceable::start();
+    let node = &keeper.node;
+    let mut client = node.client();
+    let running = long("echo here; sleep 1000");
+    assert!(matches!(running.launch(&mut client), Answer::Launched(_)));
+    wait_for_line(&node.log_path(running.id));
+    let mut refusals = 0;
+    let mut refused = |said: &str| {
+        ask_for_upgrade(node);
+        refusals += 1;
+        until(|| (keeper.said().matches("not upgrading").count() == refusals).then_some(()));
+        assert!(keeper.said().lines().any(|line| line.contains(said)), "{}", keeper.said());
+        assert_eq!(node.hello().unwrap().upgrades, 0);
+    };
+    keeper.replace("#!/bin/sh\necho no thanks >&2\nexit 1\n");
+    refused("refused, or failed");
+    assert!(keeper.said().contains("no thanks"));
+    keeper.replace("#!/bin/sh\nkill -SEGV $$\n");
+    refused("refused, or failed");
+    keeper.replace("no program at all");
+    refused("Exec format error");
+    std::fs::remove_file(keeper.program()).unwrap();
+    refused("No such file");
+    keeper.replace("#!/bin/sh\nexec sleep 1000\n");
+    ask_for_upgrade(node);
+    // While it is waited for, everything goes on.
+    let begun = Instant::now();
+    assert_eq!(shell("exit 2").run_on(node).ending.cause, Cause::Exited { code: 2 });
+    assert!(begun.elapsed() < Duration::from_secs(3));
+    until(|| keeper.said().contains("did not say in time").then_some(()));
+
+    // Nobody was disconnected.
+    assert_eq!(records(&mut client).len(), 1);
+    keeper.put_back();
+    upgrade(node);
+    kill(&mut node.client(), running.id);
+    assert!(matches!(wait_across(node, running.id).cause, Cause::Killed(_)));
+    assert_eq!(output(&node.log_path(running.id)).0, "here\n");
+}
+
+#[test]
+fn what_runs_then_is_what_lies_there_then() {
+    let keeper = Replaceable::start();
+    let running = |of: &Node| std::fs::read_link(format!("/proc/{}/exe", of.pid())).unwrap();
+    keeper.put_back();
+    assert!(running(&keeper.node).to_str().unwrap().ends_with("(deleted)"));
+    upgrade(&keeper.node);
+    assert_eq!(running(&keeper.node), keeper.program());
+    upgrade(&keeper.node);
+    assert_eq!(shell("exit 2").run_on(&keeper.node).ending.cause, Cause::Exited { code: 2 });
+}
+
+#[test]
+fn a_sandbox_under_gvisor_goes_on() {
+    let node = Node::start();
+    assert!(node.hello().unwrap().isolation.contains(&Isolation::Gvisor), "runsc is not installed");
+    let mut client = node.client();
+    let mut run = long("echo before; sleep 3; echo after; exit 5").with("/linux/resources/memory/limit", 256 << 20);
+    run = run.with("/linux/resources/memory/swap", 256 << 20);
+    run.isolation = Isolation::Gvisor;
+    let answer = run.launch(&mut client);
+    assert!(matches!(answer, Answer::Launched(_)), "{answer:?}");
+    wait_for_line(&node.log_path(run.id));
+    upgrade(&node);
+    assert_eq!(wait_across(&node, run.id).cause, Cause::Exited { code: 5 });
+    assert_eq!(output(&node.log_path(run.id)).0, "before\nafter\n");
+}
+
+#[cfg(feature = "fail-points")]
+#[test]
+fn a_keeper_killed_at_any_step_of_an_upgrade_leaves_records_that_have_ended() {
+    for step in ["keeper.upgrade.trial_begun", "keeper.upgrade.accepted", "keeper.upgrade.described", "keeper.upgrade.taken_over"] {
+        let keeper = Replaceable::start_with(|keeper| {
+            keeper.env("MAYFLY_FAIL_POINTS", format!("{step}=1*return"));
+        });
+        let mut client = keeper.node.client();
+        let run = long("echo here; sleep 1000");
+        assert!(matches!(run.launch(&mut client), Answer::Launched(_)));
+        wait_for_line(&keeper.node.log_path(run.id));
+        ask_for_upgrade(&keeper.node);
+        let next = Node::start_after(keeper.node.died());
+        let ending = wait(&mut next.client(), run.id);
+        assert!(matches!(&ending.cause, Cause::InfraError { message } if message.contains("keeper was killed")), "{step}: {ending:?}");
+        assert_eq!(output(&next.log_path(run.id)).0, "here\n", "{step}");
+    }
+}
