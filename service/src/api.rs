@@ -6,6 +6,7 @@ mod bounds;
 mod browser;
 pub mod caller;
 pub mod error;
+mod idempotency;
 pub mod images;
 pub mod json;
 mod limits;
@@ -27,6 +28,7 @@ use axum::{
     routing::{get, post},
 };
 use error::ApiError;
+pub use idempotency::Idempotency;
 use tower_http::{
     catch_panic::CatchPanicLayer, sensitive_headers::SetSensitiveRequestHeadersLayer, set_header::SetResponseHeaderLayer,
     timeout::TimeoutLayer,
@@ -53,6 +55,7 @@ pub struct App {
     pub images: Arc<Images>,
     pub clock: Clock,
     pub metrics: Arc<Metrics>,
+    pub idempotency: Idempotency,
 }
 
 /// The whole API.
@@ -78,6 +81,8 @@ pub fn router(app: Arc<App>, door: &DoorSettings) -> Router {
     let routes = waiting.merge(quick).merge(images::router()).fallback(async || ApiError::NotFound);
     let mut routes = routes
         .layer(CatchPanicLayer::custom(|_panic| axum::response::IntoResponse::into_response(ApiError::panicked())))
+        // Around every operation, that of panics included: what one leaves behind is known to nobody else.
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), idempotency::once))
         .layer(middleware::from_fn_with_state(door.body_deadline, bounds::bound_body))
         .layer(middleware::from_fn(bounds::bound_head))
         .layer(middleware::from_fn_with_state(Arc::clone(&app), observe::observe))

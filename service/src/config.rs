@@ -178,6 +178,9 @@ pub struct Options {
     /// How long events are kept, in hours [default: 2160]
     #[arg(long, env = "MAYFLY_EVENT_RETENTION_HOURS", value_name = "HOURS")]
     pub event_retention_hours: Option<u32>,
+    /// Hours for which the answer to a request with an `Idempotency-Key` is kept, 1 to 720 [default: 24]
+    #[arg(long, env = "MAYFLY_IDEMPOTENCY_RETENTION_HOURS", value_name = "HOURS")]
+    pub idempotency_retention_hours: Option<u32>,
     /// How log lines on stderr look [default: text]
     #[arg(long, env = "MAYFLY_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -235,6 +238,7 @@ pub struct Settings {
     pub queue_max: u64,
     pub retention: Duration,
     pub event_retention: Duration,
+    pub idempotency_retention: Duration,
     pub log_format: LogFormat,
 }
 
@@ -294,6 +298,12 @@ impl Options {
             queue_max: self.queue_max.or(file.queue_max).unwrap_or(10_000),
             retention: hours(self.retention_hours.or(file.retention_hours).unwrap_or(720)),
             event_retention: hours(self.event_retention_hours.or(file.event_retention_hours).unwrap_or(2160)),
+            idempotency_retention: hours(within(
+                "idempotency-retention-hours",
+                self.idempotency_retention_hours.or(file.idempotency_retention_hours).unwrap_or(24),
+                1,
+                720,
+            )?),
             log_format: self.log_format.or(file.log_format).unwrap_or_default(),
         })
     }

@@ -43,11 +43,11 @@ use crate::{
     metrics::Metrics,
     runtime::{CallError, Keeper},
     sandbox::{DefaultQuotas, Event, Exceeded, Invalid, Kind, LogTail, NewSandbox, Sandbox, SandboxId, State, TenantId},
-    store::{Act, Filter, NodeCapacity, NodeId, Store, StoreError},
+    store::{Act, Filter, HeldKey, NodeCapacity, NodeId, Store, StoreError},
 };
 
 /// How long a new sandbox is waited for before its creator hears that it is still starting.
-const START_PATIENCE: Duration = Duration::from_secs(10);
+pub const START_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The most of each stream that goes into one answer.
 const ANSWER_STREAM_BYTES: usize = 8 * 1024 * 1024;
@@ -136,6 +136,9 @@ pub enum EngineError {
     UnknownTenant,
     #[error("the name is taken")]
     NameTaken,
+    /// Another attempt at the same request goes on with it.
+    #[error("the key of this request is held by another attempt")]
+    KeyLost,
     #[error("the keeper of this node is not available")]
     KeeperUnavailable,
     #[error(transparent)]
@@ -210,11 +213,11 @@ impl Engine {
     }
 
     /// Makes a sandbox and starts it, now or when there is room. What was promised by the answer is in Postgres; a caller who goes away
-    /// changes nothing.
-    pub async fn create(self: &Arc<Self>, owner: Owner, asked: NewSandbox) -> Result<Followed, EngineError> {
+    /// changes nothing. With a key it is made only if that is still held, and is tied to it from then on.
+    pub async fn create(self: &Arc<Self>, owner: Owner, asked: NewSandbox, key: Option<HeldKey>) -> Result<Followed, EngineError> {
         let engine = Arc::clone(self);
         // In a task of its own: a request that is given up between commit and launch would leave a sandbox that nobody starts.
-        let created = tokio::spawn(async move { engine.admit(owner, asked).await });
+        let created = tokio::spawn(async move { engine.admit(owner, asked, key).await });
         match created.await {
             Ok(created) => created,
             Err(panic) => Err(EngineError::Store(StoreError::Other(panic.into()))),
@@ -222,8 +225,8 @@ impl Engine {
     }
 
     /// [`Engine::create`], and then the sandbox as it is when it runs, has failed to, or has kept its creator waiting for long enough.
-    pub async fn create_and_start(self: &Arc<Self>, owner: Owner, asked: NewSandbox) -> Result<Sandbox, EngineError> {
-        let mut followed = self.create(owner, asked).await?;
+    pub async fn create_and_start(self: &Arc<Self>, owner: Owner, asked: NewSandbox, key: Option<HeldKey>) -> Result<Sandbox, EngineError> {
+        let mut followed = self.create(owner, asked, key).await?;
         let started = followed.until(|progress| !matches!(progress, Progress::Starting));
         // Too late is an answer too: the state says so.
         drop(tokio::time::timeout(START_PATIENCE, started).await);

@@ -28,7 +28,8 @@ use crate::{
     sandbox::{Exceeded, ImageReference, Owner, Quotas, TenantId},
     store::{Act, Image, NewImage, Recorded, Store, StoreError},
 };
-use archive::{ARCHIVE_BYTES_MAX, Archive};
+pub(crate) use archive::ARCHIVE_BYTES_MAX;
+use archive::Archive;
 use blob::Blobs;
 use layout::Found;
 

@@ -231,7 +231,8 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
     let engine = Engine::start(store.clone(), keeper.clone(), engine_settings).await?;
     let images = Images::open(store.clone(), keeper.clone(), clock.clone(), settings.quotas.tenant.clone(), &settings.data_dir)?;
     let verifier = Verifier::new(keyring, settings.token_rules.clone());
-    let app = Arc::new(api::App { engine, store, keeper, verifier, images, clock, metrics: figures });
+    let idempotency = api::Idempotency::new(identity.node, settings.idempotency_retention);
+    let app = Arc::new(api::App { engine, store, keeper, verifier, images, clock, metrics: figures, idempotency });
     let stopping = CancellationToken::new();
     let bounds = Bounds { connections: METRICS_CONNECTIONS_MAX, head_deadline: METRICS_HEAD_DEADLINE };
     let metrics = open(doors.metrics, api::metrics_router(Arc::clone(&app)), bounds, None, stopping.clone())?;

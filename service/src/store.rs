@@ -2,6 +2,7 @@
 
 mod admission;
 mod events;
+mod idempotency;
 mod images;
 mod nodes;
 mod queue;
@@ -13,6 +14,7 @@ use std::{io, time::Duration};
 
 pub use admission::{Admission, Admitted};
 pub use events::{Act, EventFilter, Told};
+pub use idempotency::{Fingerprint, HeldKey, Kept, KeyName, KeyState, Taking};
 pub use images::{Image, NewImage, Recorded};
 pub use nodes::{Abandoned, Capacity as NodeCapacity, Lease, Node, NodeId, Orders};
 pub use queue::{Candidate, Input, QueueListener, Return};

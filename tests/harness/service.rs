@@ -144,6 +144,8 @@ pub struct Service {
     args: Vec<String>,
     /// What it logs, in the words of RUST_LOG.
     log_filter: String,
+    /// At which steps it kills itself, in the words of `sandbox_core::fail_point`.
+    fail_points: String,
     child: Option<Child>,
     place: Place,
     /// `None`: it serves other tests, which hold their own shares of the machine.
@@ -205,7 +207,8 @@ impl Service {
             busybox_root: PathBuf::new(),
         };
         let args = args.iter().map(|&a| a.to_owned()).collect();
-        let mut service = Self { folder, args, log_filter: "info,sqlx=warn".to_owned(), child: None, place, _load: load };
+        let mut service =
+            Self { folder, args, log_filter: "info,sqlx=warn".to_owned(), fail_points: String::new(), child: None, place, _load: load };
         service.start_again()?;
         Ok(service)
     }
@@ -222,6 +225,7 @@ impl Service {
             .arg(&self.place.data_dir)
             .args(&self.args)
             .env("RUST_LOG", &self.log_filter)
+            .env("MAYFLY_FAIL_POINTS", &self.fail_points)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
@@ -243,6 +247,11 @@ impl Service {
             }
         }
         bail!("the service did not come to serve: {}\n{}", all.join("\n"), fs::read_to_string(&log_path).unwrap_or_default())
+    }
+
+    /// Has it kill itself at these steps from its next start on, and a keeper that it starts then; empty: at none.
+    pub fn arm(&mut self, fail_points: &str) {
+        fail_points.clone_into(&mut self.fail_points);
     }
 
     #[must_use]

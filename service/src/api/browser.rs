@@ -21,6 +21,7 @@ pub(super) fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
             header::RETRY_AFTER,
             header::WWW_AUTHENTICATE,
             header("x-request-id"),
+            header("idempotency-replayed"),
             header("ratelimit-limit"),
             header("ratelimit-remaining"),
             header("ratelimit-reset"),

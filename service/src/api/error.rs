@@ -31,6 +31,11 @@ pub enum ApiError {
     MethodNotAllowed,
     #[error("{0}")]
     Conflict(String),
+    #[error("the Idempotency-Key was used for another request")]
+    KeyReused,
+    /// An attempt with the same key goes on.
+    #[error("a request with this Idempotency-Key is still being worked on")]
+    KeyInUse,
     #[error("{0}")]
     PayloadTooLarge(String),
     #[error("target and headers of the request are larger than {0} bytes together")]
@@ -72,7 +77,7 @@ pub(super) struct Problem {
     code: &'static str,
     detail: String,
     pub(super) request_id: String,
-    retryable: bool,
+    pub(super) retryable: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     field: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -106,6 +111,8 @@ impl ApiError {
             Self::ImageNotFound(_) => (StatusCode::NOT_FOUND, "image_not_found", "Image not found"),
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "Method not allowed"),
             Self::Conflict(_) => (StatusCode::CONFLICT, "conflict", "Conflict"),
+            Self::KeyReused => (StatusCode::CONFLICT, "idempotency_key_reused", "Key reused"),
+            Self::KeyInUse => (StatusCode::CONFLICT, "idempotency_key_in_use", "Key in use"),
             Self::PayloadTooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", "Payload too large"),
             Self::HeadTooLarge(_) => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large", "Headers too large"),
             Self::SlowBody => (StatusCode::REQUEST_TIMEOUT, "timeout", "Timeout"),
@@ -125,9 +132,13 @@ impl ApiError {
     /// Whether the same request may be answered otherwise later.
     fn is_retryable(&self) -> bool {
         match self {
-            Self::Busy(_) | Self::DatabaseUnavailable | Self::KeeperUnavailable | Self::SlowBody | Self::Timeout | Self::Internal(_) => {
-                true
-            }
+            Self::Busy(_)
+            | Self::KeyInUse
+            | Self::DatabaseUnavailable
+            | Self::KeeperUnavailable
+            | Self::SlowBody
+            | Self::Timeout
+            | Self::Internal(_) => true,
             Self::QuotaExceeded(exceeded) => exceeded.retry_after_s.is_some(),
             Self::Unauthenticated(_)
             | Self::Suspended
@@ -137,6 +148,7 @@ impl ApiError {
             | Self::ImageNotFound(_)
             | Self::MethodNotAllowed
             | Self::Conflict(_)
+            | Self::KeyReused
             | Self::PayloadTooLarge(_)
             | Self::HeadTooLarge(_)
             | Self::Invalid(_)
@@ -212,7 +224,7 @@ impl IntoResponse for ApiError {
         if let Some(challenge) = self.challenge() {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
         }
-        if status == StatusCode::SERVICE_UNAVAILABLE && self.is_retryable() {
+        if matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::CONFLICT) && self.is_retryable() {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response.extensions_mut().insert(problem);
@@ -264,6 +276,7 @@ impl From<EngineError> for ApiError {
             EngineError::Suspended => Self::Suspended,
             EngineError::UnknownTenant => Self::UnknownTenant,
             EngineError::NameTaken => StoreError::NameTaken.into(),
+            EngineError::KeyLost => Self::KeyInUse,
             EngineError::KeeperUnavailable => Self::KeeperUnavailable,
             EngineError::Store(error) => error.into(),
         }

@@ -18,7 +18,8 @@ pub async fn read<T: DeserializeOwned>(body: Body) -> Result<T, ApiError> {
     parse(&bytes).map_err(ApiError::Invalid)
 }
 
-async fn bytes(mut body: Body) -> Result<Vec<u8>, ApiError> {
+/// A whole body, as it came.
+pub(super) async fn bytes(mut body: Body) -> Result<Vec<u8>, ApiError> {
     let mut bytes = Vec::new();
     let mut total = 0_usize;
     while let Some(frame) = body.frame().await {

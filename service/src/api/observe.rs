@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 use axum::{
     body::Body,
     extract::{MatchedPath, Request, State},
-    http::{HeaderName, HeaderValue, header},
+    http::{HeaderName, HeaderValue, header, request::Parts},
     middleware::Next,
     response::{IntoResponse as _, Response},
 };
@@ -21,9 +21,10 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const REQUEST_ID_BYTES_MAX: usize = 128;
 
 /// Sees a request in and its answer out. Every refusal leaves as a problem that carries the request's id.
-pub(super) async fn observe(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+pub(super) async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let began_at = Instant::now();
-    let id = request_id(&request);
+    let id = sound_or_new_id(&request);
+    request.extensions_mut().insert(RequestId(id.clone()));
     let method = method_name(&request);
     // A path that we do not have is the caller's text; it is no label.
     let route = request.extensions().get::<MatchedPath>().map_or_else(|| "unknown".to_owned(), |path| path.as_str().to_owned());
@@ -45,12 +46,35 @@ pub(super) async fn observe(State(app): State<Arc<App>>, request: Request, next:
 
 /// The part of [`observe`] that is for people: every refusal leaves as a problem.
 pub(super) async fn tell_problems(request: Request, next: Next) -> Response {
-    let id = request_id(&request);
+    let id = sound_or_new_id(&request);
     with_problem(next.run(request).await, &id)
 }
 
+/// What names a request that [`observe`] saw in.
+#[derive(Debug, Clone)]
+struct RequestId(String);
+
+/// An answer whose body is as the client is to have it.
+#[derive(Debug, Clone, Copy)]
+struct Told;
+
+/// Names the request, in answers and in the log.
+pub(super) fn request_id(parts: &Parts) -> String {
+    parts.extensions.get::<RequestId>().map(|id| id.0.clone()).unwrap_or_default()
+}
+
+/// Whether this is a refusal that may be none later.
+pub(super) fn is_retryable(response: &Response) -> bool {
+    response.extensions().get::<Problem>().is_some_and(|problem| problem.retryable)
+}
+
+/// Has the answer leave as it is: its body says already what there is to say.
+pub(super) fn mark_as_told(response: &mut Response) {
+    response.extensions_mut().insert(Told);
+}
+
 /// The caller's, if it is fit to be repeated; else one of ours.
-fn request_id(request: &Request) -> String {
+fn sound_or_new_id(request: &Request) -> String {
     let given = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok());
     let is_sound = |id: &&str| {
         (1..=REQUEST_ID_BYTES_MAX).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._:/@+=-".contains(&b))
@@ -66,7 +90,11 @@ fn method_name(request: &Request) -> &'static str {
         .unwrap_or("other")
 }
 
-fn with_problem(mut response: Response, request_id: &str) -> Response {
+/// Writes the body of a refusal, where it is not written yet.
+pub(super) fn with_problem(mut response: Response, request_id: &str) -> Response {
+    if response.extensions().get::<Told>().is_some() {
+        return response;
+    }
     let problem = response.extensions_mut().remove::<Problem>().or_else(|| {
         // Refused by a layer or by axum itself: the status says why, and its headers (`allow`) stay.
         let error = ApiError::of_status(response.status())?;

@@ -7,19 +7,20 @@ use axum::{
     body::Body,
     extract::{Path, State},
     http::{StatusCode, header},
-    response::{IntoResponse as _, Response},
+    response::{IntoResponse, Response},
 };
 
 use super::{
     App,
     caller::{Caller, Creator},
     error::ApiError,
+    idempotency::Keyed,
     json, query,
     view::RunView,
 };
 use crate::{
     engine::{Finished, Followed, Progress},
-    sandbox::{Kind, RunRequest},
+    sandbox::{Kind, RunRequest, Sandbox, SandboxId, TenantId},
     token::Scope,
 };
 
@@ -28,18 +29,38 @@ const START_PATIENCE: Duration = Duration::from_secs(10);
 /// How long, when the service stops, the end of a run is waited for.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
-pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator, body: Body) -> Result<Response, ApiError> {
+pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator, keyed: Keyed, body: Body) -> Result<Response, ApiError> {
     caller.require(Scope::Runs)?;
     let (asked, wait_ms) = json::read::<RunRequest>(body).await?.parse()?;
-    let mut run = app.engine.create(caller.owner(), asked).await?;
-    if let Some(finished) = wait(&app, &mut run, Duration::from_millis(wait_ms)).await {
+    let patience = Duration::from_millis(wait_ms);
+    if let Some(id) = keyed.made {
+        return go_on(&app, &caller.tenant, id, patience).await;
+    }
+    let mut run = app.engine.create(caller.owner(), asked, keyed.key).await?;
+    if let Some(finished) = wait(&app, &mut run, patience).await {
         let output = app.engine.output_of(finished.sandbox.id, &finished.log_tail).await;
         return Ok(Json(RunView::new(finished.sandbox.clone(), Some(output), None)).into_response());
     }
-    let sandbox = run.sandbox();
-    let location = format!("/v1/runs/{}", sandbox.id);
-    let position = app.engine.queue_position(&sandbox).await?;
-    Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], Json(RunView::new(sandbox, None, position))).into_response())
+    accepted(&app, run.sandbox()).await
+}
+
+/// The answer to one that goes on.
+async fn accepted(app: &App, run: Sandbox) -> Result<Response, ApiError> {
+    let location = format!("/v1/runs/{}", run.id);
+    let position = app.engine.queue_position(&run).await?;
+    Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], Json(RunView::new(run, None, position))).into_response())
+}
+
+/// The answer to a request whose run an earlier attempt made: as that would have waited for it.
+async fn go_on(app: &App, tenant: &TenantId, id: SandboxId, patience: Duration) -> Result<Response, ApiError> {
+    let run = app.engine.wait_until(tenant, id, patience, |run| run.state.is_final()).await?.ok_or(ApiError::NotFound)?;
+    if run.state.is_final() { view(app, run).await.map(IntoResponse::into_response) } else { accepted(app, run).await }
+}
+
+/// The answer of which nothing but its run was kept.
+pub(super) async fn told_again(app: &App, tenant: &TenantId, id: SandboxId) -> Result<Response, ApiError> {
+    let run = app.engine.find(tenant, Kind::Run, id).await?.ok_or(ApiError::NotFound)?;
+    view(app, run).await.map(IntoResponse::into_response)
 }
 
 /// The end, if it comes in time. Without it, the run is at least where a restart of the service finds it: in the queue, or with the keeper.
@@ -67,7 +88,11 @@ async fn wait(app: &App, run: &mut Followed, patience: Duration) -> Option<Arc<F
 
 pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<RunView>, ApiError> {
     caller.require(Scope::Runs)?;
-    let sandbox = app.engine.find(&caller.tenant, Kind::Run, query::id(&id)?).await?.ok_or(ApiError::NotFound)?;
+    let run = app.engine.find(&caller.tenant, Kind::Run, query::id(&id)?).await?.ok_or(ApiError::NotFound)?;
+    view(&app, run).await
+}
+
+async fn view(app: &App, sandbox: Sandbox) -> Result<Json<RunView>, ApiError> {
     let output = if sandbox.state.is_final() { Some(app.engine.output(sandbox.id).await?) } else { None };
     let position = app.engine.queue_position(&sandbox).await?;
     Ok(Json(RunView::new(sandbox, output, position)))

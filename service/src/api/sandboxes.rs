@@ -17,11 +17,13 @@ use super::{
     App,
     caller::{Caller, Creator},
     error::ApiError,
+    idempotency::Keyed,
     json, query,
     view::SandboxView,
 };
 use crate::{
-    sandbox::{Invalid, Kind, LIST_LIMIT, LabelFault, SandboxId, SandboxRequest, State as SandboxState, check_label},
+    engine::START_PATIENCE,
+    sandbox::{Invalid, Kind, LIST_LIMIT, LabelFault, Sandbox, SandboxId, SandboxRequest, State as SandboxState, TenantId, check_label},
     store::Filter,
     token::Scope,
 };
@@ -33,21 +35,36 @@ pub(super) struct Page {
     next_cursor: Option<String>,
 }
 
-pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator, body: Body) -> Result<Response, ApiError> {
+pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator, keyed: Keyed, body: Body) -> Result<Response, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
     let asked = json::read::<SandboxRequest>(body).await?.parse()?;
-    let sandbox = app.engine.create_and_start(caller.owner(), asked).await?;
+    let sandbox = match keyed.made {
+        None => app.engine.create_and_start(caller.owner(), asked, keyed.key).await?,
+        // By an earlier attempt at the same request.
+        Some(id) => {
+            let has_started = |sandbox: &Sandbox| sandbox.state != SandboxState::Starting;
+            app.engine.wait_until(&caller.tenant, id, START_PATIENCE, has_started).await?.ok_or(ApiError::NotFound)?
+        }
+    };
     let location = format!("/v1/sandboxes/{}", sandbox.id);
+    Ok((StatusCode::CREATED, [(header::LOCATION, location)], view(&app, sandbox).await?).into_response())
+}
+
+/// The answer of which nothing but its sandbox was kept.
+pub(super) async fn told_again(app: &App, tenant: &TenantId, id: SandboxId) -> Result<Response, ApiError> {
+    let sandbox = app.engine.find(tenant, Kind::Sandbox, id).await?.ok_or(ApiError::NotFound)?;
+    Ok(view(app, sandbox).await?.into_response())
+}
+
+async fn view(app: &App, sandbox: Sandbox) -> Result<Json<SandboxView>, ApiError> {
     let position = app.engine.queue_position(&sandbox).await?;
-    let view = SandboxView::from(sandbox).at(position);
-    Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(view)).into_response())
+    Ok(Json(SandboxView::from(sandbox).at(position)))
 }
 
 pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<SandboxView>, ApiError> {
     caller.require(Scope::SandboxesRead)?;
     let sandbox = app.engine.find(&caller.tenant, Kind::Sandbox, query::id(&id)?).await?.ok_or(ApiError::NotFound)?;
-    let position = app.engine.queue_position(&sandbox).await?;
-    Ok(Json(SandboxView::from(sandbox).at(position)))
+    view(&app, sandbox).await
 }
 
 pub(super) async fn delete(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<StatusCode, ApiError> {

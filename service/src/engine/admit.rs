@@ -14,7 +14,7 @@ use crate::{
         ImageUsed, Invalid, Kind, Limits, NewSandbox, Program, RequestedLimits, Sandbox, SandboxId, State, TenantId, WhenFull, asked,
         defaults_within,
     },
-    store::{Admission, Admitted, Image, Input, Lease, Standing, StoreError},
+    store::{Admission, Admitted, HeldKey, Image, Input, Lease, Standing, StoreError},
 };
 
 /// What references named when they were last looked up. Only a guess: the statement that inserts a sandbox checks it.
@@ -55,13 +55,13 @@ enum Obstacle {
 }
 
 impl Engine {
-    pub(super) async fn admit(self: Arc<Self>, owner: Owner, mut asked: NewSandbox) -> Result<Followed, EngineError> {
+    pub(super) async fn admit(self: Arc<Self>, owner: Owner, mut asked: NewSandbox, key: Option<HeldKey>) -> Result<Followed, EngineError> {
         /// Each obstacle may be met once, and once more if others move images at the same time.
         const ATTEMPTS: u32 = 6;
         let input = input::encode(&std::mem::take(&mut asked.files), asked.stdin.take());
         let mut input = Some(input);
         for _ in 0..ATTEMPTS {
-            match self.try_to_admit(&owner, &asked, &mut input).await? {
+            match self.try_to_admit(&owner, &asked, key.as_ref(), &mut input).await? {
                 Ok(followed) => return Ok(followed),
                 Err(Obstacle::ImageMoved) => self.images.forget(&owner.tenant, asked.image.as_str()),
                 Err(Obstacle::Unknown) => self.introduce(&owner).await?,
@@ -75,6 +75,7 @@ impl Engine {
         self: &Arc<Self>,
         owner: &Owner,
         asked: &NewSandbox,
+        key: Option<&HeldKey>,
         input: &mut Option<Input>,
     ) -> Result<Result<Followed, Obstacle>, EngineError> {
         let created_at = self.clock.now();
@@ -117,7 +118,7 @@ impl Engine {
             && !self.has_queue()
             && let Some(mut reservation) = self.capacity.reserve(room)
         {
-            let answer = self.ask_store(&sandbox, lease, asked, input.as_ref().unwrap_or(&empty)).await?;
+            let answer = self.ask_store(&sandbox, lease, asked, key, input.as_ref().unwrap_or(&empty)).await?;
             if let Admitted::Yes { weight } = answer {
                 sandbox_core::fail_point::reached("service.admit.claimed");
                 reservation.count_for(owner, weight);
@@ -136,7 +137,7 @@ impl Engine {
         let queued = Sandbox { state: State::Queued, claimed_at: None, ..sandbox };
         // Known before it can be claimed, so that whoever claims it finds those who wait for it.
         let live = self.live.insert(queued.clone(), lease, image_took);
-        let answer = self.ask_store(&queued, lease, asked, input.as_ref().unwrap_or(&empty)).await;
+        let answer = self.ask_store(&queued, lease, asked, key, input.as_ref().unwrap_or(&empty)).await;
         if !matches!(answer, Ok(Admitted::Yes { .. })) {
             self.live.remove(queued.id);
             return refuse(answer?, asked).map(Err);
@@ -150,6 +151,7 @@ impl Engine {
         sandbox: &Sandbox,
         lease: Lease,
         new: &NewSandbox,
+        key: Option<&HeldKey>,
         input: &Input,
     ) -> Result<Admitted, EngineError> {
         let ttl_ms = (new.kind == Kind::Sandbox).then_some(new.ttl_ms);
@@ -162,11 +164,12 @@ impl Engine {
             isolation: new.isolation(),
             defaults: &self.tenancy.defaults,
             queue_max: self.tenancy.queue_max,
+            key,
         };
         let answer = self.store.admit(admission).await;
         if let Err(StoreError::Unavailable(_)) = &answer {
             // The connection may have broken between the commit and its answer.
-            self.settle_unclear(sandbox.clone(), lease);
+            self.settle_unclear(sandbox.clone(), lease, key.map(|key| key.name.clone()));
         }
         Ok(answer?)
     }
@@ -207,6 +210,7 @@ fn refuse(refused: Admitted, asked: &NewSandbox) -> Result<Obstacle, EngineError
         Admitted::ImageMoved => Ok(Obstacle::ImageMoved),
         Admitted::Unknown => Ok(Obstacle::Unknown),
         Admitted::Suspended => Err(EngineError::Suspended),
+        Admitted::KeyLost => Err(EngineError::KeyLost),
         Admitted::QueueFull => Err(EngineError::Busy("there is no room now, and as many wait as may".to_owned())),
         Admitted::Exceeded(exceeded, quotas) => {
             let requested = defaults_within(asked.requested, &asked.limits, &quotas);

@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, io, sync::Arc, time::Duration};
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use super::{Engine, EngineError, Finished, Progress, live::Live};
 use crate::{
@@ -67,6 +67,33 @@ pub struct LogStream {
 }
 
 impl Engine {
+    /// The tenant's sandbox once it is so, or as it is when the patience is over or the service stops; `None` if there is none. For one that
+    /// somebody else made: another process, or another node.
+    pub async fn wait_until(
+        &self,
+        tenant: &TenantId,
+        id: SandboxId,
+        patience: Duration,
+        is_so: impl Fn(&Sandbox) -> bool,
+    ) -> Result<Option<Sandbox>, EngineError> {
+        /// Between two looks at a row that others change.
+        const LOOK: Duration = Duration::from_millis(200);
+        let deadline = Instant::now() + patience;
+        loop {
+            // Before the look, so that what changes after it is heard.
+            let progress = self.live.get(id).map(|live| live.subscribe());
+            let Some(sandbox) = self.find_any(tenant, id).await? else { return Ok(None) };
+            if is_so(&sandbox) || Instant::now() >= deadline || self.stopping.is_cancelled() {
+                return Ok(Some(sandbox));
+            }
+            let look_at = deadline.min(Instant::now() + LOOK);
+            match progress {
+                Some(mut progress) => drop(tokio::time::timeout_at(look_at, progress.changed()).await),
+                None => tokio::time::sleep_until(look_at).await,
+            }
+        }
+    }
+
     /// The log of this sandbox from a sequence number on: with `is_following` to its end, else what there is now.
     pub fn read_log(self: &Arc<Self>, sandbox: &Sandbox, from: u64, is_following: bool) -> LogStream {
         LogStream {

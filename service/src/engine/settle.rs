@@ -12,7 +12,7 @@ use super::{Engine, Finished, Progress, lease::LEFT_TO_OTHERS, live::Live};
 use crate::{
     clock::at_us,
     sandbox::{Finish, Kind, LogTail, Phases, Sandbox, SandboxId, State},
-    store::{Ended, Lease, LogKept, Return, StoreError, Writer},
+    store::{Ended, KeyName, Lease, LogKept, Return, StoreError, Writer},
 };
 
 /// How long the whole log of a run is kept when it does not fit beside the outcome.
@@ -176,8 +176,9 @@ impl Engine {
         });
     }
 
-    /// Ends a sandbox whose insertion may have been committed or not: whoever asked for it was told that it was not made.
-    pub(super) fn settle_unclear(self: &Arc<Self>, sandbox: Sandbox, lease: Lease) {
+    /// Ends a sandbox whose insertion may have been committed or not: whoever asked for it was told that it was not made, and may ask again
+    /// with the same key.
+    pub(super) fn settle_unclear(self: &Arc<Self>, sandbox: Sandbox, lease: Lease, key: Option<KeyName>) {
         let engine = Arc::clone(self);
         tokio::spawn(async move {
             let now = engine.clock.now();
@@ -188,6 +189,11 @@ impl Engine {
             let writer = if sandbox.state == State::Queued { Writer::Queue } else { Writer::Holder(lease) };
             if engine.store_end(sandbox.id, writer, &ended).await {
                 engine.metrics.ended(sandbox.kind, &finish.outcome);
+            }
+            if let Some(key) = key
+                && let Err(error) = engine.store.free_key_of(&key, sandbox.id).await
+            {
+                tracing::warn!(sandbox.id = %sandbox.id, %error, "its key is not free; who asks again hears of this end");
             }
         });
     }

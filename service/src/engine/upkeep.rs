@@ -61,6 +61,7 @@ impl Engine {
         in_batches(|| self.store.roll_up_usage(beginning_of_hour(now - ROLL_UP_AFTER), BATCH)).await?;
         in_batches(|| self.store.prune_sandboxes(ended, BATCH)).await?;
         in_batches(|| self.store.prune_events(told, BATCH)).await?;
+        in_batches(|| self.store.prune_keys(now, BATCH)).await?;
         in_batches(|| self.store.forget_principals(now, BATCH)).await
     }
 

@@ -13,7 +13,7 @@ use anyhow::Context;
 use super::Fault;
 
 /// The largest archive, packed or not.
-pub(super) const ARCHIVE_BYTES_MAX: u64 = 8 << 30;
+pub(crate) const ARCHIVE_BYTES_MAX: u64 = 8 << 30;
 /// The largest JSON document.
 const DOCUMENT_BYTES_MAX: u64 = 4 << 20;
 /// An image of the largest number of layers has some hundred files; an archive of several images a few times as many.

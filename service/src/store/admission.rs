@@ -4,7 +4,7 @@ use serde_json::Value;
 use sqlx::types::Json;
 use time::OffsetDateTime;
 
-use super::{Input, Lease, Store, StoreError, bigint, damaged, queue::CHANNEL, sandboxes::policy_name, unsigned};
+use super::{HeldKey, Input, Lease, Store, StoreError, bigint, damaged, queue::CHANNEL, sandboxes::policy_name, unsigned};
 use crate::sandbox::{DefaultQuotas, Exceeded, QuotaScope, Quotas, Sandbox, State};
 
 /// A sandbox that somebody wants, in the state that it is to have: claimed by this node, or queued.
@@ -22,6 +22,8 @@ pub struct Admission<'a> {
     pub defaults: &'a DefaultQuotas,
     /// How many may wait in all.
     pub queue_max: u64,
+    /// Where its request may be sent again: the key, which must be held.
+    pub key: Option<&'a HeldKey>,
 }
 
 /// What became of it.
@@ -40,6 +42,8 @@ pub enum Admitted {
     /// There is no such tenant, or none of its principals has this name.
     Unknown,
     Suspended,
+    /// The key is somebody else's by now, or has its sandbox.
+    KeyLost,
     /// A quota would be exceeded; with the quotas in force for the principal, its tenant's beneath.
     Exceeded(Exceeded, Quotas),
 }
@@ -48,7 +52,7 @@ impl Store {
     /// Inserts the sandbox, or nothing. A row that is locked is read as it is now, not as it was when the statement began: what is counted
     /// in the tenant's and the principal's row is exact, however many ask at once.
     pub async fn admit(&self, admission: Admission<'_>) -> Result<Admitted, StoreError> {
-        let Admission { sandbox, lease, input, asked, network, isolation, defaults, queue_max } = admission;
+        let Admission { sandbox, lease, input, asked, network, isolation, defaults, queue_max, key } = admission;
         let claimed = sandbox.state != State::Queued;
         let is_kept = !claimed || sandbox.retries_left > 0;
         let row = sqlx::query!(
@@ -118,6 +122,10 @@ impl Store {
                 from used u where not u.quotas -> 'isolations' ? $32
             ), first as (
                 select * from exceeded order by quota_turn, turn limit 1
+            ), held as (
+                select 1 from idempotency_keys
+                where tenant = $2 and principal = $3 and key = $35 and holder = $36 and sandbox is null
+                for no key update
             ), added as (
                 insert into sandboxes (
                     id, tenant, principal, kind, state, name, image_reference, image_digest, image_root, program, limits, output_policy,
@@ -126,6 +134,7 @@ impl Store {
                 select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $33, $34
                 from principal, image
                 where image.digest = $8
+                    and ($35::text is null or exists (select 1 from held))
                     and not exists (select 1 from used where suspended_at is not null)
                     and not exists (select 1 from first)
                     and case when $5 = 'queued' then (select coalesce(sum(queued), 0) from tenants where queued > 0) < $20
@@ -150,6 +159,9 @@ impl Store {
                     day = used.day, day_runs = used.day_runs + 1, day_cpu_us = used.day_cpu_us
                 from added, used
                 where principals.tenant = $2 and principals.name = $3 and used.turn = 2
+            ), tied as (
+                update idempotency_keys set sandbox = added.id from added
+                where tenant = $2 and principal = $3 and key = $35 and holder = $36
             ), given as (
                 insert into inputs (sandbox, files, stdin)
                 select id, $22, $23 from added where ($22::bytea is not null or $23::bytea is not null)
@@ -160,6 +172,7 @@ impl Store {
             select
                 case
                     when not exists (select 1 from principal) then 'unknown'
+                    when $35::text is not null and not exists (select 1 from held) then 'key'
                     when exists (select 1 from used where suspended_at is not null) then 'suspended'
                     when exists (select 1 from added) then 'added'
                     when not exists (select 1 from image where digest = $8) then 'image'
@@ -207,6 +220,8 @@ impl Store {
             isolation,
             bigint(if claimed { lease.epoch } else { 0 }),
             sandbox.retries_left.cast_signed(),
+            key.map(|key| key.name.key.as_str()) as _,
+            key.map(|key| key.holder) as _,
         )
         .fetch_one(&self.pool)
         .await?;
@@ -217,6 +232,7 @@ impl Store {
             "image" => Admitted::ImageMoved,
             "unknown" => Admitted::Unknown,
             "suspended" => Admitted::Suspended,
+            "key" => Admitted::KeyLost,
             _ => {
                 let exceeded = Exceeded {
                     scope: if row.scope.as_deref() == Some("tenant") { QuotaScope::Tenant } else { QuotaScope::Principal },

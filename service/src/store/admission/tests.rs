@@ -270,6 +270,7 @@ async fn the_queue_is_bounded(pool: PgPool) {
             isolation: "container",
             defaults: &none,
             queue_max: 1,
+            key: None,
         };
         store.admit(admission).await.unwrap()
     };
