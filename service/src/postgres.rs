@@ -5,6 +5,7 @@ use std::{
     fs, io,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -34,6 +35,19 @@ pub struct Cluster {
     /// Belongs to `account`; below it root touches nothing itself, so that no link in there can lead it astray.
     folder: PathBuf,
     account: Account,
+    /// Whether it is to stay stopped. Held by whoever starts or stops it.
+    is_over: Arc<Mutex<bool>>,
+}
+
+/// What became of a cluster that does not answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Revival {
+    /// It was dead.
+    Started,
+    /// Its server is there.
+    Runs,
+    /// It was stopped on purpose.
+    Stopping,
 }
 
 /// Whether somebody had started it before.
@@ -61,7 +75,7 @@ impl Cluster {
             "the data folder's path is too long for a socket in it: {} bytes too many",
             len - SOCKET_PATH_BYTES_MAX
         );
-        Ok(Self { bin, folder: folder.to_owned(), account: account.clone() })
+        Ok(Self { bin, folder: folder.to_owned(), account: account.clone(), is_over: Arc::default() })
     }
 
     /// Makes the cluster if there is none, starts it — for so many connections — if it does not run, and makes sure of its database.
@@ -79,8 +93,26 @@ impl Cluster {
         Ok(start)
     }
 
-    /// Stops it: transactions in progress are rolled back, what was committed is on disk.
+    /// Starts it again if its server is dead. Needs no privilege: to be its account will do.
+    pub fn revive(&self, connections: u32) -> anyhow::Result<Revival> {
+        let is_over = self.is_over.lock().unwrap_or_else(PoisonError::into_inner);
+        if *is_over {
+            return Ok(Revival::Stopping);
+        }
+        if self.is_running() {
+            return Ok(Revival::Runs);
+        }
+        self.launch(connections).with_context(|| format!("its log is {}", self.log().display()))?;
+        Ok(Revival::Started)
+    }
+
+    /// Stops it: transactions in progress are rolled back, what was committed is on disk. It is not revived any more.
     pub fn stop(&self) -> anyhow::Result<()> {
+        let mut is_over = self.is_over.lock().unwrap_or_else(PoisonError::into_inner);
+        *is_over = true;
+        if !self.is_running() {
+            return Ok(());
+        }
         finish(self.pg_ctl("stop").args(["-m", "fast", "-t", STOP_S])).context("stopping the private Postgres")?;
         Ok(())
     }

@@ -4,6 +4,7 @@ mod door;
 mod folders;
 mod helpers;
 mod node;
+mod revive;
 mod tls;
 
 use std::{
@@ -234,6 +235,10 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
     let idempotency = api::Idempotency::new(identity.node, settings.idempotency_retention);
     let app = Arc::new(api::App { engine, store, keeper, verifier, images, clock, metrics: figures, idempotency });
     let stopping = CancellationToken::new();
+    if let (None, Some(cluster)) = (&settings.database_url, helpers.cluster()) {
+        let (cluster, store) = (cluster.clone(), app.store.clone());
+        tokio::spawn(revive::keep_running(cluster, settings.database_connections, store, stopping.clone()));
+    }
     let bounds = Bounds { connections: METRICS_CONNECTIONS_MAX, head_deadline: METRICS_HEAD_DEADLINE };
     let metrics = open(doors.metrics, api::metrics_router(Arc::clone(&app)), bounds, None, stopping.clone())?;
     let bounds = Bounds { connections: connections_max(settings.door.connections_max), head_deadline: settings.door.head_deadline };

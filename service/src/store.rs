@@ -2,48 +2,45 @@
 
 mod admission;
 mod events;
+mod health;
 mod idempotency;
 mod images;
 mod nodes;
+mod pool;
 mod queue;
 mod sandboxes;
 mod tenants;
 mod usage;
 
-use std::{io, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 pub use admission::{Admission, Admitted};
 pub use events::{Act, EventFilter, Told};
 pub use idempotency::{Fingerprint, HeldKey, Kept, KeyName, KeyState, Taking};
 pub use images::{Image, NewImage, Recorded};
 pub use nodes::{Abandoned, Capacity as NodeCapacity, Lease, Node, NodeId, Orders};
+use pool::Pool;
 pub use queue::{Candidate, Input, QueueListener, Return};
 #[cfg(test)]
 pub(crate) use sandboxes::tests::sandbox as sandbox_for_tests;
 pub use sandboxes::{Deleted, Ended, Everyones, Filter, Held, LogKept, StoredLog, Whereabouts, Writer};
-use sqlx::{
-    Connection as _, PgConnection, PgPool,
-    postgres::{PgConnectOptions, PgPoolOptions},
-};
+use sqlx::{Connection as _, PgConnection, postgres::PgConnectOptions};
 pub use tenants::{Account, Change, OfTenant, Standing, Suspension, Used, Who};
 pub use usage::{GroupBy, TimeUnit, UsageLine, UsageQuery};
 
-/// How long a request waits for a free connection before the database counts as unavailable.
-const ACQUIRE_DEADLINE: Duration = Duration::from_secs(5);
-
-/// A connection that rested for longer is asked whether it still works before it is used.
-const TRUSTED_REST: Duration = Duration::from_secs(1);
-
-/// Postgres, with a bounded number of connections.
+/// Postgres, with a bounded number of connections, and of those who wait for one.
 #[derive(Debug, Clone)]
 pub struct Store {
-    pool: PgPool,
+    pool: Pool,
 }
 
 /// Why the store did not do it.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// Postgres cannot be reached or is shutting down. Later it may work.
+    /// Postgres was not asked: it is away, or too many wait for it. Nothing was done. Later it may work.
+    #[error("the database is out of reach: {0}")]
+    Unreached(#[source] sqlx::Error),
+    /// Postgres broke off or is shutting down, or has no room: the statement may have been done, or not. Later it may work.
     #[error("the database is not available: {0}")]
     Unavailable(#[source] sqlx::Error),
     /// The tenant has a sandbox of this name.
@@ -56,23 +53,28 @@ pub enum StoreError {
 impl Store {
     /// Connects. Fails when Postgres cannot be reached with these options.
     pub async fn connect(options: PgConnectOptions, connections: u32) -> anyhow::Result<Self> {
-        let pool = PgPoolOptions::new()
-            .max_connections(connections)
-            .min_connections(2.min(connections))
-            .acquire_timeout(ACQUIRE_DEADLINE)
-            // A question before each use would cost every request; one that has rested may have outlived its server.
-            .test_before_acquire(false)
-            .before_acquire(|connection, state| {
-                Box::pin(async move { Ok(state.idle_for < TRUSTED_REST || connection.ping().await.is_ok()) })
-            })
-            .connect_with(options)
-            .await?;
+        let pool = Pool::connect(options, connections).await?;
         Ok(Self { pool })
     }
 
     /// Brings the schema up to this program's version, under a lock that lets one process do it at a time.
     pub async fn migrate(&self) -> anyhow::Result<()> {
-        Ok(sqlx::migrate!("../migrations").run(&self.pool).await?)
+        // By a connection of its own, which has no deadline: a migration takes as long as its tables are large.
+        let mut connection = PgConnection::connect_with(&self.pool.connect_options()).await?;
+        sqlx::migrate!("../migrations").run(&mut connection).await?;
+        // Its end is all the same to us.
+        drop(connection.close().await);
+        Ok(())
+    }
+
+    /// Returns as soon as Postgres is known to be away, with the reason.
+    pub async fn away(&self) -> Arc<str> {
+        self.pool.health().away().await
+    }
+
+    /// Returns as soon as Postgres is not known to be away.
+    pub async fn there(&self) {
+        self.pool.health().there().await;
     }
 
     /// Whether Postgres answers.
@@ -91,6 +93,9 @@ impl Store {
 
 impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> Self {
+        if pool::was_not_sent(&error) {
+            return Self::Unreached(error);
+        }
         if is_unavailable(&error) {
             return Self::Unavailable(error);
         }
@@ -105,9 +110,11 @@ impl From<sqlx::Error> for StoreError {
 
 /// Whether the fault lies with the connection or the server's state, not with the statement.
 fn is_unavailable(error: &sqlx::Error) -> bool {
-    // Classes 08 (connection), 53 (resources) and 57 (operator) of the table of error codes in Postgres's manual.
+    // Of the table of error codes in Postgres's manual the classes 08 (connection), 53 (resources: disk, memory, connections), 57 (operator)
+    // and 58 (system), a transaction that rested for too long, and a server that only reads, as one that is about to be replaced.
+    const CODES: [&str; 6] = ["08", "53", "57", "58", "25P03", "25006"];
     let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
-    code.is_some_and(|code| ["08", "53", "57"].iter().any(|class| code.starts_with(class)))
+    code.is_some_and(|code| CODES.iter().any(|beginning| code.starts_with(beginning)))
         || matches!(
             error,
             sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Tls(_) | sqlx::Error::WorkerCrashed

@@ -255,6 +255,11 @@ impl From<TokenError> for ApiError {
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         match error {
+            // That it is away was said once, when it went.
+            StoreError::Unreached(cause) => {
+                tracing::debug!(%cause, "the database is out of reach");
+                Self::DatabaseUnavailable
+            }
             StoreError::Unavailable(cause) => {
                 tracing::warn!(%cause, "the database is not available");
                 Self::DatabaseUnavailable

@@ -231,7 +231,7 @@ mod tests {
 
     #[sqlx::test(migrations = "../migrations")]
     async fn image_bytes_are_counted_and_bounded(pool: sqlx::PgPool) {
-        let store = Store { pool: pool.clone() };
+        let store = Store { pool: pool.clone().into() };
         let quotas: Quotas = serde_json::from_value(json!({"image_bytes": 10})).unwrap();
         let sized = |digit, reference, size_bytes| NewImage { size_bytes, ..image(Some("acme"), reference, digit) };
         let first = store.record_image(&sized('a', "one", 6), &quotas, &act()).await.unwrap();
@@ -251,7 +251,7 @@ mod tests {
 
     #[sqlx::test(migrations = "../migrations")]
     async fn a_tenants_own_image_comes_before_the_shared_one(pool: sqlx::PgPool) {
-        let store = Store { pool };
+        let store = Store { pool: pool.into() };
         record(&store, &image(None, "python", 'a')).await.unwrap();
         record(&store, &image(Some("acme"), "python", 'b')).await.unwrap();
 
@@ -263,7 +263,7 @@ mod tests {
 
     #[sqlx::test(migrations = "../migrations")]
     async fn another_tenants_image_is_not_found(pool: sqlx::PgPool) {
-        let store = Store { pool };
+        let store = Store { pool: pool.into() };
         record(&store, &image(Some("acme"), "secret", 'a')).await.unwrap();
         let other = TenantId::proven("other".into());
         assert!(store.find_image(&other, "secret").await.unwrap().is_none());
@@ -273,7 +273,7 @@ mod tests {
 
     #[sqlx::test(migrations = "../migrations")]
     async fn a_second_import_moves_the_reference(pool: sqlx::PgPool) {
-        let store = Store { pool };
+        let store = Store { pool: pool.into() };
         record(&store, &image(None, "python", 'a')).await.unwrap();
         record(&store, &image(None, "python", 'b')).await.unwrap();
         let images = store.list_images(&TenantId::proven("acme".into())).await.unwrap();

@@ -46,7 +46,7 @@ pub(in crate::store) async fn take_node(store: &Store, node: NodeId) -> Lease {
 }
 
 pub(in crate::store) async fn store_with_node(pool: PgPool) -> (Store, Lease) {
-    let store = Store { pool };
+    let store = Store { pool: pool.into() };
     let now = OffsetDateTime::UNIX_EPOCH;
     let lease = take_node(&store, NodeId(Uuid::now_v7())).await;
     let root = "a".repeat(64);

@@ -1,0 +1,190 @@
+//! Connections to Postgres: so many, with so many who wait for one, and nobody waits while the database is known to be away.
+
+use std::{io, ops::Deref, sync::Arc, time::Duration};
+
+use futures_util::{
+    FutureExt as _, StreamExt as _, TryFutureExt as _, TryStreamExt as _,
+    future::BoxFuture,
+    stream::{self, BoxStream},
+};
+use sqlx::{
+    Connection as _, Either, Execute, Executor, PgPool, Postgres, SqlStr, Transaction,
+    pool::PoolConnection,
+    postgres::{PgConnectOptions, PgPoolOptions, PgQueryResult, PgRow, PgStatement, PgTypeInfo},
+};
+use tokio::sync::Semaphore;
+
+use super::health::Health;
+
+/// How long a statement waits for a free connection.
+const ACQUIRE_DEADLINE: Duration = Duration::from_secs(5);
+/// How many wait for each connection at the most. A statement takes a fraction of a millisecond: more than this is no queue, but a jam.
+const WAITING_PER_CONNECTION: usize = 64;
+/// A connection that rested for longer is asked whether it still works before it is used.
+const TRUSTED_REST: Duration = Duration::from_secs(1);
+
+/// After this time Postgres gives a statement up, and a transaction that does nothing.
+const SERVER_SETTINGS: &str = "set statement_timeout = '10s'; set idle_in_transaction_session_timeout = '30s'";
+/// After this time we do: it hangs, or is out of reach without anybody saying so.
+const STATEMENT_DEADLINE: Duration = Duration::from_secs(15);
+
+/// A pool that can be used as sqlx's own.
+#[derive(Debug, Clone)]
+pub(super) struct Pool {
+    inner: PgPool,
+    gate: Arc<Gate>,
+}
+
+#[derive(Debug)]
+struct Gate {
+    health: Arc<Health>,
+    waiting: Semaphore,
+}
+
+/// Marks errors of statements that were not sent.
+#[derive(Debug, thiserror::Error)]
+enum NotSent {
+    #[error("it is away: {0}")]
+    Away(Arc<str>),
+    #[error("too many wait for a connection")]
+    Crowded,
+    #[error(transparent)]
+    NoConnection(sqlx::Error),
+}
+
+/// Whether the statement that failed like this was never sent, so that certainly nothing was done.
+pub(super) fn was_not_sent(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::Io(error) if error.get_ref().is_some_and(|inner| inner.is::<NotSent>()))
+}
+
+impl From<NotSent> for sqlx::Error {
+    fn from(error: NotSent) -> Self {
+        Self::Io(io::Error::other(error))
+    }
+}
+
+impl Pool {
+    /// Connects, and begins to watch the database.
+    pub(super) async fn connect(options: PgConnectOptions, connections: u32) -> Result<Self, sqlx::Error> {
+        let health = Arc::new(Health::new());
+        let known = Arc::clone(&health);
+        let inner = PgPoolOptions::new()
+            .max_connections(connections)
+            .min_connections(2.min(connections))
+            .acquire_timeout(ACQUIRE_DEADLINE)
+            // A question before each use would cost every request; one that has rested may have outlived its server.
+            .test_before_acquire(false)
+            .before_acquire(move |connection, state| {
+                let is_trusted = state.idle_for < TRUSTED_REST && !known.was_away_within(state.idle_for);
+                Box::pin(async move { Ok(is_trusted || connection.ping().await.is_ok()) })
+            })
+            .after_connect(|connection, _| Box::pin(async move { connection.execute(SERVER_SETTINGS).await.map(drop) }))
+            .connect_with(options)
+            .await?;
+        let waiting = Semaphore::new(WAITING_PER_CONNECTION * usize::try_from(connections).unwrap_or(1));
+        tokio::spawn(Arc::clone(&health).watch(inner.clone()));
+        Ok(Self { inner, gate: Arc::new(Gate { health, waiting }) })
+    }
+
+    pub(super) fn health(&self) -> &Health {
+        &self.gate.health
+    }
+
+    /// A connection. An error says that nothing was sent.
+    pub(super) async fn acquire(&self) -> Result<PoolConnection<Postgres>, sqlx::Error> {
+        let Gate { health, waiting } = &*self.gate;
+        let _place = waiting.try_acquire().map_err(|_| NotSent::Crowded)?;
+        tokio::select! {
+            biased;
+            reason = health.away() => Err(NotSent::Away(reason).into()),
+            connection = self.inner.acquire() => connection.map_err(|error| {
+                health.doubt();
+                NotSent::NoConnection(error).into()
+            }),
+        }
+    }
+
+    pub(super) async fn begin(&self) -> Result<Transaction<'static, Postgres>, sqlx::Error> {
+        let connection = self.acquire().await?;
+        let begun = tokio::time::timeout(STATEMENT_DEADLINE, Transaction::begin(connection, None)).await;
+        self.heard(begun.unwrap_or_else(|_late| Err(late())))
+    }
+
+    /// Uses a connection for one statement, for as long as that may take.
+    async fn use_one<T>(self, work: impl AsyncFnOnce(&mut sqlx::PgConnection) -> Result<T, sqlx::Error>) -> Result<T, sqlx::Error> {
+        let mut connection = self.acquire().await?;
+        let done = tokio::time::timeout(STATEMENT_DEADLINE, work(&mut connection)).await;
+        let done = done.unwrap_or_else(|_late| {
+            // Given back to the pool it would be asked whether it works, and never answer.
+            drop(connection.detach());
+            Err(late())
+        });
+        self.heard(done)
+    }
+
+    /// A failure that is the connection's makes the database doubtful.
+    fn heard<T>(&self, done: Result<T, sqlx::Error>) -> Result<T, sqlx::Error> {
+        if let Err(error) = &done
+            && super::is_unavailable(error)
+        {
+            self.gate.health.doubt();
+        }
+        done
+    }
+}
+
+/// A statement was sent, and whether it was done nobody knows.
+fn late() -> sqlx::Error {
+    sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, "a statement got no answer"))
+}
+
+impl Deref for Pool {
+    type Target = PgPool;
+
+    fn deref(&self) -> &PgPool {
+        &self.inner
+    }
+}
+
+#[cfg(test)]
+impl From<PgPool> for Pool {
+    /// One that nobody watches.
+    fn from(inner: PgPool) -> Self {
+        Self { inner, gate: Arc::new(Gate { health: Arc::new(Health::new()), waiting: Semaphore::new(1000) }) }
+    }
+}
+
+impl<'p> Executor<'p> for &'_ Pool {
+    type Database = Postgres;
+
+    /// All rows are held before the first is given: none of our statements has many.
+    fn fetch_many<'e, 'q: 'e, E>(self, query: E) -> BoxStream<'e, Result<Either<PgQueryResult, PgRow>, sqlx::Error>>
+    where
+        E: 'q + Execute<'q, Postgres>,
+    {
+        let pool = self.clone();
+        let steps = pool.use_one(async move |connection| connection.fetch_many(query).try_collect::<Vec<_>>().await);
+        steps.map_ok(|steps| stream::iter(steps).map(Ok)).try_flatten_stream().boxed()
+    }
+
+    fn fetch_optional<'e, 'q: 'e, E>(self, query: E) -> BoxFuture<'e, Result<Option<PgRow>, sqlx::Error>>
+    where
+        E: 'q + Execute<'q, Postgres>,
+    {
+        let pool = self.clone();
+        pool.use_one(async move |connection| connection.fetch_optional(query).await).boxed()
+    }
+
+    fn prepare_with<'e>(self, sql: SqlStr, parameters: &'e [PgTypeInfo]) -> BoxFuture<'e, Result<PgStatement, sqlx::Error>>
+    where
+        'p: 'e,
+    {
+        let pool = self.clone();
+        pool.use_one(async move |connection| connection.prepare_with(sql, parameters).await).boxed()
+    }
+
+    fn describe<'e>(self, sql: SqlStr) -> BoxFuture<'e, Result<sqlx::Describe<Postgres>, sqlx::Error>> {
+        let pool = self.clone();
+        pool.use_one(async move |connection| connection.describe(sql).await).boxed()
+    }
+}
