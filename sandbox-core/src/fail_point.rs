@@ -45,6 +45,39 @@ pub const STEPS: &[&str] = &[
     "keeper.upgrade.accepted",
     "keeper.upgrade.described",
     "keeper.upgrade.taken_over",
+    // An admission: the row is there, claimed or queued; one that waited is claimed.
+    "service.admit.claimed",
+    "service.admit.queued",
+    "service.queue.claimed",
+    // A launch: what it is given is in memory; the keeper has the order; it has answered; the row says that it runs.
+    "service.launch.given",
+    "service.launch.sent",
+    "service.launch.answered",
+    "service.running.stored",
+    // An end: it is known; the log is read; the row has it, or waits for another attempt; who waited knows; the keeper has forgotten it.
+    "service.settle.heard",
+    "service.settle.read",
+    "service.settle.stored",
+    "service.settle.returned",
+    "service.settle.told",
+    "service.settle.forgotten",
+    // A deletion: its event is there; the order is given; the row is gone; so is the log.
+    "service.delete.told",
+    "service.delete.ordered",
+    "service.delete.stored",
+    "service.delete.forgotten",
+    // A start: what is there is known; it is followed.
+    "service.recover.listed",
+    "service.recover.taken",
+    // An image comes in: its archive is here; that is read; its blobs are kept; it is unpacked; it has its row.
+    "service.import.received",
+    "service.import.read",
+    "service.import.kept",
+    "service.import.unpacked",
+    "service.import.recorded",
+    // An image goes: its row; its root.
+    "service.image.unnamed",
+    "service.image.removed",
 ];
 
 /// Takes the environment's word for which steps kill. At the start of a process.

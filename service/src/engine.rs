@@ -32,7 +32,7 @@ pub use live::{Finished, Progress};
 use live::{Live, Registry};
 use pressure::Pressure;
 pub use pressure::Reserves;
-use sandbox_core::protocol::KillReason;
+use sandbox_core::{fail_point, protocol::KillReason};
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -284,6 +284,7 @@ impl Engine {
             let act = Act { actor: Some(owner), at: self.clock.now(), data: serde_json::json!({}) };
             if let Some(deleted) = self.store.delete(tenant, id, &act).await? {
                 self.live.remove(id);
+                fail_point::reached("service.delete.stored");
                 if deleted.has_log_file {
                     tokio::spawn(Arc::clone(self).forget_log(id));
                 }
@@ -294,8 +295,10 @@ impl Engine {
                 Some(live) => {
                     if !std::mem::replace(&mut is_told, true) {
                         self.store.tell_of_sandbox(tenant, id, "sandbox.killed", &act).await?;
+                        fail_point::reached("service.delete.told");
                     }
                     self.kill(&live, KillReason::StoppedByUser).await;
+                    fail_point::reached("service.delete.ordered");
                     let mut followed = Followed::new(live);
                     drop(tokio::time::timeout(REPEAT, followed.ended()).await);
                 }
@@ -418,6 +421,7 @@ impl Engine {
             match self.keeper.forget(id).await {
                 Err(CallError::Lost) => tokio::time::sleep(Duration::from_millis(100)).await,
                 answer @ (Ok(()) | Err(CallError::Failed(_))) => {
+                    fail_point::reached("service.delete.forgotten");
                     is_done(id, answer);
                     return;
                 }

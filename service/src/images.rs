@@ -16,7 +16,10 @@ use std::{
 use anyhow::Context;
 use futures_util::{Stream, StreamExt};
 use oci_spec::image::Sha256Digest;
-use sandbox_core::protocol::{FailureKind, ImageId, UnpackLimits};
+use sandbox_core::{
+    fail_point,
+    protocol::{FailureKind, ImageId, UnpackLimits},
+};
 use tokio::{
     io::AsyncWriteExt,
     sync::{RwLock, Semaphore, SemaphorePermit},
@@ -176,6 +179,7 @@ impl Images {
             to.write_all(chunk.as_ref()).await.context("keeping an upload").map_err(ImportError::Internal)?;
         }
         to.flush().await.context("keeping an upload").map_err(ImportError::Internal)?;
+        fail_point::reached("service.import.received");
         Ok(Upload { file: to.into_inner().into_std().await, _place: place })
     }
 
@@ -199,6 +203,7 @@ impl Images {
     pub async fn remove(&self, tenant: Option<&TenantId>, reference: &str, actor: &Owner) -> Result<Option<Image>, ImportError> {
         let removed = self.store.remove_image(tenant, reference, &self.act_of(actor)).await?;
         if let Some(image) = &removed {
+            fail_point::reached("service.image.unnamed");
             self.unlink(image.root.clone(), HashSet::new()).await;
         }
         Ok(removed)
@@ -217,6 +222,7 @@ impl Images {
             Ok::<_, Fault>((archive, found, blobs))
         });
         let (archive, found, blobs) = read.await.map_err(|panic| ImportError::Internal(panic.into()))??;
+        fail_point::reached("service.import.read");
         let (digests, manifest) = (found.digests(), found.manifest.digest.clone());
 
         let adding = self.content.read().await;
@@ -254,7 +260,9 @@ impl Images {
         let size_bytes = found.size_bytes();
         let bytes = (size_bytes.saturating_mul(UNPACKED_RATIO_MAX).saturating_add(UNPACKED_BYTES_FREE)).min(UNPACKED_BYTES_MAX);
         let limits = UnpackLimits { bytes, entries: UNPACKED_ENTRIES_MAX, wall_ms: UNPACK_MS };
+        fail_point::reached("service.import.kept");
         self.keeper.unpack(root.clone(), layers, limits).await?;
+        fail_point::reached("service.import.unpacked");
 
         let before = self.named(tenant.as_ref(), reference.as_str()).await?;
         let mut config = found.configuration.clone();
@@ -273,6 +281,7 @@ impl Images {
             Recorded::Yes(image) => *image,
             Recorded::Exceeded(exceeded) => return Err(ImportError::QuotaExceeded(Box::new(exceeded))),
         };
+        fail_point::reached("service.import.recorded");
         tracing::info!(image.reference = image.reference, image.digest = image.digest, "an image was imported");
         Ok((image, before.filter(|before| *before != root)))
     }
@@ -304,6 +313,7 @@ impl Images {
         let _taking = self.content.write().await;
         if !self.store.needs_root(root).await? {
             self.keeper.remove_image(root.clone()).await?;
+            fail_point::reached("service.image.removed");
             self.leftover.lock().unwrap_or_else(PoisonError::into_inner).remove(root);
             // An image that never came so far has no manifest here.
             digests.extend(self.blobs.references(&digest_of_root(root)).unwrap_or_default());

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use sandbox_core::fail_point;
 use uuid::Uuid;
 
 use super::{Engine, EngineError, Followed, Owner, capacity::Room, input};
@@ -120,7 +121,7 @@ impl Engine {
         {
             let answer = self.ask_store(&sandbox, lease, asked, key, input.as_ref().unwrap_or(&empty)).await?;
             if let Admitted::Yes { weight } = answer {
-                sandbox_core::fail_point::reached("service.admit.claimed");
+                fail_point::reached("service.admit.claimed");
                 reservation.count_for(owner, weight);
                 let live = self.live.insert(sandbox, lease, image_took);
                 let input = input.take().unwrap_or_default();
@@ -142,6 +143,7 @@ impl Engine {
             self.live.remove(queued.id);
             return refuse(answer?, asked).map(Err);
         }
+        fail_point::reached("service.admit.queued");
         self.note_queue();
         Ok(Ok(Followed::new(live)))
     }

@@ -2,7 +2,10 @@
 
 use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
-use sandbox_core::protocol::{Cause, Ending, FailureKind, KillReason, Launch, Launched, Stdin, Supervision};
+use sandbox_core::{
+    fail_point,
+    protocol::{Cause, Ending, FailureKind, KillReason, Launch, Launched, Stdin, Supervision},
+};
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
@@ -81,6 +84,7 @@ impl Engine {
         if live.sandbox.attempt > 1 {
             self.clear_former_attempt(live.sandbox.id).await;
         }
+        fail_point::reached("service.launch.given");
         let launch = launch_of(&live.sandbox, has_stdin, has_files);
         match self.launch(launch, &descriptors).await {
             Started::Over(ending) => Course::Ended(ending),
@@ -128,10 +132,12 @@ impl Engine {
             let (error, wait) = match self.keeper.launch(launch.clone(), descriptors).await {
                 Err(error) => (error, None),
                 Ok(answer) => {
+                    fail_point::reached("service.launch.sent");
                     // Asked before the launch is answered, so that a short run costs one round trip.
                     let wait = self.keeper.wait(id).await.ok();
                     match answer.await {
                         Ok(LaunchAnswer::Launched(launched)) => {
+                            fail_point::reached("service.launch.answered");
                             return Started::WithKeeper { launched: Some(launched), wait };
                         }
                         Ok(LaunchAnswer::Ended(ending)) => return Started::Over(ending),
@@ -254,8 +260,9 @@ impl Engine {
         let (store, id, lease, started_at) = (self.store.clone(), live.sandbox.id, live.lease(), at_us(launched.started_at_us));
         // Not waited for: the end, should it come first, is guarded by the row's state.
         tokio::spawn(async move {
-            if let Err(error) = store.mark_running(id, lease, started_at, launched.fences).await {
-                tracing::warn!(sandbox.id = %id, %error, "noting that it runs failed");
+            match store.mark_running(id, lease, started_at, launched.fences).await {
+                Ok(()) => fail_point::reached("service.running.stored"),
+                Err(error) => tracing::warn!(sandbox.id = %id, %error, "noting that it runs failed"),
             }
         });
     }

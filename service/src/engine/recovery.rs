@@ -7,7 +7,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use sandbox_core::protocol::{KillReason, Record};
+use sandbox_core::{
+    fail_point,
+    protocol::{KillReason, Record},
+};
 
 use super::{Engine, Progress, capacity::Room};
 use crate::sandbox::{Sandbox, SandboxId};
@@ -20,7 +23,9 @@ impl Engine {
     pub(super) async fn recover(self: &Arc<Self>) -> anyhow::Result<()> {
         let rows = self.store.live_of(self.node).await.context("reading this node's sandboxes failed")?;
         let records = self.keeper.list().await.context("asking the keeper for its sandboxes failed")?;
+        fail_point::reached("service.recover.listed");
         let leftover = self.take_over(rows, records).await;
+        fail_point::reached("service.recover.taken");
         let kept: HashSet<SandboxId> = self.store.kept_logs(self.node, None).await?.into_iter().collect();
         for id in leftover {
             if kept.contains(&id) {

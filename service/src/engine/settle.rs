@@ -53,6 +53,7 @@ impl Engine {
         let ending = Ending { launched: ending.launched.or_else(|| live.launched()), ..ending.clone() };
         let finish = Finish::of(&ending, &live.sandbox.limits, phases(live, at_us(ending.ended_at_us)));
         let id = live.sandbox.id;
+        fail_point::reached("service.settle.heard");
         let read = self.read_tail(id).await;
         let is_whole = read.as_ref().is_some_and(LogTail::is_complete);
         let log_tail = read.unwrap_or_else(|| unread(&live.sandbox, &ending.usage));
@@ -70,6 +71,7 @@ impl Engine {
         self.metrics.ended(live.sandbox.kind, &finish.outcome);
         live.ended(finished(&live.sandbox, finish, log_tail));
         self.live.remove(id);
+        fail_point::reached("service.settle.told");
         match log_file {
             LogKept::No => {
                 self.forget(id).await;
