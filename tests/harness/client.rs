@@ -124,16 +124,48 @@ impl Client {
 
     /// Sends it and holds the answer against the contract.
     pub async fn send(&self, request: reqwest::RequestBuilder, method: &str, path: &str) -> Answer {
-        let response = request.send().await.unwrap_or_else(|e| panic!("{method} {path}: {e:?}"));
+        self.try_send(request, method, path).await.unwrap_or_else(|e| panic!("{method} {path}: {e:?}"))
+    }
+
+    /// [`Self::send`] to a service that may die on the way: an answer that came whole is held against the contract all the same.
+    ///
+    /// # Errors
+    /// No whole answer came.
+    pub async fn try_send(&self, request: reqwest::RequestBuilder, method: &str, path: &str) -> reqwest::Result<Answer> {
+        let response = request.send().await?;
         let status = response.status().as_u16();
         let headers = response.headers().clone();
         let content_type = headers.get("content-type").and_then(|v| v.to_str().ok()).unwrap_or("").to_owned();
-        let text = response.text().await.unwrap_or_else(|e| panic!("{method} {path}: {e:?}"));
+        let text = response.text().await?;
         if let Err(breach) = contract::check(method, path, status, &content_type, &text) {
             panic!("the answer breaks the contract: {breach:#}");
         }
         let body = serde_json::from_str(&text).unwrap_or(Value::Null);
-        Answer { status, headers, text, body }
+        Ok(Answer { status, headers, text, body })
+    }
+
+    /// [`Self::get`] from a service that may die on the way.
+    ///
+    /// # Errors
+    /// As [`Self::try_send`].
+    pub async fn try_get(&self, path: &str) -> reqwest::Result<Answer> {
+        self.try_send(self.request(Method::GET, path), "GET", path).await
+    }
+
+    /// [`Self::delete`] at a service that may die on the way.
+    ///
+    /// # Errors
+    /// As [`Self::try_send`].
+    pub async fn try_delete(&self, path: &str) -> reqwest::Result<Answer> {
+        self.try_send(self.request(Method::DELETE, path), "DELETE", path).await
+    }
+
+    /// [`Self::post`] to a service that may die on the way.
+    ///
+    /// # Errors
+    /// As [`Self::try_send`].
+    pub async fn try_post(&self, path: &str, body: &Value) -> reqwest::Result<Answer> {
+        self.try_send(self.request(Method::POST, path).json(body), "POST", path).await
     }
 
     /// Runs to the end; panics if that is not what happens.

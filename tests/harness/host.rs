@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -56,16 +57,31 @@ impl Footprint {
     }
 }
 
-/// A keeper holds a lock that bears its number.
+/// The number of a keeper among those of this machine. Panics if it does not run.
 fn keeper_number(keeper: u32) -> String {
+    try_keeper_number(keeper).expect("a keeper holds the lock of its number")
+}
+
+/// A keeper holds a lock that bears its number; `None` if it does not run.
+#[must_use]
+pub fn try_keeper_number(keeper: u32) -> Option<String> {
     let descriptors = fs::read_dir(format!("/proc/{keeper}/fd")).into_iter().flatten().flatten();
     let targets = descriptors.filter_map(|d| Some(fs::read_link(d.path()).ok()?.file_name()?.to_str()?.to_owned()));
     let mut numbers = targets.filter_map(|name| Some(name.strip_prefix("keeper-")?.strip_suffix(".lock")?.to_owned()));
-    numbers.next().expect("a keeper holds the lock of its number")
+    numbers.next()
+}
+
+/// Whether a keeper of this number lives: its lock is held. Looked up without taking it, which could keep a keeper from its number.
+#[must_use]
+pub fn is_keeper_alive(number: &str) -> bool {
+    let Ok(lock) = fs::metadata(format!("/run/mayfly/keeper-{number}.lock")) else { return false };
+    let held = fs::read_to_string("/proc/locks").unwrap_or_default();
+    let inode = format!(":{} ", lock.ino());
+    held.lines().any(|line| line.contains("FLOCK") && line.contains(&inode))
 }
 
 /// Every folder of ours below every mounted hierarchy.
-fn cgroups() -> Vec<PathBuf> {
+pub(crate) fn cgroups() -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut next = vec![(PathBuf::from("/sys/fs/cgroup"), 0)];
     while let Some((folder, depth)) = next.pop() {
@@ -106,6 +122,20 @@ pub fn pids() -> impl Iterator<Item = u32> {
 pub fn command_line(pid: u32) -> String {
     let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     String::from_utf8_lossy(&bytes).replace('\0', " ")
+}
+
+/// The arguments of a process, one by one; none if it is gone.
+#[must_use]
+pub fn arguments(pid: u32) -> Vec<String> {
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    text.split_terminator('\0').map(str::to_owned).collect()
+}
+
+/// Whether a process runs: one that has ended and was not waited for yet does not.
+#[must_use]
+pub fn is_alive(pid: u32) -> bool {
+    status_field(pid, "State").is_some_and(|state| !state.starts_with('Z'))
 }
 
 /// A field of `/proc/PID/status`, without the blanks around it.

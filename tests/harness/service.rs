@@ -49,9 +49,16 @@ impl Place {
     /// The process that owns this service's sandboxes.
     #[must_use]
     pub fn keeper_pid(&self) -> u32 {
+        self.try_keeper_pid().expect("a keeper runs")
+    }
+
+    /// The same; `None` while there is no keeper.
+    #[must_use]
+    pub fn try_keeper_pid(&self) -> Option<u32> {
         let socket = self.data_dir.join("keeper.sock");
-        let keepers = host::processes_with(&format!("sandbox-keeper --socket {}", socket.display()));
-        *keepers.first().expect("a keeper runs")
+        let keepers = host::processes_with(&format!("sandbox-keeper --socket {} ", socket.display()));
+        // While it starts, `setsid` says the same.
+        keepers.into_iter().find(|pid| host::status_field(*pid, "Name").is_some_and(|name| name.starts_with("sandbox-keeper")))
     }
 
     /// What this service has on the host now.
@@ -254,6 +261,17 @@ impl Service {
         fail_points.clone_into(&mut self.fail_points);
     }
 
+    /// Has its next starts say this, too, after `serve`.
+    pub fn add_arguments(&mut self, args: &[&str]) {
+        self.args.extend(args.iter().map(|&arg| arg.to_owned()));
+    }
+
+    /// Whether its process runs.
+    #[must_use]
+    pub fn is_running(&mut self) -> bool {
+        self.child.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+    }
+
     #[must_use]
     pub fn place(&self) -> &Place {
         &self.place
@@ -270,7 +288,9 @@ impl Service {
         fs::read_to_string(self.log_path()).unwrap_or_default()
     }
 
-    fn log_path(&self) -> PathBuf {
+    /// Where all that it and its keeper write to stderr goes.
+    #[must_use]
+    pub fn log_path(&self) -> PathBuf {
         self.folder.path().join("service.log")
     }
 

@@ -1,0 +1,172 @@
+//! What is promised, held against what clients were told and what the service answers now.
+
+use std::{collections::HashMap, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use mayfly_tests::{Client, database::Database, service::Place, stream::Frames};
+
+use super::{
+    books::{self, Row},
+    load::{Asked, Known},
+    node::Victim,
+};
+
+/// How long ends may take to be stored: longer than the service takes to look for sandboxes that nobody follows.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(120);
+const LINES_DEADLINE: Duration = Duration::from_secs(30);
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What was found to be wrong, and how many bytes of output were compared.
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    pub(crate) wrong: Vec<String>,
+    pub(crate) log_bytes: u64,
+}
+
+/// Waits until nothing of this label lives but sandboxes that write lines, deleting those that nobody deletes any more.
+pub(crate) async fn settle(place: &Place, database: &Database, label: &str, spare_lines: bool) -> Result<Vec<Row>> {
+    let deadline = tokio::time::Instant::now() + SETTLE_DEADLINE;
+    loop {
+        let rows = books::rows(database, label)?;
+        let live: Vec<&Row> = rows.iter().filter(|row| row.reason.is_none() && !(spare_lines && is_lines(&row.label))).collect();
+        if live.is_empty() {
+            return Ok(rows);
+        }
+        ensure!(
+            tokio::time::Instant::now() < deadline,
+            "{} s after the last request these have no end: {live:#?}",
+            SETTLE_DEADLINE.as_secs()
+        );
+        for row in live.iter().filter(|row| row.kind == "sandbox") {
+            // Whatever it answers: the next look tells.
+            let _unread = Client::of(place, &row.tenant).try_delete(&format!("/v1/sandboxes/{}", row.id)).await;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+fn is_lines(label: &str) -> bool {
+    label.contains("-lines-")
+}
+
+/// Holds each request against what became of it.
+pub(crate) async fn requests(place: &Place, known: &[Known], rows: &[Row], victim: Option<Victim>) -> Findings {
+    let by_label: HashMap<&str, &Row> = rows.iter().map(|row| (row.label.as_str(), row)).collect();
+    let mut findings = Findings::default();
+    for known in known {
+        let Some(row) = by_label.get(known.label.as_str()) else {
+            if known.id.is_some() && known.deletion.is_none() {
+                findings.wrong.push(format!("{} was accepted and is gone: {known:?}", known.label));
+            }
+            continue;
+        };
+        if known.deletion == Some(true) {
+            findings.wrong.push(format!("{} is still there, though its deletion was promised", known.label));
+        }
+        if known.id.as_ref().is_some_and(|id| *id != row.id) {
+            findings.wrong.push(format!("{} was accepted as {:?} and is {}", known.label, known.id, row.id));
+        }
+        // One that writes lines is looked at by itself.
+        if let Some(reason) = &row.reason
+            && known.asked != Asked::Lines
+            && let Err(wrong) = end(place, known, row, reason, victim, &mut findings.log_bytes).await
+        {
+            findings.wrong.push(wrong);
+        }
+    }
+    findings
+}
+
+async fn end(place: &Place, known: &Known, row: &Row, reason: &str, victim: Option<Victim>, log_bytes: &mut u64) -> Result<(), String> {
+    let path = if row.kind == "run" { format!("/v1/runs/{}", row.id) } else { format!("/v1/sandboxes/{}", row.id) };
+    let now = Client::of(place, &row.tenant).get(&path).await.expect(200);
+    let outcome = &now["outcome"];
+    if let Some(told) = known.outcomes.iter().find(|told| *told != outcome) {
+        return Err(format!("{} was told {told} and is {outcome}", known.label));
+    }
+    if reason == "infra_error" {
+        if outcome["message"].as_str().is_none_or(str::is_empty) {
+            return Err(format!("{} does not say why: {outcome}", known.label));
+        }
+        return match victim {
+            None => Err(format!("{} ended with {outcome} though nothing was killed", known.label)),
+            Some(Victim::Keeper) => Ok(()),
+            Some(_) if known.has_run => Err(format!("{} ran, its keeper lived, and yet: {outcome}", known.label)),
+            Some(_) => Ok(()),
+        };
+    }
+    if let Some(refused) = &known.refused {
+        return Err(format!("{} was refused and ended with {outcome}; the refusal: {refused}", known.label));
+    }
+    match known.asked {
+        Asked::Run(payload) => {
+            payload.check(&known.label, &now)?;
+            *log_bytes += payload.output_bytes(&known.label);
+            Ok(())
+        }
+        Asked::Cancelled if reason == "stopped_by_user" => Ok(()),
+        Asked::Cancelled | Asked::Lines => Err(format!("{} ended with {outcome}", known.label)),
+    }
+}
+
+/// Reads what sandboxes that write lines have written: nothing may be missing, doubled, or out of order, and whose keeper lives goes on.
+pub(crate) async fn lines(place: &Place, known: &[Known], rows: &[Row], victim: Option<Victim>) -> Result<Findings> {
+    let mut findings = Findings::default();
+    for known in known.iter().filter(|known| known.asked == Asked::Lines) {
+        let Some(row) = rows.iter().find(|row| row.label == known.label) else {
+            if known.id.is_some() {
+                findings.wrong.push(format!("{} was accepted and is gone", known.label));
+            }
+            continue;
+        };
+        let must_live = known.has_run && victim != Some(Victim::Keeper);
+        if must_live && row.reason.is_some() {
+            findings.wrong.push(format!("{} ran, its keeper lives, and it ended with {:?}", known.label, row.reason));
+        }
+        let written = written(place, row).await?;
+        match count(&written, &row.label) {
+            Ok(lines) if row.reason.is_none() => {
+                let deadline = tokio::time::Instant::now() + LINES_DEADLINE;
+                let mut now = lines;
+                while now <= lines {
+                    ensure!(tokio::time::Instant::now() < deadline, "{} writes no more after line {lines}", row.label);
+                    tokio::time::sleep(LOOK).await;
+                    let written = self::written(place, row).await?;
+                    findings.log_bytes += written.len() as u64;
+                    now = count(&written, &row.label).map_err(anyhow::Error::msg)?;
+                }
+            }
+            Ok(_) => findings.log_bytes += written.len() as u64,
+            Err(wrong) => findings.wrong.push(wrong),
+        }
+    }
+    Ok(findings)
+}
+
+/// All that a sandbox has written until now.
+async fn written(place: &Place, row: &Row) -> Result<String> {
+    let client = Client::of(place, &row.tenant);
+    let path = format!("/v1/sandboxes/{}/logs?from=0&follow=false", row.id);
+    let request = client.request(reqwest::Method::GET, &path).header("accept", "application/x-ndjson");
+    let answer = client.send(request, "GET", &path).await;
+    ensure!(answer.status == 200, "reading the log of {}: {}", row.label, answer.text);
+    let mut frames = Frames::default();
+    for line in answer.text.lines() {
+        frames.add(&serde_json::from_str(line).context("a line of JSON")?);
+    }
+    ensure!(frames.gaps.is_empty(), "the log of {} has gaps: {:?}", row.label, frames.gaps);
+    Ok(frames.stdout_text())
+}
+
+/// How many whole lines there are, numbered from 0 on.
+fn count(written: &str, label: &str) -> Result<usize, String> {
+    let whole = written.rsplit_once('\n').map_or("", |(whole, _cut)| whole);
+    let mut lines = 0;
+    for line in whole.lines() {
+        if line != format!("{label} {lines}") {
+            return Err(format!("{label}: {line:?} stands where line {lines} must"));
+        }
+        lines += 1;
+    }
+    Ok(lines)
+}

@@ -1,0 +1,243 @@
+//! A mixed load of several tenants, and what its clients know of each request: what they were told, or that they do not know.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use mayfly_tests::{Client, random::Random, service::Place};
+use serde_json::{Value, json};
+use tokio::{sync::watch, task::JoinSet};
+
+use super::payload::{MEMORY_BYTES, Payload};
+
+/// Workers that make runs, and among them how many tenants.
+const RUNNERS: u64 = 5;
+const TENANTS: u64 = 3;
+/// Before a client whose request failed makes the next one.
+const PAUSE: Duration = Duration::from_millis(30);
+/// How long a client asks for the end of a run that it does not wait for.
+const ASK_FOR: Duration = Duration::from_secs(20);
+
+/// What was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Asked {
+    Run(Payload),
+    /// A sandbox that lives until it is deleted, which its client does at once.
+    Cancelled,
+    /// A sandbox that writes numbered lines for as long as it lives.
+    Lines,
+}
+
+/// One request and what its client knows.
+#[derive(Debug, Clone)]
+pub(crate) struct Known {
+    pub(crate) label: String,
+    pub(crate) asked: Asked,
+    /// What the answer that accepted it said.
+    pub(crate) id: Option<String>,
+    /// The answer that refused it.
+    pub(crate) refused: Option<String>,
+    /// It was seen to run.
+    pub(crate) has_run: bool,
+    /// Every outcome that was told.
+    pub(crate) outcomes: Vec<Value>,
+    /// Its deletion was asked for, and whether it was promised.
+    pub(crate) deletion: Option<bool>,
+}
+
+/// The workers at work.
+#[derive(Debug)]
+pub(crate) struct Load {
+    workers: JoinSet<Vec<Known>>,
+    stop: Arc<AtomicBool>,
+    accepted: Arc<AtomicUsize>,
+}
+
+#[derive(Debug, Clone)]
+struct Worker {
+    places: watch::Receiver<Place>,
+    stop: Arc<AtomicBool>,
+    accepted: Arc<AtomicUsize>,
+    tenant: String,
+    label: String,
+    random: Random,
+}
+
+impl Known {
+    pub(crate) const fn new(label: String, asked: Asked) -> Self {
+        Self { label, asked, id: None, refused: None, has_run: false, outcomes: Vec::new(), deletion: None }
+    }
+
+    fn note(&mut self, body: &Value) {
+        if let Some(id) = body["id"].as_str() {
+            self.id = Some(id.to_owned());
+        }
+        self.has_run |= body["state"] == "running" || body["state"] == "exited";
+        if !body["outcome"].is_null() && self.outcomes.last() != Some(&body["outcome"]) {
+            self.outcomes.push(body["outcome"].clone());
+        }
+    }
+}
+
+impl Load {
+    /// Begins. Labels begin with `name`; where the service is can change.
+    pub(crate) fn start(name: &str, seed: u64, places: &watch::Receiver<Place>, archive: Option<Arc<Vec<u8>>>) -> Self {
+        let (stop, accepted) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let mut random = Random::new(seed);
+        let mut worker = |number: u64| Worker {
+            places: places.clone(),
+            stop: Arc::clone(&stop),
+            accepted: Arc::clone(&accepted),
+            tenant: tenant(number),
+            label: format!("{name}-{number}"),
+            random: Random::new(random.next()),
+        };
+        let mut workers = JoinSet::new();
+        for number in 0..RUNNERS {
+            workers.spawn(worker(number).run());
+        }
+        workers.spawn(worker(RUNNERS).cancel());
+        workers.spawn(worker(RUNNERS + 1).cancel());
+        if let Some(archive) = archive {
+            workers.spawn(worker(RUNNERS + 2).import(archive));
+        }
+        Self { workers, stop, accepted }
+    }
+
+    /// How many requests were accepted until now.
+    pub(crate) fn accepted(&self) -> usize {
+        self.accepted.load(Ordering::SeqCst)
+    }
+
+    /// Begins nothing more, and returns what is known when every client has its answer.
+    pub(crate) async fn finish(self) -> Vec<Known> {
+        self.stop.store(true, Ordering::SeqCst);
+        self.workers.join_all().await.into_iter().flatten().collect()
+    }
+}
+
+pub(crate) fn tenant(number: u64) -> String {
+    format!("crash-{}", number % TENANTS)
+}
+
+/// Makes a sandbox that writes numbered lines; `None` if that was not answered well.
+pub(crate) async fn start_lines(place: &Place, label: String, number: u64) -> Known {
+    let tenant = tenant(number);
+    let script = format!("i=0; while :; do echo {label} $i; i=$((i+1)); sleep 0.03; done");
+    let request = json!({
+        "image": "busybox", "command": ["sh", "-c", script], "labels": { "crash": label },
+        "limits": { "memory_bytes": MEMORY_BYTES, "disk_bytes": 4 << 20 },
+    });
+    let mut known = Known::new(label, Asked::Lines);
+    if let Ok(answer) = Client::of(place, &tenant).try_post("/v1/sandboxes", &request).await {
+        known.note(&answer.body);
+        known.refused = (answer.status != 201).then_some(answer.text);
+    }
+    known
+}
+
+impl Worker {
+    fn client(&self) -> Client {
+        Client::of(&self.places.borrow(), &self.tenant)
+    }
+
+    fn is_over(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    /// Sends the request that makes a run or sandbox, and notes the answer; false if it was not accepted, as far as is known.
+    async fn make(&self, path: &str, request: &Value, known: &mut Known) -> bool {
+        match self.client().try_post(path, request).await {
+            Ok(answer) if answer.status < 300 => {
+                known.note(&answer.body);
+                self.accepted.fetch_add(1, Ordering::SeqCst);
+                true
+            }
+            Ok(answer) => {
+                known.refused = Some(answer.text);
+                tokio::time::sleep(PAUSE).await;
+                false
+            }
+            Err(_lost) => {
+                tokio::time::sleep(PAUSE).await;
+                false
+            }
+        }
+    }
+
+    /// Runs that it waits for, and runs that it asks for.
+    async fn run(mut self) -> Vec<Known> {
+        let mut all = Vec::new();
+        while !self.is_over() {
+            let payload = Payload::random(&mut self.random);
+            let mut known = Known::new(format!("{}-{}", self.label, all.len()), Asked::Run(payload));
+            let wait_ms = *self.random.pick(&[0, 0, 100, 20_000]);
+            if self.make("/v1/runs", &payload.request(&known.label, "busybox", wait_ms), &mut known).await && known.outcomes.is_empty() {
+                self.ask_for_end(&mut known).await;
+            }
+            all.push(known);
+        }
+        all
+    }
+
+    async fn ask_for_end(&self, known: &mut Known) {
+        let deadline = tokio::time::Instant::now() + ASK_FOR;
+        let path = format!("/v1/runs/{}", known.id.as_deref().unwrap_or_default());
+        while known.outcomes.is_empty() && !self.is_over() && tokio::time::Instant::now() < deadline {
+            if let Ok(answer) = self.client().try_get(&path).await
+                && answer.status == 200
+            {
+                known.note(&answer.body);
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// Sandboxes that are deleted soon after they were made: while they wait, while they start, while they run.
+    async fn cancel(mut self) -> Vec<Known> {
+        let mut all = Vec::new();
+        while !self.is_over() {
+            let mut known = Known::new(format!("{}-{}", self.label, all.len()), Asked::Cancelled);
+            let request = json!({
+                "image": "busybox", "command": ["sh", "-c", "echo begun; exec sleep 1000"], "labels": { "crash": known.label },
+                "limits": { "memory_bytes": MEMORY_BYTES, "disk_bytes": 4 << 20 },
+            });
+            if self.make("/v1/sandboxes", &request, &mut known).await {
+                tokio::time::sleep(Duration::from_millis(self.random.below(120))).await;
+                let path = format!("/v1/sandboxes/{}", known.id.as_deref().unwrap_or_default());
+                known.deletion = Some(self.client().try_delete(&path).await.is_ok_and(|answer| answer.status == 204));
+            }
+            all.push(known);
+        }
+        all
+    }
+
+    /// An image that comes and goes, with a run in between.
+    async fn import(mut self, archive: Arc<Vec<u8>>) -> Vec<Known> {
+        let mut all = Vec::new();
+        while !self.is_over() {
+            let client = Client::admin(&self.places.borrow());
+            if import(&client, "other", archive.to_vec()).await != Some(true) {
+                tokio::time::sleep(PAUSE * 10).await;
+            }
+            let payload = Payload::Echo(u8::try_from(self.random.below(100)).expect("below 100"));
+            let mut known = Known::new(format!("{}-{}", self.label, all.len()), Asked::Run(payload));
+            self.make("/v1/runs", &payload.request(&known.label, "other", 20_000), &mut known).await;
+            all.push(known);
+            let client = Client::admin(&self.places.borrow());
+            let _unknown = client.try_delete("/v1/images/other").await;
+        }
+        all
+    }
+}
+
+/// Imports an archive for all tenants. `None` if no answer came, else whether it was taken.
+pub(crate) async fn import(client: &Client, reference: &str, archive: Vec<u8>) -> Option<bool> {
+    let path = format!("/v1/images/import?reference={reference}");
+    let request = client.request(reqwest::Method::POST, &path).header("content-type", "application/x-tar").body(archive);
+    client.try_send(request, "POST", &path).await.ok().map(|answer| answer.status == 201)
+}
