@@ -63,6 +63,17 @@ impl Logs {
         Ok(Self { folder: Arc::new(folder.to_owned()), watched })
     }
 
+    /// The sandboxes that have a log here.
+    pub fn list(&self) -> io::Result<Vec<SandboxId>> {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(&*self.folder)? {
+            let name = entry?.file_name();
+            let id = name.to_str().and_then(|name| name.strip_suffix(".log")?.parse().ok());
+            found.extend(id.map(SandboxId));
+        }
+        Ok(found)
+    }
+
     /// The last `stream_bytes` of each stream. A sandbox without a log has written nothing.
     pub async fn tail(&self, id: SandboxId, stream_bytes: usize) -> io::Result<LogTail> {
         let file = match File::open(self.path(id)) {

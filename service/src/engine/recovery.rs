@@ -27,6 +27,7 @@ impl Engine {
         let leftover = self.take_over(rows, records).await;
         fail_point::reached("service.recover.taken");
         let kept: HashSet<SandboxId> = self.store.kept_logs(self.node, None).await?.into_iter().collect();
+        self.drop_stray_logs(&leftover).await?;
         for id in leftover {
             if kept.contains(&id) {
                 // Its end is stored; the service before this one had no time to say so.
@@ -35,6 +36,17 @@ impl Engine {
             }
             tracing::info!(sandbox.id = %id, "the keeper has a sandbox that nobody asked for any more");
             tokio::spawn(Arc::clone(self).drop_leftover(id));
+        }
+        Ok(())
+    }
+
+    /// Has the keeper drop logs whose rows are gone or have all of it: the keeper that wrote them died, or the service that was to say so.
+    /// Not those of the sandboxes in `others`.
+    async fn drop_stray_logs(self: &Arc<Self>, others: &[SandboxId]) -> anyhow::Result<()> {
+        let written = self.logs.list().context("looking for logs failed")?;
+        let needed: HashSet<SandboxId> = self.store.with_log(&written).await?.into_iter().collect();
+        for id in written.into_iter().filter(|id| !needed.contains(id) && !others.contains(id)) {
+            tokio::spawn(Arc::clone(self).forget_log(id));
         }
         Ok(())
     }

@@ -34,7 +34,7 @@ pub(super) enum After {
 impl Engine {
     /// Stores the end, however long that takes — the keeper has the record until then — and tells everyone who waits. What this machine failed
     /// goes back into the queue instead, if it may be tried again.
-    pub(super) async fn settle(&self, live: &Arc<Live>, ending: &Ending) -> After {
+    pub(super) async fn settle(self: &Arc<Self>, live: &Arc<Live>, ending: &Ending) -> After {
         if let Cause::InfraError { message } = &ending.cause
             && live.sandbox.kind == Kind::Run
             && live.sandbox.retries_left > 0
@@ -48,7 +48,7 @@ impl Engine {
         self.store_and_tell(live, ending).await
     }
 
-    async fn store_and_tell(&self, live: &Arc<Live>, ending: &Ending) -> After {
+    async fn store_and_tell(self: &Arc<Self>, live: &Arc<Live>, ending: &Ending) -> After {
         // What was known before its keeper was lost is true all the same.
         let ending = Ending { launched: ending.launched.or_else(|| live.launched()), ..ending.clone() };
         let finish = Finish::of(&ending, &live.sandbox.limits, phases(live, at_us(ending.ended_at_us)));
@@ -74,7 +74,9 @@ impl Engine {
         fail_point::reached("service.settle.told");
         match log_file {
             LogKept::No => {
-                self.forget(id).await;
+                if !self.forget(id).await {
+                    tokio::spawn(Arc::clone(self).forget_log(id));
+                }
             }
             LogKept::Until(_) | LogKept::UntilDeleted => self.forget_record(id).await,
         }

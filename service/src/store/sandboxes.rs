@@ -496,6 +496,15 @@ impl Store {
         Ok(ids.into_iter().map(SandboxId).collect())
     }
 
+    /// Those of these sandboxes whose log is still needed: they live, or what is stored of it is not all.
+    pub async fn with_log(&self, ids: &[SandboxId]) -> Result<Vec<SandboxId>, StoreError> {
+        let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
+        let ids = sqlx::query_scalar!("select id from sandboxes where id = any($1) and (outcome is null or has_log_file)", &ids)
+            .fetch_all(&self.pool)
+            .await?;
+        Ok(ids.into_iter().map(SandboxId).collect())
+    }
+
     /// Notes that the node keeps these logs no more.
     pub async fn drop_kept_logs(&self, ids: &[SandboxId]) -> Result<(), StoreError> {
         let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
