@@ -117,7 +117,12 @@ fn is_unavailable(error: &sqlx::Error) -> bool {
     code.is_some_and(|code| CODES.iter().any(|beginning| code.starts_with(beginning)))
         || matches!(
             error,
-            sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed | sqlx::Error::Tls(_) | sqlx::Error::WorkerCrashed
+            sqlx::Error::Io(_)
+                | sqlx::Error::Protocol(_)
+                | sqlx::Error::PoolTimedOut
+                | sqlx::Error::PoolClosed
+                | sqlx::Error::Tls(_)
+                | sqlx::Error::WorkerCrashed
         )
 }
 
