@@ -155,6 +155,25 @@ impl Images {
         }))
     }
 
+    /// Deletes roots and blobs that nothing needs: a service that was killed had no time to. What fails is logged.
+    pub async fn sweep(&self) {
+        if let Err(error) = self.try_to_sweep().await {
+            tracing::warn!(error = format!("{error:#}"), "looking for what is left of images failed; the next start tries again");
+        }
+    }
+
+    async fn try_to_sweep(&self) -> anyhow::Result<()> {
+        for root in self.keeper.images().await? {
+            if !self.store.needs_root(&root).await? {
+                self.unlink(root, HashSet::new()).await;
+            }
+        }
+        let _taking = self.content.write().await;
+        let roots = self.keeper.images().await?;
+        let blobs = Arc::clone(&self.blobs);
+        tokio::task::spawn_blocking(move || blobs.release(blobs.all()?, roots.iter().map(digest_of_root))).await?
+    }
+
     /// Receives an archive of at most 8 GiB.
     pub async fn receive<B, E>(&self, body: impl Stream<Item = Result<B, E>>) -> Result<Upload<'_>, ImportError>
     where

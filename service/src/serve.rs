@@ -231,6 +231,10 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
     };
     let engine = Engine::start(store.clone(), keeper.clone(), engine_settings).await?;
     let images = Images::open(store.clone(), keeper.clone(), clock.clone(), settings.quotas.tenant.clone(), &settings.data_dir)?;
+    {
+        let images = Arc::clone(&images);
+        tokio::spawn(async move { images.sweep().await });
+    }
     let verifier = Verifier::new(keyring, settings.token_rules.clone());
     let idempotency = api::Idempotency::new(identity.node, settings.idempotency_retention);
     let app = Arc::new(api::App { engine, store, keeper, verifier, images, clock, metrics: figures, idempotency });

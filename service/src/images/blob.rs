@@ -34,6 +34,13 @@ impl Blobs {
         Ok(Self { folder })
     }
 
+    /// Every blob that is kept.
+    pub(super) fn all(&self) -> io::Result<HashSet<Sha256Digest>> {
+        let names = fs::read_dir(&self.folder)?.map(|entry| Ok(entry?.file_name()));
+        let names = names.collect::<io::Result<Vec<_>>>()?;
+        Ok(names.iter().filter_map(|name| name.to_str()?.parse().ok()).collect())
+    }
+
     /// Keeps what `from` holds, if it has this size and this digest. It is read to its end even if it is here already: who names a
     /// digest must have its content.
     pub(super) fn keep(&self, digest: &Sha256Digest, bytes: u64, from: impl Read) -> Result<(), Fault> {
