@@ -113,6 +113,7 @@ pub struct Engine {
     over: CancellationToken,
     tenancy: Tenancy,
     images: admit::KnownImages,
+    undecided: admit::Undecided,
 }
 
 /// Why a sandbox was not made, or could not be ended.
@@ -203,6 +204,7 @@ impl Engine {
             over: CancellationToken::new(),
             tenancy: settings.tenancy,
             images: admit::KnownImages::default(),
+            undecided: admit::Undecided::default(),
         });
         engine.pressure.look();
         tokio::spawn(Arc::clone(&engine).hold_lease());

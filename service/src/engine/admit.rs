@@ -1,7 +1,7 @@
 //! The way in: from what somebody asks for to a sandbox that is stored, and carried or queued. One transaction where nothing is in the way.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -43,6 +43,29 @@ impl KnownImages {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(TenantId, String), Arc<Image>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Sandboxes that are being put into the queue: they may stand there already, but whoever asked for them has not been told so, and may yet be
+/// told that they were not made. This node claims none of them.
+#[derive(Debug, Default)]
+pub(super) struct Undecided(Mutex<HashSet<SandboxId>>);
+
+impl Undecided {
+    fn insert(&self, id: SandboxId) {
+        self.lock().insert(id);
+    }
+
+    pub(super) fn remove(&self, id: SandboxId) {
+        self.lock().remove(&id);
+    }
+
+    pub(super) fn contains(&self, id: SandboxId) -> bool {
+        self.lock().contains(&id)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashSet<SandboxId>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -138,7 +161,11 @@ impl Engine {
         let queued = Sandbox { state: State::Queued, claimed_at: None, ..sandbox };
         // Known before it can be claimed, so that whoever claims it finds those who wait for it.
         let live = self.live.insert(queued.clone(), lease, image_took);
+        self.undecided.insert(queued.id);
         let answer = self.ask_store(&queued, lease, asked, key, input.as_ref().unwrap_or(&empty)).await;
+        if !matches!(answer, Err(EngineError::Store(StoreError::Unavailable(_)))) {
+            self.undecided.remove(queued.id);
+        }
         if !matches!(answer, Ok(Admitted::Yes { .. })) {
             self.live.remove(queued.id);
             return refuse(answer?, asked).map(Err);

@@ -107,6 +107,12 @@ impl Engine {
                 return Ok(());
             };
             let Some(id) = lines.pop(next) else { return Ok(()) };
+            if self.undecided.contains(id) {
+                // Looked for again when somebody is told that it waits.
+                lines.looked_at = None;
+                drop(reservation);
+                return Ok(());
+            }
             let lease = self.lease();
             match self.store.claim(id, lease, self.clock.now()).await {
                 Ok(Some((sandbox, input))) => {

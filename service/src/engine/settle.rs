@@ -199,6 +199,7 @@ impl Engine {
             {
                 tracing::warn!(sandbox.id = %sandbox.id, %error, "its key is not free; who asks again hears of this end");
             }
+            engine.undecided.remove(sandbox.id);
         });
     }
 
