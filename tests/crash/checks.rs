@@ -8,7 +8,6 @@ use mayfly_tests::{Client, database::Database, service::Place, stream::Frames};
 use super::{
     books::{self, Row},
     load::{Asked, Known},
-    node::Victim,
 };
 
 /// How long ends may take to be stored: longer than the service takes to look for sandboxes that nobody follows.
@@ -50,7 +49,7 @@ fn is_lines(label: &str) -> bool {
 }
 
 /// Holds each request against what became of it.
-pub(crate) async fn requests(place: &Place, known: &[Known], rows: &[Row], victim: Option<Victim>) -> Findings {
+pub(crate) async fn requests(place: &Place, known: &[Known], rows: &[Row], ends_keeper: bool, is_calm: bool) -> Findings {
     let by_label: HashMap<&str, &Row> = rows.iter().map(|row| (row.label.as_str(), row)).collect();
     let mut findings = Findings::default();
     for known in known {
@@ -67,9 +66,9 @@ pub(crate) async fn requests(place: &Place, known: &[Known], rows: &[Row], victi
             findings.wrong.push(format!("{} was accepted as {:?} and is {}", known.label, known.id, row.id));
         }
         // One that writes lines is looked at by itself.
-        if let Some(reason) = &row.reason
+        if row.reason.is_some()
             && known.asked != Asked::Lines
-            && let Err(wrong) = end(place, known, row, reason, victim, &mut findings.log_bytes).await
+            && let Err(wrong) = end(place, known, row, (ends_keeper, is_calm), &mut findings.log_bytes).await
         {
             findings.wrong.push(wrong);
         }
@@ -77,7 +76,8 @@ pub(crate) async fn requests(place: &Place, known: &[Known], rows: &[Row], victi
     findings
 }
 
-async fn end(place: &Place, known: &Known, row: &Row, reason: &str, victim: Option<Victim>, log_bytes: &mut u64) -> Result<(), String> {
+async fn end(place: &Place, known: &Known, row: &Row, (ends_keeper, is_calm): (bool, bool), log_bytes: &mut u64) -> Result<(), String> {
+    let reason = row.reason.as_deref().unwrap_or_default();
     let path = if row.kind == "run" { format!("/v1/runs/{}", row.id) } else { format!("/v1/sandboxes/{}", row.id) };
     let now = Client::of(place, &row.tenant).get(&path).await.expect(200);
     let outcome = &now["outcome"];
@@ -88,11 +88,11 @@ async fn end(place: &Place, known: &Known, row: &Row, reason: &str, victim: Opti
         if outcome["message"].as_str().is_none_or(str::is_empty) {
             return Err(format!("{} does not say why: {outcome}", known.label));
         }
-        return match victim {
-            None => Err(format!("{} ended with {outcome} though nothing was killed", known.label)),
-            Some(Victim::Keeper) => Ok(()),
-            Some(_) if known.has_run => Err(format!("{} ran, its keeper lived, and yet: {outcome}", known.label)),
-            Some(_) => Ok(()),
+        return match known {
+            _ if is_calm => Err(format!("{} ended with {outcome} though nothing was killed", known.label)),
+            _ if known.retry > 0 => Err(format!("{} may be tried {} times more, and ended with {outcome}", known.label, known.retry)),
+            _ if known.has_run && !ends_keeper => Err(format!("{} ran, its keeper lived, and yet: {outcome}", known.label)),
+            _ => Ok(()),
         };
     }
     if let Some(refused) = &known.refused {
@@ -105,12 +105,14 @@ async fn end(place: &Place, known: &Known, row: &Row, reason: &str, victim: Opti
             Ok(())
         }
         Asked::Cancelled if reason == "stopped_by_user" => Ok(()),
-        Asked::Cancelled | Asked::Lines => Err(format!("{} ended with {outcome}", known.label)),
+        // Deleted before its end, or after it.
+        Asked::Ended if reason == "exited" || reason == "stopped_by_user" => Ok(()),
+        Asked::Cancelled | Asked::Ended | Asked::Lines => Err(format!("{} ended with {outcome}", known.label)),
     }
 }
 
 /// Reads what sandboxes that write lines have written: nothing may be missing, doubled, or out of order, and whose keeper lives goes on.
-pub(crate) async fn lines(place: &Place, known: &[Known], rows: &[Row], victim: Option<Victim>) -> Result<Findings> {
+pub(crate) async fn lines(place: &Place, known: &[Known], rows: &[Row], ends_keeper: bool) -> Result<Findings> {
     let mut findings = Findings::default();
     for known in known.iter().filter(|known| known.asked == Asked::Lines) {
         let Some(row) = rows.iter().find(|row| row.label == known.label) else {
@@ -119,7 +121,7 @@ pub(crate) async fn lines(place: &Place, known: &[Known], rows: &[Row], victim: 
             }
             continue;
         };
-        let must_live = known.has_run && victim != Some(Victim::Keeper);
+        let must_live = known.has_run && !ends_keeper;
         if must_live && row.reason.is_some() {
             findings.wrong.push(format!("{} ran, its keeper lives, and it ended with {:?}", known.label, row.reason));
         }

@@ -28,6 +28,8 @@ pub(crate) enum Asked {
     Run(Payload),
     /// A sandbox that lives until it is deleted, which its client does at once.
     Cancelled,
+    /// A sandbox that writes more than is stored beside its outcome, ends by itself, and is deleted then.
+    Ended,
     /// A sandbox that writes numbered lines for as long as it lives.
     Lines,
 }
@@ -41,6 +43,8 @@ pub(crate) struct Known {
     pub(crate) id: Option<String>,
     /// The answer that refused it.
     pub(crate) refused: Option<String>,
+    /// How often it may be tried again.
+    pub(crate) retry: u64,
     /// It was seen to run.
     pub(crate) has_run: bool,
     /// Every outcome that was told.
@@ -64,12 +68,14 @@ struct Worker {
     accepted: Arc<AtomicUsize>,
     tenant: String,
     label: String,
+    /// Of its runs.
+    retry: u64,
     random: Random,
 }
 
 impl Known {
     pub(crate) const fn new(label: String, asked: Asked) -> Self {
-        Self { label, asked, id: None, refused: None, has_run: false, outcomes: Vec::new(), deletion: None }
+        Self { label, asked, id: None, refused: None, retry: 0, has_run: false, outcomes: Vec::new(), deletion: None }
     }
 
     fn note(&mut self, body: &Value) {
@@ -84,8 +90,8 @@ impl Known {
 }
 
 impl Load {
-    /// Begins. Labels begin with `name`; where the service is can change.
-    pub(crate) fn start(name: &str, seed: u64, places: &watch::Receiver<Place>, archive: Option<Arc<Vec<u8>>>) -> Self {
+    /// Begins. Labels begin with `name`; where the service is can change; runs may be tried again so often.
+    pub(crate) fn start(name: &str, seed: u64, places: &watch::Receiver<Place>, archive: Arc<Vec<u8>>, retry: u64) -> Self {
         let (stop, accepted) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let mut random = Random::new(seed);
         let mut worker = |number: u64| Worker {
@@ -94,6 +100,7 @@ impl Load {
             accepted: Arc::clone(&accepted),
             tenant: tenant(number),
             label: format!("{name}-{number}"),
+            retry,
             random: Random::new(random.next()),
         };
         let mut workers = JoinSet::new();
@@ -102,9 +109,7 @@ impl Load {
         }
         workers.spawn(worker(RUNNERS).cancel());
         workers.spawn(worker(RUNNERS + 1).cancel());
-        if let Some(archive) = archive {
-            workers.spawn(worker(RUNNERS + 2).import(archive));
-        }
+        workers.spawn(worker(RUNNERS + 2).import(archive));
         Self { workers, stop, accepted }
     }
 
@@ -175,18 +180,20 @@ impl Worker {
         while !self.is_over() {
             let payload = Payload::random(&mut self.random);
             let mut known = Known::new(format!("{}-{}", self.label, all.len()), Asked::Run(payload));
-            let wait_ms = *self.random.pick(&[0, 0, 100, 20_000]);
-            if self.make("/v1/runs", &payload.request(&known.label, "busybox", wait_ms), &mut known).await && known.outcomes.is_empty() {
-                self.ask_for_end(&mut known).await;
+            known.retry = self.retry;
+            let mut request = payload.request(&known.label, "busybox", *self.random.pick(&[0, 0, 100, 20_000]));
+            request["retry"] = json!(self.retry);
+            if self.make("/v1/runs", &request, &mut known).await && known.outcomes.is_empty() {
+                self.ask_for_end(&mut known, "/v1/runs").await;
             }
             all.push(known);
         }
         all
     }
 
-    async fn ask_for_end(&self, known: &mut Known) {
+    async fn ask_for_end(&self, known: &mut Known, of: &str) {
         let deadline = tokio::time::Instant::now() + ASK_FOR;
-        let path = format!("/v1/runs/{}", known.id.as_deref().unwrap_or_default());
+        let path = format!("{of}/{}", known.id.as_deref().unwrap_or_default());
         while known.outcomes.is_empty() && !self.is_over() && tokio::time::Instant::now() < deadline {
             if let Ok(answer) = self.client().try_get(&path).await
                 && answer.status == 200
@@ -201,13 +208,20 @@ impl Worker {
     async fn cancel(mut self) -> Vec<Known> {
         let mut all = Vec::new();
         while !self.is_over() {
-            let mut known = Known::new(format!("{}-{}", self.label, all.len()), Asked::Cancelled);
+            let asked = *self.random.pick(&[Asked::Cancelled, Asked::Cancelled, Asked::Ended]);
+            let mut known = Known::new(format!("{}-{}", self.label, all.len()), asked);
+            let command =
+                if asked == Asked::Ended { json!(["flood", "150000"]) } else { json!(["sh", "-c", "echo begun; exec sleep 1000"]) };
             let request = json!({
-                "image": "busybox", "command": ["sh", "-c", "echo begun; exec sleep 1000"], "labels": { "crash": known.label },
+                "image": "busybox", "command": command, "labels": { "crash": known.label },
                 "limits": { "memory_bytes": MEMORY_BYTES, "disk_bytes": 4 << 20 },
             });
             if self.make("/v1/sandboxes", &request, &mut known).await {
-                tokio::time::sleep(Duration::from_millis(self.random.below(120))).await;
+                if asked == Asked::Ended {
+                    self.ask_for_end(&mut known, "/v1/sandboxes").await;
+                } else {
+                    tokio::time::sleep(Duration::from_millis(self.random.below(120))).await;
+                }
                 let path = format!("/v1/sandboxes/{}", known.id.as_deref().unwrap_or_default());
                 known.deletion = Some(self.client().try_delete(&path).await.is_ok_and(|answer| answer.status == 204));
             }
@@ -216,20 +230,24 @@ impl Worker {
         all
     }
 
-    /// An image that comes and goes, with a run in between.
+    /// An image that comes and goes, with a run in between; until the service is lost, so that nothing is made up for.
     async fn import(mut self, archive: Arc<Vec<u8>>) -> Vec<Known> {
         let mut all = Vec::new();
         while !self.is_over() {
             let client = Client::admin(&self.places.borrow());
-            if import(&client, "other", archive.to_vec()).await != Some(true) {
-                tokio::time::sleep(PAUSE * 10).await;
+            match import(&client, "other", archive.to_vec()).await {
+                Some(true) => {}
+                Some(false) => tokio::time::sleep(PAUSE * 10).await,
+                None => break,
             }
             let payload = Payload::Echo(u8::try_from(self.random.below(100)).expect("below 100"));
             let mut known = Known::new(format!("{}-{}", self.label, all.len()), Asked::Run(payload));
             self.make("/v1/runs", &payload.request(&known.label, "other", 20_000), &mut known).await;
             all.push(known);
             let client = Client::admin(&self.places.borrow());
-            let _unknown = client.try_delete("/v1/images/other").await;
+            if client.try_delete("/v1/images/other").await.is_err() {
+                break;
+            }
         }
         all
     }

@@ -208,6 +208,18 @@ impl Node {
         Ok(())
     }
 
+    /// Starts a keeper that was killed again, at once.
+    pub(crate) fn revive_keeper(&mut self) -> Result<()> {
+        let data_dir = self.service.place().data_dir.clone();
+        let keeper = self.keeper.as_mut().context("the keeper is the service's own")?;
+        while keeper.is_running() {
+            std::thread::sleep(LOOK);
+        }
+        *keeper = Keeper::start(&data_dir, "", &self.service.log_path())?;
+        self.meet_keeper();
+        Ok(())
+    }
+
     pub(crate) fn is_dead(&mut self, victim: Victim) -> bool {
         match victim {
             Victim::Service => !self.service.is_running(),

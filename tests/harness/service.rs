@@ -57,8 +57,11 @@ impl Place {
     pub fn try_keeper_pid(&self) -> Option<u32> {
         let socket = self.data_dir.join("keeper.sock");
         let keepers = host::processes_with(&format!("sandbox-keeper --socket {} ", socket.display()));
-        // While it starts, `setsid` says the same.
-        keepers.into_iter().find(|pid| host::status_field(*pid, "Name").is_some_and(|name| name.starts_with("sandbox-keeper")))
+        // While it starts, `setsid` says the same; what it clones does until it has become something else.
+        let is_keeper = |pid: &u32| host::status_field(*pid, "Name").is_some_and(|name| name.starts_with("sandbox-keeper"));
+        let is_clone =
+            |pid: &u32| host::status_field(*pid, "PPid").and_then(|pid| pid.parse().ok()).is_some_and(|pid| keepers.contains(&pid));
+        keepers.iter().copied().find(|pid| is_keeper(pid) && !is_clone(pid))
     }
 
     /// What this service has on the host now.

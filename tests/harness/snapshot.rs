@@ -29,6 +29,9 @@ const IDS_OF_SANDBOX: u64 = 65_536;
 /// Kinds of which there may be fewer than before.
 const AT_MOST: &str = "descriptor of the service";
 
+/// Of what is new or gone, so many are named.
+const SHOWN: usize = 6;
+
 /// Things by kind: how many, and which.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot(BTreeMap<String, Vec<String>>);
@@ -96,8 +99,8 @@ impl Snapshot {
                 continue;
             }
             let mut text = format!("{kind}: {} before, {} now", was.len(), is.len());
-            let new: Vec<_> = is.iter().filter(|one| !was.contains(one)).take(24).collect();
-            let gone: Vec<_> = was.iter().filter(|one| !is.contains(one)).take(24).collect();
+            let new: Vec<_> = is.iter().filter(|one| !was.contains(one)).take(SHOWN).collect();
+            let gone: Vec<_> = was.iter().filter(|one| !is.contains(one)).take(SHOWN).collect();
             write!(text, "; new: {new:?}; gone: {gone:?}").expect("a String takes everything");
             differences.push(text);
         }
