@@ -9,7 +9,7 @@ use mayfly_tests::{
     Client, Service,
     outcome::{assert_exit, assert_reason, stdout},
     postgres::Database,
-    service::{finish, mayfly},
+    service::{finish, mayfly, shared},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -80,6 +80,41 @@ async fn what_a_dead_node_ran_is_done_by_another_if_it_may_be_tried_again() {
     for run in [&once, &again] {
         assert_eq!(endings(&database, run["id"].as_str().unwrap()), "1");
     }
+}
+
+#[tokio::test]
+async fn a_run_whose_keeper_died_is_done_under_the_next_if_it_may_be_tried_again() {
+    let mut service = Service::start();
+    let script = "read -r line; echo $line; sleep 2; exit 3";
+    let (once, again) = (begin(&service, script, 0).await, begin(&service, script, 2).await);
+
+    signal(service.place().keeper_pid(), Signal::SIGKILL);
+    service.wait().unwrap();
+    service.start_again().unwrap();
+    let (once, again) = (ended(&service, &once).await, ended(&service, &again).await);
+
+    assert_reason(&once, "infra_error");
+    assert_eq!(once["attempt"], 1);
+    assert_exit(&again, 3);
+    assert_eq!((stdout(&again), &again["attempt"]), ("given\n", &json!(2)));
+}
+
+/// A program that ends badly is no failure of ours.
+#[tokio::test]
+async fn a_real_outcome_is_never_tried_again() {
+    let service = shared();
+    let request = |script: &str| json!({ "image": "busybox", "command": ["sh", "-c", script], "retry": 5, "limits": { "wall_ms": 300 } });
+    for (script, reason) in
+        [("exit 1", "exited"), ("kill -9 $$", "signaled"), ("sleep 10", "wall_timeout"), ("nonsense; exit 127", "exited")]
+    {
+        let run = service.client().run(&request(script)).await;
+        assert_reason(&run, reason);
+        assert_eq!(run["attempt"], 1);
+    }
+    let absent = json!({ "image": "busybox", "command": ["no-such-program"], "retry": 5 });
+    let run = service.client().run(&absent).await;
+    assert_reason(&run, "start_failed");
+    assert_eq!(run["attempt"], 1);
 }
 
 #[tokio::test]

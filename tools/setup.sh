@@ -39,6 +39,7 @@ for_test() {
     need setsid util-linux
     need pgrep procps
     need runsc runsc
+    need systemd-analyze systemd
 }
 for_vm() {
     for_build

@@ -40,7 +40,16 @@ impl Keeper {
         for (flag, name) in [("--socket", "keeper.sock"), ("--images", "images"), ("--disks", "disks"), ("--logs", "logs")] {
             command.arg(flag).arg(data_dir.join(name));
         }
-        command.arg("--group").arg(group.to_string()).stdin(Stdio::null()).stdout(Stdio::piped());
+        command.arg("--group").arg(group.to_string());
+        Self::start_by(command, log)
+    }
+
+    /// Starts one by this command, and writes what it says to `log`.
+    ///
+    /// # Errors
+    /// It did not come to listen.
+    pub fn start_by(mut command: Command, log: &Path) -> Result<Self> {
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = command.stderr(File::options().create(true).append(true).open(log)?).spawn()?;
         let stdout = child.stdout.take().context("piped")?;
         let (lines, said) = mpsc::channel();
@@ -59,6 +68,12 @@ impl Keeper {
     #[must_use]
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Ends it as an operator would (SIGTERM).
