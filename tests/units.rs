@@ -27,11 +27,16 @@ struct Node {
 
 impl Node {
     fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    fn start_with(args: &[&str]) -> Self {
         // The first start makes the folders, as a package's installation and the first start of the units do between them.
         let mut service = Service::start();
         service.stop().unwrap();
         let socket = service.place().data_dir.join("keeper.sock");
         service.add_arguments(&["--keeper-socket", socket.to_str().unwrap()]);
+        service.add_arguments(args);
         let mut node = Self { service, keeper: None };
         node.start_keeper();
         node.service.start_again().unwrap();
@@ -116,13 +121,13 @@ fn the_units_name_each_others_places() {
 
 #[tokio::test]
 async fn a_service_that_stops_leaves_its_sandboxes_to_the_next() {
-    let mut node = Node::start();
+    let mut node = Node::start_with(&["--stop-grace-s", "1"]);
     let id = start(&node.client(), "/v1/sandboxes", COUNT).await;
     let client = node.client();
-    let request = json!({ "image": "busybox", "command": ["sh", "-c", "sleep 15; echo late; exit 5"] });
+    let request = json!({ "image": "busybox", "command": ["sh", "-c", "sleep 8; echo late; exit 5"] });
     let waiting = tokio::spawn(async move { client.post("/v1/runs", &request).await });
-    let runs = format!("/v1/admin/sandboxes?kind=run&state=running&tenant={}", "unit");
-    Client::admin(node.service.place()).until(&runs, |list| list["items"].as_array().is_some_and(|items| items.len() == 1)).await;
+    let running = "/v1/admin/sandboxes?kind=run&state=running&tenant=unit";
+    Client::admin(node.service.place()).until(running, |list| list["items"].as_array().is_some_and(|items| items.len() == 1)).await;
 
     let status = node.service.stop().unwrap();
     let answer = waiting.await.unwrap().expect(202);
