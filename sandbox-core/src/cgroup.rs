@@ -19,7 +19,10 @@ use serde::{Deserialize, Serialize};
 pub(crate) use blkio::{Device, Devices};
 pub(crate) use counters::Counters;
 
-use crate::protocol::{CgroupMode, IoLimits};
+use crate::{
+    error::at,
+    protocol::{CgroupMode, IoLimits},
+};
 
 /// The parent of everything that is ours, in every hierarchy.
 pub(crate) const PARENT: &str = "mayfly";
@@ -140,6 +143,11 @@ impl Tree {
         self.mode
     }
 
+    /// How many folders a group is.
+    pub(crate) fn hierarchies(&self) -> u64 {
+        self.parents.len() as u64
+    }
+
     /// A fresh group, without limits yet.
     pub(crate) fn make(&self, name: String) -> io::Result<Group> {
         let Self { mode, devices, places, .. } = *self;
@@ -179,7 +187,9 @@ impl Tree {
 
     /// Ends and removes every group below the parents.
     fn sweep(&self) -> io::Result<()> {
-        for parent in &self.parents {
+        // First where the kernel kills a whole group at once; elsewhere they are then empty.
+        let unified = self.places.unified.and_then(|index| self.parents.get(index));
+        for parent in unified.into_iter().chain(&self.parents) {
             for entry in rustix::fs::Dir::read_from(parent)? {
                 let entry = entry?;
                 let name = entry.file_name().to_string_lossy().into_owned();
@@ -196,12 +206,14 @@ impl Tree {
 fn remove_stray(parent: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     let mut last = io::Error::from(io::ErrorKind::TimedOut);
     for _ in 0..200 {
-        let folder = open_folder(parent, name)?;
-        for pid in read(folder.as_fd(), "cgroup.procs")?.lines().filter_map(|line| line.parse().ok()) {
-            match nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL) {
-                Ok(()) | Err(nix::Error::ESRCH) => {}
-                Err(error) => return Err(error.into()),
-            }
+        let folder = match open_folder(parent, name) {
+            Err(rustix::io::Errno::NOENT) => return Ok(()),
+            other => other?,
+        };
+        match write(folder.as_fd(), "cgroup.kill", "1") {
+            // The hierarchies of v1 cannot. A process id that was read may be another's by the time of the kill; but nobody else forks in here.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => kill_each(folder.as_fd())?,
+            done => done?,
         }
         match unlinkat(parent, name, AtFlags::REMOVEDIR) {
             Ok(()) | Err(rustix::io::Errno::NOENT) => return Ok(()),
@@ -210,6 +222,16 @@ fn remove_stray(parent: BorrowedFd<'_>, name: &str) -> io::Result<()> {
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     Err(last)
+}
+
+fn kill_each(group: BorrowedFd<'_>) -> io::Result<()> {
+    for pid in read(group, "cgroup.procs")?.lines().filter_map(|line| line.parse().ok()) {
+        match nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL) {
+            Ok(()) | Err(nix::Error::ESRCH) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 fn make_parent(point: &Path, name: &str, mode: CgroupMode) -> io::Result<OwnedFd> {
@@ -395,8 +417,7 @@ pub(crate) fn has_swap(swaps: &str) -> bool {
 }
 
 fn named(error: rustix::io::Errno, name: &str) -> io::Error {
-    let error = io::Error::from(error);
-    io::Error::new(error.kind(), format!("{name}: {error}"))
+    at(name)(error.into())
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use std::{
 use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
 use serde::{Deserialize, Serialize};
 
-use crate::{cgroup::Device, protocol::CgroupMode, rootfs, sys};
+use crate::{cgroup::Device, error::at, protocol::CgroupMode, rootfs, sys};
 
 /// The folder on the node's disk, and how layers are made in it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -101,9 +101,7 @@ impl Disks {
     /// Refuses a layer that would take the last of the disk, on which logs, images and perhaps the database are too: whoever asks for much is
     /// told so, and the others go on.
     fn leave_some(&self, bytes: u64) -> io::Result<()> {
-        let space = rustix::fs::fstatfs(open(&self.folder)?)?;
-        let block = u64::try_from(space.f_bsize).map_err(io::Error::other)?;
-        if leaves_enough(space.f_bavail.saturating_mul(block), space.f_blocks.saturating_mul(block), bytes) {
+        if Space::of(&self.folder)?.leaves_enough(bytes) {
             return Ok(());
         }
         let step = format!("setting {bytes} bytes aside in {} and leaving the node its share", self.folder.display());
@@ -129,9 +127,30 @@ impl Disks {
     }
 }
 
-/// Whether a disk of `total` bytes, of which `free` are, keeps its share when `taken` go.
-const fn leaves_enough(free: u64, total: u64, taken: u64) -> bool {
-    matches!(free.checked_sub(taken), Some(left) if left >= total / KEPT_PART)
+/// What a disk has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Space {
+    pub(crate) free_bytes: u64,
+    pub(crate) total_bytes: u64,
+}
+
+impl Space {
+    /// Of the disk below a folder.
+    pub(crate) fn of(folder: &Path) -> io::Result<Self> {
+        let space = rustix::fs::fstatfs(open(folder)?)?;
+        let block = u64::try_from(space.f_bsize).map_err(io::Error::other)?;
+        Ok(Self { free_bytes: space.f_bavail.saturating_mul(block), total_bytes: space.f_blocks.saturating_mul(block) })
+    }
+
+    /// What nobody is given.
+    pub(crate) const fn kept_bytes(self) -> u64 {
+        self.total_bytes / KEPT_PART
+    }
+
+    /// Whether it keeps its share when `taken` bytes go.
+    pub(crate) const fn leaves_enough(self, taken: u64) -> bool {
+        matches!(self.free_bytes.checked_sub(taken), Some(left) if left >= self.kept_bytes())
+    }
 }
 
 fn open(folder: &Path) -> io::Result<OwnedFd> {
@@ -146,20 +165,16 @@ fn make_folders(root: BorrowedFd<'_>, id_base: u32) -> io::Result<()> {
     Ok(rootfs::chown(root, rootfs::UPPER, id_base)?)
 }
 
-/// Names the step that failed.
-fn at(step: impl std::fmt::Display) -> impl FnOnce(io::Error) -> io::Error {
-    move |error| io::Error::new(error.kind(), format!("{step}: {error}"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn no_layer_takes_the_last_of_a_disk() {
-        assert!(leaves_enough(1000, 2000, 900));
-        assert!(!leaves_enough(1000, 2000, 901), "the last twentieth is the node's");
-        assert!(!leaves_enough(1000, 2000, 1001));
-        assert!(!leaves_enough(99, 2000, 0), "it is gone already");
+        let half_full = Space { free_bytes: 1000, total_bytes: 2000 };
+        assert!(half_full.leaves_enough(900));
+        assert!(!half_full.leaves_enough(901), "the last twentieth is the node's");
+        assert!(!half_full.leaves_enough(1001));
+        assert!(!Space { free_bytes: 99, total_bytes: 2000 }.leaves_enough(0), "it is gone already");
     }
 }

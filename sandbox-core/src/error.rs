@@ -35,6 +35,37 @@ impl fmt::Display for LaunchError {
     }
 }
 
+/// A step that failed, with its cause: unlike in a new error of the same kind, [`shortage`] still finds it.
+#[derive(Debug, thiserror::Error)]
+#[error("{step}: {source}")]
+struct Failed {
+    step: String,
+    source: io::Error,
+}
+
+/// Names the step that failed.
+pub(crate) fn at(step: impl fmt::Display) -> impl FnOnce(io::Error) -> io::Error {
+    move |source| io::Error::new(source.kind(), Failed { step: step.to_string(), source })
+}
+
+/// What this machine is out of for the moment, if that is what an error says: later there may be some again.
+pub(crate) fn shortage(error: &io::Error) -> Option<&'static str> {
+    if let Some(failed) = error.get_ref().and_then(|inner| inner.downcast_ref::<Failed>()) {
+        return shortage(&failed.source);
+    }
+    Some(match error.raw_os_error()? {
+        libc::EMFILE => "descriptors of the keeper",
+        libc::ENFILE => "descriptors of this machine",
+        libc::ETOOMANYREFS => "descriptors under way",
+        libc::EAGAIN => "processes",
+        libc::ENOMEM => "kernel memory",
+        libc::ENOBUFS => "socket buffers",
+        libc::EUSERS => "user namespaces",
+        libc::ENOSPC | libc::EDQUOT => "space, or namespaces",
+        _ => return None,
+    })
+}
+
 /// Names the step at which an [`io::Result`] failed.
 pub trait Step<T> {
     /// The machine failed at `step`.
@@ -54,5 +85,20 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
     }
     fn spec(self, step: &'static str, target: impl fmt::Display) -> Result<T, LaunchError> {
         self.map_err(|e| LaunchError { kind: Kind::Spec, step, target: target.to_string(), source: e.into() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shortage_is_found_below_the_steps_that_met_it() {
+        let bottom = io::Error::from_raw_os_error(libc::EMFILE);
+        let error = at("cloning init")(at("opening the cgroups")(bottom));
+        assert_eq!(shortage(&error), Some("descriptors of the keeper"));
+        assert!(error.to_string().starts_with("cloning init: opening the cgroups: "), "{error}");
+        assert_eq!(shortage(&at("mounting")(io::Error::from_raw_os_error(libc::EPERM))), None);
+        assert_eq!(shortage(&io::Error::other("something else")), None);
     }
 }

@@ -13,6 +13,7 @@ use nix::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    error::at,
     privileges,
     sys::{self, Cloned},
 };
@@ -72,9 +73,13 @@ pub(crate) fn new_user_namespace(base: u32) -> io::Result<OwnedFd> {
     };
     drop(tell);
     let made = (|| {
-        let mut entered = [0];
-        if rustix::io::retry_on_intr(|| rustix::io::read(&ready, &mut entered))? == 0 {
+        let mut said = [0; 4];
+        if rustix::io::retry_on_intr(|| rustix::io::read(&ready, &mut said))? != said.len() {
             return Err(io::Error::other("the process that was to make a user namespace ended"));
+        }
+        match i32::from_le_bytes(said) {
+            0 => {}
+            errno => return Err(at("making a user namespace")(io::Error::from_raw_os_error(errno))),
         }
         let map = format!("0 {base} {RANGE}\n");
         // One write each: the kernel takes a map once and whole.
@@ -89,7 +94,8 @@ pub(crate) fn new_user_namespace(base: u32) -> io::Result<OwnedFd> {
 
 /// Makes the namespace, and keeps it alive until the keeper has a descriptor for it and kills this process, or dies.
 fn hold_open(keeper: nix::unistd::Pid, base: u32, tell: &OwnedFd) -> ! {
-    let is_made = enter_new_namespace(base).is_ok() && rustix::io::write(tell, &[1]) == Ok(1);
+    let errno = enter_new_namespace(base).map_or_else(|e| e.raw_os_error().unwrap_or(libc::EIO), |()| 0);
+    let is_made = rustix::io::write(tell, &errno.to_le_bytes()).is_ok() && errno == 0;
     // A keeper that died before this process was bound to it sends no signal any more.
     while is_made && nix::unistd::getppid() == keeper {
         nix::unistd::pause();

@@ -14,6 +14,7 @@ mod parked;
 mod records;
 mod recovery;
 mod requests;
+mod room;
 mod sandbox;
 mod slot;
 mod store;
@@ -43,6 +44,7 @@ use connection::{Asker, Connection};
 use gvisor::Gvisor;
 use parked::Lot;
 use records::Records;
+use room::Room;
 use sandbox::{Decision, Sandbox};
 use slot::Slots;
 use store::Store;
@@ -57,7 +59,7 @@ use crate::{
     fence::{Fence, Fences},
     ids::{self, Ranges},
     log::{self, Kind},
-    protocol::{Answer, Cause, CgroupMode, Hello, Isolation, VERSION},
+    protocol::{Answer, Cause, Hello, Isolation, VERSION},
     selinux::Labels,
     sys,
 };
@@ -188,6 +190,8 @@ pub struct Keeper {
     group: u32,
     hello: Hello,
     cores: u64,
+    /// How much may be prepared ahead at a time.
+    ahead_max: usize,
     buffer: Vec<u8>,
     shutdown: Option<Vec<Asker>>,
     trial: Option<Trial>,
@@ -205,6 +209,7 @@ struct Means {
     gvisor: Option<Gvisor>,
     seccomp: Vec<(u16, u8, u8, u32)>,
     cores: u64,
+    ahead_max: usize,
     hello: Hello,
 }
 
@@ -212,8 +217,8 @@ struct Means {
 pub fn run(options: &Options, on_ready: impl FnOnce()) -> io::Result<()> {
     // What whoever started it left open is nobody's here, and would be every child's and the next program's.
     sys::close_from(3)?;
-    raise_descriptor_limit()?;
     sys::prefer_this_process(NICE)?;
+    protect_from_oom();
     let mut keeper = Keeper::start(options)?;
     on_ready();
     keeper.serve()
@@ -221,12 +226,12 @@ pub fn run(options: &Options, on_ready: impl FnOnce()) -> io::Result<()> {
 
 /// Goes on with everything that the program before this one had in this process, as it stands in the file `description`.
 fn go_on(options: &Options, description: RawFd) -> io::Result<()> {
-    raise_descriptor_limit()?;
     Keeper::take_over(options, description)?.serve()
 }
 
 impl Means {
-    fn load(options: &Options, cgroup: CgroupMode) -> io::Result<Self> {
+    fn load(options: &Options, tree: &Tree) -> io::Result<Self> {
+        let Room { sandboxes_max, ahead_max } = Room::make(tree)?;
         let fences = fences(options)?;
         let gvisor = Gvisor::open(options)?;
         let hello = Hello {
@@ -234,14 +239,14 @@ impl Means {
             pid: std::process::id(),
             upgrades: 0,
             started_at_us: unix_us(),
-            cgroup,
-            sandboxes_max: SANDBOXES_MAX,
+            cgroup: tree.mode(),
+            sandboxes_max,
             fences,
             isolation: [Isolation::Container].into_iter().chain(gvisor.is_some().then_some(Isolation::Gvisor)).collect(),
         };
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
         let seccomp = crate::seccomp::program().iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect();
-        Ok(Self { programs: build::Programs::load(options)?, gvisor, seccomp, cores, hello })
+        Ok(Self { programs: build::Programs::load(options)?, gvisor, seccomp, cores, ahead_max, hello })
     }
 }
 
@@ -271,7 +276,7 @@ impl Keeper {
         let disks = Disks::open(&options.disks, crate::cgroup::discover().mode)?;
         let tree = Tree::open(&name_of(number), devices(options)?)?;
         let ranges = Ranges::new(first_id(number), SANDBOXES_MAX);
-        let Means { programs, gvisor, seccomp, cores, hello } = Means::load(options, tree.mode())?;
+        let Means { programs, gvisor, seccomp, cores, ahead_max, hello } = Means::load(options, &tree)?;
         sweep_disks(&disks, &options.run, number)?;
         // Only now is everything dead that could write to a log.
         let mut records = Records::default();
@@ -302,6 +307,7 @@ impl Keeper {
             group: options.group,
             hello,
             cores,
+            ahead_max,
             buffer: vec![0; log::DATA_BYTES_MAX],
             shutdown: None,
             trial: None,
@@ -356,7 +362,13 @@ impl Keeper {
         if !self.timer.is_free_for(monotonic_ns(), PREPARING_NS) {
             return true;
         }
-        match self.park().and_then(|is_parked| if is_parked { Ok(true) } else { self.slots.refill(&self.tree) }) {
+        let prepared = self.end_parked(|_| false).and_then(|()| {
+            if self.lot.len() + self.slots.ready() >= self.ahead_max {
+                return Ok(false);
+            }
+            if self.park()? { Ok(true) } else { self.slots.refill(&self.tree) }
+        });
+        match prepared {
             Ok(is_more) => is_more,
             Err(error) => {
                 warn(format_args!("preparing a sandbox ahead failed: {error}"));
@@ -432,7 +444,7 @@ impl Keeper {
     }
 
     fn is_done(&mut self) -> io::Result<bool> {
-        let is_empty = self.lot.is_empty() && self.sandboxes.values().all(|sandbox| sandbox.body.is_none());
+        let is_empty = self.lot.len() == 0 && self.sandboxes.values().all(|sandbox| sandbox.body.is_none() && sandbox.is_told);
         let Some(askers) = self.shutdown.take_if(|_| is_empty) else { return Ok(false) };
         self.slots.drain()?;
         self.tree.remove()?;
@@ -472,11 +484,19 @@ fn fences(options: &Options) -> io::Result<Fences> {
     Err(io::Error::other(format!("this host lacks a fence that it must have: {}{missing}", names.join(", "))))
 }
 
-/// A sandbox takes about fifteen descriptors; shells and init systems allow far fewer than this machine can have.
-fn raise_descriptor_limit() -> io::Result<()> {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    let raised = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
-    Ok(rustix::process::setrlimit(rustix::process::Resource::Nofile, raised)?)
+/// What the kernel is to kill last when the machine runs out of memory (proc_pid_oom_score_adj(5)): with the keeper, every sandbox would go.
+const OOM_SCORE_ADJ: &str = "-999";
+
+/// Protects the keeper where it may: lowering the value takes CAP_SYS_RESOURCE.
+fn protect_from_oom() {
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ) {
+        warn(format_args!("the kernel may kill the keeper for want of memory like anybody else: lowering oom_score_adj failed: {error}"));
+    }
+}
+
+/// Takes that protection from a child that is no keeper. No error where there is none to take.
+fn expose_to_oom() {
+    drop(std::fs::write("/proc/self/oom_score_adj", "0"));
 }
 
 /// Says something to whoever keeps the keeper's log; if nobody reads it any more, then not.

@@ -8,6 +8,8 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::protocol::{Cause, Ending, SandboxId};
 
 /// Bytes before the data of each record.
@@ -25,7 +27,7 @@ pub fn path(folder: &Path, id: SandboxId) -> PathBuf {
 }
 
 /// What a record holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Kind {
     Stdout,
     Stderr,

@@ -15,8 +15,8 @@ use rustix::{
     },
 };
 
-use super::{BLOCK_BYTES, Made, OWN_BLOCKS, OWN_INODES, Order, at, make_folders};
-use crate::{cgroup::Device, rootfs::NOSUID_NODEV, sys};
+use super::{BLOCK_BYTES, Made, OWN_BLOCKS, OWN_INODES, Order, make_folders};
+use crate::{cgroup::Device, error::at, rootfs::NOSUID_NODEV, sys};
 
 pub(super) fn make(folder: &Path, order: Order) -> io::Result<(OwnedFd, Made)> {
     let bytes = image_bytes(order.bytes, order.inodes);

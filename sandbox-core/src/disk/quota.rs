@@ -6,8 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{BLOCK_BYTES, OWN_BLOCKS, OWN_INODES, Order, at, make_folders, open};
+use super::{BLOCK_BYTES, OWN_BLOCKS, OWN_INODES, Order, make_folders, open};
 use crate::{
+    error::at,
     rootfs,
     sys::{self, MountAttributes},
 };

@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     disk,
+    error::at,
     fail_point::reached,
     fence::{Fence, Fences},
     init::CONTROL,
@@ -105,12 +106,9 @@ impl From<io::Error> for BuildError {
 const SHM_BYTES: u64 = 64 << 20;
 
 impl Keeper {
-    /// Builds one sandbox of the class that is missed most, and ends those that nobody asks for. False if there was nothing to build.
+    /// Builds one sandbox of the class that is missed most. False if there was nothing to build.
     pub(super) fn park(&mut self) -> io::Result<bool> {
         let now_ns = monotonic_ns();
-        for serial in self.lot.expire(now_ns) {
-            self.kill_by_force(serial)?;
-        }
         let Some(class) = self.lot.wanted(now_ns) else { return Ok(false) };
         let built = self.store.image(&class.image).map_err(BuildError::Host).and_then(|image| {
             let Class { disk_bytes, inodes, capabilities, fences, .. } = class;
@@ -256,9 +254,4 @@ fn become_init(program: &OwnedFd, control: &OwnedFd) -> io::Error {
         Ok(never) => match never {},
         Err(error) => error,
     }
-}
-
-/// Names the step that failed.
-pub(super) fn at(step: &'static str) -> impl Fn(io::Error) -> io::Error {
-    move |error| io::Error::new(error.kind(), format!("{step}: {error}"))
 }

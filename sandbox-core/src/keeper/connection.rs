@@ -5,6 +5,7 @@ use std::{collections::VecDeque, io, os::fd::OwnedFd};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    error::shortage,
     protocol::{Answer, Call, Failure, FailureKind, Reply},
     transport::{Datagram, Socket},
 };
@@ -58,6 +59,14 @@ impl Connection {
             }
         }
         Ok(false)
+    }
+}
+
+/// An answer that says at which step this machine failed, and of what it is out, if that was it: then it may work later.
+pub(super) fn failed_at(step: &str, error: &io::Error) -> Answer {
+    match shortage(error) {
+        Some(what) => failed(FailureKind::Busy, format!("this node is out of {what}: {step} failed: {error}")),
+        None => failed(FailureKind::Host, format!("{step} failed: {error}")),
     }
 }
 

@@ -12,8 +12,8 @@ use rustix::{
 
 use super::{
     Due, Keeper, START_WITHIN_NS, Source,
-    build::{Blueprint, BuildError, at},
-    connection::{Asker, failed},
+    build::{Blueprint, BuildError},
+    connection::{Asker, failed, failed_at},
     gvisor, monotonic_ns,
     output::{Output, Sink},
     parked::Class,
@@ -22,6 +22,7 @@ use super::{
 };
 use crate::{
     cgroup::Limits,
+    error::at,
     fail_point::reached,
     fence::{Fence, Fences},
     log::Kind,
@@ -98,13 +99,18 @@ impl Keeper {
             Box::new(if error.kind() == io::ErrorKind::NotFound {
                 failed(FailureKind::Gone, format!("this node has no image {}", launch.image))
             } else {
-                failed(FailureKind::Host, format!("opening image {} failed: {error}", launch.image))
+                failed_at("opening the image", &error)
             })
         })?;
+        match self.check_room(&launch.supervision) {
+            Ok(Ok(())) => {}
+            Ok(Err(why)) => return Err(Box::new(failed(FailureKind::Busy, why))),
+            Err(error) => return Err(Box::new(failed_at("looking for room", &error))),
+        }
         let sink = Sink::log(&self.logs, id, self.group).map_err(|error| match error.kind() {
             // It ran, and its record is forgotten: whoever sends the order again must not get a second payload.
             io::ErrorKind::AlreadyExists => refused(format!("sandbox {id} was started before: its log exists")),
-            _ => Box::new(failed(FailureKind::Host, format!("making the log file failed: {error}"))),
+            _ => Box::new(failed_at("making the log file", &error)),
         })?;
         reached("keeper.launch.log_made");
         let start = init::Start {
@@ -161,7 +167,7 @@ impl Keeper {
         let (folder, target) = match self.store.begin() {
             Ok(begun) => begun,
             Err(error) => {
-                self.answer(asker, failed(FailureKind::Host, format!("making a folder for the image failed: {error}")));
+                self.answer(asker, failed_at("making a folder for the image", &error));
                 return Ok(());
             }
         };
@@ -290,6 +296,8 @@ impl Keeper {
             started_at_ns: None,
             init_cpu_us: 0,
             ending: None,
+            tell_by_ns: 0,
+            is_told: false,
             launch_asker,
             waiters: Vec::new(),
             pending: Some(Pending { start: program, descriptors, limits, hostname }),
@@ -342,7 +350,7 @@ impl Keeper {
         }
         let answer = match failure {
             BuildError::Full => failed(FailureKind::Busy, "every id range of this node is in use"),
-            BuildError::Host(error) => failed(FailureKind::Host, format!("building the sandbox failed: {error}")),
+            BuildError::Host(error) => failed_at("building the sandbox", &error),
         };
         self.answer(asked.asker, answer);
         Ok(())

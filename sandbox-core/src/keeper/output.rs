@@ -1,6 +1,7 @@
 //! What payloads write: from the pipe, under the output limit, into the log file.
 
 use std::{
+    collections::VecDeque,
     fs::File,
     io::{self, IoSlice, Write},
     os::{
@@ -39,6 +40,17 @@ pub(super) struct Output {
     policy: OutputPolicy,
     stdout: Stream,
     stderr: Stream,
+    /// Records that the disk had no room for, in order. While there are any, nothing more is read, and the payload waits in its write.
+    #[serde(default)]
+    held: VecDeque<Held>,
+}
+
+/// A record that is not written yet.
+#[derive(Debug, Serialize, Deserialize)]
+struct Held {
+    kind: Kind,
+    at_us: u64,
+    data: Vec<u8>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -59,10 +71,14 @@ pub(super) enum Pumped {
     Empty,
     /// Every writer has closed it.
     Closed,
+    /// What was read before waits for room on the disk ([`Output::write_held`]).
+    Held,
 }
 
 /// Reads of one stream before the others get their turn.
 const READS_PER_TURN: usize = 8;
+/// Reads that empty the largest pipe (`/proc/sys/fs/pipe-max-size`, 1 MiB), with room to spare.
+const READS_TO_DRAIN: usize = 32;
 
 impl Sink {
     /// Makes the log file of a sandbox, readable by `group`.
@@ -77,7 +93,7 @@ impl Output {
     /// Reads from `stdout` and `stderr`, the reading ends of pipes, which must not block.
     pub(super) fn new(sink: Sink, limit_bytes: u64, policy: OutputPolicy, stdout: OwnedFd, stderr: OwnedFd) -> Self {
         let stream = |pipe| Stream { pipe: Some(pipe), written_bytes: 0, kept_bytes: 0 };
-        Self { sink, limit_bytes, policy, stdout: stream(stdout), stderr: stream(stderr) }
+        Self { sink, limit_bytes, policy, stdout: stream(stdout), stderr: stream(stderr), held: VecDeque::new() }
     }
 
     pub(super) fn pipe(&self, kind: Kind) -> Option<BorrowedFd<'_>> {
@@ -111,18 +127,68 @@ impl Output {
     /// Moves what is in the pipe to the sink, for one turn. `buffer` holds at most [`log::DATA_BYTES_MAX`] bytes.
     pub(super) fn pump(&mut self, kind: Kind, buffer: &mut [u8], at_us: u64) -> io::Result<Pumped> {
         for _ in 0..READS_PER_TURN {
-            let Some(pipe) = &self.stream(kind).pipe else { return Ok(Pumped::Closed) };
-            match rustix::io::retry_on_intr(|| rustix::io::read(pipe, &mut *buffer)) {
-                Ok(0) => {
-                    self.stream_mut(kind).pipe = None;
-                    return Ok(Pumped::Closed);
-                }
-                Ok(len) => self.keep(kind, &buffer[..len], at_us)?,
-                Err(rustix::io::Errno::AGAIN) => return Ok(Pumped::Empty),
-                Err(error) => return Err(error.into()),
+            if self.is_held() {
+                return Ok(Pumped::Held);
+            }
+            match self.read(kind, buffer, at_us)? {
+                Pumped::More => {}
+                other => return Ok(other),
             }
         }
         Ok(Pumped::More)
+    }
+
+    /// Takes in all that is left in the pipe of one that is over, room or not. Every writer is dead or about to die; more than a pipe holds
+    /// can only come from one that is not dead yet.
+    pub(super) fn drain(&mut self, kind: Kind, buffer: &mut [u8], at_us: u64) -> io::Result<()> {
+        for _ in 0..READS_TO_DRAIN {
+            match self.read(kind, buffer, at_us)? {
+                Pumped::More | Pumped::Held => {}
+                Pumped::Empty | Pumped::Closed => return Ok(()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether something waits for room on the disk.
+    pub(super) fn is_held(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    /// Writes what waits for room. False: there is not enough yet.
+    pub(super) fn write_held(&mut self) -> io::Result<bool> {
+        while let Some(Held { kind, at_us, data }) = self.held.front() {
+            match self.sink.append(*kind, data, *at_us) {
+                Ok(()) => drop(self.held.pop_front()),
+                Err(error) if is_no_room(&error) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    /// What may still be written to the log, in bytes of data.
+    pub(super) fn owed_bytes(&self) -> u64 {
+        match (&self.sink, self.policy) {
+            (Sink::Memory { .. }, _) | (_, OutputPolicy::Discard) => 0,
+            (Sink::Log { .. }, OutputPolicy::Truncate | OutputPolicy::Kill) => {
+                let owed = |stream: &Stream| self.limit_bytes.saturating_sub(stream.kept_bytes);
+                owed(&self.stdout).saturating_add(owed(&self.stderr))
+            }
+        }
+    }
+
+    fn read(&mut self, kind: Kind, buffer: &mut [u8], at_us: u64) -> io::Result<Pumped> {
+        let Some(pipe) = &self.stream(kind).pipe else { return Ok(Pumped::Closed) };
+        match rustix::io::retry_on_intr(|| rustix::io::read(pipe, &mut *buffer)) {
+            Ok(0) => {
+                self.stream_mut(kind).pipe = None;
+                Ok(Pumped::Closed)
+            }
+            Ok(len) => self.keep(kind, &buffer[..len], at_us).map(|()| Pumped::More),
+            Err(rustix::io::Errno::AGAIN) => Ok(Pumped::Empty),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn keep(&mut self, kind: Kind, data: &[u8], at_us: u64) -> io::Result<()> {
@@ -135,18 +201,37 @@ impl Output {
             return Ok(());
         }
         stream.kept_bytes += kept.len() as u64;
-        self.sink.append(kind, kept, at_us)
+        let is_behind = self.is_held();
+        match if is_behind { Err(io::ErrorKind::StorageFull.into()) } else { self.sink.append(kind, kept, at_us) } {
+            Err(error) if is_no_room(&error) => {
+                self.held.push_back(Held { kind, at_us, data: kept.to_vec() });
+                Ok(())
+            }
+            done => done,
+        }
     }
 
-    /// Writes how it ended, behind which nothing follows. Both streams are closed from here on.
+    /// Writes what is held and how it ended, behind which nothing follows. Both streams are closed from here on. After an error for want of room
+    /// ([`is_no_room`]) it can be tried again, or be given up.
     pub(super) fn finish(&mut self, ending: &Ending) -> io::Result<()> {
         self.stdout.pipe = None;
         self.stderr.pipe = None;
         let Sink::Log { .. } = self.sink else { return Ok(()) };
-        let ended = self.sink.append(Kind::End, &log::encode_ending(ending), ending.ended_at_us);
+        if !self.write_held()? {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.sink.append(Kind::End, &log::encode_ending(ending), ending.ended_at_us)?;
+        self.close();
+        Ok(())
+    }
+
+    /// Writes nothing any more.
+    pub(super) fn close(&mut self) {
+        self.held.clear();
         // What is left of the sandbox may take long to go; the descriptor need not.
-        self.sink = Sink::Memory { stdout: Vec::new(), stderr: Vec::new() };
-        ended
+        if let Sink::Log { .. } = self.sink {
+            self.sink = Sink::Memory { stdout: Vec::new(), stderr: Vec::new() };
+        }
     }
 
     fn stream(&self, kind: Kind) -> &Stream {
@@ -156,6 +241,11 @@ impl Output {
     fn stream_mut(&mut self, kind: Kind) -> &mut Stream {
         if kind == Kind::Stderr { &mut self.stderr } else { &mut self.stdout }
     }
+}
+
+/// Whether a write failed because the disk is full, for now.
+pub(super) fn is_no_room(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 impl Sink {

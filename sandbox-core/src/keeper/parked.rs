@@ -110,8 +110,8 @@ impl Lot {
         self.parked.remove(&serial)
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.parked.is_empty()
+    pub(super) fn len(&self) -> usize {
+        self.parked.len()
     }
 
     pub(super) fn bodies(&self) -> impl Iterator<Item = (u64, &Body)> {

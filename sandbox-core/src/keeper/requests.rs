@@ -17,6 +17,7 @@ use super::{
     records::State,
     recovery,
     sandbox::Decision,
+    timer::Due,
     warn,
 };
 use crate::{
@@ -28,6 +29,8 @@ use crate::{
 
 /// Clients at one time: one service, its successor, a few tools.
 const CONNECTIONS_MAX: usize = 64;
+/// How long nobody is let in when there are no descriptors.
+const ACCEPT_AGAIN_AFTER_NS: u64 = 100_000_000;
 /// Requests that may wait for one sandbox.
 const WAITERS_MAX: usize = 64;
 
@@ -35,7 +38,12 @@ impl Keeper {
     pub(super) fn accept(&mut self) -> io::Result<()> {
         let socket = match accept_with(&self.listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(socket) => socket,
-            // The other side left again, or descriptors are short for the moment.
+            Err(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE | rustix::io::Errno::NOMEM | rustix::io::Errno::NOBUFS) => {
+                // Who knocks goes on to, which would keep the loop turning: not looked at for a while.
+                epoll::delete(&self.epoll, &self.listener)?;
+                return self.timer.set(monotonic_ns() + ACCEPT_AGAIN_AFTER_NS, 0, Due::Accept);
+            }
+            // The other side left again.
             Err(_) => return Ok(()),
         };
         let serial = self.serial();
@@ -129,7 +137,7 @@ impl Keeper {
         self.store.remove(image)
     }
 
-    /// Ends what stands ready of these classes.
+    /// Ends what stands ready of these classes, and of those that nobody asks for any more.
     pub(super) fn end_parked(&mut self, of: impl Fn(&parked::Class) -> bool) -> io::Result<()> {
         self.lot.give_up(of);
         self.lot.expire(monotonic_ns()).into_iter().try_for_each(|serial| self.kill_by_force(serial))

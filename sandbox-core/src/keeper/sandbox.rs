@@ -66,6 +66,10 @@ pub(super) struct Sandbox {
     /// CPU time of init in the group before the payload, and of gVisor's start, in microseconds.
     pub(super) init_cpu_us: u64,
     pub(super) ending: Option<Ending>,
+    /// `CLOCK_MONOTONIC` until which the ending may wait for room in the log before it is told, in nanoseconds.
+    pub(super) tell_by_ns: u64,
+    /// Whether the ending is in the record, and told.
+    pub(super) is_told: bool,
     /// Connections do not outlive an upgrade.
     #[serde(skip)]
     pub(super) launch_asker: Option<Asker>,

@@ -87,6 +87,11 @@ impl Slots {
         Ok(true)
     }
 
+    /// How many stand ready.
+    pub(super) fn ready(&self) -> usize {
+        self.ready.len()
+    }
+
     /// Takes back a slot in which nothing was started.
     pub(super) fn put_back(&mut self, mut slot: Slot) -> io::Result<()> {
         // A group that something still sits in keeps its id range for good: better a range less than one with two owners.

@@ -9,7 +9,7 @@ use rustix::{event::epoll, process::pidfd_send_signal};
 
 use super::{
     Keeper, Source, monotonic_ns,
-    output::Pumped,
+    output::{Output, Pumped, is_no_room},
     sandbox::{self, Decision, Ended, Evidence, Purpose},
     timer::Due,
     unix_us, warn,
@@ -31,8 +31,10 @@ const AGAIN_AFTER_NS: u64 = 1_000_000;
 const OOM_LOOKS_MAX: u32 = 20;
 /// CPU time that a sandbox may use beyond its limit before it is noticed, over all cores.
 const CPU_OVERSHOOT_NS: u64 = 8_000_000;
-/// Turns of reading that empty the largest pipe (`/proc/sys/fs/pipe-max-size`, 1 MiB), with room to spare.
-const PIPE_TURNS_MAX: usize = 4;
+/// The time between two looks for room on the disk of the logs.
+const ROOM_AGAIN_AFTER_NS: u64 = 50_000_000;
+/// How long an ending waits for room in its log.
+const TELL_WITHIN_NS: u64 = 30_000_000_000;
 /// The time between two attempts at a cgroup that cannot be removed.
 const REMOVE_AGAIN_AFTER_NS: u64 = 1_000_000_000;
 
@@ -138,14 +140,55 @@ impl Keeper {
     }
 
     pub(super) fn on_output(&mut self, serial: u64, kind: Kind) -> io::Result<()> {
-        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
-        match sandbox.output.pump(kind, &mut self.buffer, unix_us()) {
-            Ok(Pumped::More | Pumped::Empty | Pumped::Closed) if sandbox.output.is_over_limit() => {
-                self.decide(serial, Decision::OutputLimit)
-            }
-            Ok(_) => Ok(()),
-            Err(error) => self.decide(serial, Decision::LogFailed(error.raw_os_error().unwrap_or(libc::EIO))),
+        // Both pipes may have been ready when the first of them was found to be too much.
+        let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| !sandbox.output.is_held()) else { return Ok(()) };
+        let pumped = sandbox.output.pump(kind, &mut self.buffer, unix_us());
+        let is_over_limit = sandbox.output.is_over_limit();
+        match pumped {
+            Ok(Pumped::Held) => self.pause_output(serial)?,
+            Ok(Pumped::More | Pumped::Empty | Pumped::Closed) if sandbox.output.is_held() => self.pause_output(serial)?,
+            Ok(Pumped::More | Pumped::Empty | Pumped::Closed) => {}
+            Err(error) => return self.decide(serial, log_failed(&error)),
         }
+        if is_over_limit { self.decide(serial, Decision::OutputLimit) } else { Ok(()) }
+    }
+
+    /// Reads nothing more until the disk has room for what was read.
+    fn pause_output(&mut self, serial: u64) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
+        for pipe in [Kind::Stdout, Kind::Stderr].into_iter().filter_map(|kind| sandbox.output.pipe(kind)) {
+            match epoll::delete(&self.epoll, pipe) {
+                Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.timer.set(monotonic_ns() + ROOM_AGAIN_AFTER_NS, serial, Due::Room)
+    }
+
+    /// Perhaps there is room now for what was read, or for the end.
+    fn look_for_room(&mut self, serial: u64) -> io::Result<()> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
+        if sandbox.ending.is_some() {
+            self.tell_end(serial);
+            return Ok(());
+        }
+        match sandbox.output.write_held() {
+            Ok(true) => {}
+            Ok(false) => return self.timer.set(monotonic_ns() + ROOM_AGAIN_AFTER_NS, serial, Due::Room),
+            Err(error) => return self.decide(serial, log_failed(&error)),
+        }
+        let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
+        self.watch_output(serial, &sandbox.output)
+    }
+
+    /// Watches the pipes that are still open.
+    pub(super) fn watch_output(&self, serial: u64, output: &Output) -> io::Result<()> {
+        for (kind, source) in [(Kind::Stdout, Source::Stdout), (Kind::Stderr, Source::Stderr)] {
+            if let Some(pipe) = output.pipe(kind) {
+                self.watch(pipe, source, serial)?;
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn on_oom_notice(&mut self, serial: u64) -> io::Result<()> {
@@ -194,17 +237,25 @@ impl Keeper {
         match due {
             Due::Remove => return self.clean_up(serial),
             Due::Trial => return self.give_up_trial(serial),
+            Due::Room => return self.look_for_room(serial),
+            Due::Accept => return self.watch(self.listener.as_fd(), Source::Listener, 0),
             Due::Start | Due::Wall | Due::Cpu | Due::Oom | Due::Force => {}
         }
         let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
         let (is_over, is_launched) = (sandbox.ending.is_some(), sandbox.launched.is_some());
         match due {
-            Due::Force => self.kill_by_force(serial),
+            Due::Force => {
+                // All of it at once, where the kernel can: init may be what does not answer.
+                if let Some(body) = self.body(serial) {
+                    body.slot.group.kill()?;
+                }
+                self.kill_by_force(serial)
+            }
             Due::Start if !is_launched => self.kill_by_force(serial),
             Due::Wall if !is_over => self.decide(serial, Decision::WallTimeout),
             Due::Cpu if !is_over => self.check_cpu(serial),
             Due::Oom if !is_over => self.look_for_oom(serial),
-            Due::Start | Due::Wall | Due::Cpu | Due::Oom | Due::Remove | Due::Trial => Ok(()),
+            Due::Start | Due::Wall | Due::Cpu | Due::Oom | Due::Remove | Due::Trial | Due::Room | Due::Accept => Ok(()),
         }
     }
 
@@ -281,16 +332,8 @@ impl Keeper {
         let Some(body) = &sandbox.body else { return };
         let mut failure = failure;
         for kind in [Kind::Stdout, Kind::Stderr] {
-            // Every writer is dead or about to die; more than a pipe holds can only come from one that is not dead yet.
-            for _ in 0..PIPE_TURNS_MAX {
-                match sandbox.output.pump(kind, &mut self.buffer, unix_us()) {
-                    Ok(Pumped::More) => {}
-                    Ok(Pumped::Empty | Pumped::Closed) => break,
-                    Err(error) => {
-                        failure = Some(Cause::InfraError { message: format!("writing the log failed: {error}") });
-                        break;
-                    }
-                }
+            if let Err(error) = sandbox.output.drain(kind, &mut self.buffer, unix_us()) {
+                failure = Some(Cause::InfraError { message: format!("writing the log failed: {error}") });
             }
         }
         reached("keeper.end.pumped");
@@ -302,12 +345,32 @@ impl Keeper {
         let evidence = Evidence { ended, counters, now_ns: monotonic_ns(), now_us: unix_us(), failure };
         let mut ending = sandbox.judge(evidence);
         log::bound_ending(&mut ending);
+        sandbox.ending = Some(ending);
+        sandbox.tell_by_ns = monotonic_ns() + TELL_WITHIN_NS;
+        self.tell_end(serial);
+    }
+
+    /// Writes the ending to the log and tells it. If the disk has no room for it, or for what the payload wrote last, it waits a while for some.
+    fn tell_end(&mut self, serial: u64) {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| !sandbox.is_told) else { return };
+        let Some(mut ending) = sandbox.ending.clone() else { return };
         // Before anybody is told: what was said must hold after a kill of the keeper, too.
         if let Err(error) = sandbox.output.finish(&ending) {
+            let now_ns = monotonic_ns();
+            let may_wait = is_no_room(&error) && now_ns < sandbox.tell_by_ns && self.shutdown.is_none();
+            if may_wait && self.timer.set(now_ns + ROOM_AGAIN_AFTER_NS, serial, Due::Room).is_ok() {
+                return;
+            }
             warn(format_args!("ending a log failed: {error}"));
+            if is_no_room(&error) {
+                ending.cause = Cause::InfraError { message: format!("the last of its log could not be written: {error}") };
+                sandbox.ending = Some(ending.clone());
+            }
+            sandbox.output.close();
         }
         reached("keeper.end.logged");
-        sandbox.ending = Some(ending.clone());
+        sandbox.is_told = true;
+        let is_taken_apart = sandbox.body.is_none();
         let askers = sandbox.take_askers();
         if let Purpose::Payload { id } = sandbox.purpose {
             self.records.ended(id, ending.clone());
@@ -317,6 +380,9 @@ impl Keeper {
             reached("keeper.end.answered");
         } else {
             self.unpacked(serial);
+        }
+        if is_taken_apart {
+            self.sandboxes.remove(&serial);
         }
     }
 
@@ -374,12 +440,16 @@ impl Keeper {
         let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
         sandbox.body = None;
         sandbox.pending = None;
-        if sandbox.ending.is_some() {
+        if sandbox.is_told {
             self.sandboxes.remove(&serial);
         }
         reached("keeper.remove.done");
         Ok(())
     }
+}
+
+fn log_failed(error: &io::Error) -> Decision {
+    Decision::LogFailed(error.raw_os_error().unwrap_or(libc::EIO))
 }
 
 /// Init, and the making of its layer.

@@ -24,6 +24,10 @@ pub(super) enum Due {
     Force,
     /// Try again to remove the cgroups.
     Remove,
+    /// Try again to write what the disk of the logs had no room for.
+    Room,
+    /// Try again to take connections, for which there were no descriptors.
+    Accept,
     /// A new program on trial should have said whether it can take over.
     Trial,
 }

@@ -279,7 +279,7 @@ impl Keeper {
             store,
             disks,
         } = read(&description, handover::take_over)?;
-        let means = super::Means::load(options, tree.mode())?;
+        let means = super::Means::load(options, &tree)?;
         let hello = super::Hello { started_at_us, upgrades: upgrades.saturating_add(1), ..means.hello };
         let mut keeper = Self {
             epoll: super::new_epoll()?,
@@ -306,6 +306,7 @@ impl Keeper {
             group: options.group,
             hello,
             cores: means.cores,
+            ahead_max: means.ahead_max,
             buffer: vec![0; log::DATA_BYTES_MAX],
             shutdown: None,
             trial: None,
@@ -324,10 +325,9 @@ impl Keeper {
     }
 
     fn watch_sandbox(&self, serial: u64, sandbox: &Sandbox) -> io::Result<()> {
-        for (kind, source) in [(log::Kind::Stdout, Source::Stdout), (log::Kind::Stderr, Source::Stderr)] {
-            if let Some(pipe) = sandbox.output.pipe(kind) {
-                self.watch(pipe, source, serial)?;
-            }
+        // What waits for room is looked after by the timer.
+        if !sandbox.output.is_held() {
+            self.watch_output(serial, &sandbox.output)?;
         }
         let Some(body) = &sandbox.body else { return Ok(()) };
         self.watch_body(serial, body)?;
@@ -378,7 +378,7 @@ pub(super) fn try_state(options: &Options) -> io::Result<()> {
     sys::close_on_exec_from(3)?;
     let (description, answer) = (File::from(sys::inherited(DESCRIPTION)?), File::from(sys::inherited(ANSWER)?));
     let taken = read(&description, handover::try_out)?;
-    super::Means::load(options, taken.tree.mode())?;
+    super::Means::load(options, &taken.tree)?;
     (&answer).write_all(YES)
 }
 

@@ -68,7 +68,7 @@ impl Node {
         Self::start_in(Command::new(KEEPER), killed, &disks)
     }
 
-    fn start_in(mut keeper: Command, folder: tempfile::TempDir, disks: &Path) -> Self {
+    pub(crate) fn start_in(mut keeper: Command, folder: tempfile::TempDir, disks: &Path) -> Self {
         let at = |name: &str| folder.path().join(name);
         std::fs::create_dir_all(at("logs")).unwrap();
         let mut child = keeper

@@ -12,7 +12,7 @@ use crate::harness::{Node, shell};
 /// What there is of a keeper in the kernel, for a comparison.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Snapshot {
-    descriptors: usize,
+    pub(crate) descriptors: usize,
     children: usize,
     groups: usize,
 }
@@ -67,7 +67,7 @@ fn parents(node: &Node) -> Vec<PathBuf> {
 }
 
 /// Every cgroup of a sandbox of this keeper.
-fn groups(node: &Node) -> Vec<PathBuf> {
+pub(crate) fn groups(node: &Node) -> Vec<PathBuf> {
     let inside = |parent: &PathBuf| std::fs::read_dir(parent).unwrap().map(|entry| entry.unwrap()).collect::<Vec<_>>();
     let folders = parents(node).into_iter().flat_map(|parent| inside(&parent)).filter(|entry| entry.file_type().unwrap().is_dir());
     folders.map(|entry| entry.path()).collect()
@@ -100,4 +100,22 @@ fn many_runs_and_a_keeper_that_stops_leave_nothing_behind() {
     node.wait_for_exit();
     let left: Vec<_> = parents.into_iter().filter(|parent| parent.exists()).collect();
     assert!(left.is_empty(), "a keeper that stopped left {left:?}");
+}
+
+#[test]
+fn what_sits_in_a_group_of_a_dead_keepers_is_killed_by_the_next() {
+    let node = Node::start();
+    let mut client = node.client();
+    assert!(matches!(shell("sleep 100").launch(&mut client), Answer::Launched(_)));
+    let group = groups(&node).into_iter().find(|group| group.join("cgroup.kill").exists()).expect("there is a cgroup2 tree");
+    let mut stray = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+    std::fs::write(group.join("cgroup.procs"), stray.id().to_string()).unwrap();
+    let next = Node::start_after(node.kill());
+    let status = stray.wait().unwrap();
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
+    assert!(
+        !group.join("cgroup.procs").exists()
+            || !std::fs::read_to_string(group.join("cgroup.procs")).unwrap().contains(&stray.id().to_string())
+    );
+    drop(next);
 }

@@ -6,6 +6,7 @@
 mod attacks;
 mod disk;
 mod endings;
+mod exhaustion;
 mod fenced;
 mod gvisor;
 mod harness;

@@ -75,14 +75,14 @@ fn ask_for_upgrade(node: &Node) {
 }
 
 /// Upgrades it, and waits until it says that it was.
-fn upgrade(node: &Node) {
+pub(crate) fn upgrade(node: &Node) {
     let before = until(|| node.hello().ok()).upgrades;
     ask_for_upgrade(node);
     until(|| node.hello().ok().filter(|hello| hello.upgrades == before + 1));
 }
 
 /// What `look` finds, as soon as it finds something.
-fn until<T>(mut look: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn until<T>(mut look: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + SOON;
     loop {
         if let Some(found) = look() {
@@ -94,7 +94,7 @@ fn until<T>(mut look: impl FnMut() -> Option<T>) -> T {
 }
 
 /// The ending, asked for again and again as connections break.
-fn wait_across(node: &Node, id: SandboxId) -> Ending {
+pub(crate) fn wait_across(node: &Node, id: SandboxId) -> Ending {
     until(|| match Client::connect(&node.socket()).ok()?.0.call(&Request::Wait { id }, &[]).ok()? {
         Answer::Ended(ending) => Some(*ending),
         other => panic!("the keeper answered {other:?}"),

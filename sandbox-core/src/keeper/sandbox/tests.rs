@@ -36,6 +36,8 @@ fn sandbox(decision: Option<Decision>) -> Sandbox {
         started_at_ns: Some(1_000_000),
         init_cpu_us: 300,
         ending: None,
+        tell_by_ns: 0,
+        is_told: false,
         launch_asker: None,
         waiters: Vec::new(),
         pending: None,

@@ -1,0 +1,95 @@
+//! What the keeper itself can run out of: descriptors, and the disk below its logs. A launch that would is refused; what runs goes on.
+
+use std::io;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use super::{Keeper, SANDBOXES_MAX, warn};
+use crate::{
+    cgroup::Tree,
+    disk,
+    protocol::{OutputPolicy, Supervision},
+};
+
+/// Descriptors of a sandbox besides its groups': two namespaces; init and its socket; two pipes and the log; a layer on disk, or the two of who makes it;
+/// before the payload starts, the four that it will have, and afterwards two fewer, of the payload and of the memory limit.
+const OF_SANDBOX: u64 = 13;
+/// For connections, for what a message brings along, for files that are open for a moment, for the keeper's own.
+const RESERVE: u64 = 64 + 130 + 62;
+/// The most sandboxes, and parts of such, that are prepared ahead.
+const AHEAD_MAX: u64 = 80;
+
+/// How many sandboxes the descriptors of this process are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Room {
+    pub(super) sandboxes_max: u32,
+    /// How many may be prepared ahead at a time, whole or in part.
+    pub(super) ahead_max: usize,
+}
+
+impl Room {
+    /// Raises the limit of descriptors as far as it takes and this process may.
+    pub(super) fn make(tree: &Tree) -> io::Result<Self> {
+        let each = OF_SANDBOX + tree.hierarchies();
+        let wanted = RESERVE + (u64::from(SANDBOXES_MAX) + AHEAD_MAX) * each;
+        let found = getrlimit(Resource::Nofile);
+        let hard = found.maximum.unwrap_or(u64::MAX);
+        // Shells and init systems allow far fewer than this machine can have; more than the hard limit takes a capability (setrlimit(2)).
+        let raised = hard < wanted && setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum: Some(wanted) }).is_ok();
+        if !raised {
+            setrlimit(Resource::Nofile, Rlimit { current: found.maximum, maximum: found.maximum })?;
+        }
+        let room = Self::of(if raised { wanted } else { hard }, each);
+        if room.sandboxes_max < SANDBOXES_MAX {
+            let max = room.sandboxes_max;
+            warn(format_args!("a limit of {hard} descriptors is enough for {max} sandboxes at a time, not {SANDBOXES_MAX}"));
+        }
+        Ok(room)
+    }
+
+    fn of(descriptors: u64, each: u64) -> Self {
+        let fitting = descriptors.saturating_sub(RESERVE) / each;
+        let ahead = (fitting / 4).min(AHEAD_MAX);
+        let sandboxes = (fitting - ahead).min(u64::from(SANDBOXES_MAX));
+        Self { sandboxes_max: u32::try_from(sandboxes).unwrap_or(SANDBOXES_MAX), ahead_max: usize::try_from(ahead).unwrap_or(0) }
+    }
+}
+
+impl Keeper {
+    /// Why there is no room for one more sandbox, for people.
+    pub(super) fn check_room(&self, supervision: &Supervision) -> io::Result<Result<(), String>> {
+        let max = self.hello.sandboxes_max;
+        if self.sandboxes.len() >= usize::try_from(max).unwrap_or(usize::MAX) {
+            return Ok(Err(format!("this keeper has id ranges and descriptors for {max} sandboxes at a time")));
+        }
+        let own = match supervision.output_policy {
+            OutputPolicy::Discard => 0,
+            OutputPolicy::Truncate | OutputPolicy::Kill => supervision.output_bytes.saturating_mul(2),
+        };
+        let owed = self.sandboxes.values().map(|sandbox| sandbox.output.owed_bytes()).fold(0, u64::saturating_add);
+        let space = disk::Space::of(&self.logs)?;
+        Ok(if space.leaves_enough(owed.saturating_add(own)) {
+            Ok(())
+        } else {
+            let (folder, free, kept) = (self.logs.display(), space.free_bytes, space.kept_bytes());
+            Err(format!("the disk of {folder} has {free} bytes free: {kept} are kept, {owed} may still be written by sandboxes that run"))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_all_sandboxes_can_have_open_is_within_the_limit() {
+        for descriptors in [0, 256, 512, 1024, 20_000, 1 << 20] {
+            let room = Room::of(descriptors, 19);
+            let taken = (u64::from(room.sandboxes_max) + room.ahead_max as u64) * 19;
+            assert!(taken == 0 || taken + RESERVE <= descriptors, "{descriptors}: {room:?}");
+            assert!(room.sandboxes_max as usize >= room.ahead_max);
+        }
+        assert_eq!(Room::of(1 << 20, 19).sandboxes_max, SANDBOXES_MAX);
+        assert!(Room::of(1024, 19).sandboxes_max > 25);
+    }
+}

@@ -1,0 +1,303 @@
+//! A node that runs out of something refuses what is new, says of what, and harms nothing that runs.
+
+use std::{
+    fs::File,
+    io::Write,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Resource, Rlimit};
+use sandbox_core::{
+    client::Client,
+    protocol::{Answer, Cause, FailureKind, Request, SandboxId},
+    transport::Socket,
+};
+
+use crate::{
+    harness::{KEEPER, Node, Run, kill, output, records, shell, wait},
+    leaks::{Snapshot, children},
+    upgrade::{until, upgrade, wait_across},
+};
+
+/// A keeper with a disk of its own for its logs, in memory, of this size.
+fn with_small_disk(size: &str) -> Node {
+    let folder = tempfile::Builder::new().prefix("mfk").tempdir().unwrap();
+    let mut keeper = Command::new("unshare");
+    let script = "mount -t tmpfs -o size=$SIZE none \"$LOGS\" && exec \"$0\" \"$@\"";
+    keeper.args(["--mount", "--propagation", "private", "sh", "-c", script, KEEPER]);
+    keeper.env("SIZE", size).env("LOGS", folder.path().join("logs"));
+    let disks = folder.path().join("disks");
+    Node::start_in(keeper, folder, &disks)
+}
+
+/// Where a log lies on that disk, which only the keeper has mounted.
+fn log_of(node: &Node, id: SandboxId) -> PathBuf {
+    Path::new(&format!("/proc/{}/root", node.pid())).join(node.log_path(id).strip_prefix("/").unwrap())
+}
+
+/// Takes all that is left of the disk of logs. What this returns is the file to be removed.
+fn fill(node: &Node) -> PathBuf {
+    let path = log_of(node, SandboxId(uuid::Uuid::nil())).with_file_name("filler");
+    let mut filler = File::create(&path).unwrap();
+    for size in [1 << 16, 1 << 12, 1] {
+        while filler.write_all(&vec![0; size]).is_ok() {}
+    }
+    path
+}
+
+/// Launches it with a pipe as its standard input.
+fn launch_with_pipe(run: &Run, client: &mut Client) -> OwnedFd {
+    let (read, write) = rustix::pipe::pipe().unwrap();
+    let answer = run.launch_with_stdin(client, read.as_fd());
+    assert!(matches!(answer, Answer::Launched(_)), "{answer:?}");
+    write
+}
+
+fn busy(answer: Answer) -> String {
+    let Answer::Failed(failure) = answer else { panic!("it was not refused: {answer:?}") };
+    assert_eq!(failure.kind, FailureKind::Busy, "{}", failure.message);
+    failure.message
+}
+
+fn numbers(count: u32) -> String {
+    (1..=count).map(|n| format!("{n}\n")).collect()
+}
+
+/// What its script does when it is told to: fill its pipe and more, and end.
+fn writer(output_bytes: u64) -> Run {
+    let mut run = shell("read line; seq 1 50000; exit 6");
+    run.supervision.wall_ms = Some(60_000);
+    run.supervision.output_bytes = output_bytes;
+    run
+}
+
+#[test]
+fn output_waits_for_room_on_the_disk_and_none_is_lost() {
+    for is_upgraded in [false, true] {
+        let node = with_small_disk("32m");
+        let mut client = node.client();
+        let run = writer(1 << 20);
+        let stdin = launch_with_pipe(&run, &mut client);
+        let mut hog = shell("read line; while :; do echo more; done");
+        hog.supervision.wall_ms = Some(700);
+        let hogs_stdin = launch_with_pipe(&hog, &mut client);
+        let filler = fill(&node);
+        rustix::io::write(&stdin, b"\n").unwrap();
+        rustix::io::write(&hogs_stdin, b"\n").unwrap();
+
+        // Both write more than their pipes hold; time goes on for both.
+        let begun = Instant::now();
+        if is_upgraded {
+            upgrade(&node);
+        }
+        while begun.elapsed() < Duration::from_millis(1200) {
+            assert!(records(&mut node.client()).iter().all(|record| !record.is_ended));
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        std::fs::remove_file(filler).unwrap();
+        let ending = wait_across(&node, run.id);
+        assert_eq!(ending.cause, Cause::Exited { code: 6 }, "{ending:?}");
+        assert!(ending.usage.wall_us > 1_100_000, "it did not wait: {ending:?}");
+        assert_eq!(output(&log_of(&node, run.id)).0, numbers(50_000));
+        let ending = wait_across(&node, hog.id);
+        assert_eq!(ending.cause, Cause::WallTimeout);
+        assert!((700_000..900_000).contains(&ending.usage.wall_us), "{ending:?}");
+        let (stdout, _) = output(&log_of(&node, hog.id));
+        assert_eq!(stdout.len() as u64, ending.usage.stdout_bytes);
+    }
+}
+
+#[test]
+fn an_end_that_finds_no_room_in_time_is_told_as_an_error_of_the_node() {
+    let node = with_small_disk("16m");
+    let mut client = node.client();
+    let mut run = shell("read line; echo last words; exit 3");
+    run.supervision.output_bytes = 1 << 16;
+    let stdin = launch_with_pipe(&run, &mut client);
+    let filler = fill(&node);
+    rustix::io::write(&stdin, b"\n").unwrap();
+    let begun = Instant::now();
+    let ending = wait(&mut client, run.id);
+    assert!(matches!(&ending.cause, Cause::InfraError { message } if message.contains("log")), "{ending:?}");
+    assert!((25..40).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
+    std::fs::remove_file(filler).unwrap();
+    assert_eq!(wait(&mut client, run.id), ending);
+    assert_eq!(client.call(&Request::Forget { id: run.id }, &[]).unwrap(), Answer::Done);
+}
+
+#[test]
+fn a_launch_for_whose_output_the_disk_has_no_room_is_refused_until_there_is() {
+    let node = with_small_disk("32m");
+    let mut client = node.client();
+    let wide = || {
+        let mut run = shell("sleep 100");
+        run.supervision.output_bytes = 8 << 20;
+        run
+    };
+    let first = wide();
+    assert!(matches!(first.launch(&mut client), Answer::Launched(_)));
+    let why = busy(wide().launch(&mut client));
+    assert!(why.contains("the disk of") && why.contains("logs"), "{why}");
+    // One that keeps nothing needs nothing; one that keeps little fits.
+    let mut small = shell("echo fits");
+    small.supervision.output_bytes = 1000;
+    assert!(matches!(small.launch(&mut client), Answer::Launched(_)));
+    assert_eq!(wait(&mut client, small.id).cause, Cause::Exited { code: 0 });
+
+    kill(&mut client, first.id);
+    wait(&mut client, first.id);
+    assert!(matches!(wide().launch(&mut client), Answer::Launched(_)));
+}
+
+#[test]
+fn a_keeper_with_few_descriptors_runs_as_many_sandboxes_as_they_are_for() {
+    let mut keeper = Command::new("prlimit");
+    keeper.args(["--nofile=512:512", KEEPER]);
+    let node = Node::start_as(keeper);
+    let mut client = node.client();
+    let max = node.hello().unwrap().sandboxes_max;
+    assert!((5..20).contains(&max), "{max}");
+    let neighbour = shell("read line; echo well; exit 4");
+    let stdin = launch_with_pipe(&neighbour, &mut client);
+    let others: Vec<Run> = (1..max).map(|_| shell("sleep 100")).collect();
+    for run in &others {
+        let answer = run.launch(&mut client);
+        assert!(matches!(answer, Answer::Launched(_)), "{answer:?}");
+    }
+    let one_more = shell("exit 5");
+    let why = busy(one_more.launch(&mut client));
+    assert!(why.contains("descriptors"), "{why}");
+    assert!(!node.log_path(one_more.id).exists());
+
+    rustix::io::write(&stdin, b"\n").unwrap();
+    assert_eq!(wait(&mut client, neighbour.id).cause, Cause::Exited { code: 4 });
+    assert_eq!(output(&node.log_path(neighbour.id)).0, "well\n");
+    until(|| match one_more.launch(&mut client) {
+        Answer::Launched(_) => Some(()),
+        other => {
+            busy(other);
+            None
+        }
+    });
+    assert_eq!(wait(&mut client, one_more.id).cause, Cause::Exited { code: 5 });
+}
+
+/// CPU time of a process so far, in clock ticks of a hundredth of a second.
+fn cpu_ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[test]
+fn a_keeper_without_a_descriptor_for_a_connection_does_not_spin() {
+    let node = Node::start();
+    let mut client = node.client();
+    let neighbour = shell("read line; exit 4");
+    let stdin = launch_with_pipe(&neighbour, &mut client);
+    let open = Snapshot::at_rest(&node).descriptors as u64;
+    let pid = rustix::process::Pid::from_raw(node.pid().cast_signed());
+    let limit = |current| rustix::process::prlimit(pid, Resource::Nofile, Rlimit { current: Some(current), maximum: Some(20_000) });
+    let before = rustix::process::getrlimit(Resource::Nofile).current.unwrap_or(20_000).min(20_000);
+    limit(open.min(before)).unwrap();
+    let knocking: Vec<Socket> = (0..3).map(|_| Socket::connect(&node.socket()).unwrap()).collect();
+    let ticks = cpu_ticks(node.pid());
+    std::thread::sleep(Duration::from_secs(1));
+    let used = cpu_ticks(node.pid()) - ticks;
+    assert!(used < 20, "{used} hundredths of a second in a second");
+
+    limit(before).unwrap();
+    drop(knocking);
+    until(|| node.hello().ok());
+    rustix::io::write(&stdin, b"\n").unwrap();
+    assert_eq!(wait(&mut client, neighbour.id).cause, Cause::Exited { code: 4 });
+}
+
+/// A cgroup of the test's own that limits processes; removed when this is dropped.
+struct PidsGroup(PathBuf);
+
+impl PidsGroup {
+    fn new() -> Self {
+        let v1 = Path::new("/sys/fs/cgroup/pids");
+        let root = if v1.exists() { v1 } else { Path::new("/sys/fs/cgroup") };
+        let path = root.join(format!("mayfly-test-{}", uuid::Uuid::new_v4()));
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    fn limit(&self, pids: &str) {
+        std::fs::write(self.0.join("pids.max"), pids).unwrap();
+    }
+}
+
+impl Drop for PidsGroup {
+    fn drop(&mut self) {
+        until(|| std::fs::remove_dir(&self.0).ok());
+    }
+}
+
+#[test]
+fn a_node_without_processes_left_says_so_and_what_runs_goes_on() {
+    let group = PidsGroup::new();
+    let mut keeper = Command::new("sh");
+    keeper.args(["-c", "echo 0 > \"$GROUP/cgroup.procs\" && exec \"$0\" \"$@\"", KEEPER]).env("GROUP", &group.0);
+    let node = Node::start_as(keeper);
+    let mut client = node.client();
+    let neighbour = shell("read line; echo well; exit 4");
+    let stdin = launch_with_pipe(&neighbour, &mut client);
+
+    group.limit("1");
+    // What stands ready needs no new process of the keeper's; what comes after it does.
+    let mut launched = Vec::new();
+    let why = loop {
+        assert!(launched.len() < 50, "there is no end of sandboxes");
+        let run = shell("true");
+        match run.launch(&mut client) {
+            Answer::Launched(_) => launched.push(run),
+            other => break busy(other),
+        }
+    };
+    assert!(why.contains("out of processes"), "{why}");
+    rustix::io::write(&stdin, b"\n").unwrap();
+    assert_eq!(wait(&mut client, neighbour.id).cause, Cause::Exited { code: 4 });
+    for run in launched {
+        assert_eq!(wait(&mut client, run.id).cause, Cause::Exited { code: 0 });
+    }
+    group.limit("max");
+    assert_eq!(shell("exit 5").run_on(&node).ending.cause, Cause::Exited { code: 5 });
+    drop(client);
+    drop(node);
+    drop(group);
+}
+
+#[test]
+fn for_want_of_memory_the_kernel_takes_sandboxes_before_the_keeper() {
+    const SYS_RESOURCE: u32 = 24;
+    let folder = tempfile::tempdir().unwrap();
+    let said = folder.path().join("stderr");
+    let mut keeper = Command::new(KEEPER);
+    keeper.stderr(File::create(&said).unwrap());
+    let node = Node::start_as(keeper);
+    let score = |pid: &str| std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().parse::<i32>().unwrap();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", node.pid())).unwrap();
+    let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+    let may_lower = u64::from_str_radix(capabilities.trim(), 16).unwrap() >> SYS_RESOURCE & 1 == 1;
+    let own = score(&node.pid().to_string());
+    let warnings = std::fs::read_to_string(&said).unwrap().matches("oom_score_adj").count();
+    if may_lower {
+        assert_eq!((own, warnings), (-999, 0));
+    } else {
+        assert_eq!(warnings, 1);
+    }
+    let mut client = node.client();
+    let run = shell("sleep 100");
+    assert!(matches!(run.launch(&mut client), Answer::Launched(_)));
+    let of_inits = until(|| {
+        let scores: Vec<i32> = children(&node).iter().map(|pid| score(pid)).collect();
+        (!scores.is_empty() && scores.iter().all(|score| *score == 500)).then_some(scores)
+    });
+    assert!(of_inits.iter().all(|score| *score > own));
+}
