@@ -267,7 +267,7 @@ fn new_epoll() -> io::Result<OwnedFd> {
 impl Keeper {
     fn start(options: &Options) -> io::Result<Self> {
         let (number, lock) = claim_number(&options.run)?;
-        let logs_lock = claim_logs(&options.logs)?;
+        let logs_lock = claim_logs(&options.logs, options.group)?;
         sweep_dead_keepers(&options.run, number)?;
         reached("keeper.start.locked");
         let stage = stage_of(&options.run, number);
@@ -526,8 +526,13 @@ fn try_lock(run: &std::path::Path, number: u32) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// The folder of logs, for this keeper alone: another one that found logs without an end there would take their sandboxes for dead.
-fn claim_logs(logs: &std::path::Path) -> io::Result<OwnedFd> {
+/// The folder of logs, made if it is missing, for this keeper alone: another one that found logs without an end there would take their sandboxes for dead.
+fn claim_logs(logs: &std::path::Path, group: u32) -> io::Result<OwnedFd> {
+    match std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o750).create(logs) {
+        Ok(()) => std::os::unix::fs::chown(logs, None, Some(group))?,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(io::Error::new(error.kind(), format!("{}: {error}", logs.display()))),
+    }
     let folder = std::fs::File::open(logs).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", logs.display())))?;
     let deadline = monotonic_ns() + LOGS_WITHIN_NS;
     loop {
