@@ -101,7 +101,7 @@ impl Disks {
     /// Refuses a layer that would take the last of the disk, on which logs, images and perhaps the database are too: whoever asks for much is
     /// told so, and the others go on.
     fn leave_some(&self, bytes: u64) -> io::Result<()> {
-        if Space::of(&self.folder)?.leaves_enough(bytes) {
+        if Space::of(open(&self.folder)?.as_fd())?.leaves_enough(bytes) {
             return Ok(());
         }
         let step = format!("setting {bytes} bytes aside in {} and leaving the node its share", self.folder.display());
@@ -136,8 +136,8 @@ pub(crate) struct Space {
 
 impl Space {
     /// Of the disk below a folder.
-    pub(crate) fn of(folder: &Path) -> io::Result<Self> {
-        let space = rustix::fs::fstatfs(open(folder)?)?;
+    pub(crate) fn of(folder: BorrowedFd<'_>) -> io::Result<Self> {
+        let space = rustix::fs::fstatfs(folder)?;
         let block = u64::try_from(space.f_bsize).map_err(io::Error::other)?;
         Ok(Self { free_bytes: space.f_bavail.saturating_mul(block), total_bytes: space.f_blocks.saturating_mul(block) })
     }

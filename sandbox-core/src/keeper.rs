@@ -5,6 +5,7 @@
 
 mod build;
 pub mod command;
+mod commit;
 mod connection;
 mod disk;
 pub(crate) mod gvisor;
@@ -40,6 +41,7 @@ use rustix::{
     time::{ClockId, clock_gettime},
 };
 
+use commit::Commit;
 use connection::{Asker, Connection};
 use gvisor::Gvisor;
 use parked::Lot;
@@ -133,10 +135,11 @@ enum Source {
     Payload,
     Disk,
     Trial,
+    Commit,
 }
 
 impl Source {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 13] = [
         Self::Listener,
         Self::Signals,
         Self::Timer,
@@ -149,6 +152,7 @@ impl Source {
         Self::Payload,
         Self::Disk,
         Self::Trial,
+        Self::Commit,
     ];
 
     fn number(self, serial: u64) -> u64 {
@@ -170,6 +174,7 @@ pub struct Keeper {
     signals: SignalFd,
     timer: Timer,
     connections: HashMap<u64, Connection>,
+    commits: HashMap<u64, Commit>,
     sandboxes: HashMap<u64, Sandbox>,
     records: Records,
     next_serial: u64,
@@ -198,7 +203,7 @@ pub struct Keeper {
     program: Invocation,
     /// Held as long as this keeper lives: its name and its id ranges are its own.
     lock: OwnedFd,
-    /// Held as long: so are the records in its folder of logs.
+    /// The folder of logs, held as long: the records in it are its own, too.
     logs_lock: OwnedFd,
 }
 
@@ -288,6 +293,7 @@ impl Keeper {
             signals: signals()?,
             timer: Timer::new()?,
             connections: HashMap::new(),
+            commits: HashMap::new(),
             sandboxes: HashMap::new(),
             records,
             next_serial: 1,
@@ -382,6 +388,10 @@ impl Keeper {
         let Err(error) = handled else { return Ok(()) };
         match source {
             Source::Listener | Source::Signals | Source::Timer => Err(error),
+            Source::Commit => {
+                warn(format_args!("keeping an image failed: {error}"));
+                Ok(())
+            }
             Source::Trial => {
                 warn(format_args!("not upgrading: {error}"));
                 Ok(())
@@ -414,6 +424,7 @@ impl Keeper {
             Source::Payload => self.on_payload_death(serial),
             Source::Disk => self.on_disk(serial),
             Source::Trial => self.on_trial(serial),
+            Source::Commit => self.on_commit(serial),
         }
     }
 

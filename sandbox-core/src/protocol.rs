@@ -168,7 +168,7 @@ pub struct Hello {
     /// Unix time in microseconds when this keeper started: another value means another keeper. Of the sandboxes of the one before it has the records, as ended.
     pub started_at_us: u64,
     pub cgroup: CgroupMode,
-    /// How many sandboxes this keeper can run at once (its id ranges).
+    /// How many sandboxes this keeper can run at once: it has id ranges and descriptors for so many.
     pub sandboxes_max: u32,
     /// The fences that every sandbox on this node has.
     pub fences: Fences,

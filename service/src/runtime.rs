@@ -205,8 +205,7 @@ impl Keeper {
             let is_stuck = records.is_empty();
             all.extend(records);
             if !is_more || is_stuck {
-                let mut latest = HashMap::new();
-                all.into_iter().for_each(|record| drop(latest.insert(record.id, record)));
+                let latest: HashMap<SandboxId, Record> = all.into_iter().map(|record| (record.id, record)).collect();
                 let mut records: Vec<Record> = latest.into_values().collect();
                 records.sort_unstable_by_key(|record| record.seq);
                 return Ok(records);

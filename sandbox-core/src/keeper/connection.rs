@@ -12,11 +12,15 @@ use crate::{
 
 /// Answers that may wait for one slow reader. A service that leaves more is disconnected; it finds everything again in the records.
 const PENDING_MAX: usize = 8192;
+/// The same, in bytes.
+const PENDING_BYTES_MAX: usize = 16 << 20;
 
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) socket: Socket,
-    pending: VecDeque<Reply>,
+    /// With their sizes as messages.
+    pending: VecDeque<(Reply, usize)>,
+    pending_bytes: usize,
 }
 
 /// Where an answer is to go: a connection and the tag of its request.
@@ -28,7 +32,7 @@ pub(super) struct Asker {
 
 impl Connection {
     pub(super) fn new(socket: OwnedFd) -> Self {
-        Self { socket: socket.into(), pending: VecDeque::new() }
+        Self { socket: socket.into(), pending: VecDeque::new(), pending_bytes: 0 }
     }
 
     /// The next request; `None` when there is none now.
@@ -43,18 +47,31 @@ impl Connection {
 
     /// Sends an answer, or keeps it until the other side reads. Returns whether some now wait.
     pub(super) fn answer(&mut self, tag: u64, answer: Answer) -> io::Result<bool> {
-        self.pending.push_back(Reply { tag, answer });
+        let reply = Reply { tag, answer };
+        if self.pending.is_empty() {
+            match self.socket.send(&reply, &[]) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                done => return done.map(|()| false),
+            }
+        }
+        let bytes = postcard::to_stdvec(&reply).map_err(io::Error::other)?.len();
+        self.pending.push_back((reply, bytes));
+        self.pending_bytes += bytes;
+        if self.pending.len() > PENDING_MAX || self.pending_bytes > PENDING_BYTES_MAX {
+            return Err(io::Error::other("more answers wait for it than the keeper keeps"));
+        }
         self.flush()
     }
 
     /// Sends what waits, as far as it can. Returns whether some still wait.
     pub(super) fn flush(&mut self) -> io::Result<bool> {
-        while let Some(reply) = self.pending.front() {
+        while let Some((reply, bytes)) = self.pending.front() {
             match self.socket.send(reply, &[]) {
                 Ok(()) => {
+                    self.pending_bytes -= bytes;
                     self.pending.pop_front();
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.pending.len() <= PENDING_MAX => return Ok(true),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
                 Err(error) => return Err(error),
             }
         }
@@ -73,4 +90,35 @@ pub(super) fn failed_at(step: &str, error: &io::Error) -> Answer {
 /// An answer that says no.
 pub(super) fn failed(kind: FailureKind, message: impl ToString) -> Answer {
     Answer::Failed(Failure { kind, message: message.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_wait_in_order_for_a_slow_reader_and_not_without_bound() {
+        let (ours, theirs) = Socket::pair().unwrap();
+        let theirs = Socket::from(theirs);
+        let mut connection = Connection { socket: ours, pending: VecDeque::new(), pending_bytes: 0 };
+        let large = || failed(FailureKind::Host, "x".repeat(100_000));
+        let mut asked = 0;
+        let refused = loop {
+            asked += 1;
+            match connection.answer(asked, large()) {
+                Ok(_) => assert!(asked < 1000, "there is no bound"),
+                Err(error) => break error,
+            }
+        };
+        assert!(refused.to_string().contains("more answers"), "{refused}");
+        assert!(connection.pending_bytes < PENDING_BYTES_MAX + 200_000);
+        for tag in 1..asked {
+            let reply = theirs.recv::<Reply>().unwrap().unwrap().message;
+            assert_eq!(reply.tag, tag);
+            connection.flush().unwrap();
+        }
+        connection.flush().unwrap();
+        drop(theirs.recv::<Reply>().unwrap());
+        assert_eq!((connection.pending.len(), connection.pending_bytes), (0, 0));
+    }
 }

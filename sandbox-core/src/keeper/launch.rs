@@ -18,7 +18,6 @@ use super::{
     output::{Output, Sink},
     parked::Class,
     sandbox::{Body, Pending, Purpose, Sandbox},
-    warn,
 };
 use crate::{
     cgroup::Limits,
@@ -107,10 +106,13 @@ impl Keeper {
             Ok(Err(why)) => return Err(Box::new(failed(FailureKind::Busy, why))),
             Err(error) => return Err(Box::new(failed_at("looking for room", &error))),
         }
-        let sink = Sink::log(&self.logs, id, self.group).map_err(|error| match error.kind() {
-            // It ran, and its record is forgotten: whoever sends the order again must not get a second payload.
-            io::ErrorKind::AlreadyExists => refused(format!("sandbox {id} was started before: its log exists")),
-            _ => Box::new(failed_at("making the log file", &error)),
+        let sink = Sink::log(&self.logs, id, self.group).map_err(|error| {
+            if error.kind() == io::ErrorKind::AlreadyExists {
+                // It ran, and its record is forgotten: whoever sends the order again must not get a second payload.
+                refused(format!("sandbox {id} was started before: its log exists"))
+            } else {
+                Box::new(failed_at("making the log file", &error))
+            }
         })?;
         reached("keeper.launch.log_made");
         let start = init::Start {
@@ -215,25 +217,18 @@ impl Keeper {
         self.spawn(body, received_at_ns)
     }
 
-    /// Commits what the unpacker made, or discards it, and answers.
+    /// Keeps what the unpacker made and then answers, or discards it.
     pub(super) fn unpacked(&mut self, serial: u64) {
         let Some(sandbox) = self.sandboxes.get(&serial) else { return };
         let Purpose::Unpack { image, folder, asker } = &sandbox.purpose else { return };
         let (image, folder, asker) = (image.clone(), folder.clone(), *asker);
-        let done = sandbox.unpacked().map_err(|message| (FailureKind::Refused, message)).and_then(|unpacked| {
-            let committed = self.store.commit(&folder, &image).map(|()| unpacked);
-            committed.map_err(|error| (FailureKind::Host, format!("keeping the unpacked image failed: {error}")))
-        });
-        let answer = match done {
-            Ok(unpacked) => Answer::Unpacked(unpacked),
-            Err((kind, message)) => {
-                if let Err(error) = self.store.discard(&folder) {
-                    warn(format_args!("removing {folder} failed: {error}"));
-                }
-                failed(kind, message)
+        match sandbox.unpacked() {
+            Ok(unpacked) => self.commit(folder, &image, unpacked, asker),
+            Err(message) => {
+                self.discard(&folder);
+                self.answer(asker, failed(FailureKind::Refused, message));
             }
-        };
-        self.answer(asker, answer);
+        }
     }
 
     /// Gives the payload to a sandbox that stands ready for it, or to a new one.

@@ -132,7 +132,7 @@ impl Output {
             }
             match self.read(kind, buffer, at_us)? {
                 Pumped::More => {}
-                other => return Ok(other),
+                end @ (Pumped::Empty | Pumped::Closed | Pumped::Held) => return Ok(end),
             }
         }
         Ok(Pumped::More)

@@ -55,6 +55,15 @@ impl Keeper {
         Ok(())
     }
 
+    /// Looks again at who knocks, after it was given up for a while for want of descriptors.
+    pub(super) fn accept_again(&self) -> io::Result<()> {
+        match self.watch(self.listener.as_fd(), Source::Listener, 0) {
+            // A new program has looked since.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            done => done,
+        }
+    }
+
     pub(super) fn on_connection(&mut self, serial: u64, flags: EventFlags) -> io::Result<()> {
         if flags.contains(EventFlags::OUT) {
             self.flush(serial)?;

@@ -1,6 +1,6 @@
 //! What the keeper itself can run out of: descriptors, and the disk below its logs. A launch that would is refused; what runs goes on.
 
-use std::io;
+use std::{io, os::fd::AsFd};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
@@ -67,7 +67,7 @@ impl Keeper {
             OutputPolicy::Truncate | OutputPolicy::Kill => supervision.output_bytes.saturating_mul(2),
         };
         let owed = self.sandboxes.values().map(|sandbox| sandbox.output.owed_bytes()).fold(0, u64::saturating_add);
-        let space = disk::Space::of(&self.logs)?;
+        let space = disk::Space::of(self.logs_lock.as_fd())?;
         Ok(if space.leaves_enough(owed.saturating_add(own)) {
             Ok(())
         } else {

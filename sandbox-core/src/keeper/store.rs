@@ -10,7 +10,7 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{fail_point::reached, protocol::ImageId, rootfs::base, sys};
+use crate::{protocol::ImageId, rootfs::base, sys};
 
 /// The folder of images.
 #[derive(Debug, Serialize, Deserialize)]
@@ -77,7 +77,7 @@ impl Store {
         Ok(names.collect::<io::Result<Vec<String>>>()?.into_iter().filter_map(|name| name.try_into().ok()).collect())
     }
 
-    /// A new folder to unpack an image into, and its name for [`Store::commit`] or [`Store::discard`].
+    /// A new folder to unpack an image into, and its name for [`Store::place`] or [`Store::discard`].
     pub(super) fn begin(&mut self) -> io::Result<(String, OwnedFd)> {
         self.made += 1;
         let name = format!("{NEW}{}", self.made);
@@ -86,18 +86,9 @@ impl Store {
         Ok((name, folder))
     }
 
-    /// Makes what was unpacked into `name` the image `id`. Its content is already on disk (the unpacker's syncfs); after this, its name is too.
-    pub(super) fn commit(&mut self, name: &str, id: &ImageId) -> io::Result<()> {
-        match fs::rename(self.folder.join(name), self.folder.join(id.to_string())) {
-            // Somebody else was faster with the same content.
-            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => self.discard(name),
-            Err(error) => Err(error),
-            Ok(()) => {
-                fs::File::open(&self.folder)?.sync_all()?;
-                reached("keeper.unpack.committed");
-                Ok(())
-            }
-        }
+    /// Where what was unpacked into `name` is to become the image `id`.
+    pub(super) fn place(&self, name: &str, id: &ImageId) -> Place {
+        Place { folder: self.folder.clone(), from: self.folder.join(name), to: self.folder.join(id.to_string()) }
     }
 
     /// Removes a folder of [`Store::begin`].
@@ -114,6 +105,26 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             other => other,
         }
+    }
+}
+
+/// The place of an image that is new.
+#[derive(Debug)]
+pub(super) struct Place {
+    folder: PathBuf,
+    from: PathBuf,
+    to: PathBuf,
+}
+
+impl Place {
+    /// Gives the image its name. Its content is already on disk (the unpacker's syncfs); after this, its name is too. Waits for the disk.
+    pub(super) fn take(&self) -> io::Result<()> {
+        match fs::rename(&self.from, &self.to) {
+            // Somebody else was faster with the same content.
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => fs::remove_dir_all(&self.from)?,
+            done => done?,
+        }
+        fs::File::open(&self.folder)?.sync_all()
     }
 }
 

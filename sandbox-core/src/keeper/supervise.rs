@@ -172,6 +172,9 @@ impl Keeper {
             self.tell_end(serial);
             return Ok(());
         }
+        if !sandbox.output.is_held() {
+            return Ok(());
+        }
         match sandbox.output.write_held() {
             Ok(true) => {}
             Ok(false) => return self.timer.set(monotonic_ns() + ROOM_AGAIN_AFTER_NS, serial, Due::Room),
@@ -238,7 +241,7 @@ impl Keeper {
             Due::Remove => return self.clean_up(serial),
             Due::Trial => return self.give_up_trial(serial),
             Due::Room => return self.look_for_room(serial),
-            Due::Accept => return self.watch(self.listener.as_fd(), Source::Listener, 0),
+            Due::Accept => return self.accept_again(),
             Due::Start | Due::Wall | Due::Cpu | Due::Oom | Due::Force => {}
         }
         let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };

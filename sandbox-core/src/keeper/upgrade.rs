@@ -287,6 +287,8 @@ impl Keeper {
             signals: super::signals()?,
             timer: Timer::new()?,
             connections: HashMap::new(),
+            // Who waits for one asks again; the process that keeps it goes on.
+            commits: HashMap::new(),
             sandboxes,
             records,
             next_serial,
@@ -395,7 +397,10 @@ impl Invocation {
     /// Of the calling process, at its start, less what an upgrade has added.
     pub fn of_this_process() -> io::Result<Self> {
         let is_own = |argument: &std::ffi::OsString| !argument.as_bytes().starts_with(TAKE.as_bytes()) && argument != TRY;
-        Ok(Self { path: std::env::current_exe()?, arguments: std::env::args_os().filter(is_own).collect() })
+        let path = std::env::current_exe()?;
+        // Said of a file that was replaced in the very moment of its start (proc_pid_exe(5)).
+        let path = path.to_str().and_then(|text| text.strip_suffix(" (deleted)")).map(PathBuf::from).unwrap_or(path);
+        Ok(Self { path, arguments: std::env::args_os().filter(is_own).collect() })
     }
 
     /// Becomes that program, with one more argument. Comes back only with a failure.

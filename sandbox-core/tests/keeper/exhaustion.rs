@@ -175,12 +175,13 @@ fn a_keeper_with_few_descriptors_runs_as_many_sandboxes_as_they_are_for() {
     rustix::io::write(&stdin, b"\n").unwrap();
     assert_eq!(wait(&mut client, neighbour.id).cause, Cause::Exited { code: 4 });
     assert_eq!(output(&node.log_path(neighbour.id)).0, "well\n");
-    until(|| match one_more.launch(&mut client) {
-        Answer::Launched(_) => Some(()),
-        other => {
-            busy(other);
-            None
+    until(|| {
+        let answer = one_more.launch(&mut client);
+        let is_launched = matches!(answer, Answer::Launched(_));
+        if !is_launched {
+            busy(answer);
         }
+        is_launched.then_some(())
     });
     assert_eq!(wait(&mut client, one_more.id).cause, Cause::Exited { code: 5 });
 }
@@ -255,10 +256,11 @@ fn a_node_without_processes_left_says_so_and_what_runs_goes_on() {
     let why = loop {
         assert!(launched.len() < 50, "there is no end of sandboxes");
         let run = shell("true");
-        match run.launch(&mut client) {
-            Answer::Launched(_) => launched.push(run),
-            other => break busy(other),
+        let answer = run.launch(&mut client);
+        if !matches!(answer, Answer::Launched(_)) {
+            break busy(answer);
         }
+        launched.push(run);
     };
     assert!(why.contains("out of processes"), "{why}");
     rustix::io::write(&stdin, b"\n").unwrap();

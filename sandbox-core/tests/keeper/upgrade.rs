@@ -95,9 +95,10 @@ pub(crate) fn until<T>(mut look: impl FnMut() -> Option<T>) -> T {
 
 /// The ending, asked for again and again as connections break.
 pub(crate) fn wait_across(node: &Node, id: SandboxId) -> Ending {
-    until(|| match Client::connect(&node.socket()).ok()?.0.call(&Request::Wait { id }, &[]).ok()? {
-        Answer::Ended(ending) => Some(*ending),
-        other => panic!("the keeper answered {other:?}"),
+    until(|| {
+        let answer = Client::connect(&node.socket()).ok()?.0.call(&Request::Wait { id }, &[]).ok()?;
+        let Answer::Ended(ending) = answer else { panic!("the keeper answered {answer:?}") };
+        Some(*ending)
     })
 }
 

@@ -79,11 +79,14 @@ async fn a_broken_connection_fails_the_call_and_is_made_again() {
 #[tokio::test]
 async fn a_list_of_many_pages_is_whole_and_has_each_record_as_it_was_last() {
     let record = |id: u128, seq| Record { id: SandboxId(uuid::Uuid::from_u128(id)), seq, launched: None, is_ended: seq == 4 };
-    let (_folder, path) = fake(move |request| match request {
-        Request::List { after: 0 } => Some(Answer::Records { records: vec![record(1, 1), record(2, 2)], is_more: true }),
-        // The first one has ended while this was asked.
-        Request::List { after: 2 } => Some(Answer::Records { records: vec![record(3, 3), record(1, 4)], is_more: false }),
-        other => greeting(other, 1),
+    let (_folder, path) = fake(move |request| {
+        let Request::List { after } = request else { return greeting(request, 1) };
+        match after {
+            0 => Some(Answer::Records { records: vec![record(1, 1), record(2, 2)], is_more: true }),
+            // The first one has ended while this was asked.
+            2 => Some(Answer::Records { records: vec![record(3, 3), record(1, 4)], is_more: false }),
+            _ => None,
+        }
     });
     let keeper = Keeper::connect(&path, Fences::default()).await.unwrap();
     assert_eq!(keeper.list().await.unwrap(), [record(2, 2), record(3, 3), record(1, 4)]);
