@@ -155,6 +155,7 @@ impl Keeper {
 
     /// Reads nothing more until the disk has room for what was read.
     fn pause_output(&mut self, serial: u64) -> io::Result<()> {
+        warn(format_args!("writing a log waits for room on the disk"));
         let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
         for pipe in [Kind::Stdout, Kind::Stderr].into_iter().filter_map(|kind| sandbox.output.pipe(kind)) {
             match epoll::delete(&self.epoll, pipe) {
