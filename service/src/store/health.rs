@@ -88,7 +88,8 @@ impl Health {
         }
     }
 
-    fn note(&self, fault: Option<Arc<str>>) {
+    /// It is away for this reason, or there.
+    pub(super) fn note(&self, fault: Option<Arc<str>>) {
         let before = self.away.send_replace(fault.clone());
         let mut last_away = self.last_away.lock().unwrap_or_else(PoisonError::into_inner);
         match (&before, &fault) {

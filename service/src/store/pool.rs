@@ -188,3 +188,91 @@ impl<'p> Executor<'p> for &'_ Pool {
         pool.use_one(async move |connection| connection.describe(sql).await).boxed()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::store::StoreError;
+
+    /// Far less than anybody waits for a connection.
+    const AT_ONCE: Duration = Duration::from_millis(500);
+
+    async fn of_one(pool: &PgPool, waiting: usize) -> Pool {
+        let inner = PgPoolOptions::new().max_connections(1).connect_with((*pool.connect_options()).clone()).await.unwrap();
+        Pool { inner, gate: Arc::new(Gate { health: Arc::new(Health::new()), waiting: Semaphore::new(waiting) }) }
+    }
+
+    #[sqlx::test(migrations = false)]
+    async fn nobody_waits_for_a_database_that_is_away(pool: PgPool) {
+        let pool = of_one(&pool, 10).await;
+        let held = pool.acquire().await.unwrap();
+        let waiting = tokio::spawn({
+            let pool = pool.clone();
+            async move { pool.acquire().await.map(drop) }
+        });
+        while pool.gate.waiting.available_permits() == 10 {
+            tokio::task::yield_now().await;
+        }
+
+        let gone_at = Instant::now();
+        pool.gate.health.note(Some("gone".into()));
+        let (waited, came) = (waiting.await.unwrap().unwrap_err(), pool.acquire().await.unwrap_err());
+
+        assert!(gone_at.elapsed() < AT_ONCE, "{:?}", gone_at.elapsed());
+        for error in [waited, came] {
+            assert!(matches!(StoreError::from(error), StoreError::Unreached(_)));
+        }
+        pool.gate.health.note(None);
+        drop(held);
+        pool.acquire().await.unwrap();
+    }
+
+    #[sqlx::test(migrations = false)]
+    async fn no_more_wait_for_a_connection_than_may(pool: PgPool) {
+        let pool = of_one(&pool, 2).await;
+        let held = pool.acquire().await.unwrap();
+        let waiting: Vec<_> = (0..2)
+            .map(|_| {
+                let pool = pool.clone();
+                tokio::spawn(async move { pool.acquire().await.map(drop) })
+            })
+            .collect();
+        while pool.gate.waiting.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+
+        let asked_at = Instant::now();
+        let refused = pool.acquire().await.unwrap_err();
+
+        assert!(asked_at.elapsed() < AT_ONCE, "{:?}", asked_at.elapsed());
+        assert!(matches!(StoreError::from(refused), StoreError::Unreached(_)));
+        drop(held);
+        for waited in waiting {
+            waited.await.unwrap().unwrap();
+        }
+    }
+
+    #[sqlx::test(migrations = false)]
+    async fn every_connection_gives_up_what_takes_too_long(pool: PgPool) {
+        let pool = Pool::connect((*pool.connect_options()).clone(), 2).await.unwrap();
+        let settings = sqlx::query_scalar!(
+            r#"select current_setting('statement_timeout') || ' ' || current_setting('idle_in_transaction_session_timeout') as "settings!""#
+        );
+        assert_eq!(settings.fetch_one(&pool).await.unwrap(), "10s 30s");
+        pool.close().await;
+    }
+
+    #[sqlx::test(migrations = false)]
+    async fn a_full_disk_is_the_databases_fault_and_not_the_statements(pool: PgPool) {
+        let fail = async |code: &str| {
+            let statement = format!("do $$ begin raise exception 'no' using errcode = '{code}'; end $$");
+            StoreError::from(sqlx::query(sqlx::AssertSqlSafe(statement)).execute(&pool).await.unwrap_err())
+        };
+        for code in ["53100", "53200", "57014", "58030", "25006"] {
+            assert!(matches!(fail(code).await, StoreError::Unavailable(_)), "{code}");
+        }
+        assert!(matches!(fail("22012").await, StoreError::Other(_)));
+    }
+}
