@@ -251,9 +251,17 @@ impl Engine {
         Ok(self.store.find(tenant, id).await?)
     }
 
-    /// How many are started up to this one, if it waits.
-    pub async fn queue_position(&self, sandbox: &Sandbox) -> Result<Option<u64>, EngineError> {
-        Ok(if sandbox.state == State::Queued { self.store.queue_position(sandbox.id).await? } else { None })
+    /// How many are started up to this one, if it waits. An estimate, and no reason to fail an answer: who hears of a failure believes that
+    /// nothing was made.
+    pub async fn queue_position(&self, sandbox: &Sandbox) -> Option<u64> {
+        if sandbox.state != State::Queued {
+            return None;
+        }
+        let position = self.store.queue_position(sandbox.id).await;
+        position.unwrap_or_else(|error| {
+            tracing::warn!(sandbox.id = %sandbox.id, %error, "its place in the queue is not known");
+            None
+        })
     }
 
     /// What a tenant and a principal have where nothing of their own is set.

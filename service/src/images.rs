@@ -49,6 +49,8 @@ const UNPACKED_BYTES_FREE: u64 = 64 << 20;
 const UNPACKED_RATIO_MAX: u64 = 200;
 const UNPACKED_ENTRIES_MAX: u64 = 1_000_000;
 const UNPACK_MS: u64 = 600_000;
+/// Between the first two looks for what is left of images; each further pause is twice as long.
+const SWEEP_AGAIN: Duration = Duration::from_secs(1);
 
 /// The images of this node.
 #[derive(Debug)]
@@ -155,10 +157,16 @@ impl Images {
         }))
     }
 
-    /// Deletes roots and blobs that nothing needs: a service that was killed had no time to. What fails is logged.
+    /// Deletes roots and blobs that nothing needs: a service that was killed had no time to. Returns when all that the keeper was unpacking
+    /// for that one must have come to its end. What fails is logged.
     pub async fn sweep(&self) {
-        if let Err(error) = self.try_to_sweep().await {
-            tracing::warn!(error = format!("{error:#}"), "looking for what is left of images failed; the next start tries again");
+        let mut pause = SWEEP_AGAIN;
+        while pause < Duration::from_millis(UNPACK_MS) {
+            if let Err(error) = self.try_to_sweep().await {
+                tracing::warn!(error = format!("{error:#}"), "looking for what is left of images failed; it is tried again");
+            }
+            tokio::time::sleep(pause).await;
+            pause *= 2;
         }
     }
 
@@ -168,7 +176,8 @@ impl Images {
                 self.unlink(root, HashSet::new()).await;
             }
         }
-        let _taking = self.content.write().await;
+        // An import that goes on is not held up for it: the next sweep comes soon.
+        let Ok(_taking) = self.content.try_write() else { return Ok(()) };
         let roots = self.keeper.images().await?;
         let blobs = Arc::clone(&self.blobs);
         tokio::task::spawn_blocking(move || blobs.release(blobs.all()?, roots.iter().map(digest_of_root))).await?

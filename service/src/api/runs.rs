@@ -47,7 +47,7 @@ pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator
 /// The answer to one that goes on.
 async fn accepted(app: &App, run: Sandbox) -> Result<Response, ApiError> {
     let location = format!("/v1/runs/{}", run.id);
-    let position = app.engine.queue_position(&run).await?;
+    let position = app.engine.queue_position(&run).await;
     Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], Json(RunView::new(run, None, position))).into_response())
 }
 
@@ -94,6 +94,6 @@ pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): 
 
 async fn view(app: &App, sandbox: Sandbox) -> Result<Json<RunView>, ApiError> {
     let output = if sandbox.state.is_final() { Some(app.engine.output(sandbox.id).await?) } else { None };
-    let position = app.engine.queue_position(&sandbox).await?;
+    let position = app.engine.queue_position(&sandbox).await;
     Ok(Json(RunView::new(sandbox, output, position)))
 }

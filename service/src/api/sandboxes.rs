@@ -47,24 +47,24 @@ pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator
         }
     };
     let location = format!("/v1/sandboxes/{}", sandbox.id);
-    Ok((StatusCode::CREATED, [(header::LOCATION, location)], view(&app, sandbox).await?).into_response())
+    Ok((StatusCode::CREATED, [(header::LOCATION, location)], view(&app, sandbox).await).into_response())
 }
 
 /// The answer of which nothing but its sandbox was kept.
 pub(super) async fn told_again(app: &App, tenant: &TenantId, id: SandboxId) -> Result<Response, ApiError> {
     let sandbox = app.engine.find(tenant, Kind::Sandbox, id).await?.ok_or(ApiError::NotFound)?;
-    Ok(view(app, sandbox).await?.into_response())
+    Ok(view(app, sandbox).await.into_response())
 }
 
-async fn view(app: &App, sandbox: Sandbox) -> Result<Json<SandboxView>, ApiError> {
-    let position = app.engine.queue_position(&sandbox).await?;
-    Ok(Json(SandboxView::from(sandbox).at(position)))
+async fn view(app: &App, sandbox: Sandbox) -> Json<SandboxView> {
+    let position = app.engine.queue_position(&sandbox).await;
+    Json(SandboxView::from(sandbox).at(position))
 }
 
 pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<SandboxView>, ApiError> {
     caller.require(Scope::SandboxesRead)?;
     let sandbox = app.engine.find(&caller.tenant, Kind::Sandbox, query::id(&id)?).await?.ok_or(ApiError::NotFound)?;
-    view(&app, sandbox).await
+    Ok(view(&app, sandbox).await)
 }
 
 pub(super) async fn delete(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
