@@ -31,6 +31,10 @@ run: ## set up, build, start the service, do a first run, serve until Ctrl-C (DA
 test: ## run all tests that this machine can run (ARGS='--test limits' for some)
 	@tools/test.sh $(ARGS)
 
+.PHONY: test-crash
+test-crash: ## kill service, keeper and Postgres more than 200 times under load, make 10,000 runs, and print what was counted (ARGS=NAME for some)
+	@tools/test-crash.sh $(ARGS)
+
 .PHONY: test-vm
 test-vm: ## the keeper's tests in emulated machines with Linux 6.1 and pure cgroup v2: one with AppArmor, one with SELinux (part of make test; ARGS=limits for some)
 	@tools/test-vm.sh $(ARGS)

@@ -91,19 +91,19 @@ fn is_of_images(step: &str) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_keeper_that_dies_at_any_step_of_a_launch_leaves_nothing() {
-    let steps: Vec<_> = chosen_steps("keeper.").into_iter().filter(|step| is_of_launches(step)).collect();
+async fn a_keeper_that_dies_at_any_step_of_a_launch_or_an_upgrade_leaves_nothing() {
+    let steps: Vec<_> = chosen_steps("keeper.").into_iter().filter(|step| is_of_beginnings(step)).collect();
     die_at("keeper-launch-steps", KeeperOf::Supervisor, Victim::Keeper, steps, "keeper.start.").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_keeper_that_dies_at_any_step_of_an_end_or_of_cleaning_up_leaves_nothing() {
-    let steps: Vec<_> = chosen_steps("keeper.").into_iter().filter(|step| !is_of_launches(step)).collect();
+    let steps: Vec<_> = chosen_steps("keeper.").into_iter().filter(|step| !is_of_beginnings(step)).collect();
     die_at("keeper-end-steps", KeeperOf::Supervisor, Victim::Keeper, steps, "keeper.start.").await;
 }
 
-fn is_of_launches(step: &str) -> bool {
-    step.starts_with("keeper.launch.") || step.starts_with("keeper.park.")
+fn is_of_beginnings(step: &str) -> bool {
+    ["keeper.launch.", "keeper.park.", "keeper.upgrade."].iter().any(|of| step.starts_with(of))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -115,7 +115,7 @@ async fn whoever_dies_at_whatever_moment_nothing_is_lost_and_nothing_left_behind
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn beside_a_supervised_keeper_nothing_is_lost_either() {
     let victims = [Victim::Service, Victim::Keeper, Victim::Postmaster];
-    die_at_random("random-supervised", KeeperOf::Supervisor, &victims, 2).await;
+    die_at_random("random-supervised", KeeperOf::Supervisor, &victims, 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]

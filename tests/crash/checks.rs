@@ -50,10 +50,14 @@ fn is_lines(label: &str) -> bool {
 
 /// Holds each request against what became of it.
 pub(crate) async fn requests(place: &Place, known: &[Known], rows: &[Row], ends_keeper: bool, is_calm: bool) -> Findings {
-    let by_label: HashMap<&str, &Row> = rows.iter().map(|row| (row.label.as_str(), row)).collect();
+    let mut by_label: HashMap<&str, Vec<&Row>> = HashMap::new();
+    rows.iter().for_each(|row| by_label.entry(row.label.as_str()).or_default().push(row));
     let mut findings = Findings::default();
     for known in known {
-        let Some(row) = by_label.get(known.label.as_str()) else {
+        // Beside the one that was accepted there may be one of which its client was told that it was not made.
+        let same = by_label.get(known.label.as_str()).map_or(&[][..], |same| same.as_slice());
+        let accepted = same.iter().find(|row| known.id.as_ref().is_some_and(|id| *id == row.id));
+        let Some(row) = accepted.or_else(|| same.last()) else {
             if known.id.is_some() && known.deletion.is_none() {
                 findings.wrong.push(format!("{} was accepted and is gone: {known:?}", known.label));
             }

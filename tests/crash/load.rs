@@ -8,7 +8,8 @@ use std::{
     time::Duration,
 };
 
-use mayfly_tests::{Client, random::Random, service::Place};
+use mayfly_tests::{Answer, Client, random::Random, service::Place};
+use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::{sync::watch, task::JoinSet};
 
@@ -19,6 +20,8 @@ const RUNNERS: u64 = 5;
 const TENANTS: u64 = 3;
 /// Before a client whose request failed makes the next one.
 const PAUSE: Duration = Duration::from_millis(30);
+/// How long a client whose request has a key sends it again.
+const SEND_FOR: Duration = Duration::from_secs(30);
 /// How long a client asks for the end of a run that it does not wait for.
 const ASK_FOR: Duration = Duration::from_secs(20);
 
@@ -156,22 +159,40 @@ impl Worker {
 
     /// Sends the request that makes a run or sandbox, and notes the answer; false if it was not accepted, as far as is known.
     async fn make(&self, path: &str, request: &Value, known: &mut Known) -> bool {
-        match self.client().try_post(path, request).await {
-            Ok(answer) if answer.status < 300 => {
-                known.note(&answer.body);
-                self.accepted.fetch_add(1, Ordering::SeqCst);
-                true
+        let post = self.client().request(Method::POST, path).json(request);
+        self.note(self.client().try_send(post, "POST", path).await.ok(), known).await
+    }
+
+    /// The same with a key, sent again for as long as the answer is lost or says that it may come later.
+    async fn make_surely(&self, path: &str, request: &Value, known: &mut Known) -> bool {
+        let deadline = tokio::time::Instant::now() + SEND_FOR;
+        loop {
+            let client = self.client();
+            let post = client.request(Method::POST, path).header("idempotency-key", &known.label).json(request);
+            let answer = client.try_send(post, "POST", path).await.ok();
+            let is_final = answer.as_ref().is_some_and(|answer| answer.body["retryable"] != true);
+            if self.note(answer, known).await {
+                known.refused = None;
+                return true;
             }
-            Ok(answer) => {
-                known.refused = Some(answer.text);
-                tokio::time::sleep(PAUSE).await;
-                false
-            }
-            Err(_lost) => {
-                tokio::time::sleep(PAUSE).await;
-                false
+            if is_final || tokio::time::Instant::now() > deadline {
+                return false;
             }
         }
+    }
+
+    async fn note(&self, answer: Option<Answer>, known: &mut Known) -> bool {
+        match answer {
+            Some(answer) if answer.status < 300 => {
+                known.note(&answer.body);
+                self.accepted.fetch_add(1, Ordering::SeqCst);
+                return true;
+            }
+            Some(answer) => known.refused = Some(answer.text),
+            None => {}
+        }
+        tokio::time::sleep(PAUSE).await;
+        false
     }
 
     /// Runs that it waits for, and runs that it asks for.
@@ -183,7 +204,11 @@ impl Worker {
             known.retry = self.retry;
             let mut request = payload.request(&known.label, "busybox", *self.random.pick(&[0, 0, 100, 20_000]));
             request["retry"] = json!(self.retry);
-            if self.make("/v1/runs", &request, &mut known).await && known.outcomes.is_empty() {
+            let is_accepted = match self.random.below(2) {
+                0 => self.make("/v1/runs", &request, &mut known).await,
+                _ => self.make_surely("/v1/runs", &request, &mut known).await,
+            };
+            if is_accepted && known.outcomes.is_empty() {
                 self.ask_for_end(&mut known, "/v1/runs").await;
             }
             all.push(known);
@@ -256,6 +281,6 @@ impl Worker {
 /// Imports an archive for all tenants. `None` if no answer came, else whether it was taken.
 pub(crate) async fn import(client: &Client, reference: &str, archive: Vec<u8>) -> Option<bool> {
     let path = format!("/v1/images/import?reference={reference}");
-    let request = client.request(reqwest::Method::POST, &path).header("content-type", "application/x-tar").body(archive);
+    let request = client.request(Method::POST, &path).header("content-type", "application/x-tar").body(archive);
     client.try_send(request, "POST", &path).await.ok().map(|answer| answer.status == 201)
 }

@@ -220,6 +220,12 @@ impl Node {
         Ok(())
     }
 
+    /// Has the keeper go on as the program that lies there now.
+    pub(crate) fn upgrade_keeper(&self) -> Result<()> {
+        let keeper = self.service.place().try_keeper_pid().context("no keeper runs")?;
+        Ok(kill(Pid::from_raw(keeper.cast_signed()), Signal::SIGHUP)?)
+    }
+
     pub(crate) fn is_dead(&mut self, victim: Victim) -> bool {
         match victim {
             Victim::Service => !self.service.is_running(),
@@ -239,16 +245,12 @@ impl Node {
                 *keeper = Keeper::start(&data_dir, "", &self.service.log_path())?;
             }
             if self.service.is_running() {
-                // Without a keeper of its own it ends, and its Postgres with it.
-                if self.keeper.is_some() || self.service.place().try_keeper_pid().is_some() {
-                    self.database.start_again()?;
-                    if self.is_serving() {
-                        break;
-                    }
+                // Without a keeper of its own it ends, and its Postgres with it; Postgres it starts again.
+                if self.service.place().try_keeper_pid().is_some() && self.database.answers() && self.is_serving() {
+                    break;
                 }
             } else {
                 self.service.start_again()?;
-                self.database = Database::of(&data_dir)?;
                 self.places.send_replace(self.service.place().clone());
             }
             ensure!(Instant::now() < deadline, "the node does not serve again within {} s", RECOVERY_DEADLINE.as_secs());

@@ -218,6 +218,10 @@ impl Trial {
                     self.node.kill(Victim::Keeper)?;
                     self.node.revive_keeper()?;
                 }
+                if step.starts_with("keeper.upgrade.") {
+                    self.random_moment().await;
+                    self.node.upgrade_keeper()?;
+                }
                 let deadline = Instant::now() + STEP_DEADLINE;
                 while !self.node.is_dead(victim) {
                     ensure!(Instant::now() < deadline, "{step} is not reached within {} s", STEP_DEADLINE.as_secs());
@@ -252,5 +256,7 @@ impl Trial {
 
 /// Steps that the load reaches once in a while only.
 fn is_rare(step: &str) -> bool {
-    ["service.image.", "service.delete.", "keeper.launch.disk_begun", "keeper.remove.disk"].iter().any(|rare| step.starts_with(rare))
+    ["service.image.", "service.delete.", "keeper.upgrade.", "keeper.launch.disk_begun", "keeper.remove.disk"]
+        .iter()
+        .any(|rare| step.starts_with(rare))
 }

@@ -5,17 +5,11 @@ use std::{
     os::unix::{fs::MetadataExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
 use nix::unistd::{Uid, User};
 use serde_json::Value;
-
-use crate::host;
-
-/// How long a server that was killed may take with its recovery.
-const START_DEADLINE: Duration = Duration::from_secs(60);
 
 /// The cluster in a service's data folder.
 #[derive(Debug, Clone)]
@@ -24,24 +18,19 @@ pub struct Database {
     user: String,
     uid: u32,
     gid: u32,
-    /// How the server was started, to start it again as it was.
-    command: Vec<String>,
 }
 
 impl Database {
-    /// The one that runs for the service over `data_dir`.
+    /// The one of the service over `data_dir`.
     ///
     /// # Errors
-    /// None runs there.
+    /// There is none.
     pub fn of(data_dir: &Path) -> Result<Self> {
         let folder = data_dir.join("postgres");
         let owner = fs::metadata(&folder).with_context(|| folder.display().to_string())?;
         let (uid, gid) = (owner.uid(), owner.gid());
         let user = User::from_uid(Uid::from_raw(uid))?.with_context(|| format!("no user has the number {uid}"))?.name;
-        let mut database = Self { folder, user, uid, gid, command: Vec::new() };
-        database.command = host::arguments(database.postmaster()?);
-        ensure!(!database.command.is_empty(), "the server has ended");
-        Ok(database)
+        Ok(Self { folder, user, uid, gid })
     }
 
     /// The server's first process.
@@ -102,45 +91,5 @@ impl Database {
     #[must_use]
     pub fn answers(&self) -> bool {
         self.ask("select 1 as one").is_ok()
-    }
-
-    /// Starts a server that was killed, as it was started before, once nothing of it is left; or finds that somebody else has.
-    ///
-    /// # Errors
-    /// It does not come to answer.
-    pub fn start_again(&self) -> Result<()> {
-        let started = Instant::now();
-        let data = self.folder.join("data");
-        let works_there = |pid: &u32| fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == data);
-        while !self.answers() {
-            ensure!(started.elapsed() < START_DEADLINE, "Postgres does not come back");
-            if !host::pids().any(|pid| works_there(&pid)) {
-                self.launch()?;
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        Ok(())
-    }
-
-    /// Its locks name a process number that may be somebody else's by now: Postgres would believe them.
-    fn launch(&self) -> Result<()> {
-        for lock in ["data/postmaster.pid", "run/.s.PGSQL.5432.lock"] {
-            match fs::remove_file(self.folder.join(lock)) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error).context(lock),
-                _ => {}
-            }
-        }
-        let log = fs::File::options().append(true).create(true).open(self.folder.join("log"))?;
-        let mut server = Command::new("setsid");
-        server.arg("--fork").args(&self.command).uid(self.uid).gid(self.gid).current_dir("/");
-        server.env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin").env("LC_ALL", "C");
-        server.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        ensure!(server.status()?.success(), "starting Postgres again failed");
-        // Until it works in its folder, another start would be a second server.
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !self.folder.join("data/postmaster.pid").exists() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        Ok(())
     }
 }

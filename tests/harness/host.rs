@@ -124,14 +124,6 @@ pub fn command_line(pid: u32) -> String {
     String::from_utf8_lossy(&bytes).replace('\0', " ")
 }
 
-/// The arguments of a process, one by one; none if it is gone.
-#[must_use]
-pub fn arguments(pid: u32) -> Vec<String> {
-    let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let text = String::from_utf8_lossy(&bytes);
-    text.split_terminator('\0').map(str::to_owned).collect()
-}
-
 /// Whether a process runs: one that has ended and was not waited for yet does not.
 #[must_use]
 pub fn is_alive(pid: u32) -> bool {
