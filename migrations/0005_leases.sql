@@ -13,6 +13,10 @@ alter table nodes
 alter table sandboxes
     -- The epoch of its node in which it was claimed, or last taken over.
     add column epoch bigint not null default 0 check (epoch >= 0),
+    -- How often it was claimed: what was begun for an earlier claim may not be written over a later one.
+    add column claims bigint not null default 0 check (claims >= 0),
+    -- Whether what it is to be given can be had again from here.
+    add column keeps_input boolean not null default false,
     -- Counted from one.
     add column attempt integer not null default 1 check (attempt >= 1),
     -- How often it may still be tried again after this machine's failure.

@@ -104,10 +104,14 @@ pub struct Engine {
     live: Registry,
     /// Wakes the scheduler.
     wake: Arc<Notify>,
+    /// Wakes who renews the lease: what is wanted of this node has changed.
+    renewal: Notify,
     /// Whether something waits in the queue, as far as this node knows.
     has_queue: Arc<AtomicBool>,
     /// Takes no more work, and lets what there is come to its end.
     is_closing: AtomicBool,
+    /// What lives goes on without us.
+    is_handed_over: AtomicBool,
     stopping: CancellationToken,
     /// The lease is let go.
     over: CancellationToken,
@@ -198,8 +202,10 @@ impl Engine {
             pressure: Pressure::new(settings.reserves, data_dir),
             does_keeper_return: settings.does_keeper_return,
             wake,
+            renewal: Notify::new(),
             has_queue,
             is_closing: AtomicBool::new(false),
+            is_handed_over: AtomicBool::new(false),
             stopping: CancellationToken::new(),
             over: CancellationToken::new(),
             tenancy: settings.tenancy,
@@ -208,6 +214,7 @@ impl Engine {
         });
         engine.pressure.look();
         tokio::spawn(Arc::clone(&engine).hold_lease());
+        tokio::spawn(Arc::clone(&engine).settle_dead_nodes());
         engine.recover().await?;
         tokio::spawn(Arc::clone(&engine).schedule());
         tokio::spawn(Arc::clone(&engine).keep_house());
@@ -356,14 +363,19 @@ impl Engine {
         self.is_closing.load(Ordering::SeqCst)
     }
 
+    /// Whether what lives goes on, without this service.
+    pub fn is_handed_over(&self) -> bool {
+        self.is_handed_over.load(Ordering::SeqCst)
+    }
+
     /// Takes no more work. Returns when every run has ended, or `deadline` is over.
     pub async fn close(&self, deadline: Duration) {
         self.is_closing.store(true, Ordering::SeqCst);
         let ended = async {
-            for live in self.carried() {
-                if live.sandbox.kind == Kind::Run {
-                    Followed::new(live).ended().await;
-                }
+            while let Some(live) = self.carried().into_iter().find(|live| live.sandbox.kind == Kind::Run) {
+                Followed::new(live).until(|progress| matches!(progress, Progress::Ended(_) | Progress::Gone | Progress::Queued)).await;
+                // Its follower takes a moment to let go of it.
+                tokio::task::yield_now().await;
             }
         };
         // Who needs longer is ended, or left to the next service.
@@ -386,11 +398,13 @@ impl Engine {
         if tokio::time::timeout(deadline, ended).await.is_err() {
             tracing::warn!("not every sandbox ended in time; the next start settles the rest");
         }
-        self.let_go(false).await;
+        // What is not stored yet, the next service finds in the keeper's records: nobody else should speak of it before.
+        self.let_go(!self.carried().is_empty()).await;
     }
 
     /// Makes no more sandboxes and leaves those that live to the keeper and to the next service.
     pub async fn hand_over(&self) {
+        self.is_handed_over.store(true, Ordering::SeqCst);
         self.is_closing.store(true, Ordering::SeqCst);
         self.stopping.cancel();
         self.let_go(true).await;

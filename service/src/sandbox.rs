@@ -106,4 +106,8 @@ pub struct Sandbox {
     pub attempt: u32,
     /// How often it may be tried again, should this node fail it.
     pub retries_left: u32,
+    /// How often a node claimed it.
+    pub claims: u64,
+    /// Whether Postgres has what it is to be given, should it have to be begun anew.
+    pub keeps_input: bool,
 }

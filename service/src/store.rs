@@ -18,7 +18,7 @@ pub use admission::{Admission, Admitted};
 pub use events::{Act, EventFilter, Told};
 pub use idempotency::{Fingerprint, HeldKey, Kept, KeyName, KeyState, Taking};
 pub use images::{Image, NewImage, Recorded};
-pub use nodes::{Abandoned, Capacity as NodeCapacity, Lease, Node, NodeId, Orders};
+pub use nodes::{Abandoned, Capacity as NodeCapacity, Hold, Lease, Node, NodeId, Orders, Renewed, Renewer};
 use pool::Pool;
 pub use queue::{Candidate, Input, QueueListener, Return};
 #[cfg(test)]

@@ -70,7 +70,7 @@ struct Nodes {
 }
 
 async fn list(State(app): State<Arc<App>>, _admin: Admin) -> Result<Json<Nodes>, ApiError> {
-    Ok(Json(Nodes { items: app.store.list_nodes().await?.into_iter().map(NodeView::from).collect() }))
+    Ok(Json(Nodes { items: app.store.list_nodes(None).await?.into_iter().map(NodeView::from).collect() }))
 }
 
 async fn read(State(app): State<Arc<App>>, _admin: Admin, Path(node): Path<String>) -> Result<Json<NodeView>, ApiError> {
@@ -100,7 +100,7 @@ async fn resume(State(app): State<Arc<App>>, Admin(admin): Admin, Path(node): Pa
 }
 
 async fn view(app: &App, node: NodeId) -> Result<Json<NodeView>, ApiError> {
-    let found = app.store.list_nodes().await?.into_iter().find(|found| found.id == node);
+    let found = app.store.list_nodes(Some(node)).await?.pop();
     found.map(|node| Json(node.into())).ok_or(ApiError::NotFound)
 }
 

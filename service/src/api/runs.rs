@@ -77,7 +77,7 @@ async fn wait(app: &App, run: &mut Followed, patience: Duration) -> Option<Arc<F
     let patience = if is_stopping { STOP_PATIENCE } else { START_PATIENCE };
     let settled = run.until(|progress| match progress {
         Progress::Starting => false,
-        Progress::Running(_) => !is_stopping,
+        Progress::Running(_) => !is_stopping || app.engine.is_handed_over(),
         Progress::Queued | Progress::Ended(_) | Progress::Gone => true,
     });
     match tokio::time::timeout(patience, settled).await {

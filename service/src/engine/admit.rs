@@ -132,6 +132,8 @@ impl Engine {
             outcome: None,
             attempt: 1,
             retries_left: asked.retries,
+            claims: 1,
+            keeps_input: true,
         };
         let image_took = (image_found_at - created_at).unsigned_abs();
 
@@ -158,7 +160,7 @@ impl Engine {
         if asked.when_full == WhenFull::Refuse {
             return Err(EngineError::Busy(hindrance.unwrap_or_else(|| "there is no room now, and it is not to wait".to_owned())));
         }
-        let queued = Sandbox { state: State::Queued, claimed_at: None, ..sandbox };
+        let queued = Sandbox { state: State::Queued, claimed_at: None, claims: 0, ..sandbox };
         // Known before it can be claimed, so that whoever claims it finds those who wait for it.
         let live = self.live.insert(queued.clone(), lease, image_took);
         self.undecided.insert(queued.id);

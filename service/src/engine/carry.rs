@@ -9,7 +9,7 @@ use sandbox_core::{
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
-use super::{Engine, Progress, capacity::Reservation, input, live::Live, settle::After, unix_us};
+use super::{Engine, Progress, capacity::Reservation, input, lease::LEFT_TO_OTHERS, live::Live, settle::After, unix_us};
 use crate::{
     clock::at_us,
     runtime::{CallError, LaunchAnswer},
@@ -19,6 +19,8 @@ use crate::{
 
 /// How long a launch is tried while the keeper is busy or away.
 const LAUNCH_PATIENCE: Duration = Duration::from_secs(10);
+/// How long after its creation a node is searched for that has what a sandbox needs.
+const SEARCHED_FOR: Duration = Duration::from_secs(120);
 /// Between two tries of a launch that the keeper was too busy for.
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
 /// A run that ends before is never written as running: its row goes from its claim to its outcome.
@@ -27,8 +29,8 @@ const MARK_RUNNING_AFTER: Duration = Duration::from_millis(200);
 /// What came of following a sandbox.
 enum Course {
     Ended(Box<Ending>),
-    /// The keeper took it never.
-    NotBegun,
+    /// The keeper took it never. With `Some`, this node cannot run it, but another may.
+    NotBegun(Option<Box<Ending>>),
 }
 
 /// Where the payload stands after the attempt to start it.
@@ -41,6 +43,8 @@ enum Started<W> {
     Over(Box<Ending>),
     /// The keeper is away, or could not for want of something, for as long as was waited.
     NotBegun,
+    /// This node cannot run it: it would end like this.
+    NotHere(Box<Ending>),
 }
 
 impl Engine {
@@ -52,7 +56,15 @@ impl Engine {
         drop(reservation);
         let after = match course {
             Course::Ended(ending) => self.settle(&live, &ending).await,
-            Course::NotBegun => self.give_back(&live, Return::NotBegun(&input)).await,
+            Course::NotBegun(None) => self.give_back(&live, Return::NotBegun { input: &input, until: None }).await,
+            Course::NotBegun(Some(ending)) => {
+                if self.could_be_elsewhere(&live).await {
+                    let until = Some(self.clock.now() + LEFT_TO_OTHERS);
+                    self.give_back(&live, Return::NotBegun { input: &input, until }).await
+                } else {
+                    self.settle(&live, &ending).await
+                }
+            }
         };
         if after == After::Waits {
             known.keep();
@@ -81,14 +93,15 @@ impl Engine {
             Ok(descriptors) => descriptors,
             Err(error) => return Course::Ended(self.infra_error(format!("its input could not be handed over: {error}"))),
         };
-        if live.sandbox.attempt > 1 {
-            self.clear_former_attempt(live.sandbox.id).await;
+        if live.sandbox.claims > 1 && !self.clear_former_attempt(live.sandbox.id).await {
+            return Course::NotBegun(None);
         }
         fail_point::reached("service.launch.given");
         let launch = launch_of(&live.sandbox, has_stdin, has_files);
         match self.launch(launch, &descriptors).await {
             Started::Over(ending) => Course::Ended(ending),
-            Started::NotBegun => Course::NotBegun,
+            Started::NotBegun => Course::NotBegun(None),
+            Started::NotHere(ending) => Course::NotBegun(Some(ending)),
             Started::WithKeeper { launched, wait } => {
                 drop(descriptors);
                 if let Some(launched) = launched {
@@ -104,16 +117,26 @@ impl Engine {
         }
     }
 
-    /// Has the keeper end and forget what it may still have of an attempt before this one, whose names this one has too.
-    async fn clear_former_attempt(&self, id: SandboxId) {
-        if let Ok(ended) = self.keeper.wait(id).await {
-            let told = self.keeper.kill(id, KillReason::Evicted).await;
-            if told.is_ok() {
-                // However it ended, another attempt was decided on.
-                drop(tokio::time::timeout(LAUNCH_PATIENCE, ended).await);
+    /// Has the keeper end and forget what it may still have of an attempt before this one, whose names this one has too. False if that cannot be
+    /// done now.
+    async fn clear_former_attempt(&self, id: SandboxId) -> bool {
+        let cleared = async {
+            if let Ok(ended) = self.keeper.wait(id).await {
+                let told = self.keeper.kill(id, KillReason::Evicted).await;
+                if told.is_ok() {
+                    // However it ended, another attempt was decided on.
+                    drop(ended.await);
+                }
             }
-        }
-        self.forget(id).await;
+            self.forget(id).await
+        };
+        tokio::time::timeout(LAUNCH_PATIENCE, cleared).await.unwrap_or(false)
+    }
+
+    /// Whether another node may do what this one cannot: there is one, and not everybody has been asked for too long.
+    async fn could_be_elsewhere(&self, live: &Live) -> bool {
+        let is_young = self.clock.now() - live.sandbox.created_at < SEARCHED_FOR;
+        is_young && self.store.has_other_nodes(self.node).await.unwrap_or(false)
     }
 
     async fn launch(
@@ -128,6 +151,9 @@ impl Engine {
             let Ok(back) = tokio::time::timeout_at(deadline, self.keeper_back()).await else { return Started::NotBegun };
             if back.is_none() {
                 return Started::Over(self.keeper_ended());
+            }
+            if self.keeper.hello().is_some_and(|hello| !hello.isolation.contains(&launch.isolation)) {
+                return Started::NotHere(self.infra_error("no node offers the isolation that was asked for".to_owned()));
             }
             let (error, wait) = match self.keeper.launch(launch.clone(), descriptors).await {
                 Err(error) => (error, None),
@@ -156,7 +182,9 @@ impl Engine {
                         tokio::time::sleep(BUSY_PAUSE).await;
                     }
                     FailureKind::Refused => return Started::Over(self.ending(Cause::StartFailed { message: failure.message })),
-                    FailureKind::Gone | FailureKind::Host => return Started::Over(self.infra_error(failure.message)),
+                    // It has not the image.
+                    FailureKind::Gone => return Started::NotHere(self.infra_error(failure.message)),
+                    FailureKind::Host => return Started::Over(self.infra_error(failure.message)),
                 },
                 CallError::Lost => match self.find_launched(id, deadline).await {
                     Ok(Some(launched)) => return Started::WithKeeper { launched, wait: None },
@@ -257,10 +285,10 @@ impl Engine {
 
     fn mark_running(&self, live: &Live) {
         let Progress::Running(launched) = live.progress() else { return };
-        let (store, id, lease, started_at) = (self.store.clone(), live.sandbox.id, live.lease(), at_us(launched.started_at_us));
+        let (store, id, hold, started_at) = (self.store.clone(), live.sandbox.id, live.hold(), at_us(launched.started_at_us));
         // Not waited for: the end, should it come first, is guarded by the row's state.
         tokio::spawn(async move {
-            match store.mark_running(id, lease, started_at, launched.fences).await {
+            match store.mark_running(id, hold, started_at, launched.fences).await {
                 Ok(()) => fail_point::reached("service.running.stored"),
                 Err(error) => tracing::warn!(sandbox.id = %id, %error, "noting that it runs failed"),
             }

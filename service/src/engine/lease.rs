@@ -1,6 +1,7 @@
 //! This node's lease: taken at the start, renewed, taken anew when it was lost. And what becomes of nodes that let theirs lapse.
 
 use std::{
+    collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -11,11 +12,14 @@ use tokio::time::Instant;
 use super::{Engine, Progress};
 use crate::{
     sandbox::{Finish, Kind, LogTail, Phases},
-    store::{Abandoned, Ended, Lease, LogKept, NodeCapacity, NodeId, Orders, Return, Store, StoreError, Writer},
+    store::{Abandoned, Ended, Lease, LogKept, NodeCapacity, NodeId, Orders, Renewed, Return, Store, StoreError, Writer},
 };
 
-/// How often a lease is renewed before it would end.
+/// How often a lease is renewed before it would end, at the least, and after what time at the most.
 const RENEWALS: u32 = 5;
+const RENEWED_AFTER: Duration = Duration::from_secs(3);
+/// How long the keeper is waited for where others wait meanwhile.
+const KEEPER_PATIENCE: Duration = Duration::from_secs(2);
 /// How long others leave a node alone whose service ended and left its sandboxes to the next one.
 const HANDED_OVER_FOR: Duration = Duration::from_secs(60);
 /// How long a run that failed here is left to other nodes.
@@ -36,27 +40,44 @@ pub(super) struct Identity {
 #[derive(Debug)]
 pub(super) struct Tenure {
     pub(super) identity: Identity,
-    now: Mutex<(Lease, Orders)>,
+    now: Mutex<Now>,
+}
+
+#[derive(Debug)]
+struct Now {
+    lease: Lease,
+    orders: Orders,
+    /// Since when every renewal came through in time.
+    steady_since: Instant,
 }
 
 impl Tenure {
     /// Takes the node, from whomever had it.
     pub(super) async fn begin(store: &Store, identity: Identity, now: time::OffsetDateTime) -> Result<Self, StoreError> {
         let lease = store.take_node(identity.node, &identity.name, identity.capacity, now, identity.held_for).await?;
-        // Not earlier than the first renewal is it known what is wanted of it, so that is done at once.
+        // Not before the first renewal is it known what is wanted of it, so that is done at once.
         let orders = store.renew(lease, identity.held_for).await?.unwrap_or_default();
-        Ok(Self { identity, now: Mutex::new((lease, orders)) })
+        Ok(Self { identity, now: Mutex::new(Now { lease, orders, steady_since: Instant::now() }) })
     }
 
     pub(super) fn lease(&self) -> Lease {
-        self.lock().0
+        self.lock().lease
     }
 
     pub(super) fn orders(&self) -> Orders {
-        self.lock().1
+        self.lock().orders
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, (Lease, Orders)> {
+    /// Something was late, or failed.
+    fn doubt(&self) {
+        self.lock().steady_since = Instant::now();
+    }
+
+    fn is_steady(&self, for_so_long: Duration) -> bool {
+        self.lock().steady_since.elapsed() >= for_so_long
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Now> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -67,100 +88,130 @@ impl Engine {
         self.tenure.lease()
     }
 
-    /// Holds the lease until the engine is over. One that Postgres's absence let lapse is still held if nobody took it meanwhile.
+    /// Holds the lease until the engine is over, and waits for nothing else. One that Postgres's absence let lapse is still held if nobody took it
+    /// meanwhile.
     pub(super) async fn hold_lease(self: Arc<Self>) {
         let held_for = self.tenure.identity.held_for;
-        // Since when the database has been there: who looks for dead nodes right after an outage finds everybody dead.
-        let mut steady_since = Instant::now();
+        let period = period(held_for);
+        let mut renewer = self.store.renewer();
         loop {
             tokio::select! {
                 () = self.over.cancelled() => return,
-                () = tokio::time::sleep(held_for / RENEWALS) => {}
+                () = tokio::time::sleep(period) => {}
+                () = self.renewal.notified() => {}
             }
-            if let Err(error) = self.renew_lease().await {
-                tracing::warn!(%error, "renewing the lease of this node failed");
-                steady_since = Instant::now();
-                continue;
-            }
-            self.evict_if_told().await;
-            if steady_since.elapsed() > held_for
-                && !self.stopping.is_cancelled()
-                && let Err(error) = self.take_care_of_the_abandoned().await
-            {
-                tracing::warn!(%error, "looking after the sandboxes of dead nodes failed");
-            }
-        }
-    }
-
-    async fn renew_lease(&self) -> Result<(), StoreError> {
-        let lease = self.lease();
-        match self.store.renew(lease, self.tenure.identity.held_for).await? {
-            Some(orders) => {
-                let before = std::mem::replace(&mut self.tenure.lock().1, orders);
-                if before.is_drained && !orders.is_drained {
-                    self.note_queue();
+            let renewed = match tokio::time::timeout(period, renewer.renew(self.lease(), held_for)).await {
+                Ok(Ok(Some(orders))) => {
+                    self.heed(orders);
+                    Ok(())
                 }
-                Ok(())
+                Ok(Ok(None)) => self.rejoin().await.map_err(|error| error.to_string()),
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(_late) => Err("no answer".to_owned()),
+            };
+            if let Err(error) = renewed {
+                self.tenure.doubt();
+                tracing::warn!(%error, "renewing the lease of this node failed");
             }
-            None => self.rejoin().await,
         }
     }
 
-    /// The lease was lost: others took this node for dead. What it still has stays; what was given to others is ended here.
+    fn heed(&self, orders: Orders) {
+        let before = std::mem::replace(&mut self.tenure.lock().orders, orders);
+        if before.is_drained && !orders.is_drained {
+            self.note_queue();
+        }
+    }
+
+    /// The lease was lost: others took this node for dead. What nobody took meanwhile stays its own; what was given to others is ended here.
     async fn rejoin(&self) -> Result<(), StoreError> {
         let Identity { node, name, capacity, held_for } = &self.tenure.identity;
         let lease = self.store.take_node(*node, name, *capacity, self.clock.now(), *held_for).await?;
+        // First: who has something to store finds out whether it is still its own.
+        self.tenure.lock().lease = lease;
+        self.tenure.doubt();
         let kept = self.store.live_of(*node).await?;
-        self.tenure.lock().0 = lease;
         let mut lost = 0_u32;
         for live in self.live.all() {
-            if matches!(live.progress(), Progress::Queued) {
+            if matches!(live.progress(), Progress::Queued) || kept.iter().any(|row| row.id == live.sandbox.id) {
                 continue;
             }
-            if kept.iter().any(|row| row.id == live.sandbox.id) {
-                live.hold(lease);
-            } else {
-                lost += 1;
-                self.kill(&live, KillReason::Evicted).await;
-            }
+            lost += 1;
+            // Not an order that another attempt here would inherit.
+            let (keeper, id) = (self.keeper.clone(), live.sandbox.id);
+            tokio::spawn(async move { drop(tokio::time::timeout(KEEPER_PATIENCE, keeper.kill(id, KillReason::Evicted)).await) });
         }
         tracing::warn!(lost, "this node was taken for dead; it has its lease again");
         Ok(())
+    }
+
+    /// Sees to it that what nodes have live comes to an end: what this one is to evict, and what dead ones had.
+    pub(super) async fn settle_dead_nodes(self: Arc<Self>) {
+        let held_for = self.tenure.identity.held_for;
+        let mut seen = Observations::default();
+        loop {
+            tokio::select! {
+                () = self.over.cancelled() => return,
+                () = tokio::time::sleep(period(held_for)) => {}
+            }
+            self.evict_if_told().await;
+            if self.stopping.is_cancelled() {
+                continue;
+            }
+            if let Err(error) = self.depose_and_settle(&mut seen, held_for).await {
+                tracing::warn!(%error, "looking after the sandboxes of dead nodes failed");
+                self.tenure.doubt();
+            }
+        }
     }
 
     async fn evict_if_told(&self) {
         if self.tenure.orders().evict_at.is_none_or(|at| at > self.clock.now()) {
             return;
         }
-        for live in self.live.all() {
-            if !matches!(live.progress(), Progress::Queued) && live.ordered_kill().is_none() {
-                self.kill(&live, KillReason::Evicted).await;
+        for live in self.carried() {
+            if live.ordered_kill().is_none() {
+                // Ordered in any case: one that the keeper does not hear of now ends as soon as it does.
+                drop(tokio::time::timeout(KEEPER_PATIENCE, self.kill(&live, KillReason::Evicted)).await);
             }
         }
     }
 
-    /// Settles what dead nodes had: runs that may be tried again go back into the queue.
-    async fn take_care_of_the_abandoned(&self) -> Result<(), StoreError> {
-        let deposed = self.store.depose_dead_nodes(self.tenure.identity.node).await?;
-        if deposed > 0 {
-            tracing::warn!(deposed, "nodes were not heard of for too long; what they had live is settled");
+    async fn depose_and_settle(&self, seen: &mut Observations, held_for: Duration) -> Result<(), StoreError> {
+        // Who could not renew in time must not judge others by that: the fault may be the database's.
+        if !self.tenure.is_steady(held_for) {
+            seen.0.clear();
+            return Ok(());
         }
-        for Abandoned { sandbox, lease, node_name } in self.store.abandoned().await? {
-            let now = self.clock.now();
-            let message = format!("its node {node_name} was not heard of for too long");
-            if sandbox.kind == Kind::Run && sandbox.retries_left > 0 {
-                let failed = Return::Failed { message: &message, until: now + LEFT_TO_OTHERS };
-                if self.store.give_back(sandbox.id, lease, failed, now).await? {
-                    self.note_queue();
-                }
-                continue;
+        for dead in seen.unchanged(self.store.leases_in_use(self.node).await?, held_for) {
+            if self.store.depose(dead).await? {
+                tracing::warn!(node = %dead.lease.node, "a node was not heard of for too long: what it has live is settled");
             }
-            let total = Phases::ms((now - sandbox.created_at).unsigned_abs());
-            let finish = Finish::without_usage(Cause::InfraError { message }, now, &sandbox.limits, Phases { total, ..Phases::default() });
-            let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
-            if self.store.finish(sandbox.id, Writer::Holder(lease), &ended).await? {
-                self.metrics.ended(sandbox.kind, &finish.outcome);
+        }
+        for abandoned in self.store.abandoned().await? {
+            if let Err(error) = self.settle_abandoned(&abandoned).await {
+                tracing::warn!(sandbox.id = %abandoned.sandbox.id, %error, "settling what a dead node had failed; it is tried again");
             }
+        }
+        Ok(())
+    }
+
+    /// What may be tried again goes back into the queue.
+    async fn settle_abandoned(&self, Abandoned { sandbox, hold, node_name }: &Abandoned) -> Result<(), StoreError> {
+        let now = self.clock.now();
+        let message = format!("its node {node_name} was not heard of for too long");
+        if sandbox.kind == Kind::Run && sandbox.retries_left > 0 {
+            let failed = Return::Failed { message: &message, until: now + LEFT_TO_OTHERS };
+            if self.store.give_back(sandbox.id, *hold, failed, now).await? {
+                self.note_queue();
+            }
+            return Ok(());
+        }
+        let total = Phases::ms((now - sandbox.created_at).unsigned_abs());
+        let finish = Finish::without_usage(Cause::InfraError { message }, now, &sandbox.limits, Phases { total, ..Phases::default() });
+        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
+        if self.store.finish(sandbox.id, Writer::Holder(*hold), &ended).await? {
+            self.metrics.ended(sandbox.kind, &finish.outcome);
         }
         Ok(())
     }
@@ -173,5 +224,63 @@ impl Engine {
         if let Err(error) = done {
             tracing::debug!(%error, "the lease of this node ends by itself");
         }
+    }
+}
+
+/// Other nodes' leases as they were last seen to change, and when that was by our own clock: the database's may jump.
+#[derive(Debug, Default)]
+struct Observations(HashMap<NodeId, (Renewed, Instant)>);
+
+impl Observations {
+    /// Takes in what is seen now. Answers with those that have not changed for so long.
+    fn unchanged(&mut self, now: Vec<Renewed>, for_so_long: Duration) -> Vec<Renewed> {
+        self.0.retain(|node, _| now.iter().any(|renewed| renewed.lease.node == *node));
+        let mut unchanged = Vec::new();
+        for renewed in now {
+            let (seen, since) = self.0.entry(renewed.lease.node).or_insert((renewed, Instant::now()));
+            if *seen != renewed {
+                (*seen, *since) = (renewed, Instant::now());
+            } else if since.elapsed() >= for_so_long {
+                unchanged.push(renewed);
+            }
+        }
+        unchanged
+    }
+}
+
+/// Between two renewals: orders to a node come with them, so it is not long even where leases are.
+fn period(held_for: Duration) -> Duration {
+    (held_for / RENEWALS).min(RENEWED_AFTER)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SPAN: Duration = Duration::from_secs(15);
+
+    fn renewed(node: NodeId, until: i64) -> Renewed {
+        Renewed { lease: Lease { node, epoch: 1 }, until: time::OffsetDateTime::from_unix_timestamp(until).unwrap() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_a_lease_that_does_not_change_for_its_whole_length_is_dead() {
+        let (dead, alive) = (NodeId(uuid::Uuid::now_v7()), NodeId(uuid::Uuid::now_v7()));
+        let mut seen = Observations::default();
+        for second in (0..15).step_by(3) {
+            assert_eq!(seen.unchanged(vec![renewed(dead, 0), renewed(alive, second)], SPAN), []);
+            tokio::time::advance(Duration::from_secs(3)).await;
+        }
+        assert_eq!(seen.unchanged(vec![renewed(dead, 0), renewed(alive, 15)], SPAN), [renewed(dead, 0)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_is_seen_again_is_watched_anew() {
+        let node = NodeId(uuid::Uuid::now_v7());
+        let mut seen = Observations::default();
+        seen.unchanged(vec![renewed(node, 0)], SPAN);
+        tokio::time::advance(SPAN).await;
+        seen.unchanged(vec![], SPAN);
+        assert_eq!(seen.unchanged(vec![renewed(node, 0)], SPAN), []);
     }
 }

@@ -14,7 +14,7 @@ use crate::{
     clock::at_us,
     metrics::Metrics,
     sandbox::{Event, LogTail, Sandbox, SandboxId, State},
-    store::Lease,
+    store::{Hold, Lease},
 };
 
 /// How far a sandbox has come.
@@ -107,17 +107,18 @@ impl Live {
         }
     }
 
-    /// It waits for another attempt.
-    pub(super) fn returned(&self) {
+    /// It waits for another attempt. See [`Registry::give_back`].
+    fn returned(&self) {
         self.advance(Event::Returned, Progress::Queued);
     }
 
-    pub(super) fn lease(&self) -> Lease {
-        *self.lease.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What it is written by.
+    pub(super) fn hold(&self) -> Hold {
+        Hold { lease: *self.lease.lock().unwrap_or_else(PoisonError::into_inner), claims: self.sandbox.claims }
     }
 
     /// It was taken over with this lease.
-    pub(super) fn hold(&self, lease: Lease) {
+    pub(super) fn take_over(&self, lease: Lease) {
         *self.lease.lock().unwrap_or_else(PoisonError::into_inner) = lease;
     }
 
@@ -198,6 +199,8 @@ impl Registry {
                 (watch::channel(Progress::Starting).0, Duration::ZERO)
             },
             |before| {
+                // One that is claimed anew before its former follower has said so is not running any more.
+                before.returned();
                 before.advance(Event::Claimed, Progress::Starting);
                 (before.progress.clone(), before.image_took)
             },
@@ -233,6 +236,16 @@ impl Registry {
     /// Whether this is what is known of its sandbox now, and not what was before it was claimed again.
     pub(super) fn is_current(&self, live: &Arc<Live>) -> bool {
         self.lock().get(&live.sandbox.id).is_some_and(|current| Arc::ptr_eq(current, live))
+    }
+
+    /// It waits again, if this is what is known of it. False: it was claimed anew meanwhile, or is known no more.
+    pub(super) fn give_back(&self, live: &Arc<Live>) -> bool {
+        let all = self.lock();
+        let is_current = all.get(&live.sandbox.id).is_some_and(|current| Arc::ptr_eq(current, live));
+        if is_current {
+            live.returned();
+        }
+        is_current
     }
 
     /// Known until the guard is dropped: also one whose task panics is known no more, so that others can take it over.

@@ -120,8 +120,13 @@ impl Engine {
                     let live = self.live.claimed(sandbox, lease);
                     tokio::spawn(Arc::clone(self).carry(live, input, reservation));
                 }
-                // Someone was faster.
-                Ok(None) => {}
+                // Someone was faster, or this node may not, and will hear so.
+                Ok(None) if self.store.may_claim(lease).await? => {}
+                Ok(None) => {
+                    self.renewal.notify_one();
+                    lines.looked_at = None;
+                    return Ok(());
+                }
                 Err(error) => {
                     if matches!(error, StoreError::Unavailable(_)) {
                         self.end_unclear_claim(id).await;

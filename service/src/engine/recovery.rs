@@ -12,8 +12,11 @@ use sandbox_core::{
     protocol::{KillReason, Record},
 };
 
-use super::{Engine, Progress, capacity::Room};
-use crate::sandbox::{Sandbox, SandboxId};
+use super::{Engine, Progress, capacity::Room, settle::After, unix_us};
+use crate::{
+    sandbox::{Sandbox, SandboxId, State},
+    store::{Input, Return},
+};
 
 /// How long after its claim a sandbox that nobody follows counts as left behind.
 const STRAY_AFTER: Duration = Duration::from_secs(30);
@@ -55,6 +58,7 @@ impl Engine {
     /// their task panicked.
     pub(super) async fn recover_strays(self: &Arc<Self>) -> anyhow::Result<()> {
         let claimed_before = self.clock.now() - STRAY_AFTER;
+        self.store.adopt_late_claims(self.lease()).await?;
         let mut strays = self.store.live_of(self.node).await?;
         // One that is still thought to be queued was claimed without our hearing of it.
         let is_followed = |row: &Sandbox| self.live.get(row.id).is_some_and(|live| !matches!(live.progress(), Progress::Queued));
@@ -68,12 +72,28 @@ impl Engine {
 
     /// Follows the sandboxes of these rows that the keeper has, settles those that it has not, and answers with records that belong to no row.
     async fn take_over(self: &Arc<Self>, rows: Vec<Sandbox>, records: Vec<Record>) -> Vec<SandboxId> {
+        let keeper_started_at_us = self.keeper.connected().await.started_at_us;
         let mut records: HashMap<_, _> = records.into_iter().map(|record| (record.id, record)).collect();
         let (mut adopted, mut lost) = (0_u32, 0_u32);
         for sandbox in rows {
             let room = Room { memory_bytes: sandbox.limits.memory_bytes(), cpu_millis: sandbox.limits.cpu_millis(), sandboxes: 1 };
             let record = records.remove(&sandbox.id);
+            // The keeper that there was at its claim would know it if it had been begun.
+            let is_unbegun = record.is_none()
+                && sandbox.keeps_input
+                && sandbox.state == State::Starting
+                && sandbox.claimed_at.is_some_and(|at| unix_us(at) > keeper_started_at_us);
             let live = self.live.claimed(sandbox, self.lease());
+            if is_unbegun {
+                let engine = Arc::clone(self);
+                tokio::spawn(async move {
+                    let known = engine.live.known(Arc::clone(&live));
+                    if engine.give_back(&live, Return::NotBegun { input: &Input::default(), until: None }).await == After::Waits {
+                        known.keep();
+                    }
+                });
+                continue;
+            }
             if let Some(record) = record {
                 adopted += 1;
                 let reservation = self.capacity.reserve_for_live(room);

@@ -12,7 +12,7 @@ use super::{Engine, Finished, Progress, lease::LEFT_TO_OTHERS, live::Live};
 use crate::{
     clock::at_us,
     sandbox::{Finish, Kind, LogTail, Phases, Sandbox, SandboxId, State},
-    store::{Ended, KeyName, Lease, LogKept, Return, StoreError, Writer},
+    store::{Ended, Hold, KeyName, Lease, LogKept, Return, StoreError, Whereabouts, Writer},
 };
 
 /// How long the whole log of a run is kept when it does not fit beside the outcome.
@@ -64,7 +64,7 @@ impl Engine {
         };
         let ended = Ended { finish: &finish, log_tail: &log_tail, log_file };
         fail_point::reached("service.settle.read");
-        if !self.until_clear(live, |lease| self.store.finish(id, Writer::Holder(lease), &ended)).await {
+        if !self.until_clear(live, |hold| self.store.finish(id, Writer::Holder(hold), &ended)).await {
             return self.leave_to_others(live).await;
         }
         fail_point::reached("service.settle.stored");
@@ -87,24 +87,24 @@ impl Engine {
     /// Puts it back into the queue, however long that takes.
     pub(super) async fn give_back(&self, live: &Arc<Live>, why: Return<'_>) -> After {
         let id = live.sandbox.id;
-        if !self.until_clear(live, |lease| self.store.give_back(id, lease, why, self.clock.now())).await {
+        if !self.until_clear(live, |hold| self.store.give_back(id, hold, why, self.clock.now())).await {
             return self.leave_to_others(live).await;
         }
         fail_point::reached("service.settle.returned");
-        live.returned();
+        self.live.give_back(live);
         self.note_queue();
         After::Waits
     }
 
     /// Tries until the database has answered. False: it was not ours to say.
-    async fn until_clear<F>(&self, live: &Arc<Live>, write: impl Fn(Lease) -> F) -> bool
+    async fn until_clear<F>(&self, live: &Arc<Live>, write: impl Fn(Hold) -> F) -> bool
     where
         F: Future<Output = Result<bool, StoreError>>,
     {
         let id = live.sandbox.id;
         let mut pause = RETRY_MIN;
         loop {
-            let written = match write(live.lease()).await {
+            let written = match write(live.hold()).await {
                 Ok(true) => return true,
                 // This node may have lost its lease and taken it again, and the sandbox with it.
                 Ok(false) => match self.is_ours_again(live).await {
@@ -122,14 +122,14 @@ impl Engine {
 
     /// Whether the sandbox was taken over by this node under a lease that its follower did not know yet.
     async fn is_ours_again(&self, live: &Arc<Live>) -> Result<bool, StoreError> {
-        let now = self.store.whereabouts(live.sandbox.id).await?;
-        let lease = self.lease();
-        let is_ours = now.is_some_and(|now| !now.state.is_final() && now.lease == Some(lease));
-        if !is_ours || live.lease() == lease || !self.live.is_current(live) {
-            return Ok(false);
+        let Some(Whereabouts { state, hold: Some(now) }) = self.store.whereabouts(live.sandbox.id).await? else { return Ok(false) };
+        let held = live.hold();
+        // The data folder is locked: whoever took this node is this process.
+        let is_ours = !state.is_final() && now.claims == held.claims && now.lease.node == self.node && now.lease.epoch > held.lease.epoch;
+        if is_ours {
+            live.take_over(now.lease);
         }
-        live.hold(lease);
-        Ok(true)
+        Ok(is_ours)
     }
 
     /// Its row is somebody else's, or says already how it ended: what we have of it is dropped, and who waits for it here hears of that end.
@@ -138,14 +138,36 @@ impl Engine {
         if !self.live.is_current(live) {
             return After::Nothing;
         }
-        self.forget(id).await;
-        live.returned();
-        match self.store.ended_of(&[id]).await {
-            Ok(ended) if !ended.is_empty() => {
-                self.tell_ends(ended);
+        let log = self.until_heard(id, || self.store.find_log(id)).await;
+        match log {
+            // Stored by ourselves, it may be: the answer to that was lost.
+            Some(stored) if stored.has_file => self.forget_record(id).await,
+            Some(_) | None => drop(self.forget(id).await),
+        }
+        let ended = self.until_heard(id, || self.store.ended_of(std::slice::from_ref(&live.sandbox.id))).await;
+        match ended.into_iter().next() {
+            Some((sandbox, log_tail)) => {
+                live.ended(Finished { sandbox, log_tail });
                 After::Nothing
             }
-            Ok(_) | Err(_) => After::Waits,
+            None if self.live.give_back(live) => After::Waits,
+            None => After::Nothing,
+        }
+    }
+
+    /// Asks until the database answers.
+    async fn until_heard<T, F>(&self, id: SandboxId, ask: impl Fn() -> F) -> T
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        let mut pause = RETRY_MIN;
+        loop {
+            match ask().await {
+                Ok(answer) => return answer,
+                Err(error) => tracing::error!(sandbox.id = %id, %error, "asking what became of it failed; it is asked again"),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(RETRY_MAX);
         }
     }
 
@@ -153,8 +175,13 @@ impl Engine {
     pub(super) async fn notice_ends(&self) -> Result<(), StoreError> {
         let waiting: Vec<SandboxId> =
             self.live.all().iter().filter(|live| matches!(live.progress(), Progress::Queued)).map(|live| live.sandbox.id).collect();
-        if !waiting.is_empty() {
-            self.tell_ends(self.store.ended_of(&waiting).await?);
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        self.tell_ends(self.store.ended_of(&waiting).await?);
+        // Deleted through another node. One that is just being made has no row yet.
+        for id in self.store.absent_of(&waiting).await?.into_iter().filter(|id| !self.undecided.contains(*id)) {
+            self.live.remove(id);
         }
         Ok(())
     }
@@ -190,7 +217,8 @@ impl Engine {
             let cause = Cause::InfraError { message: "the connection to the database broke while it was made".to_owned() };
             let finish = Finish::without_usage(cause, now, &sandbox.limits, Phases { total, ..Phases::default() });
             let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
-            let writer = if sandbox.state == State::Queued { Writer::Queue } else { Writer::Holder(lease) };
+            let hold = Hold { lease, claims: sandbox.claims };
+            let writer = if sandbox.state == State::Queued { Writer::Queue } else { Writer::Holder(hold) };
             if engine.store_end(sandbox.id, writer, &ended).await {
                 engine.metrics.ended(sandbox.kind, &finish.outcome);
             }

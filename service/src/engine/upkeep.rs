@@ -58,6 +58,10 @@ impl Engine {
     async fn drop_old_rows(&self) -> Result<(), StoreError> {
         let now = self.clock.now();
         let (ended, told) = (now - self.tenancy.retention, now - self.tenancy.event_retention);
+        let lost = self.store.logs_of_gone_nodes(ended, BATCH).await?;
+        if !lost.is_empty() {
+            self.store.drop_kept_logs(&lost).await?;
+        }
         in_batches(|| self.store.roll_up_usage(beginning_of_hour(now - ROLL_UP_AFTER), BATCH)).await?;
         in_batches(|| self.store.prune_sandboxes(ended, BATCH)).await?;
         in_batches(|| self.store.prune_events(told, BATCH)).await?;

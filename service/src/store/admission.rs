@@ -55,6 +55,7 @@ impl Store {
         let Admission { sandbox, lease, input, asked, network, isolation, defaults, queue_max, key } = admission;
         let claimed = sandbox.state != State::Queued;
         let is_kept = !claimed || sandbox.retries_left > 0;
+        let has_input = input.files.is_some() || input.stdin.is_some();
         let row = sqlx::query!(
             r#"with image as (
                 select digest from images
@@ -129,9 +130,9 @@ impl Store {
             ), added as (
                 insert into sandboxes (
                     id, tenant, principal, kind, state, name, image_reference, image_digest, image_root, program, limits, output_policy,
-                    labels, memory_bytes, cpu_millis, created_at, expires_at, node, claimed_at, epoch, retries_left
+                    labels, memory_bytes, cpu_millis, created_at, expires_at, node, claimed_at, epoch, retries_left, claims, keeps_input
                 )
-                select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $33, $34
+                select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $33, $34, case when $5 = 'queued' then 0 else 1 end, $37
                 from principal, image
                 where image.digest = $8
                     and ($35::text is null or exists (select 1 from held))
@@ -222,6 +223,7 @@ impl Store {
             sandbox.retries_left.cast_signed(),
             key.map(|key| key.name.key.as_str()) as _,
             key.map(|key| key.holder) as _,
+            is_kept || !has_input,
         )
         .fetch_one(&self.pool)
         .await?;

@@ -4,9 +4,12 @@
 //! held against that, so one that lost the lease, and does not know it, changes nothing. Leases go by the database's clock, the one that all
 //! nodes have in common.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use sqlx::postgres::types::PgInterval;
+use sqlx::{
+    Connection as _, PgConnection, PgExecutor,
+    postgres::{PgConnectOptions, types::PgInterval},
+};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -28,6 +31,20 @@ impl std::fmt::Display for NodeId {
 pub struct Lease {
     pub node: NodeId,
     pub epoch: u64,
+}
+
+/// A sandbox that was claimed under a lease, for the so-manieth time: who writes of it says for which claim.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hold {
+    pub lease: Lease,
+    pub claims: u64,
+}
+
+/// The lease of some node as it was last renewed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Renewed {
+    pub lease: Lease,
+    pub until: OffsetDateTime,
 }
 
 /// What a node has to give.
@@ -68,7 +85,7 @@ pub struct Node {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Abandoned {
     pub sandbox: Sandbox,
-    pub lease: Lease,
+    pub hold: Hold,
     pub node_name: String,
 }
 
@@ -85,7 +102,7 @@ impl Store {
         let epoch = sqlx::query_scalar!(
             r#"with taken as (
                 insert into nodes (id, name, memory_bytes, cpu_millis, started_at, epoch, lease_until)
-                values ($1, $2, $3, $4, $5, 1, now() + $6)
+                values ($1, $2, $3, $4, $5, 1, clock_timestamp() + $6)
                 on conflict (id) do update
                 set name = excluded.name, memory_bytes = excluded.memory_bytes, cpu_millis = excluded.cpu_millis,
                     started_at = excluded.started_at, epoch = nodes.epoch + 1, lease_until = excluded.lease_until
@@ -108,17 +125,12 @@ impl Store {
 
     /// Goes on holding the lease; `None`: it is lost.
     pub async fn renew(&self, lease: Lease, held_for: Duration) -> Result<Option<Orders>, StoreError> {
-        let orders = sqlx::query_as!(
-            Orders,
-            r#"update nodes set lease_until = now() + $3 where id = $1 and epoch = $2
-            returning drained_at is not null as "is_drained!", evict_at"#,
-            lease.node.0,
-            bigint(lease.epoch),
-            interval(held_for),
-        )
-        .fetch_optional(&self.pool)
-        .await?;
-        Ok(orders)
+        renew(&self.pool, lease, held_for).await
+    }
+
+    /// Somebody who renews leases and waits for no connection that others use.
+    pub fn renewer(&self) -> Renewer {
+        Renewer { options: self.pool.connect_options(), connection: None }
     }
 
     /// Lets the lease end now: others need not wait for its time.
@@ -129,30 +141,72 @@ impl Store {
         Ok(())
     }
 
-    /// Takes the right to write from nodes whose lease is over and that have something live, so that it can be given to others.
-    pub async fn depose_dead_nodes(&self, own: NodeId) -> Result<u64, StoreError> {
-        let deposed = sqlx::query!(
-            "with dead as (
-                select id from nodes
-                where id <> $1 and lease_until < now()
-                    and exists (
-                        select 1 from sandboxes
-                        where node = nodes.id and state in ('starting', 'running') and sandboxes.epoch = nodes.epoch
-                    )
-                for update skip locked  -- every node looks for them
-            )
-            update nodes set epoch = epoch + 1 from dead where nodes.id = dead.id",
-            own.0,
+    /// Takes over, for the holder of this lease, what was claimed under an earlier one of the same node by a statement that was still under way when
+    /// the node was taken.
+    pub async fn adopt_late_claims(&self, lease: Lease) -> Result<(), StoreError> {
+        sqlx::query!(
+            "update sandboxes set epoch = $2
+            where node = $1 and epoch < $2 and state in ('starting', 'running') and exists (select 1 from nodes where id = $1 and epoch = $2)",
+            lease.node.0,
+            bigint(lease.epoch),
         )
         .execute(&self.pool)
         .await?;
-        Ok(deposed.rows_affected())
+        Ok(())
+    }
+
+    /// Whether the holder of this lease may claim: it still holds it, and the node is not drained.
+    pub async fn may_claim(&self, lease: Lease) -> Result<bool, StoreError> {
+        let may = sqlx::query_scalar!(
+            r#"select exists (select 1 from nodes where id = $1 and epoch = $2 and drained_at is null) as "may!""#,
+            lease.node.0,
+            bigint(lease.epoch),
+        );
+        Ok(may.fetch_one(&self.pool).await?)
+    }
+
+    /// Whether another node than this could take work.
+    pub async fn has_other_nodes(&self, own: NodeId) -> Result<bool, StoreError> {
+        let has = sqlx::query_scalar!(
+            r#"select exists (select 1 from nodes where id <> $1 and lease_until >= now() and drained_at is null) as "has!""#,
+            own.0
+        );
+        Ok(has.fetch_one(&self.pool).await?)
+    }
+
+    /// The leases of other nodes that have something live under them.
+    pub async fn leases_in_use(&self, own: NodeId) -> Result<Vec<Renewed>, StoreError> {
+        let rows = sqlx::query!(
+            "select id, epoch, lease_until from nodes
+            where id <> $1 and exists (
+                select 1 from sandboxes where node = nodes.id and state in ('starting', 'running') and sandboxes.epoch = nodes.epoch
+            )",
+            own.0,
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let renewed = |id, epoch, until| Renewed { lease: Lease { node: NodeId(id), epoch: unsigned(epoch) }, until };
+        Ok(rows.into_iter().map(|row| renewed(row.id, row.epoch, row.lease_until)).collect())
+    }
+
+    /// Takes the right to write from a node whose lease is over and was not renewed since it was seen like this, so that others can settle what it has
+    /// live. False: it has it still, or somebody was faster.
+    pub async fn depose(&self, seen: Renewed) -> Result<bool, StoreError> {
+        let deposed = sqlx::query!(
+            "update nodes set epoch = epoch + 1 where id = $1 and epoch = $2 and lease_until = $3 and lease_until < now()",
+            seen.lease.node.0,
+            bigint(seen.lease.epoch),
+            seen.until,
+        )
+        .execute(&self.pool)
+        .await?;
+        Ok(deposed.rows_affected() == 1)
     }
 
     /// What nodes had live when they were deposed, and still nobody has taken.
     pub async fn abandoned(&self) -> Result<Vec<Abandoned>, StoreError> {
         let places = sqlx::query!(
-            r#"select sandboxes.id, node as "node!", sandboxes.epoch, nodes.name
+            r#"select sandboxes.id, node as "node!", sandboxes.epoch, claims, nodes.name
             from sandboxes join nodes on nodes.id = sandboxes.node
             where state in ('starting', 'running') and sandboxes.epoch < nodes.epoch and lease_until < now()
             limit 1000"#
@@ -165,19 +219,22 @@ impl Store {
         let place_of = |sandbox: Sandbox| {
             let place = places.iter().find(|place| place.id == sandbox.id.0)?;
             let lease = Lease { node: NodeId(place.node), epoch: unsigned(place.epoch) };
-            Some(Abandoned { sandbox, lease, node_name: place.name.clone() })
+            let hold = Hold { lease, claims: unsigned(place.claims) };
+            Some(Abandoned { sandbox, hold, node_name: place.name.clone() })
         };
         Ok(sandboxes.into_iter().filter_map(place_of).collect())
     }
 
-    /// Every node that ever was, the latest started first.
-    pub async fn list_nodes(&self) -> Result<Vec<Node>, StoreError> {
+    /// Every node that ever was, the latest started first, or the one that is asked for.
+    pub async fn list_nodes(&self, only: Option<NodeId>) -> Result<Vec<Node>, StoreError> {
         let rows = sqlx::query!(
             r#"select id, name, memory_bytes, cpu_millis, epoch, started_at, lease_until, lease_until >= now() as "is_alive!", drained_at,
                 evict_at, (select count(*) from sandboxes where node = nodes.id and state in ('starting', 'running')) as "live!"
             from nodes
+            where $1::uuid is null or id = $1
             order by started_at desc, id
-            limit 1000"#
+            limit 1000"#,
+            only.map(|id| id.0) as _,
         )
         .fetch_all(&self.pool)
         .await?;
@@ -227,6 +284,38 @@ impl Store {
         transaction.commit().await?;
         Ok(true)
     }
+}
+
+/// Renews leases by a connection of its own: however many wait for the others, a node is not taken for dead.
+#[derive(Debug)]
+pub struct Renewer {
+    options: Arc<PgConnectOptions>,
+    connection: Option<PgConnection>,
+}
+
+impl Renewer {
+    /// [`Store::renew`]. One that is given up begins with a new connection the next time.
+    pub async fn renew(&mut self, lease: Lease, held_for: Duration) -> Result<Option<Orders>, StoreError> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => PgConnection::connect_with(&self.options).await?,
+        };
+        let renewed = renew(&mut connection, lease, held_for).await?;
+        self.connection = Some(connection);
+        Ok(renewed)
+    }
+}
+
+async fn renew(executor: impl PgExecutor<'_>, lease: Lease, held_for: Duration) -> Result<Option<Orders>, StoreError> {
+    let orders = sqlx::query_as!(
+        Orders,
+        r#"update nodes set lease_until = greatest(lease_until, clock_timestamp() + $3) where id = $1 and epoch = $2
+        returning drained_at is not null as "is_drained!", evict_at"#,
+        lease.node.0,
+        bigint(lease.epoch),
+        interval(held_for),
+    );
+    Ok(orders.fetch_optional(executor).await?)
 }
 
 /// A span of time as Postgres holds it.

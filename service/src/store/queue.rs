@@ -7,7 +7,7 @@ use time::OffsetDateTime;
 use tokio::{sync::Notify, task::JoinHandle};
 
 use super::{
-    Lease, NodeId, Store, StoreError, bigint,
+    Hold, Lease, NodeId, Store, StoreError, bigint,
     sandboxes::{Row, select_sandboxes},
     unsigned,
 };
@@ -36,8 +36,9 @@ impl fmt::Debug for Input {
 pub enum Return<'a> {
     /// This attempt failed by no fault of its own, and one of its retries is used for another. Until then its node leaves it to others.
     Failed { message: &'a str, until: OffsetDateTime },
-    /// It was not begun, for want of something. This is what it is to be given.
-    NotBegun(&'a Input),
+    /// It was not begun, for want of something. This is what it is to be given, unless that is kept anyway. With a time, its node leaves it to others
+    /// until then.
+    NotBegun { input: &'a Input, until: Option<OffsetDateTime> },
 }
 
 /// A queued sandbox, whose it is, and the room that it needs.
@@ -145,7 +146,7 @@ impl Store {
                 where id = $1 and state = 'queued' and exists (select 1 from nodes where id = $2 and epoch = $4 and drained_at is null)
                 for update skip locked  -- several nodes may claim at once
             ), claimed as (
-                update sandboxes set state = 'starting', node = $2, claimed_at = $3, epoch = $4
+                update sandboxes set state = 'starting', node = $2, claimed_at = $3, epoch = $4, claims = claims + 1
                 from picked where sandboxes.id = picked.id
                 returning sandboxes.id, tenant, principal
             ), tenant_counted as (
@@ -168,32 +169,29 @@ impl Store {
             return Ok(None);
         }
         let sandbox = select_sandboxes!("id = $1", id.0).fetch_one(&mut *transaction).await?.read()?;
-        let input = if sandbox.retries_left > 0 {
-            sqlx::query_as!(Input, "select files, stdin from inputs where sandbox = $1", id.0).fetch_optional(&mut *transaction).await?
-        } else {
-            sqlx::query_as!(Input, "delete from inputs where sandbox = $1 returning files, stdin", id.0)
-                .fetch_optional(&mut *transaction)
-                .await?
-        };
+        // Kept until the end: whoever claimed it may die before it is begun.
+        let input =
+            sqlx::query_as!(Input, "select files, stdin from inputs where sandbox = $1", id.0).fetch_optional(&mut *transaction).await?;
         transaction.commit().await?;
         Ok(Some((sandbox, input.unwrap_or_default())))
     }
 
-    /// Puts a sandbox that was claimed under this lease back into the queue, where its age gives it its place. False if it is not the lease's any
-    /// more, has ended, or has no retry left.
-    pub async fn give_back(&self, id: SandboxId, lease: Lease, why: Return<'_>, now: OffsetDateTime) -> Result<bool, StoreError> {
+    /// Puts a sandbox that was claimed like this back into the queue, where its age gives it its place. False if it is somebody else's by now, has
+    /// ended, or has no retry left.
+    pub async fn give_back(&self, id: SandboxId, hold: Hold, why: Return<'_>, now: OffsetDateTime) -> Result<bool, StoreError> {
         let none = Input::default();
         let (is_failure, message, until, input) = match why {
             Return::Failed { message, until } => (true, message, Some(until), &none),
-            Return::NotBegun(input) => (false, "", None, input),
+            Return::NotBegun { input, until } => (false, "", until, input),
         };
         let again = sqlx::query!(
             "with again as (
                 update sandboxes
                 set state = 'queued', node = null, epoch = 0, claimed_at = null, started_at = null, fences = null,
                     attempt = attempt + $4, retries_left = retries_left - $4,
-                    failed_node = case when $4 = 1 then $2 else failed_node end, failed_until = coalesce($5, failed_until)
-                where id = $1 and state in ('starting', 'running') and node = $2 and epoch = $3 and retries_left >= $4
+                    failed_node = case when $5::timestamptz is null then failed_node else $2 end, failed_until = coalesce($5, failed_until),
+                    keeps_input = true
+                where id = $1 and state in ('starting', 'running') and node = $2 and epoch = $3 and claims = $11 and retries_left >= $4
                 returning id, tenant, principal, kind, labels, attempt
             ), tenant_counted as (
                 update tenants set queued = queued + 1 from again where tenants.id = again.tenant
@@ -215,8 +213,8 @@ impl Store {
             )
             select pg_notify($10, '')::text as told from again",
             id.0,
-            lease.node.0,
-            bigint(lease.epoch),
+            hold.lease.node.0,
+            bigint(hold.lease.epoch),
             i32::from(is_failure),
             until as _,
             input.files.as_deref() as _,
@@ -224,6 +222,7 @@ impl Store {
             now,
             message,
             CHANNEL,
+            bigint(hold.claims),
         )
         .fetch_optional(&self.pool)
         .await?;

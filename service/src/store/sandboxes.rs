@@ -7,7 +7,7 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{Lease, NodeId, Store, StoreError, admission::day_of, bigint, damaged, events::Act, unsigned};
+use super::{Hold, Lease, NodeId, Store, StoreError, admission::day_of, bigint, damaged, events::Act, unsigned};
 use crate::sandbox::{Finish, ImageUsed, Kind, Limits, LogTail, Outcome, Program, Sandbox, SandboxId, State, TenantId};
 
 /// Which sandboxes of a tenant to list.
@@ -53,15 +53,15 @@ pub struct Ended<'a> {
 pub enum Writer {
     /// Whoever takes it from the queue.
     Queue,
-    /// The one that holds, or held, the lease under which it was claimed.
-    Holder(Lease),
+    /// The one that has, or had, claimed it.
+    Holder(Hold),
 }
 
-/// Where a sandbox stands, and under which lease it was claimed.
+/// Where a sandbox stands, and who has it, if it was claimed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Whereabouts {
     pub state: State,
-    pub lease: Option<Lease>,
+    pub hold: Option<Hold>,
 }
 
 /// How long the node keeps the whole log of an ended sandbox.
@@ -115,6 +115,8 @@ pub(super) struct Row {
     pub(super) fences: Option<i32>,
     pub(super) attempt: i32,
     pub(super) retries_left: i32,
+    pub(super) claims: i64,
+    pub(super) keeps_input: bool,
 }
 
 /// Reads whole rows; the condition and what follows it are the caller's.
@@ -128,7 +130,8 @@ macro_rules! select_sandboxes {
                 output_policy,
                 labels as "labels: crate::store::sandboxes::Labels",
                 created_at, claimed_at, started_at, finished_at, expires_at,
-                outcome as "outcome: sqlx::types::Json<crate::sandbox::Outcome>", fences, attempt, retries_left
+                outcome as "outcome: sqlx::types::Json<crate::sandbox::Outcome>", fences, attempt, retries_left,
+                claims, keeps_input
             from sandboxes
             where "# + $condition
             $(, $argument)*
@@ -173,6 +176,8 @@ impl Row {
             fences: self.fences.map(|bits| Fences::from_bits(bits.cast_unsigned())),
             attempt: self.attempt.unsigned_abs(),
             retries_left: self.retries_left.unsigned_abs(),
+            claims: unsigned(self.claims),
+            keeps_input: self.keeps_input,
         })
     }
 }
@@ -227,10 +232,11 @@ impl Store {
 
     /// Where this sandbox stands; `None` if there is none.
     pub async fn whereabouts(&self, id: SandboxId) -> Result<Option<Whereabouts>, StoreError> {
-        let row = sqlx::query!("select state, node, epoch from sandboxes where id = $1", id.0).fetch_optional(&self.pool).await?;
+        let row = sqlx::query!("select state, node, epoch, claims from sandboxes where id = $1", id.0).fetch_optional(&self.pool).await?;
         row.map(|row| {
             let lease = row.node.map(|node| Lease { node: NodeId(node), epoch: unsigned(row.epoch) });
-            Ok(Whereabouts { state: state_of(&row.state)?, lease })
+            let hold = lease.map(|lease| Hold { lease, claims: unsigned(row.claims) });
+            Ok(Whereabouts { state: state_of(&row.state)?, hold })
         })
         .transpose()
     }
@@ -248,16 +254,27 @@ impl Store {
         Ok(ended)
     }
 
-    /// Notes that the payload runs. Nothing happens if the sandbox is not starting any more, or not under this lease.
-    pub async fn mark_running(&self, id: SandboxId, lease: Lease, started_at: OffsetDateTime, fences: Fences) -> Result<(), StoreError> {
+    /// Those of these sandboxes that there are no rows of.
+    pub async fn absent_of(&self, ids: &[SandboxId]) -> Result<Vec<SandboxId>, StoreError> {
+        let asked: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
+        let absent = sqlx::query_scalar!(
+            r#"select asked as "asked!" from unnest($1::uuid[]) as asked where not exists (select 1 from sandboxes where id = asked)"#,
+            &asked
+        );
+        Ok(absent.fetch_all(&self.pool).await?.into_iter().map(SandboxId).collect())
+    }
+
+    /// Notes that the payload runs. Nothing happens if the sandbox is not starting any more, or not for this claim.
+    pub async fn mark_running(&self, id: SandboxId, hold: Hold, started_at: OffsetDateTime, fences: Fences) -> Result<(), StoreError> {
         sqlx::query!(
             "update sandboxes set state = 'running', started_at = $2, fences = $3
-            where id = $1 and state = 'starting' and node = $4 and epoch = $5",
+            where id = $1 and state = 'starting' and node = $4 and epoch = $5 and claims = $6",
             id.0,
             started_at,
             fences.bits().cast_signed(),
-            lease.node.0,
-            bigint(lease.epoch),
+            hold.lease.node.0,
+            bigint(hold.lease.epoch),
+            bigint(hold.claims),
         )
         .execute(&self.pool)
         .await?;
@@ -268,9 +285,9 @@ impl Store {
     /// say: its end was stored before, or somebody else has it.
     pub async fn finish(&self, id: SandboxId, writer: Writer, ended: &Ended<'_>) -> Result<bool, StoreError> {
         let Ended { finish, log_tail, log_file } = ended;
-        let lease = match writer {
+        let hold = match writer {
             Writer::Queue => None,
-            Writer::Holder(lease) => Some(lease),
+            Writer::Holder(hold) => Some(hold),
         };
         let (has_log_file, log_expires_at) = match *log_file {
             LogKept::No => (false, None),
@@ -282,7 +299,8 @@ impl Store {
             r#"with before as (
                 select id, state as was from sandboxes
                 where id = $1
-                    and case when $2::uuid is null then state = 'queued' else state in ('starting', 'running') and node = $2 and epoch = $20 end
+                    and case when $2::uuid is null then state = 'queued'
+                        else state in ('starting', 'running') and node = $2 and epoch = $20 and claims = $21 end
                 for no key update
             ), ended as (
                 update sandboxes
@@ -327,7 +345,7 @@ impl Store {
             )
             select count(*) as "count!" from ended"#,
             id.0,
-            lease.map(|lease| lease.node.0) as _,
+            hold.map(|hold| hold.lease.node.0) as _,
             finish.state.as_str(),
             Json(&finish.outcome) as _,
             finish.outcome.reason.as_str(),
@@ -345,7 +363,8 @@ impl Store {
             bigint(log_bytes),
             day_of(finish.finished_at),
             finish.fences.map(|fences| fences.bits().cast_signed()) as _,
-            lease.map(|lease| bigint(lease.epoch)) as _,
+            hold.map(|hold| bigint(hold.lease.epoch)) as _,
+            hold.map(|hold| bigint(hold.claims)) as _,
         )
         .fetch_one(&self.pool)
         .await?;
@@ -502,6 +521,20 @@ impl Store {
         let ids = sqlx::query_scalar!("select id from sandboxes where id = any($1) and (outcome is null or has_log_file)", &ids)
             .fetch_all(&self.pool)
             .await?;
+        Ok(ids.into_iter().map(SandboxId).collect())
+    }
+
+    /// Ended sandboxes whose log is kept by a node that was not heard of since this time, and that ended before it themselves: so many at the most.
+    pub async fn logs_of_gone_nodes(&self, before: OffsetDateTime, limit: u32) -> Result<Vec<SandboxId>, StoreError> {
+        let ids = sqlx::query_scalar!(
+            "select sandboxes.id from sandboxes join nodes on nodes.id = sandboxes.node
+            where has_log_file and finished_at < $1 and lease_until < $1
+            limit $2",
+            before,
+            i64::from(limit),
+        )
+        .fetch_all(&self.pool)
+        .await?;
         Ok(ids.into_iter().map(SandboxId).collect())
     }
 

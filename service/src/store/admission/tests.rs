@@ -32,7 +32,7 @@ async fn finish(store: &Store, sandbox: &Sandbox, finish: &Finish) {
     let tail = LogTail::default();
     let ended = Ended { finish, log_tail: &tail, log_file: LogKept::No };
     let place = store.whereabouts(sandbox.id).await.unwrap().unwrap();
-    assert!(store.finish(sandbox.id, place.lease.map_or(Writer::Queue, Writer::Holder), &ended).await.unwrap());
+    assert!(store.finish(sandbox.id, place.hold.map_or(Writer::Queue, Writer::Holder), &ended).await.unwrap());
 }
 
 async fn ready(pool: PgPool, owners: &[Sandbox]) -> (Store, Lease) {

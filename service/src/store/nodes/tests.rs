@@ -33,6 +33,18 @@ async fn take_over(store: &Store, lease: Lease) -> Lease {
     other
 }
 
+/// Of the first claim under this lease.
+const fn first(lease: Lease) -> Hold {
+    Hold { lease, claims: 1 }
+}
+
+/// Whether the one other node that has something live was deposed.
+async fn depose(store: &Store, own: Lease) -> bool {
+    let leases = store.leases_in_use(own.node).await.unwrap();
+    assert_eq!(leases.len(), 1);
+    store.depose(leases[0]).await.unwrap()
+}
+
 async fn counted(pool: &PgPool) -> (i64, i64) {
     let row = sqlx::query!("select live, queued from principals").fetch_one(pool).await.unwrap();
     let tenant = sqlx::query!("select live, queued from tenants where id = 'acme'").fetch_one(pool).await.unwrap();
@@ -52,10 +64,10 @@ async fn who_lost_the_lease_changes_nothing(pool: PgPool) {
     assert!(held.epoch > lost.epoch);
 
     assert_eq!(store.renew(lost, HELD_FOR).await.unwrap(), None);
-    store.mark_running(run.id, lost, NOW, Fences::everywhere()).await.unwrap();
+    store.mark_running(run.id, first(lost), NOW, Fences::everywhere()).await.unwrap();
     assert_eq!(store.whereabouts(run.id).await.unwrap().unwrap().state, State::Starting);
-    assert!(!finish(&store, &run, Writer::Holder(lost)).await);
-    assert!(!store.give_back(run.id, lost, failed(NOW), NOW).await.unwrap());
+    assert!(!finish(&store, &run, Writer::Holder(first(lost))).await);
+    assert!(!store.give_back(run.id, first(lost), failed(NOW), NOW).await.unwrap());
     assert!(!admit(&store, &sandbox("acme", Kind::Run, None), lost).await);
     let waiting = Sandbox { state: State::Queued, claimed_at: None, ..sandbox("acme", Kind::Run, None) };
     assert!(admit(&store, &waiting, lost).await, "whoever waits is not bound to a node");
@@ -63,7 +75,7 @@ async fn who_lost_the_lease_changes_nothing(pool: PgPool) {
 
     assert!(store.renew(held, HELD_FOR).await.unwrap().is_some());
     assert!(store.claim(waiting.id, held, NOW).await.unwrap().is_some());
-    assert!(finish(&store, &run, Writer::Holder(held)).await, "what was live is the next holder's");
+    assert!(finish(&store, &run, Writer::Holder(first(held))).await, "what was live is the next holder's");
 }
 
 #[sqlx::test(migrations = "../migrations")]
@@ -72,17 +84,17 @@ async fn what_a_dead_node_had_is_given_to_another_once(pool: PgPool) {
     let (run, input) = retried(&store, dead, 1).await;
     let alive = take_over(&store, dead).await;
 
-    assert_eq!(store.depose_dead_nodes(alive.node).await.unwrap(), 1);
+    assert!(depose(&store, alive).await);
     let abandoned = store.abandoned().await.unwrap();
-    assert_eq!(abandoned.iter().map(|a| (a.sandbox.id, a.lease)).collect::<Vec<_>>(), [(run.id, dead)]);
-    assert!(store.give_back(run.id, dead, failed(NOW), NOW).await.unwrap());
-    assert!(!store.give_back(run.id, dead, failed(NOW), NOW).await.unwrap());
+    assert_eq!(abandoned.iter().map(|a| (a.sandbox.id, a.hold)).collect::<Vec<_>>(), [(run.id, first(dead))]);
+    assert!(store.give_back(run.id, first(dead), failed(NOW), NOW).await.unwrap());
+    assert!(!store.give_back(run.id, first(dead), failed(NOW), NOW).await.unwrap());
     assert_eq!(counted(&pool).await, (1, 1));
     let (again, given) = store.claim(run.id, alive, NOW).await.unwrap().unwrap();
     assert_eq!((again.attempt, again.retries_left, given), (2, 0, input));
 
-    assert!(!finish(&store, &run, Writer::Holder(dead)).await, "the dead node came back and wrote over its successor's");
-    assert!(finish(&store, &again, Writer::Holder(alive)).await);
+    assert!(!finish(&store, &run, Writer::Holder(first(dead))).await, "the dead node came back and wrote over its successor's");
+    assert!(finish(&store, &again, Writer::Holder(Hold { lease: alive, claims: again.claims })).await);
     assert_eq!(counted(&pool).await, (0, 0));
     assert_eq!(store.abandoned().await.unwrap(), []);
 }
@@ -93,7 +105,7 @@ async fn a_node_that_holds_its_lease_is_not_deposed(pool: PgPool) {
     retried(&store, lease, 1).await;
     let other = take_node(&store, NodeId(Uuid::now_v7())).await;
 
-    assert_eq!(store.depose_dead_nodes(other.node).await.unwrap(), 0);
+    assert!(!depose(&store, other).await);
     assert_eq!(store.abandoned().await.unwrap(), []);
 }
 
@@ -102,12 +114,12 @@ async fn a_deposed_node_that_comes_back_takes_what_nobody_took(pool: PgPool) {
     let (store, dead) = store_with_node(pool).await;
     let (run, _) = retried(&store, dead, 0).await;
     let alive = take_over(&store, dead).await;
-    store.depose_dead_nodes(alive.node).await.unwrap();
+    assert!(depose(&store, alive).await);
 
     let back = take_node(&store, dead.node).await;
 
     assert_eq!(store.abandoned().await.unwrap(), []);
-    assert!(finish(&store, &run, Writer::Holder(back)).await);
+    assert!(finish(&store, &run, Writer::Holder(first(back))).await);
 }
 
 #[sqlx::test(migrations = "../migrations")]
@@ -115,7 +127,7 @@ async fn what_has_no_retry_left_does_not_go_back(pool: PgPool) {
     let (store, lease) = store_with_node(pool.clone()).await;
     let (run, _) = retried(&store, lease, 0).await;
 
-    assert!(!store.give_back(run.id, lease, failed(NOW), NOW).await.unwrap());
+    assert!(!store.give_back(run.id, first(lease), failed(NOW), NOW).await.unwrap());
     assert_eq!(counted(&pool).await, (1, 0));
 }
 
@@ -126,10 +138,54 @@ async fn what_was_not_begun_goes_back_with_its_input_and_all_its_retries(pool: P
     let input = Input { files: Some(vec![1]), stdin: None };
     assert!(admit_with(&store, &run, lease, &input).await);
 
-    assert!(store.give_back(run.id, lease, Return::NotBegun(&input), NOW).await.unwrap());
+    assert!(store.give_back(run.id, first(lease), Return::NotBegun { input: &input, until: None }, NOW).await.unwrap());
     let (again, given) = store.claim(run.id, lease, NOW).await.unwrap().unwrap();
 
     assert_eq!((again.attempt, again.retries_left, given), (1, 0, input));
+}
+
+/// The answer to giving it back was lost; meanwhile it was claimed again, by the same process.
+#[sqlx::test(migrations = "../migrations")]
+async fn what_was_said_of_one_claim_is_not_said_of_the_next(pool: PgPool) {
+    let (store, lease) = store_with_node(pool).await;
+    let (run, input) = retried(&store, lease, 1).await;
+    let unbegun = Return::NotBegun { input: &input, until: None };
+    assert!(store.give_back(run.id, first(lease), unbegun, NOW).await.unwrap());
+    let (again, _) = store.claim(run.id, lease, NOW).await.unwrap().unwrap();
+
+    assert!(!store.give_back(run.id, first(lease), unbegun, NOW).await.unwrap());
+    assert!(!finish(&store, &run, Writer::Holder(first(lease))).await);
+    store.mark_running(run.id, first(lease), NOW, Fences::everywhere()).await.unwrap();
+
+    assert_eq!(store.whereabouts(run.id).await.unwrap().unwrap().state, State::Starting);
+    assert!(finish(&store, &again, Writer::Holder(Hold { lease, claims: again.claims })).await);
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn a_claim_that_was_under_way_when_its_node_was_taken_is_the_next_holders(pool: PgPool) {
+    let (store, lost) = store_with_node(pool.clone()).await;
+    let held = take_node(&store, lost.node).await;
+    // As a statement leaves it that began before the node was taken and ended after it.
+    let (run, _) = retried(&store, held, 0).await;
+    sqlx::query!("update sandboxes set epoch = $1", bigint(lost.epoch)).execute(&pool).await.unwrap();
+    assert!(!finish(&store, &run, Writer::Holder(first(held))).await);
+
+    store.adopt_late_claims(lost).await.unwrap();
+    assert!(!finish(&store, &run, Writer::Holder(first(held))).await);
+    store.adopt_late_claims(held).await.unwrap();
+
+    assert!(finish(&store, &run, Writer::Holder(first(held))).await);
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn a_lease_is_renewed_by_a_connection_of_its_own(pool: PgPool) {
+    let (store, lease) = store_with_node(pool).await;
+    let mut renewer = store.renewer();
+    assert!(renewer.renew(lease, HELD_FOR).await.unwrap().is_some());
+    store.release(lease).await.unwrap();
+    assert!(renewer.renew(lease, HELD_FOR).await.unwrap().is_some(), "nobody took it meanwhile");
+    take_node(&store, lease.node).await;
+    assert_eq!(renewer.renew(lease, HELD_FOR).await.unwrap(), None);
 }
 
 #[sqlx::test(migrations = "../migrations")]
@@ -137,7 +193,7 @@ async fn a_run_that_failed_here_is_left_to_others_for_a_while_if_there_are_any(p
     let (store, here) = store_with_node(pool).await;
     let (run, _) = retried(&store, here, 1).await;
     let until = NOW + Duration::from_secs(10);
-    store.give_back(run.id, here, failed(until), NOW).await.unwrap();
+    store.give_back(run.id, first(here), failed(until), NOW).await.unwrap();
     let first =
         async |node: NodeId, now: OffsetDateTime| store.next_queued(1, node, now).await.unwrap().first().map(|candidate| candidate.id);
 
@@ -173,7 +229,7 @@ async fn a_node_whose_host_is_renamed_is_the_same_node(pool: PgPool) {
     let capacity = Capacity { memory_bytes: 2, cpu_millis: 2 };
     store.take_node(lease.node, "new:/var/lib/mayfly", capacity, NOW, HELD_FOR).await.unwrap();
 
-    let nodes = store.list_nodes().await.unwrap();
+    let nodes = store.list_nodes(None).await.unwrap();
 
     assert_eq!(
         nodes.iter().map(|node| (node.id, node.name.as_str(), node.capacity)).collect::<Vec<_>>(),

@@ -34,6 +34,8 @@ pub(crate) fn sandbox(tenant: &str, kind: Kind, name: Option<&str>) -> Sandbox {
         outcome: None,
         attempt: 1,
         retries_left: 0,
+        claims: 1,
+        keeps_input: true,
     }
 }
 
@@ -153,8 +155,8 @@ async fn an_end_is_stored_and_counted_once(pool: PgPool) {
     let tail = LogTail { bytes: vec![1, 2], stdout_omitted_bytes: 3, stderr_omitted_bytes: 0 };
     let ended = Ended { finish: &finish, log_tail: &tail, log_file: LogKept::UntilDeleted };
 
-    assert!(store.finish(sandbox.id, Writer::Holder(lease), &ended).await.unwrap());
-    assert!(!store.finish(sandbox.id, Writer::Holder(lease), &ended).await.unwrap());
+    assert!(store.finish(sandbox.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap());
+    assert!(!store.finish(sandbox.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap());
 
     let stored = store.find(&sandbox.tenant, sandbox.id).await.unwrap().unwrap();
     assert_eq!((stored.state, stored.outcome.as_ref()), (State::Failed, Some(&finish.outcome)));
@@ -173,10 +175,10 @@ async fn an_end_that_knows_no_start_leaves_the_one_that_was_noted(pool: PgPool) 
     let sandbox = sandbox("acme", Kind::Sandbox, None);
     assert!(admit(&store, &sandbox, lease).await);
     let started_at = OffsetDateTime::UNIX_EPOCH + std::time::Duration::from_secs(1);
-    store.mark_running(sandbox.id, lease, started_at, Fences::everywhere()).await.unwrap();
+    store.mark_running(sandbox.id, Hold { lease, claims: 1 }, started_at, Fences::everywhere()).await.unwrap();
     let finish = lost(&sandbox);
     let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
-    store.finish(sandbox.id, Writer::Holder(lease), &ended).await.unwrap();
+    store.finish(sandbox.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap();
     assert_eq!(store.find(&sandbox.tenant, sandbox.id).await.unwrap().unwrap().started_at, Some(started_at));
 }
 
@@ -185,12 +187,12 @@ async fn a_running_sandbox_is_not_deleted_and_an_ended_one_is(pool: PgPool) {
     let (store, lease) = store_with_node(pool).await;
     let sandbox = sandbox("acme", Kind::Sandbox, None);
     assert!(admit(&store, &sandbox, lease).await);
-    store.mark_running(sandbox.id, lease, OffsetDateTime::UNIX_EPOCH, Fences::everywhere()).await.unwrap();
+    store.mark_running(sandbox.id, Hold { lease, claims: 1 }, OffsetDateTime::UNIX_EPOCH, Fences::everywhere()).await.unwrap();
     assert_eq!(store.delete(&sandbox.tenant, sandbox.id, &act()).await.unwrap(), None);
 
     let finish = lost(&sandbox);
     let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
-    store.finish(sandbox.id, Writer::Holder(lease), &ended).await.unwrap();
+    store.finish(sandbox.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap();
     let deleted = store.delete(&sandbox.tenant, sandbox.id, &act()).await.unwrap();
     assert_eq!(deleted, Some(Deleted { state: State::Failed, has_log_file: false }));
     assert_eq!(store.find(&sandbox.tenant, sandbox.id).await.unwrap(), None);
