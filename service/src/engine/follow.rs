@@ -59,6 +59,8 @@ pub struct LogStream {
     tenant: TenantId,
     id: SandboxId,
     from: u64,
+    /// The attempt whose log is read: each writes its own, from the beginning.
+    claims: u64,
     is_following: bool,
     progress: Option<watch::Receiver<Progress>>,
     reader: Option<LogReader>,
@@ -101,6 +103,7 @@ impl Engine {
             tenant: sandbox.tenant.clone(),
             id: sandbox.id,
             from,
+            claims: self.live.get(sandbox.id).map_or(sandbox.claims, |live| live.sandbox.claims),
             is_following,
             progress: self.live.get(sandbox.id).map(|live| live.subscribe()),
             reader: None,
@@ -129,6 +132,7 @@ impl LogStream {
             if self.is_over {
                 return Ok(None);
             }
+            self.turn_to_the_attempt_that_is_made_now();
             // Asked before the file is read: what was written before the end was seen is then in the file.
             let idle = self.look().await?;
             self.fill(matches!(idle, Idle::Ended(_))).await?;
@@ -143,6 +147,19 @@ impl LogStream {
                 Idle::Over => self.is_over = true,
                 Idle::Wait => self.more().await,
             }
+        }
+    }
+
+    /// A sandbox that is tried again begins its log anew.
+    fn turn_to_the_attempt_that_is_made_now(&mut self) {
+        if let Some(live) = self.engine.live.get(self.id)
+            && live.sandbox.claims > self.claims
+        {
+            // One that is claimed for the first time had none before.
+            if self.claims > 0 {
+                (self.reader, self.from) = (None, 0);
+            }
+            self.claims = live.sandbox.claims;
         }
     }
 

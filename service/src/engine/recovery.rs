@@ -67,6 +67,23 @@ impl Engine {
             let records = self.keeper.list().await?;
             self.take_over(strays, records).await;
         }
+        self.drop_unfollowed().await
+    }
+
+    /// Ends and forgets what the keeper has and no row of this node needs: of an attempt whose end it could not be told in time.
+    async fn drop_unfollowed(self: &Arc<Self>) -> anyhow::Result<()> {
+        // In this order: what is begun meanwhile is in none of the first two.
+        let records = self.keeper.list().await?;
+        let live: HashSet<SandboxId> = self.store.live_of(self.node).await?.into_iter().map(|row| row.id).collect();
+        for id in records.into_iter().map(|record| record.id).filter(|id| !live.contains(id) && self.live.get(*id).is_none()) {
+            match self.store.find_log(id).await? {
+                Some(stored) if stored.has_file => self.forget_record(id).await,
+                Some(_) => drop(tokio::spawn(Arc::clone(self).drop_leftover(id))),
+                // It waits for another attempt, which clears the way for itself, or its row is gone.
+                None if self.store.whereabouts(id).await?.is_some() => {}
+                None => drop(tokio::spawn(Arc::clone(self).drop_leftover(id))),
+            }
+        }
         Ok(())
     }
 
