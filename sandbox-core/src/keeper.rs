@@ -4,10 +4,12 @@
 //! against the policy of `policy.rs`, and what comes from inside a sandbox is data.
 
 mod build;
+mod claim;
 pub mod command;
 mod commit;
 mod connection;
 mod disk;
+mod end;
 pub(crate) mod gvisor;
 mod launch;
 mod output;
@@ -37,7 +39,6 @@ use nix::sys::{
 use rustix::{
     buffer::spare_capacity,
     event::epoll::{self, EventData, EventFlags},
-    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with},
     time::{ClockId, clock_gettime},
 };
 
@@ -55,11 +56,11 @@ pub use upgrade::Invocation;
 use upgrade::Trial;
 
 use crate::{
-    cgroup::{Device, Devices, Tree},
+    cgroup::Tree,
     disk::Disks,
     fail_point::reached,
-    fence::{Fence, Fences},
-    ids::{self, Ranges},
+    fence::Fences,
+    ids::Ranges,
     log::{self, Kind},
     protocol::{Answer, Cause, Hello, Isolation, VERSION},
     selinux::Labels,
@@ -106,13 +107,8 @@ pub enum Weakening {
 /// Sandboxes of one keeper at a time. Each has an id range of its own.
 const SANDBOXES_MAX: u32 = 2048;
 
-/// How many keepers fit beside each other on one machine.
-const KEEPERS_MAX: u32 = 16;
-
 /// How long the payload may take to start.
 const START_WITHIN_NS: u64 = 30_000_000_000;
-/// How long a keeper that is starting waits for the last of the one before to let go of the logs.
-const LOGS_WITHIN_NS: u64 = 5_000_000_000;
 /// How long preparing one thing may take on a busy machine: with a deadline closer than that, none is begun.
 const PREPARING_NS: u64 = 30_000_000;
 /// The keeper's nice value: what holds sandboxes to their limits must not wait for them (sched(7)).
@@ -223,7 +219,7 @@ pub fn run(options: &Options, on_ready: impl FnOnce()) -> io::Result<()> {
     // What whoever started it left open is nobody's here, and would be every child's and the next program's.
     sys::close_from(3)?;
     sys::prefer_this_process(NICE)?;
-    protect_from_oom();
+    claim::protect_from_oom();
     let mut keeper = Keeper::start(options)?;
     on_ready();
     keeper.serve()
@@ -237,7 +233,7 @@ fn go_on(options: &Options, description: RawFd) -> io::Result<()> {
 impl Means {
     fn load(options: &Options, tree: &Tree) -> io::Result<Self> {
         let Room { sandboxes_max, ahead_max } = Room::make(tree)?;
-        let fences = fences(options)?;
+        let fences = claim::fences(options)?;
         let gvisor = Gvisor::open(options)?;
         let hello = Hello {
             version: VERSION,
@@ -271,25 +267,25 @@ fn new_epoll() -> io::Result<OwnedFd> {
 
 impl Keeper {
     fn start(options: &Options) -> io::Result<Self> {
-        let (number, lock) = claim_number(&options.run)?;
-        let logs_lock = claim_logs(&options.logs, options.group)?;
-        sweep_dead_keepers(&options.run, number)?;
+        let (number, lock) = claim::claim_number(&options.run)?;
+        let logs_lock = claim::claim_logs(&options.logs, options.group)?;
+        claim::sweep_dead_keepers(&options.run, number)?;
         reached("keeper.start.locked");
-        let stage = stage_of(&options.run, number);
+        let stage = claim::stage_of(&options.run, number);
         build::settle(&stage)?;
         let store = Store::open(&options.images)?;
         let disks = Disks::open(&options.disks, crate::cgroup::discover().mode)?;
-        let tree = Tree::open(&name_of(number), devices(options)?)?;
-        let ranges = Ranges::new(first_id(number), SANDBOXES_MAX);
+        let tree = Tree::open(&claim::name_of(number), claim::devices(options)?)?;
+        let ranges = Ranges::new(claim::first_id(number), SANDBOXES_MAX);
         let Means { programs, gvisor, seccomp, cores, ahead_max, hello } = Means::load(options, &tree)?;
-        sweep_disks(&disks, &options.run, number)?;
+        claim::sweep_disks(&disks, &options.run, number)?;
         // Only now is everything dead that could write to a log.
         let mut records = Records::default();
         recovery::recover(&options.logs, &mut records)?;
         reached("keeper.start.swept");
         let keeper = Self {
             epoll: new_epoll()?,
-            listener: listen_at(options)?,
+            listener: claim::listen_at(options)?,
             signals: signals()?,
             timer: Timer::new()?,
             connections: HashMap::new(),
@@ -467,172 +463,10 @@ impl Keeper {
     }
 }
 
-/// The fences that sandboxes on this host have, once they are set up.
-fn fences(options: &Options) -> io::Result<Fences> {
-    let mut fences = Fences::everywhere();
-    let mut missing = String::new();
-    if crate::landlock::is_available() {
-        fences = fences.with(Fence::Landlock);
-    }
-    if crate::apparmor::is_enabled() {
-        match crate::apparmor::load() {
-            Ok(()) => fences = fences.with(Fence::Apparmor),
-            Err(error) => {
-                warn(format_args!("sandboxes run without AppArmor: {error}"));
-                missing = format!(" ({error})");
-            }
-        }
-    }
-    if let Some(labels) = &options.labels {
-        crate::selinux::check(labels)?;
-        fences = fences.with(Fence::Selinux);
-    }
-    let lacking = options.required.without(fences);
-    if lacking.is_empty() {
-        return Ok(fences);
-    }
-    let names: Vec<&str> = lacking.iter().map(Fence::name).collect();
-    Err(io::Error::other(format!("this host lacks a fence that it must have: {}{missing}", names.join(", "))))
-}
-
-/// What the kernel is to kill last when the machine runs out of memory (proc_pid_oom_score_adj(5)): with the keeper, every sandbox would go.
-const OOM_SCORE_ADJ: &str = "-999";
-
-/// Protects the keeper where it may: lowering the value takes CAP_SYS_RESOURCE.
-fn protect_from_oom() {
-    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ) {
-        warn(format_args!("the kernel may kill the keeper for want of memory like anybody else: lowering oom_score_adj failed: {error}"));
-    }
-}
-
-/// Takes that protection from a child that is no keeper. No error where there is none to take.
-fn expose_to_oom() {
-    drop(std::fs::write("/proc/self/oom_score_adj", "0"));
-}
-
 /// Says something to whoever keeps the keeper's log; if nobody reads it any more, then not.
 fn warn(message: std::fmt::Arguments<'_>) {
     use std::io::Write;
     drop(writeln!(io::stderr(), "sandbox-keeper: {message}"));
-}
-
-/// The lowest number that no living keeper of this machine has. The lock goes with the process.
-fn claim_number(run: &std::path::Path) -> io::Result<(u32, OwnedFd)> {
-    std::fs::create_dir_all(run)?;
-    for number in 0..KEEPERS_MAX {
-        if let Some(lock) = try_lock(run, number)? {
-            return Ok((number, lock));
-        }
-    }
-    Err(io::Error::other(format!("{KEEPERS_MAX} keepers run on this machine already")))
-}
-
-/// The lock of keeper `number`, if none is alive that holds it.
-fn try_lock(run: &std::path::Path, number: u32) -> io::Result<Option<OwnedFd>> {
-    let file = std::fs::File::options().create(true).append(true).open(run.join(format!("keeper-{number}.lock")))?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Some(file.into())),
-        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// The folder of logs, made if it is missing, for this keeper alone: another one that found logs without an end there would take their sandboxes for dead.
-fn claim_logs(logs: &std::path::Path, group: u32) -> io::Result<OwnedFd> {
-    match std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o750).create(logs) {
-        Ok(()) => std::os::unix::fs::chown(logs, None, Some(group))?,
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(io::Error::new(error.kind(), format!("{}: {error}", logs.display()))),
-    }
-    let folder = std::fs::File::open(logs).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", logs.display())))?;
-    let deadline = monotonic_ns() + LOGS_WITHIN_NS;
-    loop {
-        match rustix::fs::flock(&folder, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(folder.into()),
-            // A keeper that was killed a moment ago may have a child left that dies of it.
-            Err(rustix::io::Errno::WOULDBLOCK) if monotonic_ns() < deadline => std::thread::sleep(std::time::Duration::from_millis(5)),
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(io::Error::other(format!("another keeper writes its logs to {}", logs.display())));
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-/// The first host id of the ranges of keeper `number`.
-fn first_id(number: u32) -> u32 {
-    ids::FIRST + number * SANDBOXES_MAX * ids::RANGE
-}
-
-/// What the cgroups of keeper `number` are called.
-fn name_of(number: u32) -> String {
-    format!("k{number}")
-}
-
-/// Removes the cgroups and folders of keepers that were killed; their processes died with them. Lock files stay: a lock on one that
-/// is deleted would be no lock.
-fn sweep_dead_keepers(run: &std::path::Path, own: u32) -> io::Result<()> {
-    for number in (0..KEEPERS_MAX).filter(|number| *number != own && stage_of(run, *number).exists()) {
-        if let Some(_lock) = try_lock(run, number)? {
-            let swept = Tree::open(&name_of(number), Devices::default())
-                .and_then(|tree| tree.remove())
-                .and_then(|()| std::fs::remove_dir(stage_of(run, number)));
-            if let Err(error) = swept {
-                // Not ours: the next keeper tries again.
-                warn(format_args!("what keeper {number} left could not be removed: {error}"));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Removes what is left of writable layers of keeper `own`, and of those that no living keeper has.
-fn sweep_disks(disks: &Disks, run: &std::path::Path, own: u32) -> io::Result<()> {
-    for number in 0..KEEPERS_MAX {
-        let first = first_id(number);
-        let is_of_number = |id: u32| (first..first_id(number + 1)).contains(&id);
-        let left = disks.left(is_of_number)?;
-        let lock = if number == own || left.is_empty() { None } else { try_lock(run, number)? };
-        if number == own || lock.is_some() {
-            left.iter().try_for_each(|folder| store::remove_in_background(folder))?;
-        }
-    }
-    Ok(())
-}
-
-/// The disks below the folders that sandboxes reach.
-fn devices(options: &Options) -> io::Result<Devices> {
-    let of = |folder: &std::path::Path| {
-        let device = Device::of(folder)?;
-        if device.is_none() {
-            warn(format_args!("{} is on no block device: what sandboxes read and write there has no limit of rate", folder.display()));
-        }
-        Ok::<_, io::Error>(device)
-    };
-    Ok(Devices { images: of(&options.images)?, disks: of(&options.disks)? })
-}
-
-/// The empty folder that the sandboxes of keeper `number` build their trees on.
-fn stage_of(run: &std::path::Path, number: u32) -> PathBuf {
-    run.join(format!("stage-{number}"))
-}
-
-/// A listening socket that root and the service's group may connect to. One that a dead keeper left is replaced.
-fn listen_at(options: &Options) -> io::Result<OwnedFd> {
-    match std::fs::remove_file(&options.socket) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-    let old = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
-    let bound = bind(&socket, &SocketAddrUnix::new(&options.socket)?);
-    rustix::process::umask(old);
-    bound?;
-    std::os::unix::fs::chown(&options.socket, None, Some(options.group))?;
-    std::fs::set_permissions(&options.socket, std::os::unix::fs::PermissionsExt::from_mode(0o660))?;
-    listen(&socket, 64)?;
-    Ok(socket)
 }
 
 fn monotonic_ns() -> u64 {

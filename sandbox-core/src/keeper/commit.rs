@@ -82,7 +82,7 @@ fn begin(place: &Place) -> io::Result<OwnedFd> {
         // Reaped by the keeper's loop at its SIGCHLD.
         Cloned::Parent(_) => Ok(said),
         Cloned::Child => {
-            super::expose_to_oom();
+            super::claim::expose_to_oom();
             let told = run(place, tell.as_fd(), keeper);
             std::process::exit(if told.is_ok() { 0 } else { 1 })
         }

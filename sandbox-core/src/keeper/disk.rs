@@ -106,7 +106,7 @@ impl Worker {
         match sys::clone3(nix::sched::CloneFlags::empty(), false, None)? {
             Cloned::Parent(child) => Ok(Self { child, socket }),
             Cloned::Child => {
-                super::expose_to_oom();
+                super::claim::expose_to_oom();
                 let done = keep_only(&theirs, mount).and_then(|(socket, mount)| work(socket.as_fd(), mount));
                 std::process::exit(if done.is_ok() { 0 } else { 1 });
             }

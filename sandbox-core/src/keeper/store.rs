@@ -132,7 +132,7 @@ impl Place {
 pub(super) fn remove_in_background(path: &Path) -> io::Result<()> {
     match sys::clone3(nix::sched::CloneFlags::empty(), false, None)? {
         sys::Cloned::Child => {
-            super::expose_to_oom();
+            super::claim::expose_to_oom();
             // A copy of a descriptor that the keeper closes would keep it alive, and watched.
             let is_removed = sys::close_from(3).is_ok() && fs::remove_dir_all(path).is_ok();
             std::process::exit(if is_removed { 0 } else { 1 });

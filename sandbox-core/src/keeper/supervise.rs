@@ -1,4 +1,4 @@
-//! Supervising: what inits report, what payloads write, what is due, and how each sandbox ends and is taken apart.
+//! Supervising: what inits report, what payloads write, what is due, and what is decided about each.
 
 use std::{
     io,
@@ -8,15 +8,17 @@ use std::{
 use rustix::{event::epoll, process::pidfd_send_signal};
 
 use super::{
-    Keeper, Source, monotonic_ns,
-    output::{Output, Pumped, is_no_room},
-    sandbox::{self, Decision, Ended, Evidence, Purpose},
+    Keeper, Source,
+    end::kill_init,
+    monotonic_ns,
+    output::{Output, Pumped},
+    sandbox::{self, Decision, Ended, Purpose},
     timer::Due,
     unix_us, warn,
 };
 use crate::{
     fail_point::reached,
-    log::{self, Kind},
+    log::Kind,
     protocol::{
         Answer, Cause, Launched,
         init::{Order, Report},
@@ -26,17 +28,13 @@ use crate::{
 /// How long init has for a kill of its own before all of it is killed from outside.
 const FORCE_AFTER_NS: u64 = 50_000_000;
 /// The time between two looks at a counter or a group that is not ready yet.
-const AGAIN_AFTER_NS: u64 = 1_000_000;
+pub(super) const AGAIN_AFTER_NS: u64 = 1_000_000;
 /// How often a counter is looked at for an OOM that was announced.
 const OOM_LOOKS_MAX: u32 = 20;
 /// CPU time that a sandbox may use beyond its limit before it is noticed, over all cores.
 const CPU_OVERSHOOT_NS: u64 = 8_000_000;
 /// The time between two looks for room on the disk of the logs.
-const ROOM_AGAIN_AFTER_NS: u64 = 50_000_000;
-/// How long an ending waits for room in its log.
-const TELL_WITHIN_NS: u64 = 30_000_000_000;
-/// The time between two attempts at a cgroup that cannot be removed.
-const REMOVE_AGAIN_AFTER_NS: u64 = 1_000_000_000;
+pub(super) const ROOM_AGAIN_AFTER_NS: u64 = 50_000_000;
 
 impl Keeper {
     pub(super) fn on_report(&mut self, serial: u64) -> io::Result<()> {
@@ -329,143 +327,8 @@ impl Keeper {
             Some(Err(error)) => Err(error.into()),
         }
     }
-
-    /// The sandbox is over: reads the last output and the counters, notes the verdict, and answers. It is taken apart later.
-    pub(super) fn end(&mut self, serial: u64, ended: Option<Ended>, failure: Option<Cause>) {
-        let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return };
-        let Some(body) = &sandbox.body else { return };
-        let mut failure = failure;
-        for kind in [Kind::Stdout, Kind::Stderr] {
-            if let Err(error) = sandbox.output.drain(kind, &mut self.buffer, unix_us()) {
-                failure = Some(Cause::InfraError { message: format!("writing the log failed: {error}") });
-            }
-        }
-        reached("keeper.end.pumped");
-        let counters = body.slot.group.counters().unwrap_or_else(|error| {
-            failure.get_or_insert(Cause::InfraError { message: format!("reading the usage failed: {error}") });
-            crate::cgroup::Counters::default()
-        });
-        reached("keeper.end.counted");
-        let evidence = Evidence { ended, counters, now_ns: monotonic_ns(), now_us: unix_us(), failure };
-        let mut ending = sandbox.judge(evidence);
-        log::bound_ending(&mut ending);
-        sandbox.ending = Some(ending);
-        sandbox.tell_by_ns = monotonic_ns() + TELL_WITHIN_NS;
-        self.tell_end(serial);
-    }
-
-    /// Writes the ending to the log and tells it. If the disk has no room for it, or for what the payload wrote last, it waits a while for some.
-    fn tell_end(&mut self, serial: u64) {
-        let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| !sandbox.is_told) else { return };
-        let Some(mut ending) = sandbox.ending.clone() else { return };
-        // Before anybody is told: what was said must hold after a kill of the keeper, too.
-        if let Err(error) = sandbox.output.finish(&ending) {
-            let now_ns = monotonic_ns();
-            let may_wait = is_no_room(&error) && now_ns < sandbox.tell_by_ns && self.shutdown.is_none();
-            if may_wait && self.timer.set(now_ns + ROOM_AGAIN_AFTER_NS, serial, Due::Room).is_ok() {
-                return;
-            }
-            warn(format_args!("ending a log failed: {error}"));
-            if is_no_room(&error) {
-                ending.cause = Cause::InfraError { message: format!("the last of its log could not be written: {error}") };
-                sandbox.ending = Some(ending.clone());
-            }
-            sandbox.output.close();
-        }
-        reached("keeper.end.logged");
-        sandbox.is_told = true;
-        let is_taken_apart = sandbox.body.is_none();
-        let askers = sandbox.take_askers();
-        if let Purpose::Payload { id } = sandbox.purpose {
-            self.records.ended(id, ending.clone());
-            for asker in askers {
-                self.answer(asker, Answer::Ended(Box::new(ending.clone())));
-            }
-            reached("keeper.end.answered");
-        } else {
-            self.unpacked(serial);
-        }
-        if is_taken_apart {
-            self.sandboxes.remove(&serial);
-        }
-    }
-
-    pub(super) fn on_init_death(&mut self, serial: u64) -> io::Result<()> {
-        self.on_report(serial)?;
-        let Some(body) = self.body(serial) else { return Ok(()) };
-        body.init.is_dead = true;
-        self.unwatch(serial, |init| init.child.pidfd.as_fd())?;
-        if let Some(sandbox) = self.sandboxes.get(&serial).filter(|sandbox| sandbox.ending.is_none()) {
-            let is_started = sandbox.launched.is_some() || sandbox.decision.is_some();
-            let never = || Cause::InfraError { message: "the sandbox's init ended before the payload started".to_owned() };
-            self.end(serial, None, (!is_started).then(never));
-        }
-        self.clean_up(serial)
-    }
-
-    /// Takes apart what is left, off the reply path, again and again until the kernel has let go of all of it.
-    pub(super) fn clean_up(&mut self, serial: u64) -> io::Result<()> {
-        let Some(body) = self.body(serial) else { return Ok(()) };
-        if !body.init.is_dead {
-            return Ok(());
-        }
-        // First of all: what its files have in memory is charged to its group.
-        match self.remove_disk(serial) {
-            Ok(true) => {}
-            Ok(false) => return Ok(()),
-            Err(error) => {
-                warn(format_args!("removing a writable layer failed, and is tried again: {error}"));
-                return self.timer.set(monotonic_ns() + REMOVE_AGAIN_AFTER_NS, serial, Due::Remove);
-            }
-        }
-        if self.body(serial).is_some_and(|body| body.disk.is_some()) {
-            reached("keeper.remove.disk");
-        }
-        let Some(body) = self.body(serial) else { return Ok(()) };
-        let removed = match body.slot.group.remove() {
-            Ok(false) => body.slot.group.kill().map(|()| false),
-            other => other,
-        };
-        match removed {
-            Ok(true) => {}
-            // Again and again: what is given up here would be left behind.
-            Ok(false) => return self.timer.set(monotonic_ns() + AGAIN_AFTER_NS, serial, Due::Remove),
-            Err(error) => {
-                warn(format_args!("removing a cgroup failed, and is tried again: {error}"));
-                return self.timer.set(monotonic_ns() + REMOVE_AGAIN_AFTER_NS, serial, Due::Remove);
-            }
-        }
-        reached("keeper.remove.group");
-        let id_base = body.slot.id_base;
-        self.slots.give_back(id_base);
-        if self.lot.remove(serial).is_some() {
-            return Ok(());
-        }
-        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
-        sandbox.body = None;
-        sandbox.pending = None;
-        if sandbox.is_told {
-            self.sandboxes.remove(&serial);
-        }
-        reached("keeper.remove.done");
-        Ok(())
-    }
 }
 
 fn log_failed(error: &io::Error) -> Decision {
     Decision::LogFailed(error.raw_os_error().unwrap_or(libc::EIO))
-}
-
-/// Init, and the making of its layer.
-fn kill_init(body: &sandbox::Body) -> io::Result<()> {
-    if let Some(disk) = &body.disk {
-        disk.stop()?;
-    }
-    if body.init.is_dead {
-        return Ok(());
-    }
-    match pidfd_send_signal(&body.init.child.pidfd, rustix::process::Signal::KILL) {
-        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
-        Err(error) => Err(error.into()),
-    }
 }
