@@ -317,6 +317,10 @@ impl Keeper {
             lock,
             logs_lock,
         };
+        if keeper.hello.sandboxes_max < SANDBOXES_MAX {
+            let max = keeper.hello.sandboxes_max;
+            warn(format_args!("its limit of descriptors is enough for {max} sandboxes at a time, not {SANDBOXES_MAX}"));
+        }
         keeper.watch_own()?;
         reached("keeper.start.listening");
         Ok(keeper)

@@ -60,7 +60,8 @@ impl Keeper {
                 return;
             }
             warn(format_args!("ending a log failed: {error}"));
-            if is_no_room(&error) {
+            // What it wrote is lost, or the word on how it ended would be with the keeper.
+            if is_no_room(&error) || sandbox.output.is_held() {
                 ending.cause = Cause::InfraError { message: format!("the last of its log could not be written: {error}") };
                 sandbox.ending = Some(ending.clone());
             }

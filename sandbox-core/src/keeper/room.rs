@@ -4,7 +4,7 @@ use std::{io, os::fd::AsFd};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::{Keeper, SANDBOXES_MAX, warn};
+use super::{Keeper, SANDBOXES_MAX};
 use crate::{
     cgroup::Tree,
     disk,
@@ -39,12 +39,7 @@ impl Room {
         if !raised {
             setrlimit(Resource::Nofile, Rlimit { current: found.maximum, maximum: found.maximum })?;
         }
-        let room = Self::of(if raised { wanted } else { hard }, each);
-        if room.sandboxes_max < SANDBOXES_MAX {
-            let max = room.sandboxes_max;
-            warn(format_args!("a limit of {hard} descriptors is enough for {max} sandboxes at a time, not {SANDBOXES_MAX}"));
-        }
-        Ok(room)
+        Ok(Self::of(if raised { wanted } else { hard }, each))
     }
 
     fn of(descriptors: u64, each: u64) -> Self {

@@ -99,6 +99,7 @@ impl Node {
     }
 
     /// Waits until it has died, as it was told to by a step that kills. Its folders stay until what this returns is dropped.
+    #[cfg(feature = "fail-points")]
     pub(crate) fn died(mut self) -> tempfile::TempDir {
         let status = self.child.wait().unwrap();
         assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9), "{status}");
