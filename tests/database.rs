@@ -197,7 +197,7 @@ async fn connections_give_up_a_statement_that_takes_too_long() {
     let lock = {
         let url = &postgres.url;
         let mut psql = std::process::Command::new("psql");
-        psql.args([&url, "-qc", "begin; select * from tenants where id = 'stuck' for update; select pg_sleep(30)"]);
+        psql.args([url, "-qc", "begin; select * from tenants where id = 'stuck' for update; select pg_sleep(30)"]);
         psql.stdout(std::process::Stdio::null()).spawn().unwrap()
     };
     while postgres.ask("select count(*) from pg_stat_activity where query like '%pg_sleep(30)' and pid <> pg_backend_pid()") == "0" {
@@ -333,4 +333,52 @@ async fn an_admission_whose_answer_was_lost_is_undone_and_its_key_starts_another
     assert_reason(&second.body, "exited");
     assert_eq!(postgres.ask(made), "2");
     assert_eq!(postgres.ask("select live from tenants where id = 'unclear'"), "0");
+}
+
+#[tokio::test]
+async fn a_row_that_nobody_can_read_is_ended_and_holds_up_nobody() {
+    let postgres = Database::start();
+    let room_for_one = (300_u64 << 20).to_string();
+    let mut service = Service::start_with(&["--database-url", &postgres.url, "--capacity-memory-bytes", &room_for_one]).unwrap();
+    service.import("busybox").unwrap();
+    let client = Client::of(service.place(), "damaged");
+    let first = client.post("/v1/sandboxes", &shell("sleep 100")).await.expect(201);
+    let waiting = tokio::spawn({
+        let client = client.clone();
+        async move { client.post("/v1/runs", &shell("true")).await }
+    });
+    let queued = "select count(*) from sandboxes where state = 'queued'";
+    let started = Instant::now();
+    while postgres.ask(queued) != "1" {
+        assert!(started.elapsed() < NOTICED, "it does not wait");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let behind = tokio::spawn({
+        let client = client.clone();
+        async move { client.post("/v1/runs", &shell("exit 4")).await }
+    });
+    while postgres.ask(queued) != "2" {
+        assert!(started.elapsed() < NOTICED, "the other does not wait");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    postgres.ask("update sandboxes set program = '{}' where id = (select min(id::text)::uuid from sandboxes where state = 'queued')");
+    assert_eq!(client.delete(&format!("/v1/sandboxes/{}", first["id"].as_str().unwrap())).await.status, 204);
+
+    let damaged = waiting.await.unwrap().expect(200);
+    let sound = behind.await.unwrap().expect(200);
+
+    assert_eq!(damaged["state"], "failed");
+    assert_reason(&damaged, "infra_error");
+    let message = damaged["outcome"]["message"].as_str().unwrap();
+    assert!(message.contains("a program that cannot be read"), "{message}");
+    assert_exit(&sound, 4);
+    assert_eq!(postgres.ask("select live + queued from tenants where id = 'damaged'"), "0");
+
+    // Nor does one that lives keep a service from starting.
+    let lives = client.post("/v1/sandboxes", &shell("sleep 100")).await.expect(201);
+    service.kill();
+    postgres.ask(&format!("update sandboxes set program = '{{}}' where id = '{}'", lives["id"].as_str().unwrap()));
+    service.start_again().unwrap();
+    assert_exit(&Client::of(service.place(), "damaged").shell("exit 5").await, 5);
+    assert_eq!(postgres.ask("select live + queued from tenants where id = 'damaged'"), "0");
 }

@@ -1,5 +1,4 @@
 //! Starting the service: what it needs, what it says when that is missing, and what it takes over.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::{fs, path::Path, process::Command, time::Duration};
 

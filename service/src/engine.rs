@@ -154,7 +154,7 @@ impl From<StoreError> for EngineError {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::NameTaken => Self::NameTaken,
-            StoreError::Unreached(_) | StoreError::Unavailable(_) | StoreError::Other(_) => Self::Store(error),
+            StoreError::Unreached(_) | StoreError::Unavailable(_) | StoreError::Damaged(_) | StoreError::Other(_) => Self::Store(error),
         }
     }
 }

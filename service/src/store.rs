@@ -12,7 +12,7 @@ mod sandboxes;
 mod tenants;
 mod usage;
 
-use std::{io, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 pub use admission::{Admission, Admitted};
 pub use events::{Act, EventFilter, Told};
@@ -46,6 +46,9 @@ pub enum StoreError {
     /// The tenant has a sandbox of this name.
     #[error("the name is taken")]
     NameTaken,
+    /// A row that no version of ours wrote. It stays so.
+    #[error("a row is damaged: {0}")]
+    Damaged(String),
     #[error(transparent)]
     Other(#[from] anyhow::Error),
 }
@@ -146,5 +149,5 @@ fn unsigned(number: i64) -> u64 {
 
 /// A row that no version of ours wrote.
 fn damaged(what: impl std::fmt::Display) -> StoreError {
-    StoreError::Other(anyhow::Error::new(io::Error::new(io::ErrorKind::InvalidData, format!("a row holds {what}"))))
+    StoreError::Damaged(format!("it holds {what}"))
 }

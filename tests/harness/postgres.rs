@@ -126,8 +126,7 @@ impl Database {
         self.folder.path()
     }
 
-    /// What `psql` says.
-    #[must_use]
+    /// Asks or tells it something by `psql`, and returns what that says.
     pub fn ask(&self, query: &str) -> String {
         let output = Command::new(format!("{}/psql", self.bin)).args([&self.url, "-Atqc", query]).output().expect("psql is there");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -265,6 +265,7 @@ impl From<StoreError> for ApiError {
                 Self::DatabaseUnavailable
             }
             StoreError::NameTaken => Self::Conflict("the name is taken".to_owned()),
+            StoreError::Damaged(_) => Self::Internal(error.into()),
             StoreError::Other(cause) => Self::Internal(cause),
         }
     }

@@ -16,7 +16,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use super::{Engine, capacity::Room, fair::Head};
 use crate::{
     sandbox::{Finish, Phases, SandboxId},
-    store::{Candidate, QueueListener, StoreError},
+    store::{Candidate, QueueListener, StoreError, Writer},
 };
 
 /// Between two looks that nobody asked for: a message can be lost, a time to live can be over.
@@ -127,6 +127,8 @@ impl Engine {
                     lines.looked_at = None;
                     return Ok(());
                 }
+                // It would be first for ever, and never be begun.
+                Err(error @ StoreError::Damaged(_)) => self.settle_damaged(id, Writer::Queue, &error).await?,
                 Err(error) => {
                     if matches!(error, StoreError::Unavailable(_)) {
                         self.end_unclear_claim(id).await;

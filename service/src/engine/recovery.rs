@@ -15,7 +15,7 @@ use sandbox_core::{
 use super::{Engine, Progress, capacity::Room, settle::After, unix_us};
 use crate::{
     sandbox::{Sandbox, SandboxId, State},
-    store::{Input, Return},
+    store::{Input, Return, StoreError, Writer},
 };
 
 /// How long after its claim a sandbox that nobody follows counts as left behind.
@@ -39,6 +39,19 @@ impl Engine {
             }
             tracing::info!(sandbox.id = %id, "the keeper has a sandbox that nobody asked for any more");
             tokio::spawn(Arc::clone(self).drop_leftover(id));
+        }
+        Ok(self.settle_unreadable().await?)
+    }
+
+    /// Ends what this node has live by rows that nobody can read: no look at them will ever say more.
+    async fn settle_unreadable(&self) -> Result<(), StoreError> {
+        for (id, fault) in self.store.unreadable_of(self.node).await? {
+            // One that was read before is followed to its end.
+            if self.live.get(id).is_none()
+                && let Some(hold) = self.store.whereabouts(id).await?.and_then(|now| now.hold)
+            {
+                self.settle_damaged(id, Writer::Holder(hold), &fault).await?;
+            }
         }
         Ok(())
     }
@@ -67,6 +80,7 @@ impl Engine {
             let records = self.keeper.list().await?;
             self.take_over(strays, records).await;
         }
+        self.settle_unreadable().await?;
         self.drop_unfollowed().await
     }
 

@@ -11,7 +11,7 @@ use time::OffsetDateTime;
 use super::{Engine, Finished, Progress, lease::LEFT_TO_OTHERS, live::Live};
 use crate::{
     clock::at_us,
-    sandbox::{Finish, Kind, LogTail, Phases, Sandbox, SandboxId, State},
+    sandbox::{Finish, Kind, Limits, LogTail, Phases, RequestedLimits, Sandbox, SandboxId, State},
     store::{Ended, Hold, KeyName, Lease, LogKept, Return, StoreError, Whereabouts, Writer},
 };
 
@@ -261,6 +261,24 @@ impl Engine {
             Ok(false) => {}
             Err(error) => tracing::warn!(sandbox.id = %sandbox.id, %error, "its end could not be stored; the next look tries again"),
         }
+    }
+
+    /// Stores and tells the end of a sandbox whose row cannot be read.
+    pub(super) async fn settle_damaged(&self, id: SandboxId, writer: Writer, fault: &StoreError) -> Result<(), StoreError> {
+        tracing::error!(sandbox.id = %id, %fault, "a sandbox that cannot be read is ended");
+        let cause = Cause::InfraError { message: fault.to_string() };
+        // Its own cannot be read; of them only the outcome's message would speak, which says something else.
+        let limits = Limits::of(Kind::Run, RequestedLimits::default()).expect("defaults are within their bounds");
+        let finish = Finish::without_usage(cause, self.clock.now(), &limits, Phases::default());
+        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
+        if self.store.finish(id, writer, &ended).await?
+            && let Some(live) = self.live.get(id)
+        {
+            self.metrics.ended(live.sandbox.kind, &finish.outcome);
+            live.ended(finished(&live.sandbox, finish, LogTail::default()));
+            self.live.remove(id);
+        }
+        Ok(())
     }
 
     /// Tries until it works. False: it was stored before.

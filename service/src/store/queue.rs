@@ -8,7 +8,7 @@ use tokio::{sync::Notify, task::JoinHandle};
 
 use super::{
     Hold, Lease, NodeId, Store, StoreError, bigint,
-    sandboxes::{Row, select_sandboxes},
+    sandboxes::{readable, select_sandboxes},
     unsigned,
 };
 use crate::sandbox::{Owner, Sandbox, SandboxId, TenantId};
@@ -232,7 +232,7 @@ impl Store {
     /// Queued sandboxes whose time to live is over.
     pub async fn overdue_queued(&self, now: OffsetDateTime) -> Result<Vec<Sandbox>, StoreError> {
         let rows = select_sandboxes!("state = 'queued' and expires_at <= $1", now).fetch_all(&self.pool).await?;
-        rows.into_iter().map(Row::read).collect()
+        Ok(readable(rows))
     }
 
     /// Hears of work that others put into the queue. A hint only: a message can be lost, so poll as well.

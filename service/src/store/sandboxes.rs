@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 
 use sandbox_core::{fence::Fences, protocol::OutputPolicy};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::{Hold, Lease, NodeId, Store, StoreError, admission::day_of, bigint, damaged, events::Act, unsigned};
-use crate::sandbox::{Finish, ImageUsed, Kind, Limits, LogTail, Outcome, Program, Sandbox, SandboxId, State, TenantId};
+use crate::sandbox::{Finish, ImageUsed, Kind, LogTail, Sandbox, SandboxId, State, TenantId};
 
 /// Which sandboxes of a tenant to list.
 #[derive(Debug, Clone, Default)]
@@ -88,10 +90,7 @@ pub struct Deleted {
     pub has_log_file: bool,
 }
 
-/// Short, since Postgres cuts the names of columns at 63 bytes, and sqlx reads types from them.
-pub(super) type Labels = Json<BTreeMap<String, String>>;
-
-/// A row of `sandboxes` without its log.
+/// A row of `sandboxes` without its log. What is JSON is read with the rest, so that one row that cannot be read is no fault of the others.
 pub(super) struct Row {
     pub(super) id: Uuid,
     pub(super) tenant: String,
@@ -102,16 +101,16 @@ pub(super) struct Row {
     pub(super) image_reference: String,
     pub(super) image_digest: String,
     pub(super) image_root: String,
-    pub(super) program: Json<Program>,
-    pub(super) limits: Json<Limits>,
+    pub(super) program: Value,
+    pub(super) limits: Value,
     pub(super) output_policy: String,
-    pub(super) labels: Labels,
+    pub(super) labels: Value,
     pub(super) created_at: OffsetDateTime,
     pub(super) claimed_at: Option<OffsetDateTime>,
     pub(super) started_at: Option<OffsetDateTime>,
     pub(super) finished_at: Option<OffsetDateTime>,
     pub(super) expires_at: Option<OffsetDateTime>,
-    pub(super) outcome: Option<Json<Outcome>>,
+    pub(super) outcome: Option<Value>,
     pub(super) fences: Option<i32>,
     pub(super) attempt: i32,
     pub(super) retries_left: i32,
@@ -125,12 +124,7 @@ macro_rules! select_sandboxes {
         sqlx::query_as!(
             crate::store::sandboxes::Row,
             r#"select id, tenant, principal, kind, state, name, image_reference, image_digest, image_root,
-                program as "program: sqlx::types::Json<crate::sandbox::Program>",
-                limits as "limits: sqlx::types::Json<crate::sandbox::Limits>",
-                output_policy,
-                labels as "labels: crate::store::sandboxes::Labels",
-                created_at, claimed_at, started_at, finished_at, expires_at,
-                outcome as "outcome: sqlx::types::Json<crate::sandbox::Outcome>", fences, attempt, retries_left,
+                program, limits, output_policy, labels, created_at, claimed_at, started_at, finished_at, expires_at, outcome, fences, attempt, retries_left,
                 claims, keeps_input
             from sandboxes
             where "# + $condition
@@ -158,21 +152,21 @@ impl Row {
                 digest: self.image_digest,
                 root: self.image_root.try_into().map_err(damaged)?,
             },
-            program: self.program.0,
-            limits: self.limits.0,
+            program: json("program", self.program)?,
+            limits: json("limits", self.limits)?,
             output_policy: match self.output_policy.as_str() {
                 "truncate" => OutputPolicy::Truncate,
                 "kill" => OutputPolicy::Kill,
                 "discard" => OutputPolicy::Discard,
                 other => return Err(damaged(format_args!("the output policy {other}"))),
             },
-            labels: self.labels.0,
+            labels: json("labels", self.labels)?,
             created_at: self.created_at,
             claimed_at: self.claimed_at,
             started_at: self.started_at,
             finished_at: self.finished_at,
             expires_at: self.expires_at,
-            outcome: self.outcome.map(|outcome| outcome.0),
+            outcome: self.outcome.map(|outcome| json("outcome", outcome)).transpose()?,
             fences: self.fences.map(|bits| Fences::from_bits(bits.cast_unsigned())),
             attempt: self.attempt.unsigned_abs(),
             retries_left: self.retries_left.unsigned_abs(),
@@ -180,6 +174,19 @@ impl Row {
             keeps_input: self.keeps_input,
         })
     }
+}
+
+fn json<T: DeserializeOwned>(column: &str, value: Value) -> Result<T, StoreError> {
+    serde_json::from_value(value).map_err(|error| damaged(format_args!("a {column} that cannot be read: {error}")))
+}
+
+/// Those that can be read. One that cannot holds up nobody.
+pub(super) fn readable(rows: Vec<Row>) -> Vec<Sandbox> {
+    let read = |row: Row| {
+        let id = row.id;
+        row.read().inspect_err(|error| tracing::error!(sandbox.id = %id, %error, "a sandbox is left alone")).ok()
+    };
+    rows.into_iter().filter_map(read).collect()
 }
 
 fn state_of(name: &str) -> Result<State, StoreError> {
@@ -227,7 +234,7 @@ impl Store {
     /// Every sandbox that this node claimed and whose end is not stored.
     pub async fn live_of(&self, node: NodeId) -> Result<Vec<Sandbox>, StoreError> {
         let rows = select_sandboxes!("node = $1 and state in ('starting', 'running')", node.0).fetch_all(&self.pool).await?;
-        rows.into_iter().map(Row::read).collect()
+        Ok(readable(rows))
     }
 
     /// Where this sandbox stands; `None` if there is none.
@@ -262,6 +269,16 @@ impl Store {
             &asked
         );
         Ok(absent.fetch_all(&self.pool).await?.into_iter().map(SandboxId).collect())
+    }
+
+    /// Those of [`Store::live_of`] whose rows cannot be read, and why.
+    pub async fn unreadable_of(&self, node: NodeId) -> Result<Vec<(SandboxId, StoreError)>, StoreError> {
+        let rows = select_sandboxes!("node = $1 and state in ('starting', 'running')", node.0).fetch_all(&self.pool).await?;
+        let fault = |row: Row| {
+            let id = SandboxId(row.id);
+            row.read().err().map(|error| (id, error))
+        };
+        Ok(rows.into_iter().filter_map(fault).collect())
     }
 
     /// Notes that the payload runs. Nothing happens if the sandbox is not starting any more, or not for this claim.

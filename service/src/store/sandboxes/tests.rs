@@ -6,7 +6,7 @@ use sqlx::PgPool;
 
 use super::*;
 use crate::{
-    sandbox::{DefaultQuotas, Owner, Phases, Quotas, RequestedLimits, asked},
+    sandbox::{DefaultQuotas, Limits, Owner, Phases, Quotas, RequestedLimits, asked},
     store::{Admission, Admitted, Input, NewImage, NodeCapacity},
 };
 
