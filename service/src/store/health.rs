@@ -90,7 +90,11 @@ impl Health {
 
     /// It is away for this reason, or there.
     pub(super) fn note(&self, fault: Option<Arc<str>>) {
-        let before = self.away.send_replace(fault.clone());
+        let before = self.away.borrow().clone();
+        // Else everybody who waits would be woken by every answer.
+        if before.is_some() != fault.is_some() {
+            self.away.send_replace(fault.clone());
+        }
         let mut last_away = self.last_away.lock().unwrap_or_else(PoisonError::into_inner);
         match (&before, &fault) {
             (None, Some(reason)) => tracing::error!(%reason, "the database is away: new work is refused until it is back"),
