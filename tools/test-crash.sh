@@ -36,7 +36,7 @@ clean_up() {
 }
 trap clean_up EXIT
 
-export MAYFLY_CRASH_TURNS=${MAYFLY_CRASH_TURNS:-3} MAYFLY_CRASH_KILLS=${MAYFLY_CRASH_KILLS:-10} MAYFLY_CRASH_RUNS=${MAYFLY_CRASH_RUNS:-10000}
+export MAYFLY_CRASH_TURNS=${MAYFLY_CRASH_TURNS:-2} MAYFLY_CRASH_KILLS=${MAYFLY_CRASH_KILLS:-14} MAYFLY_CRASH_RUNS=${MAYFLY_CRASH_RUNS:-10000}
 runner=(test)
 if cargo nextest --version >/dev/null 2>&1; then
     runner=(nextest run --no-fail-fast --cargo-quiet --profile crash)
