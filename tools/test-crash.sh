@@ -37,13 +37,14 @@ clean_up() {
 trap clean_up EXIT
 
 export MAYFLY_CRASH_TURNS=${MAYFLY_CRASH_TURNS:-2} MAYFLY_CRASH_KILLS=${MAYFLY_CRASH_KILLS:-14} MAYFLY_CRASH_RUNS=${MAYFLY_CRASH_RUNS:-10000}
-runner=(test)
+runner=(test --no-fail-fast --test crash)
 if cargo nextest --version >/dev/null 2>&1; then
-    runner=(nextest run --no-fail-fast --cargo-quiet --profile crash)
+    # By a filter: naming the one program would have everything built in another way first.
+    runner=(nextest run --no-fail-fast --cargo-quiet --profile crash --filterset 'binary(crash)')
 fi
 outcome=0
 said=$MAYFLY_TEST_FOLDER/said
-cargo "${runner[@]}" --workspace --locked --features fail-points --test crash "$@" >"$said" 2>&1 || outcome=$?
+cargo "${runner[@]}" --workspace --locked --features fail-points "$@" >"$said" 2>&1 || outcome=$?
 ((outcome == 0)) || cat "$said"
 
 [[ -s $MAYFLY_CRASH_TABLE ]] || fail 'nothing was counted'
