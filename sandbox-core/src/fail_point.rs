@@ -49,8 +49,6 @@ pub const STEPS: &[&str] = &[
     "service.admit.claimed",
     "service.admit.queued",
     "service.queue.claimed",
-    // A request with a key: its answer is known, and not yet kept.
-    "service.idempotency.worked",
     // A launch: what it is given is in memory; the keeper has the order; it has answered; the row says that it runs.
     "service.launch.given",
     "service.launch.sent",
