@@ -133,7 +133,8 @@ impl Node {
     /// The end of what service and keeper said.
     pub(crate) fn last_words(&self, lines: usize) -> String {
         let log = self.service.log();
-        let all: Vec<&str> = log.lines().collect();
+        // The load's image comes all the time.
+        let all: Vec<&str> = log.lines().filter(|line| !line.contains("an image was imported")).collect();
         all[all.len().saturating_sub(lines)..].join("\n")
     }
 

@@ -20,6 +20,8 @@ const LINES: u64 = 2;
 /// Accepted after the recovery, and where nobody dies.
 const ACCEPTED_AFTER: usize = 4;
 const ACCEPTED_UNBROKEN: usize = 40;
+/// How often runs are tried again, where they are: more often than their keeper dies.
+const RETRIES: u64 = 10;
 /// How long a step may take to be reached, and the load to get on.
 const STEP_DEADLINE: Duration = Duration::from_secs(60);
 const LOAD_DEADLINE: Duration = Duration::from_secs(60);
@@ -204,7 +206,7 @@ impl Trial {
         for number in 0..LINES {
             known.push(load::start_lines(&self.node.place(), format!("{label}-lines-{number}"), number).await);
         }
-        let retry = if death.needs_retries() { 2 } else { 0 };
+        let retry = if death.needs_retries() { RETRIES } else { 0 };
         let load = Load::start(label, self.random.next(), &self.node.places(), self.node.other_archive(), retry);
         match death {
             Death::Nobody => {}
@@ -213,11 +215,6 @@ impl Trial {
                 self.node.kill(victim)?;
             }
             Death::AtStep(victim, step) => {
-                if death.needs_retries() {
-                    self.random_moment().await;
-                    self.node.kill(Victim::Keeper)?;
-                    self.node.revive_keeper()?;
-                }
                 if step.starts_with("keeper.upgrade.") {
                     self.random_moment().await;
                     self.node.upgrade_keeper()?;
@@ -225,6 +222,12 @@ impl Trial {
                 let deadline = Instant::now() + STEP_DEADLINE;
                 while !self.node.is_dead(victim) {
                     ensure!(Instant::now() < deadline, "{step} is not reached within {} s", STEP_DEADLINE.as_secs());
+                    if death.needs_retries() {
+                        // Until it meets a run.
+                        self.random_moment().await;
+                        self.node.kill(Victim::Keeper)?;
+                        self.node.revive_keeper()?;
+                    }
                     tokio::time::sleep(LOOK).await;
                 }
             }

@@ -30,6 +30,8 @@ struct Lines {
     lines: Vec<Line>,
     /// Whether one has been used up that has more behind it.
     has_run_out: bool,
+    /// Whether one was left out that this node must not claim yet.
+    has_left_out: bool,
     looked_at: Option<Instant>,
 }
 
@@ -90,11 +92,19 @@ impl Engine {
 
     /// Claims for as long as somebody is next; see [`super::fair`].
     async fn claim_what_fits(self: &Arc<Self>, lines: &mut Lines) -> Result<(), StoreError> {
+        if lines.has_left_out {
+            // It may have been decided since.
+            lines.looked_at = None;
+        }
         while !self.stopping.is_cancelled() && self.hindrance().is_none() {
             // Set before looking, so that room which becomes free from now on wakes the scheduler.
             self.has_queue.store(true, Ordering::SeqCst);
             if lines.looked_at.is_none() || lines.has_run_out {
-                lines.take(self.store.next_queued(OF_EACH, self.node, self.clock.now()).await?);
+                let mut candidates = self.store.next_queued(OF_EACH, self.node, self.clock.now()).await?;
+                let found = candidates.len();
+                candidates.retain(|candidate| !self.undecided.contains(candidate.id));
+                lines.has_left_out = candidates.len() < found;
+                lines.take(candidates);
             }
             let heads = lines.heads(self.clock.now());
             let Some((next, reservation)) = self.capacity.grant(&heads) else {
@@ -107,12 +117,6 @@ impl Engine {
                 return Ok(());
             };
             let Some(id) = lines.pop(next) else { return Ok(()) };
-            if self.undecided.contains(id) {
-                // Looked for again when somebody is told that it waits.
-                lines.looked_at = None;
-                drop(reservation);
-                return Ok(());
-            }
             let lease = self.lease();
             match self.store.claim(id, lease, self.clock.now()).await {
                 Ok(Some((sandbox, input))) => {
@@ -204,7 +208,7 @@ impl Lines {
     }
 
     fn take(&mut self, candidates: Vec<Candidate>) {
-        *self = Self { looked_at: Some(Instant::now()), ..Self::default() };
+        *self = Self { looked_at: Some(Instant::now()), has_left_out: self.has_left_out, ..Self::default() };
         for candidate in candidates {
             match self.lines.last_mut() {
                 Some(line) if line.known.back().is_some_and(|last| last.owner == candidate.owner) => line.known.push_back(candidate),
