@@ -73,11 +73,10 @@ impl Death<'_> {
         self.victim() == Some(Victim::Keeper) || self.needs_retries()
     }
 
-    /// How it stands in the table.
-    fn how(&self) -> &str {
+    /// How it stands in the table, for a trial of this name.
+    fn how<'b>(&'b self, trial: &'b str) -> &'b str {
         match self {
-            Self::Nobody => "-",
-            Self::AtRandom(_) => "random",
+            Self::Nobody | Self::AtRandom(_) => trial,
             Self::AtStep(_, step) | Self::AtStart(_, step) => step,
         }
     }
@@ -176,7 +175,7 @@ impl Trial {
         }
         ensure!(found.wrong.is_empty(), "{}", found.wrong.join("\n"));
 
-        let line = self.counts.line(&victim.map_or_else(|| "nobody".to_owned(), |victim| victim.to_string()), death.how());
+        let line = self.counts.line(&victim.map_or_else(|| "nobody".to_owned(), |victim| victim.to_string()), death.how(&self.name));
         line.kills += death.kills();
         line.accepted += known.iter().filter(|known| known.id.is_some()).count() as u64;
         line.log_bytes += found.log_bytes + lines.log_bytes;
