@@ -226,7 +226,7 @@ fn launches_that_are_under_way_come_to_their_end() {
         until(|| node.hello().ok().filter(|hello| hello.upgrades == turn + 1));
     }
     let known: BTreeSet<SandboxId> = records(&mut node.client()).into_iter().map(|record| record.id).collect();
-    assert!(known.len() > 40, "{}", known.len());
+    assert!(known.len() > 12, "hardly any launch was under way: {}", known.len());
     for run in &sent {
         if known.contains(&run.id) {
             let ending = wait_across(&node, run.id);

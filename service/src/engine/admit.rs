@@ -18,6 +18,9 @@ use crate::{
     store::{Admission, Admitted, HeldKey, Image, Input, Lease, Standing, StoreError},
 };
 
+/// How long a request waits for a keeper that is away.
+const KEEPER_PATIENCE: Duration = Duration::from_secs(1);
+
 /// What references named when they were last looked up. Only a guess: the statement that inserts a sandbox checks it.
 #[derive(Debug, Default)]
 pub(super) struct KnownImages(Mutex<HashMap<(TenantId, String), Arc<Image>>>);
@@ -107,7 +110,9 @@ impl Engine {
         let image_found_at = self.clock.now();
         let room = Room { memory_bytes: asked.limits.memory_bytes(), cpu_millis: asked.limits.cpu_millis(), sandboxes: 1 };
         self.capacity.could_hold(room).map_err(EngineError::NoCapacity)?;
-        let keeper = self.keeper.hello().filter(|_| !self.stopping.is_cancelled()).ok_or(EngineError::KeeperUnavailable)?;
+        // One that is upgraded is away for a moment.
+        let keeper = tokio::time::timeout(KEEPER_PATIENCE, self.keeper.connected()).await.ok();
+        let keeper = keeper.filter(|_| !self.stopping.is_cancelled()).ok_or(EngineError::KeeperUnavailable)?;
         if !keeper.isolation.contains(&asked.isolation) {
             return Err(Invalid::new("isolation", "this node does not offer it: `mayfly doctor` there says what is missing").into());
         }
