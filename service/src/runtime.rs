@@ -197,10 +197,12 @@ impl Keeper {
     /// Every record that was not forgotten, each once, in the order of their latest change.
     pub async fn list(&self) -> Result<Vec<Record>, CallError> {
         let mut all: Vec<Record> = Vec::new();
+        // All pages from one keeper: each counts for itself.
+        let connection = self.connection()?;
         loop {
             // One that changes meanwhile comes again, later, as it is then.
             let after = all.last().map_or(0, |record| record.seq);
-            let answer = self.call(Request::List { after }, &[]).await?;
+            let answer = received(self.send_by(&connection, Request::List { after }, &[]).await?).await?;
             let Answer::Records { records, is_more } = answer else { return Err(unexpected(answer)) };
             let is_stuck = records.is_empty();
             all.extend(records);
@@ -258,10 +260,23 @@ impl Keeper {
     }
 
     async fn send(&self, request: Request, descriptors: &[OwnedFd]) -> Result<oneshot::Receiver<Answer>, CallError> {
-        let connection = match &*self.0.link.borrow() {
-            Link::Up(connection) => Arc::clone(connection),
-            Link::Down(_) => return Err(CallError::Lost),
-        };
+        let connection = self.connection()?;
+        self.send_by(&connection, request, descriptors).await
+    }
+
+    fn connection(&self) -> Result<Arc<Connection>, CallError> {
+        match &*self.0.link.borrow() {
+            Link::Up(connection) => Ok(Arc::clone(connection)),
+            Link::Down(_) => Err(CallError::Lost),
+        }
+    }
+
+    async fn send_by(
+        &self,
+        connection: &Connection,
+        request: Request,
+        descriptors: &[OwnedFd],
+    ) -> Result<oneshot::Receiver<Answer>, CallError> {
         let tag = self.0.next_tag.fetch_add(1, Ordering::Relaxed);
         connection.send(&Call { tag, request }, descriptors).await
     }

@@ -53,6 +53,13 @@ pub enum StoreError {
     Other(#[from] anyhow::Error),
 }
 
+impl StoreError {
+    /// Whether it may have been done all the same: no answer came, or none of Postgres's own.
+    pub fn is_unclear(&self) -> bool {
+        matches!(self, Self::Unavailable(error) if error.as_database_error().is_none())
+    }
+}
+
 impl Store {
     /// Connects. Fails when Postgres cannot be reached with these options.
     pub async fn connect(options: PgConnectOptions, connections: u32) -> anyhow::Result<Self> {

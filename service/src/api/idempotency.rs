@@ -90,6 +90,7 @@ pub(super) async fn once(State(app): State<Arc<App>>, request: Request, next: Ne
 }
 
 /// Where a request goes, and what the layer must know of that.
+#[derive(Clone)]
 struct Route(MatchedPath);
 
 impl Route {
@@ -125,7 +126,11 @@ impl Route {
     }
 }
 
+/// How long a key that made nothing is kept after it was given back.
+const GIVEN_BACK_FOR: Duration = Duration::from_secs(600);
+
 /// One request with a key.
+#[derive(Clone)]
 struct Keying {
     app: Arc<App>,
     route: Route,
@@ -145,6 +150,16 @@ impl Keying {
             return self.answer_streamed(attempt, target, (parts, body), next).await;
         }
         let body = Bytes::from(json::bytes(body).await?);
+        self.answer_held(attempt, target, (parts, body), next).await
+    }
+
+    async fn answer_held(
+        self,
+        attempt: HeldKey,
+        target: [u8; 32],
+        (parts, body): (Parts, Bytes),
+        next: Next,
+    ) -> Result<Response, ApiError> {
         let fingerprint = Fingerprint { target, body: Some(fingerprint::of_body(&body)) };
         let deadline = Instant::now() + self.route.deadline();
         loop {
@@ -189,7 +204,24 @@ impl Keying {
         }
     }
 
+    /// Takes the key, if it can be had. In a task of its own: a client who goes away meanwhile must not leave a key that nobody works for.
     async fn take(&self, attempt: &HeldKey, fingerprint: &Fingerprint) -> Result<KeyState, ApiError> {
+        let (keying, attempt, fingerprint) = (self.clone(), attempt.clone(), fingerprint.clone());
+        let (give, mut got) = tokio::sync::oneshot::channel();
+        let taking = async move {
+            let taken = keying.take_now(&attempt, &fingerprint).await;
+            let is_lost = matches!(&taken, Err(ApiError::DatabaseUnavailable));
+            let is_ours = matches!(&taken, Ok(KeyState::Ours { .. }));
+            // Nobody waits for it any more, or nobody knows whether it was taken.
+            if (give.send(taken).is_err() && is_ours) || is_lost {
+                keying.settle_later(&attempt, None).await;
+            }
+        };
+        tokio::spawn(taking.in_current_span());
+        (&mut got).await.unwrap_or_else(|_panic| Err(ApiError::panicked()))
+    }
+
+    async fn take_now(&self, attempt: &HeldKey, fingerprint: &Fingerprint) -> Result<KeyState, ApiError> {
         let Self { app, route } = self;
         let Idempotency { node, process, retention, at_work } = &app.idempotency;
         let now = app.clock.now();
@@ -237,7 +269,13 @@ impl Keying {
         let request = Request::from_parts(parts, Body::new(body));
         let work = async move {
             let response = next.run(request).await;
-            let (mut response, kept) = self.told(response, &request_id).await?;
+            let (mut response, kept) = match self.told(response, &request_id).await {
+                Ok(told) => told,
+                Err(error) => {
+                    self.settle_later(&attempt, None).await;
+                    return Err(error);
+                }
+            };
             // An answer to a body that nobody read to its end is an answer to anything.
             let kept = kept.zip(sum.get());
             sandbox_core::fail_point::reached("service.idempotency.worked");
@@ -273,7 +311,9 @@ impl Keying {
             body: (!can_be_told_again || body.len() <= TOLD_BYTES_MAX).then(|| body.to_vec()),
             made: None,
         };
-        let is_kept = !is_retryable && is_kept(parts.status) && (can_be_told_again || body.len() <= KEPT_BYTES_MAX);
+        // An image that is not here may be imported.
+        let is_passing = self.route.makes_sandboxes() && parts.status == StatusCode::NOT_FOUND;
+        let is_kept = !is_retryable && !is_passing && is_kept(parts.status) && (can_be_told_again || body.len() <= KEPT_BYTES_MAX);
         let mut response = Response::from_parts(parts, Body::from(body));
         observe::mark_as_told(&mut response);
         Ok((response, is_kept.then_some(kept)))
@@ -282,7 +322,7 @@ impl Keying {
     async fn settle(&self, attempt: &HeldKey, kept: Option<&(Kept, [u8; 32])>) -> Result<(), StoreError> {
         match kept {
             Some((kept, body)) => self.app.store.keep_answer(attempt, Some(*body), kept).await,
-            None => self.app.store.give_key_back(attempt).await,
+            None => self.app.store.give_key_back(attempt, self.app.clock.now() + GIVEN_BACK_FOR).await,
         }
     }
 

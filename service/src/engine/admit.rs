@@ -168,11 +168,7 @@ impl Engine {
         let queued = Sandbox { state: State::Queued, claimed_at: None, claims: 0, ..sandbox };
         // Known before it can be claimed, so that whoever claims it finds those who wait for it.
         let live = self.live.insert(queued.clone(), lease, image_took);
-        self.undecided.insert(queued.id);
         let answer = self.ask_store(&queued, lease, asked, key, input.as_ref().unwrap_or(&empty)).await;
-        if !matches!(answer, Err(EngineError::Store(StoreError::Unavailable(_)))) {
-            self.undecided.remove(queued.id);
-        }
         if !matches!(answer, Ok(Admitted::Yes { .. })) {
             self.live.remove(queued.id);
             return refuse(answer?, asked).map(Err);
@@ -202,10 +198,13 @@ impl Engine {
             queue_max: self.tenancy.queue_max,
             key,
         };
+        self.undecided.insert(sandbox.id);
         let answer = self.store.admit(admission).await;
-        if let Err(StoreError::Unavailable(_)) = &answer {
+        if answer.as_ref().is_err_and(StoreError::is_unclear) {
             // The connection may have broken between the commit and its answer.
-            self.settle_unclear(sandbox.clone(), lease, key.map(|key| key.name.clone()));
+            self.settle_unclear(sandbox.clone(), lease, key.cloned());
+        } else {
+            self.undecided.remove(sandbox.id);
         }
         Ok(answer?)
     }

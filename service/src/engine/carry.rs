@@ -56,7 +56,11 @@ impl Engine {
         drop(reservation);
         let after = match course {
             Course::Ended(ending) => self.settle(&live, &ending).await,
-            Course::NotBegun(None) => self.give_back(&live, Return::NotBegun { input: &input, until: None }).await,
+            Course::NotBegun(None) => {
+                // It is the first of its line: whatever is in its way, the others get their turn.
+                let until = Some(self.clock.now() + LEFT_TO_OTHERS);
+                self.give_back(&live, Return::NotBegun { input: &input, until }).await
+            }
             Course::NotBegun(Some(ending)) => {
                 if self.could_be_elsewhere(&live).await {
                     let until = Some(self.clock.now() + LEFT_TO_OTHERS);

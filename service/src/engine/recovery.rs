@@ -77,7 +77,8 @@ impl Engine {
         let mut strays = self.store.live_of(self.node).await?;
         // One that is still thought to be queued was claimed without our hearing of it.
         let is_followed = |row: &Sandbox| self.live.get(row.id).is_some_and(|live| !matches!(live.progress(), Progress::Queued));
-        strays.retain(|row| !is_followed(row) && row.claimed_at.is_some_and(|at| at < claimed_before));
+        // What its creator may yet be told was not made is ended by who tells so.
+        strays.retain(|row| !is_followed(row) && !self.undecided.contains(row.id) && row.claimed_at.is_some_and(|at| at < claimed_before));
         if !strays.is_empty() {
             let records = self.keeper.list().await?;
             self.take_over(strays, records).await;

@@ -12,7 +12,7 @@ use super::{Engine, Finished, Progress, lease::LEFT_TO_OTHERS, live::Live};
 use crate::{
     clock::at_us,
     sandbox::{Finish, Kind, Limits, LogTail, Phases, RequestedLimits, Sandbox, SandboxId, State},
-    store::{Ended, Hold, KeyName, Lease, LogKept, Return, StoreError, Whereabouts, Writer},
+    store::{Ended, HeldKey, Hold, Lease, LogKept, Return, StoreError, Whereabouts, Writer},
 };
 
 /// How long the whole log of a run is kept when it does not fit beside the outcome.
@@ -209,7 +209,7 @@ impl Engine {
 
     /// Ends a sandbox whose insertion may have been committed or not: whoever asked for it was told that it was not made, and may ask again
     /// with the same key.
-    pub(super) fn settle_unclear(self: &Arc<Self>, sandbox: Sandbox, lease: Lease, key: Option<KeyName>) {
+    pub(super) fn settle_unclear(self: &Arc<Self>, sandbox: Sandbox, lease: Lease, key: Option<HeldKey>) {
         let engine = Arc::clone(self);
         tokio::spawn(async move {
             let now = engine.clock.now();
@@ -222,8 +222,12 @@ impl Engine {
             if engine.store_end(sandbox.id, writer, &ended).await {
                 engine.metrics.ended(sandbox.kind, &finish.outcome);
             }
+            // Whoever asked may ask for it again by the same name.
+            if let Err(error) = engine.store.free_name_of(sandbox.id, sandbox.claims).await {
+                tracing::warn!(sandbox.id = %sandbox.id, %error, "its name is not free");
+            }
             if let Some(key) = key
-                && let Err(error) = engine.store.free_key_of(&key, sandbox.id).await
+                && let Err(error) = engine.store.free_key_of(&key, sandbox.id, sandbox.claims).await
             {
                 tracing::warn!(sandbox.id = %sandbox.id, %error, "its key is not free; who asks again hears of this end");
             }

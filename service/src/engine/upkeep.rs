@@ -62,11 +62,15 @@ impl Engine {
         if !lost.is_empty() {
             self.store.drop_kept_logs(&lost).await?;
         }
-        in_batches(|| self.store.roll_up_usage(beginning_of_hour(now - ROLL_UP_AFTER), BATCH)).await?;
-        in_batches(|| self.store.prune_sandboxes(ended, BATCH)).await?;
-        in_batches(|| self.store.prune_events(told, BATCH)).await?;
-        in_batches(|| self.store.prune_keys(now, BATCH)).await?;
-        in_batches(|| self.store.forget_principals(now, BATCH)).await
+        // Each whether or not the one before came through: what is dropped nowhere grows without end.
+        let done = [
+            in_batches(|| self.store.roll_up_usage(beginning_of_hour(now - ROLL_UP_AFTER), BATCH)).await,
+            in_batches(|| self.store.prune_sandboxes(ended, BATCH)).await,
+            in_batches(|| self.store.prune_events(told, BATCH)).await,
+            in_batches(|| self.store.prune_keys(now, BATCH)).await,
+            in_batches(|| self.store.forget_principals(now, BATCH)).await,
+        ];
+        done.into_iter().collect()
     }
 
     /// Ends what suspended tenants and principals have, where their suspension says so.
@@ -94,8 +98,11 @@ impl Engine {
 }
 
 async fn in_batches<F: Future<Output = Result<u64, StoreError>>>(mut batch: impl FnMut() -> F) -> Result<(), StoreError> {
+    /// A database that vanished says nothing, and the other rounds are to come.
+    const PATIENCE: Duration = Duration::from_secs(60);
     for _ in 0..BATCHES {
-        if batch().await? < u64::from(BATCH) {
+        let done = tokio::time::timeout(PATIENCE, batch()).await;
+        if done.unwrap_or_else(|_late| Err(anyhow::anyhow!("no answer within {} s", PATIENCE.as_secs()).into()))? < u64::from(BATCH) {
             break;
         }
     }

@@ -3,7 +3,7 @@
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{NodeId, Store, StoreError};
+use super::{NodeId, Store, StoreError, bigint};
 use crate::sandbox::{Owner, SandboxId};
 
 /// A key is its owner's: another principal's is another key.
@@ -106,6 +106,8 @@ impl Store {
                 select false, sandbox, target, body, status, content_type, location, answer
                 from idempotency_keys
                 where tenant = $1 and principal = $2 and key = $3 and not exists (select 1 from taken)
+                    -- as it was when the statement began: one that was free then was taken since
+                    and expires_at > $9 and (status is not null or holder is not null or sandbox is not null)
             )
             select is_ours as "is_ours!", sandbox as "sandbox?", target as "target?", body as "body?", status as "status?",
                 content_type as "content_type?", location as "location?", answer as "answer?",
@@ -195,29 +197,39 @@ impl Store {
     }
 
     /// Gives the key back without an answer: the next attempt does the work, or goes on with the sandbox that this one made.
-    pub async fn give_key_back(&self, attempt: &HeldKey) -> Result<(), StoreError> {
+    /// One that made nothing is not kept for longer than until then.
+    pub async fn give_key_back(&self, attempt: &HeldKey, until: OffsetDateTime) -> Result<(), StoreError> {
         let HeldKey { name, holder } = attempt;
         // No deletion: one that waits for the row while a sandbox is tied to it would have to look twice.
         sqlx::query!(
-            "update idempotency_keys set holder = null where tenant = $1 and principal = $2 and key = $3 and holder = $4",
+            "update idempotency_keys
+            set holder = null, expires_at = case when sandbox is null then least(expires_at, $5) else expires_at end
+            where tenant = $1 and principal = $2 and key = $3 and holder = $4",
             name.owner.tenant.as_str(),
             name.owner.principal,
             name.key,
             holder,
+            until,
         )
         .execute(&self.pool)
         .await?;
         Ok(())
     }
 
-    /// Frees the key of a sandbox whose creator was told that it was not made, and which never started.
-    pub async fn free_key_of(&self, name: &KeyName, sandbox: SandboxId) -> Result<(), StoreError> {
+    /// Frees the key of a sandbox whose creator was told that it was not made, and which ended after so many claims without having been begun: unless
+    /// another attempt answers for it by now.
+    pub async fn free_key_of(&self, attempt: &HeldKey, sandbox: SandboxId, claims: u64) -> Result<(), StoreError> {
+        let HeldKey { name, holder } = attempt;
         sqlx::query!(
-            "delete from idempotency_keys where tenant = $1 and principal = $2 and key = $3 and sandbox = $4 and status is null",
+            "delete from idempotency_keys
+            where tenant = $1 and principal = $2 and key = $3 and sandbox = $4 and status is null and (holder is null or holder = $5)
+                and exists (select 1 from sandboxes where id = $4 and state = 'failed' and reason = 'infra_error' and claims = $6)",
             name.owner.tenant.as_str(),
             name.owner.principal,
             name.key,
             sandbox.0,
+            holder,
+            bigint(claims),
         )
         .execute(&self.pool)
         .await?;

@@ -1,6 +1,11 @@
 //! Connections to Postgres: so many, with so many who wait for one, and nobody waits while the database is known to be away.
 
-use std::{io, ops::Deref, sync::Arc, time::Duration};
+use std::{
+    io,
+    ops::{Deref, DerefMut},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures_util::{
     FutureExt as _, StreamExt as _, TryFutureExt as _, TryStreamExt as _,
@@ -8,13 +13,13 @@ use futures_util::{
     stream::{self, BoxStream},
 };
 use sqlx::{
-    Connection as _, Either, Execute, Executor, PgPool, Postgres, SqlStr, Transaction,
+    Connection as _, Either, Execute, Executor, PgConnection, PgPool, Postgres, SqlStr,
     pool::PoolConnection,
     postgres::{PgConnectOptions, PgPoolOptions, PgQueryResult, PgRow, PgStatement, PgTypeInfo},
 };
 use tokio::sync::Semaphore;
 
-use super::health::Health;
+use super::{StoreError, health::Health};
 
 /// How long a statement waits for a free connection.
 const ACQUIRE_DEADLINE: Duration = Duration::from_secs(5);
@@ -104,21 +109,31 @@ impl Pool {
         }
     }
 
-    pub(super) async fn begin(&self) -> Result<Transaction<'static, Postgres>, sqlx::Error> {
-        let connection = self.acquire().await?;
-        let begun = tokio::time::timeout(STATEMENT_DEADLINE, Transaction::begin(connection, None)).await;
-        self.heard(begun.unwrap_or_else(|_late| Err(late())))
+    pub(super) async fn begin(&self) -> Result<Transaction, sqlx::Error> {
+        let mut connection = InUse(Some(self.acquire().await?));
+        let begun = tokio::time::timeout(STATEMENT_DEADLINE, connection.get().execute("begin")).await;
+        self.heard(begun.unwrap_or_else(|_late| Err(late())))?;
+        Ok(Transaction { connection })
+    }
+
+    /// Waits for a whole transaction no longer than for a statement: then it is given up, and may have been done or not.
+    pub(super) async fn in_time<T>(&self, work: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+        tokio::time::timeout(STATEMENT_DEADLINE, work).await.unwrap_or_else(|_late| {
+            self.gate.health.doubt();
+            Err(late().into())
+        })
     }
 
     /// Uses a connection for one statement, for as long as that may take.
-    async fn use_one<T>(self, work: impl AsyncFnOnce(&mut sqlx::PgConnection) -> Result<T, sqlx::Error>) -> Result<T, sqlx::Error> {
-        let mut connection = self.acquire().await?;
-        let done = tokio::time::timeout(STATEMENT_DEADLINE, work(&mut connection)).await;
-        let done = done.unwrap_or_else(|_late| {
-            // Given back to the pool it would be asked whether it works, and never answer.
-            drop(connection.detach());
-            Err(late())
-        });
+    async fn use_one<T>(self, work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>) -> Result<T, sqlx::Error> {
+        let mut connection = InUse(Some(self.acquire().await?));
+        let done = match tokio::time::timeout(STATEMENT_DEADLINE, work(connection.get())).await {
+            Ok(done) => {
+                connection.rest();
+                done
+            }
+            Err(_late) => Err(late()),
+        };
         self.heard(done)
     }
 
@@ -130,6 +145,66 @@ impl Pool {
             self.gate.health.doubt();
         }
         done
+    }
+}
+
+/// A transaction; sqlx's own gives its connection back to the pool when it is given up, see [`InUse`].
+pub(super) struct Transaction {
+    connection: InUse,
+}
+
+impl Transaction {
+    pub(super) async fn commit(mut self) -> Result<(), sqlx::Error> {
+        self.end("commit").await
+    }
+
+    /// As by being dropped, but the connection is used again.
+    pub(super) async fn rollback(mut self) -> Result<(), sqlx::Error> {
+        self.end("rollback").await
+    }
+
+    async fn end(&mut self, how: &'static str) -> Result<(), sqlx::Error> {
+        let ended = tokio::time::timeout(STATEMENT_DEADLINE, self.connection.get().execute(how)).await;
+        ended.unwrap_or_else(|_late| Err(late()))?;
+        self.connection.rest();
+        Ok(())
+    }
+}
+
+impl Deref for Transaction {
+    type Target = PgConnection;
+
+    fn deref(&self) -> &PgConnection {
+        self.connection.0.as_ref().expect("it is given back at the end")
+    }
+}
+
+impl DerefMut for Transaction {
+    fn deref_mut(&mut self) -> &mut PgConnection {
+        self.connection.get()
+    }
+}
+
+/// A connection with a statement under way. One that is given up — its answer is late, or who asked for it went away — is closed: given back to the
+/// pool it would be asked whether it works, and might never answer.
+struct InUse(Option<PoolConnection<Postgres>>);
+
+impl InUse {
+    fn get(&mut self) -> &mut PgConnection {
+        self.0.as_mut().expect("it is given back at the end")
+    }
+
+    /// The answer is there.
+    fn rest(&mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        if let Some(connection) = self.0.take() {
+            drop(connection.detach());
+        }
     }
 }
 

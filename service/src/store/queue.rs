@@ -55,7 +55,7 @@ pub struct Candidate {
 
 impl Store {
     /// The first sandboxes of every principal that waits, oldest first, so many of each. None of a tenant or principal that is suspended, and
-    /// none that this node failed just now while another could take it.
+    /// none that this node could not begin just now, or failed just now while another could take it.
     pub async fn next_queued(&self, of_each: u32, node: NodeId, now: OffsetDateTime) -> Result<Vec<Candidate>, StoreError> {
         let rows = sqlx::query!(
             r#"with recursive line as (
@@ -78,7 +78,7 @@ impl Store {
                 lateral (
                     select id, memory_bytes, cpu_millis, created_at from sandboxes
                     where state = 'queued' and tenant = line.tenant and principal = line.principal
-                        and (failed_node is distinct from $2 or failed_until <= $3 or not exists (
+                        and (failed_node is distinct from $2 or failed_until <= $3 or attempt > 1 and not exists (
                             select 1 from nodes where id <> $2 and lease_until >= now() and drained_at is null
                         ))
                     order by created_at, id
@@ -139,6 +139,10 @@ impl Store {
     /// Takes this sandbox from the queue, with what it is to be given. `None` if someone was faster, or the node may not: it is drained, or its
     /// lease is lost.
     pub async fn claim(&self, id: SandboxId, lease: Lease, now: OffsetDateTime) -> Result<Option<(Sandbox, Input)>, StoreError> {
+        self.pool.in_time(self.claim_at_last(id, lease, now)).await
+    }
+
+    async fn claim_at_last(&self, id: SandboxId, lease: Lease, now: OffsetDateTime) -> Result<Option<(Sandbox, Input)>, StoreError> {
         let mut transaction = self.pool.begin().await?;
         let claimed = sqlx::query!(
             "with picked as (
@@ -166,6 +170,7 @@ impl Store {
         .fetch_optional(&mut *transaction)
         .await?;
         if claimed.is_none() {
+            transaction.rollback().await?;
             return Ok(None);
         }
         let sandbox = select_sandboxes!("id = $1", id.0).fetch_one(&mut *transaction).await?.read()?;
@@ -237,7 +242,7 @@ impl Store {
 
     /// Hears of work that others put into the queue. A hint only: a message can be lost, so poll as well.
     pub async fn listen_to_queue(&self) -> Result<QueueListener, StoreError> {
-        let listener = self.listener().await?;
+        let listener = self.pool.in_time(self.listener()).await?;
         let came = Arc::new(Notify::new());
         let ears = tokio::spawn(listen(self.clone(), listener, Arc::clone(&came)));
         Ok(QueueListener { came, ears })

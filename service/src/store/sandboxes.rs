@@ -388,6 +388,19 @@ impl Store {
         Ok(count == 1)
     }
 
+    /// Takes the name from a sandbox that failed after so many claims without having been begun.
+    pub async fn free_name_of(&self, id: SandboxId, claims: u64) -> Result<(), StoreError> {
+        sqlx::query!(
+            "update sandboxes set name = null
+            where id = $1 and name is not null and state = 'failed' and reason = 'infra_error' and started_at is null and claims = $2",
+            id.0,
+            bigint(claims),
+        )
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
     /// What is stored of the log of a sandbox that ended; `None` if it has not, or is unknown.
     pub async fn find_log(&self, id: SandboxId) -> Result<Option<StoredLog>, StoreError> {
         let row = sqlx::query!(
@@ -453,6 +466,7 @@ impl Store {
     pub async fn prune_sandboxes(&self, before: OffsetDateTime, limit: u32) -> Result<u64, StoreError> {
         let mut transaction = self.pool.begin().await?;
         if !super::keeps_house(&mut transaction).await? {
+            transaction.rollback().await?;
             return Ok(0);
         }
         // Ids begin with the time of their making: no younger one needs to be looked at.

@@ -106,6 +106,7 @@ impl Store {
     pub async fn roll_up_usage(&self, before: OffsetDateTime, limit: u32) -> Result<u64, StoreError> {
         let mut transaction = self.pool.begin().await?;
         if !super::keeps_house(&mut transaction).await? {
+            transaction.rollback().await?;
             return Ok(0);
         }
         let count = sqlx::query_scalar!(

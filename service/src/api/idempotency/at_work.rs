@@ -20,7 +20,7 @@ pub(super) struct AtWork(Ends);
 pub(super) struct End {
     ends: Ends,
     name: KeyName,
-    _told: watch::Sender<()>,
+    told: watch::Sender<()>,
 }
 
 impl AtWork {
@@ -28,7 +28,7 @@ impl AtWork {
     pub(super) fn begin(&self, name: &KeyName) -> End {
         let (told, end) = watch::channel(());
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone(), end);
-        End { ends: Arc::clone(&self.0), name: name.clone(), _told: told }
+        End { ends: Arc::clone(&self.0), name: name.clone(), told }
     }
 
     /// What changes when the work on this key is over; `None`: nobody works on it here.
@@ -39,6 +39,10 @@ impl AtWork {
 
 impl Drop for End {
     fn drop(&mut self) {
-        self.ends.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.name);
+        let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        // Another attempt may work on it by now.
+        if ends.get(&self.name).is_some_and(|end| end.same_channel(&self.told.subscribe())) {
+            ends.remove(&self.name);
+        }
     }
 }

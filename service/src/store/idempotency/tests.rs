@@ -7,8 +7,8 @@ use sqlx::PgPool;
 
 use super::*;
 use crate::{
-    sandbox::{DefaultQuotas, Kind, Sandbox, TenantId},
-    store::{Admission, Admitted, Input, Lease, Who, sandboxes::tests::*},
+    sandbox::{DefaultQuotas, Finish, Kind, LogTail, Phases, Sandbox, TenantId},
+    store::{Admission, Admitted, Ended, Hold, Input, Lease, LogKept, Who, Writer, sandboxes::tests::*},
 };
 
 const TARGET: [u8; 32] = [1; 32];
@@ -114,7 +114,7 @@ async fn a_key_given_back_is_free_for_any_request(pool: PgPool) {
     let (store, _) = store_with_node(pool).await;
     let first = attempt("acme", "k");
     take(&store, &first, &taking(0)).await;
-    store.give_key_back(&first).await.unwrap();
+    store.give_key_back(&first, taking(100).now).await.unwrap();
 
     assert_eq!(store.look_at_key(&first.name, &ASKED, taking(1).now).await.unwrap(), None);
     let other = Fingerprint { target: [3; 32], body: None };
@@ -148,7 +148,7 @@ async fn a_sandbox_is_tied_to_its_key_when_it_is_admitted(pool: PgPool) {
     take(&store, &first, &taking(0)).await;
 
     assert!(matches!(admit(&store, &run, lease, &first).await, Admitted::Yes { .. }));
-    store.give_key_back(&first).await.unwrap();
+    store.give_key_back(&first, taking(100).now).await.unwrap();
     let second = attempt("acme", "k");
     assert_eq!(take(&store, &second, &taking(1)).await, KeyState::Ours { made: Some(run.id) });
     // Whatever it does, it makes no other.
@@ -177,11 +177,22 @@ async fn the_key_of_a_sandbox_that_was_never_made_is_free(pool: PgPool) {
     let first = attempt("acme", "k");
     take(&store, &first, &taking(0)).await;
     admit(&store, &run, lease, &first).await;
-    store.give_key_back(&first).await.unwrap();
+    store.give_key_back(&first, taking(100).now).await.unwrap();
 
-    store.free_key_of(&first.name, run.id).await.unwrap();
+    store.free_key_of(&first, run.id, run.claims).await.unwrap();
+    let held = take(&store, &attempt("acme", "k"), &taking(1)).await;
+    assert_eq!(held, KeyState::Ours { made: Some(run.id) }, "it lives, and its key was freed");
+    let cause = sandbox_core::protocol::Cause::InfraError { message: "never made".into() };
+    let finish = Finish::without_usage(cause, run.created_at, &run.limits, Phases::default());
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
+    assert!(store.finish(run.id, Writer::Holder(Hold { lease, claims: run.claims }), &ended).await.unwrap());
+    store.free_key_of(&first, run.id, run.claims).await.unwrap();
+    assert_eq!(take(&store, &attempt("acme", "k"), &taking(1)).await, KeyState::Theirs, "another attempt answers for it");
+    let second = Taking { process: Uuid::from_u128(9), ..taking(2) };
+    let KeyState::Ours { made: Some(_) } = take(&store, &first, &second).await else { panic!("it was not taken over") };
+    store.free_key_of(&first, run.id, run.claims).await.unwrap();
 
-    assert_eq!(take(&store, &attempt("acme", "k"), &taking(1)).await, OURS);
+    assert_eq!(take(&store, &attempt("acme", "k"), &taking(3)).await, OURS);
 }
 
 #[sqlx::test(migrations = "../migrations")]
