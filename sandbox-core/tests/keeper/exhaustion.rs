@@ -158,7 +158,7 @@ fn a_keeper_with_few_descriptors_runs_as_many_sandboxes_as_they_are_for() {
     keeper.args(["--nofile=512:512", KEEPER]);
     // One that may raise its limit does so. What this thread has dropped, its children have not (capabilities(7), «bounding set»).
     let started = std::thread::spawn(move || {
-        rustix::thread::remove_capability_from_bounding_set(rustix::thread::Capability::SystemResource).unwrap();
+        rustix::thread::remove_capability_from_bounding_set(rustix::thread::CapabilitySet::SYS_RESOURCE).unwrap();
         Node::start_as(keeper)
     });
     let node = started.join().unwrap();
