@@ -206,7 +206,7 @@ impl Keying {
 
     /// Takes the key, if it can be had. In a task of its own: a client who goes away meanwhile must not leave a key that nobody works for.
     async fn take(&self, attempt: &HeldKey, fingerprint: &Fingerprint) -> Result<KeyState, ApiError> {
-        let (keying, attempt, fingerprint) = (self.clone(), attempt.clone(), fingerprint.clone());
+        let (keying, attempt, fingerprint) = (self.clone(), attempt.clone(), *fingerprint);
         let (give, mut got) = tokio::sync::oneshot::channel();
         let taking = async move {
             let taken = keying.take_now(&attempt, &fingerprint).await;
