@@ -130,12 +130,8 @@ async fn create(State(app): State<Arc<App>>, Admin(admin): Admin, body: Body) ->
     check(&change, QuotaScope::Tenant)?;
     let (owner, data) = (admin.owner(), json!({}));
     let act = Act { actor: Some(&owner), at: app.clock.now(), data };
-    if !app.store.create_tenant(&tenant, &act).await? {
+    if !app.store.create_tenant(&tenant, &change, &act).await?? {
         return Err(ApiError::Conflict(format!("there is a tenant {tenant}")));
-    }
-    let who = Who { tenant: &tenant, principal: None };
-    if change != Change::default() {
-        apply(&app, &admin, who, change).await?;
     }
     // The one sign of names that may not stand in a URI as it is (RFC 3986).
     let location = format!("/v1/admin/tenants/{}", tenant.as_str().replace('|', "%7C"));

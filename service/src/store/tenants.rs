@@ -200,18 +200,23 @@ impl Store {
         Ok(known)
     }
 
-    /// Registers a tenant. False: it is there already.
-    pub async fn create_tenant(&self, id: &TenantId, act: &Act<'_>) -> Result<bool, StoreError> {
+    /// Registers a tenant with weight and quotas as they are wanted: with all of them or not at all. False: it is there already.
+    pub async fn create_tenant(&self, id: &TenantId, change: &Change, act: &Act<'_>) -> Result<Result<bool, Invalid>, StoreError> {
         let mut transaction = self.pool.begin().await?;
         let done = sqlx::query!("insert into tenants (id, created_at) values ($1, $2) on conflict do nothing", id.as_str(), act.at)
             .execute(&mut *transaction)
             .await?;
         if done.rows_affected() == 0 {
-            return Ok(false);
+            return Ok(Ok(false));
         }
         super::events::tell(&mut transaction, Some(id), "tenant.created", Some(&format!("tenant/{id}")), act).await?;
+        if *change != Change::default()
+            && let Some(Err(invalid)) = change_in(&mut transaction, Who { tenant: id, principal: None }, change, act).await?
+        {
+            return Ok(Err(invalid));
+        }
         transaction.commit().await?;
-        Ok(true)
+        Ok(Ok(true))
     }
 
     /// The account as it is now; `base` holds the quotas behind its own.
@@ -263,45 +268,11 @@ impl Store {
     /// Changes weight and quotas. `None`: there is no such account.
     pub async fn change_account(&self, who: Who<'_>, change: &Change, act: &Act<'_>) -> Result<Option<Result<(), Invalid>>, StoreError> {
         let mut transaction = self.pool.begin().await?;
-        sqlx::query!("select id from tenants where id = $1 for no key update", who.tenant.as_str())
-            .fetch_optional(&mut *transaction)
-            .await?;
-        let Some(row) = row_of(&mut transaction, who).await? else { return Ok(None) };
-        let scope = if who.principal.is_none() { QuotaScope::Tenant } else { QuotaScope::Principal };
-        let (mut quotas, mut principal_quotas) = (row.quotas.0, row.principal_quotas.map(|quotas| quotas.0).unwrap_or_default());
-        if let Err(invalid) = quotas.change("quotas", scope, change.quotas.clone()) {
-            return Ok(Some(Err(invalid)));
+        let changed = change_in(&mut transaction, who, change, act).await?;
+        if let Some(Ok(())) = changed {
+            transaction.commit().await?;
         }
-        if let Err(invalid) = principal_quotas.change("principal_quotas", QuotaScope::Principal, change.principal_quotas.clone()) {
-            return Ok(Some(Err(invalid)));
-        }
-        match who.principal {
-            None => {
-                let weight = change.weight.and_then(|weight| i32::try_from(weight).ok());
-                sqlx::query!(
-                    "update tenants set quotas = $2, principal_quotas = $3, weight = coalesce($4, weight) where id = $1",
-                    who.tenant.as_str(),
-                    Json(&quotas) as _,
-                    Json(&principal_quotas) as _,
-                    weight,
-                )
-                .execute(&mut *transaction)
-                .await?;
-            }
-            Some(name) => {
-                sqlx::query!(
-                    "update principals set quotas = $3 where tenant = $1 and name = $2",
-                    who.tenant.as_str(),
-                    name,
-                    Json(&quotas) as _,
-                )
-                .execute(&mut *transaction)
-                .await?;
-            }
-        }
-        super::events::tell(&mut transaction, Some(who.tenant), who.event("changed"), Some(&who.object()), act).await?;
-        transaction.commit().await?;
-        Ok(Some(Ok(())))
+        Ok(changed)
     }
 
     /// Suspends the account or lets it go on, and wakes the nodes. False: there is no such account.
@@ -402,6 +373,51 @@ impl Who<'_> {
             (false, _) => "principal.resumed",
         }
     }
+}
+
+/// Changes weight and quotas as a part of a transaction. `None`: there is no such account.
+async fn change_in(
+    connection: &mut PgConnection,
+    who: Who<'_>,
+    change: &Change,
+    act: &Act<'_>,
+) -> Result<Option<Result<(), Invalid>>, StoreError> {
+    sqlx::query!("select id from tenants where id = $1 for no key update", who.tenant.as_str()).fetch_optional(&mut *connection).await?;
+    let Some(row) = row_of(connection, who).await? else { return Ok(None) };
+    let scope = if who.principal.is_none() { QuotaScope::Tenant } else { QuotaScope::Principal };
+    let (mut quotas, mut principal_quotas) = (row.quotas.0, row.principal_quotas.map(|quotas| quotas.0).unwrap_or_default());
+    if let Err(invalid) = quotas.change("quotas", scope, change.quotas.clone()) {
+        return Ok(Some(Err(invalid)));
+    }
+    if let Err(invalid) = principal_quotas.change("principal_quotas", QuotaScope::Principal, change.principal_quotas.clone()) {
+        return Ok(Some(Err(invalid)));
+    }
+    match who.principal {
+        None => {
+            let weight = change.weight.and_then(|weight| i32::try_from(weight).ok());
+            sqlx::query!(
+                "update tenants set quotas = $2, principal_quotas = $3, weight = coalesce($4, weight) where id = $1",
+                who.tenant.as_str(),
+                Json(&quotas) as _,
+                Json(&principal_quotas) as _,
+                weight,
+            )
+            .execute(&mut *connection)
+            .await?;
+        }
+        Some(name) => {
+            sqlx::query!(
+                "update principals set quotas = $3 where tenant = $1 and name = $2",
+                who.tenant.as_str(),
+                name,
+                Json(&quotas) as _,
+            )
+            .execute(&mut *connection)
+            .await?;
+        }
+    }
+    super::events::tell(connection, Some(who.tenant), who.event("changed"), Some(&who.object()), act).await?;
+    Ok(Some(Ok(())))
 }
 
 async fn row_of(connection: &mut PgConnection, who: Who<'_>) -> Result<Option<Row>, StoreError> {
