@@ -58,6 +58,7 @@ use upgrade::Trial;
 use crate::{
     cgroup::Tree,
     disk::Disks,
+    error::at,
     fail_point::reached,
     fence::Fences,
     ids::Ranges,
@@ -231,9 +232,10 @@ fn go_on(options: &Options, description: RawFd) -> io::Result<()> {
 }
 
 impl Means {
-    fn load(options: &Options, tree: &Tree) -> io::Result<Self> {
+    /// `known`: the fences that this keeper has set up already, by the program before.
+    fn load(options: &Options, tree: &Tree, known: Option<Fences>) -> io::Result<Self> {
         let Room { sandboxes_max, ahead_max } = Room::make(tree)?;
-        let fences = claim::fences(options)?;
+        let fences = known.map_or_else(|| claim::fences(options), Ok)?;
         let gvisor = Gvisor::open(options)?;
         let hello = Hello {
             version: VERSION,
@@ -277,12 +279,18 @@ impl Keeper {
         let disks = Disks::open(&options.disks, crate::cgroup::discover().mode)?;
         let tree = Tree::open(&claim::name_of(number), claim::devices(options)?)?;
         let ranges = Ranges::new(claim::first_id(number), SANDBOXES_MAX);
-        let Means { programs, gvisor, seccomp, cores, ahead_max, hello } = Means::load(options, &tree)?;
+        let Means { programs, gvisor, seccomp, cores, ahead_max, hello } = Means::load(options, &tree, None)?;
         claim::sweep_disks(&disks, &options.run, number)?;
         // Only now is everything dead that could write to a log.
         let mut records = Records::default();
         recovery::recover(&options.logs, &mut records)?;
         reached("keeper.start.swept");
+        if hello.sandboxes_max == 0 {
+            return Err(io::Error::other("the limit of descriptors is not enough for a single sandbox"));
+        }
+        let mut slots = Slots::new(ranges)?;
+        // A host that cannot make these never will: said now, and not to everybody who asks for a sandbox.
+        slots.refill(&tree).map_err(at("making the namespaces and the cgroup of a first sandbox"))?;
         let keeper = Self {
             epoll: new_epoll()?,
             listener: claim::listen_at(options)?,
@@ -293,7 +301,7 @@ impl Keeper {
             sandboxes: HashMap::new(),
             records,
             next_serial: 1,
-            slots: Slots::new(ranges)?,
+            slots,
             lot: Lot::default(),
             own_uts: std::fs::File::open("/proc/self/ns/uts")?.into(),
             tree,

@@ -98,6 +98,12 @@ impl Lot {
         self.demand.retain(|class, _| !gone(class));
     }
 
+    /// Gives up all that stand ready, and names them: they are to be killed. What is asked for stays known, and is built anew.
+    pub(super) fn discard(&mut self) -> Vec<u64> {
+        let is_new = |(serial, parked): (&u64, &mut Parked)| (!std::mem::replace(&mut parked.is_doomed, true)).then_some(*serial);
+        self.parked.iter_mut().filter_map(is_new).collect()
+    }
+
     pub(super) fn insert(&mut self, serial: u64, parked: Parked) {
         self.parked.insert(serial, parked);
     }

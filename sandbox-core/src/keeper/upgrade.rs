@@ -37,6 +37,7 @@ use crate::{
     cgroup::Tree,
     disk::Disks,
     fail_point::reached,
+    fence::Fences,
     handover, log,
     protocol::init,
     sys::{self, Child, Cloned},
@@ -84,6 +85,8 @@ struct Given<'a> {
     next_serial: u64,
     slots: &'a Slots,
     lot: &'a Lot,
+    /// Found once: what a program on trial did to the host's profiles would be done to the sandboxes that run.
+    fences: Fences,
     tree: &'a Tree,
     store: &'a Store,
     disks: &'a Disks,
@@ -107,6 +110,9 @@ pub(super) struct Taken {
     pub(super) next_serial: u64,
     pub(super) slots: Slots,
     pub(super) lot: Lot,
+    /// `None` from a program that did not say.
+    #[serde(default)]
+    pub(super) fences: Option<Fences>,
     pub(super) tree: Tree,
     pub(super) store: Store,
     pub(super) disks: Disks,
@@ -245,6 +251,7 @@ impl Keeper {
             next_serial: self.next_serial,
             slots: &self.slots,
             lot: &self.lot,
+            fences: self.hello.fences,
             tree: &self.tree,
             store: &self.store,
             disks: &self.disks,
@@ -275,11 +282,12 @@ impl Keeper {
             next_serial,
             slots,
             lot,
+            fences,
             tree,
             store,
             disks,
         } = read(&description, handover::take_over)?;
-        let means = super::Means::load(options, &tree)?;
+        let means = super::Means::load(options, &tree, fences)?;
         let hello = super::Hello { started_at_us, upgrades: upgrades.saturating_add(1), ..means.hello };
         let mut keeper = Self {
             epoll: super::new_epoll()?,
@@ -320,6 +328,12 @@ impl Keeper {
         keeper.watch_own()?;
         keeper.sandboxes.iter().try_for_each(|(serial, sandbox)| keeper.watch_sandbox(*serial, sandbox))?;
         keeper.lot.bodies().try_for_each(|(serial, body)| keeper.watch_body(serial, body))?;
+        // Those that stand ready have the init and the filter of the program before; new ones are built.
+        for serial in keeper.lot.discard() {
+            if let Err(error) = keeper.kill_by_force(serial) {
+                warn(format_args!("a sandbox of the program before that stood ready could not be ended: {error}"));
+            }
+        }
         // A child may have ended whose signal the program before this one has read.
         while let Ok(Some(_)) = sys::reap(-1, false) {}
         reached("keeper.upgrade.taken_over");
@@ -380,7 +394,7 @@ pub(super) fn try_state(options: &Options) -> io::Result<()> {
     sys::close_on_exec_from(3)?;
     let (description, answer) = (File::from(sys::inherited(DESCRIPTION)?), File::from(sys::inherited(ANSWER)?));
     let taken = read(&description, handover::try_out)?;
-    super::Means::load(options, &taken.tree)?;
+    super::Means::load(options, &taken.tree, taken.fences)?;
     (&answer).write_all(YES)
 }
 
@@ -397,7 +411,9 @@ impl Invocation {
     /// Of the calling process, at its start, less what an upgrade has added.
     pub fn of_this_process() -> io::Result<Self> {
         let is_own = |argument: &std::ffi::OsString| !argument.as_bytes().starts_with(TAKE.as_bytes()) && argument != TRY;
-        let path = std::env::current_exe()?;
+        // As it was named, which may be a link that is to lead to another program one day.
+        let named = std::env::args_os().next().map(PathBuf::from).filter(|path| path.is_absolute());
+        let path = named.map_or_else(std::env::current_exe, Ok)?;
         // Said of a file that was replaced in the very moment of its start (proc_pid_exe(5)).
         let path = path.to_str().and_then(|text| text.strip_suffix(" (deleted)")).map(PathBuf::from).unwrap_or(path);
         Ok(Self { path, arguments: std::env::args_os().filter(is_own).collect() })
