@@ -8,7 +8,7 @@ use super::{
     Keeper, monotonic_ns,
     output::is_no_room,
     sandbox::{self, Ended, Evidence, Purpose},
-    supervise::{AGAIN_AFTER_NS, ROOM_AGAIN_AFTER_NS},
+    supervise::AGAIN_AFTER_NS,
     timer::Due,
     unix_us, warn,
 };
@@ -28,13 +28,14 @@ impl Keeper {
     pub(super) fn end(&mut self, serial: u64, ended: Option<Ended>, failure: Option<Cause>) {
         let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return };
         let Some(body) = &sandbox.body else { return };
-        let mut failure = failure;
         for kind in [Kind::Stdout, Kind::Stderr] {
+            // The ending says what is lost. How it ended is known all the same.
             if let Err(error) = sandbox.output.drain(kind, &mut self.buffer, unix_us()) {
-                failure = Some(Cause::InfraError { message: format!("writing the log failed: {error}") });
+                warn(format_args!("writing the last output to a log failed: {error}"));
             }
         }
         reached("keeper.end.pumped");
+        let mut failure = failure;
         let counters = body.slot.group.counters().unwrap_or_else(|error| {
             failure.get_or_insert(Cause::InfraError { message: format!("reading the usage failed: {error}") });
             crate::cgroup::Counters::default()
@@ -49,6 +50,7 @@ impl Keeper {
     }
 
     /// Writes the ending to the log and tells it. If the disk has no room for it, or for what the payload wrote last, it waits a while for some.
+    /// Then that output is given up, and the ending says so: how it ended is told as it was, or it would run again.
     pub(super) fn tell_end(&mut self, serial: u64) {
         let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| !sandbox.is_told) else { return };
         let Some(mut ending) = sandbox.ending.clone() else { return };
@@ -56,14 +58,16 @@ impl Keeper {
         if let Err(error) = sandbox.output.finish(&ending) {
             let now_ns = monotonic_ns();
             let may_wait = is_no_room(&error) && now_ns < sandbox.tell_by_ns && self.shutdown.is_none();
-            if may_wait && self.timer.set(now_ns + ROOM_AGAIN_AFTER_NS, serial, Due::Room).is_ok() {
+            if may_wait && self.timer.set(now_ns + sandbox.next_room_pause_ns(), serial, Due::Room).is_ok() {
                 return;
             }
             warn(format_args!("ending a log failed: {error}"));
-            // What it wrote is lost, or the word on how it ended would be with the keeper.
-            if is_no_room(&error) || sandbox.output.is_held() {
-                ending.cause = Cause::InfraError { message: format!("the last of its log could not be written: {error}") };
-                sandbox.ending = Some(ending.clone());
+            sandbox.output.lose_held();
+            ending.stdout_truncated |= sandbox.output.is_truncated(Kind::Stdout);
+            ending.stderr_truncated |= sandbox.output.is_truncated(Kind::Stderr);
+            sandbox.ending = Some(ending.clone());
+            if let Err(error) = sandbox.output.finish(&ending) {
+                warn(format_args!("how a sandbox ended is not in its log: {error}"));
             }
             sandbox.output.close();
         }

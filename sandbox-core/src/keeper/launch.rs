@@ -292,6 +292,7 @@ impl Keeper {
             init_cpu_us: 0,
             ending: None,
             tell_by_ns: 0,
+            room_pause_ns: 0,
             is_told: false,
             launch_asker,
             waiters: Vec::new(),

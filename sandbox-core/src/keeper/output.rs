@@ -27,6 +27,9 @@ pub(super) enum Sink {
         file: File,
         next_seq: u64,
         len: u64,
+        /// Whether a part of a record stands behind that length, which could not be cut off.
+        #[serde(default)]
+        is_torn: bool,
     },
     /// A program of our own: what it says is for the keeper. Standard output and error.
     Memory { stdout: Vec<u8>, stderr: Vec<u8> },
@@ -59,7 +62,11 @@ struct Stream {
     #[serde(with = "crate::handover")]
     pipe: Option<OwnedFd>,
     written_bytes: u64,
+    /// Within the limit: kept, held, or lost.
     kept_bytes: u64,
+    /// What could not be written to the log.
+    #[serde(default)]
+    lost_bytes: u64,
 }
 
 /// How far [`Output::pump`] came.
@@ -83,16 +90,21 @@ const READS_TO_DRAIN: usize = 32;
 impl Sink {
     /// Makes the log file of a sandbox, readable by `group`.
     pub(super) fn log(folder: &Path, id: SandboxId, group: u32) -> io::Result<Self> {
-        let file = File::options().append(true).create_new(true).mode(0o640).open(log::path(folder, id))?;
-        std::os::unix::fs::fchown(&file, None, Some(group))?;
-        Ok(Self::Log { file, next_seq: 0, len: 0 })
+        let path = log::path(folder, id);
+        let file = File::options().append(true).create_new(true).mode(0o640).open(&path)?;
+        if let Err(error) = std::os::unix::fs::fchown(&file, None, Some(group)) {
+            // Left there it would say that the sandbox was started.
+            std::fs::remove_file(&path)?;
+            return Err(error);
+        }
+        Ok(Self::Log { file, next_seq: 0, len: 0, is_torn: false })
     }
 }
 
 impl Output {
     /// Reads from `stdout` and `stderr`, the reading ends of pipes, which must not block.
     pub(super) fn new(sink: Sink, limit_bytes: u64, policy: OutputPolicy, stdout: OwnedFd, stderr: OwnedFd) -> Self {
-        let stream = |pipe| Stream { pipe: Some(pipe), written_bytes: 0, kept_bytes: 0 };
+        let stream = |pipe| Stream { pipe: Some(pipe), written_bytes: 0, kept_bytes: 0, lost_bytes: 0 };
         Self { sink, limit_bytes, policy, stdout: stream(stdout), stderr: stream(stderr), held: VecDeque::new() }
     }
 
@@ -108,12 +120,17 @@ impl Output {
     /// Whether something of a stream was not kept.
     pub(super) fn is_truncated(&self, kind: Kind) -> bool {
         let stream = self.stream(kind);
-        stream.written_bytes > stream.kept_bytes
+        stream.lost_bytes > 0 || stream.written_bytes > stream.kept_bytes
+    }
+
+    /// Whether the payload wrote more to one of them than is kept.
+    pub(super) fn exceeds_limit(&self) -> bool {
+        [&self.stdout, &self.stderr].into_iter().any(|stream| stream.written_bytes > stream.kept_bytes)
     }
 
     /// Whether the payload wrote more than it may and is to be ended for it.
     pub(super) fn is_over_limit(&self) -> bool {
-        self.policy == OutputPolicy::Kill && (self.is_truncated(Kind::Stdout) || self.is_truncated(Kind::Stderr))
+        self.policy == OutputPolicy::Kill && self.exceeds_limit()
     }
 
     /// What was written to [`Sink::Memory`].
@@ -139,15 +156,17 @@ impl Output {
     }
 
     /// Takes in all that is left in the pipe of one that is over, room or not. Every writer is dead or about to die; more than a pipe holds
-    /// can only come from one that is not dead yet.
+    /// can only come from one that is not dead yet. After an error, too, the rest is taken in and counted.
     pub(super) fn drain(&mut self, kind: Kind, buffer: &mut [u8], at_us: u64) -> io::Result<()> {
+        let mut drained = Ok(());
         for _ in 0..READS_TO_DRAIN {
-            match self.read(kind, buffer, at_us)? {
-                Pumped::More | Pumped::Held => {}
-                Pumped::Empty | Pumped::Closed => return Ok(()),
+            match self.read(kind, buffer, at_us) {
+                Ok(Pumped::More | Pumped::Held) => {}
+                Ok(Pumped::Empty | Pumped::Closed) => break,
+                Err(error) => drained = drained.and(Err(error)),
             }
         }
-        Ok(())
+        drained
     }
 
     /// Whether something waits for room on the disk.
@@ -165,17 +184,6 @@ impl Output {
             }
         }
         Ok(true)
-    }
-
-    /// What may still be written to the log, in bytes of data.
-    pub(super) fn owed_bytes(&self) -> u64 {
-        match (&self.sink, self.policy) {
-            (Sink::Memory { .. }, _) | (_, OutputPolicy::Discard) => 0,
-            (Sink::Log { .. }, OutputPolicy::Truncate | OutputPolicy::Kill) => {
-                let owed = |stream: &Stream| self.limit_bytes.saturating_sub(stream.kept_bytes);
-                owed(&self.stdout).saturating_add(owed(&self.stderr))
-            }
-        }
     }
 
     fn read(&mut self, kind: Kind, buffer: &mut [u8], at_us: u64) -> io::Result<Pumped> {
@@ -201,13 +209,29 @@ impl Output {
             return Ok(());
         }
         stream.kept_bytes += kept.len() as u64;
+        // Nothing follows a gap.
+        if self.stdout.lost_bytes + self.stderr.lost_bytes > 0 {
+            self.stream_mut(kind).lost_bytes += kept.len() as u64;
+            return Ok(());
+        }
         let is_behind = self.is_held();
         match if is_behind { Err(io::ErrorKind::StorageFull.into()) } else { self.sink.append(kind, kept, at_us) } {
             Err(error) if is_no_room(&error) => {
                 self.held.push_back(Held { kind, at_us, data: kept.to_vec() });
                 Ok(())
             }
-            done => done,
+            Err(error) => {
+                self.stream_mut(kind).lost_bytes += kept.len() as u64;
+                Err(error)
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// Gives up what waits for room: it is lost.
+    pub(super) fn lose_held(&mut self) {
+        for Held { kind, data, .. } in std::mem::take(&mut self.held) {
+            self.stream_mut(kind).lost_bytes += data.len() as u64;
         }
     }
 
@@ -254,7 +278,11 @@ impl Sink {
         match self {
             Self::Memory { stdout, .. } if kind == Kind::Stdout => stdout.extend_from_slice(data),
             Self::Memory { stderr, .. } => stderr.extend_from_slice(data),
-            Self::Log { file, next_seq, len } => {
+            Self::Log { file, next_seq, len, is_torn } => {
+                if *is_torn {
+                    file.set_len(*len)?;
+                    *is_torn = false;
+                }
                 let record = Record { kind, seq: *next_seq, at_us, data };
                 let header = record.header();
                 let whole = header.len() + data.len();
@@ -262,7 +290,9 @@ impl Sink {
                     Ok(written) if written == whole => {}
                     // A full disk takes a part. Readers must never see half a record with others behind it.
                     Ok(_) => {
+                        *is_torn = true;
                         file.set_len(*len)?;
+                        *is_torn = false;
                         return Err(io::ErrorKind::StorageFull.into());
                     }
                     Err(error) => return Err(error),
@@ -308,6 +338,47 @@ mod tests {
         stdout.write_all(b"e").unwrap();
         output.pump(Kind::Stdout, &mut [0; 8], 0).unwrap();
         assert!(output.is_over_limit());
+    }
+
+    /// An output whose log is `file`.
+    fn logged(file: File, is_torn: bool) -> (Output, File) {
+        let (mut output, stdout, _) = output(100, OutputPolicy::Kill);
+        output.sink = Sink::Log { file, next_seq: 0, len: 0, is_torn };
+        (output, stdout)
+    }
+
+    #[test]
+    fn what_could_not_be_written_is_told_as_not_kept_and_not_as_over_the_limit() {
+        // Nothing can be written to the one for good, to the other for now.
+        let full = || File::options().append(true).open("/dev/full").unwrap();
+        for (file, is_held) in [(File::open("/dev/null").unwrap(), false), (full(), true)] {
+            let (mut output, mut stdout) = logged(file, false);
+            stdout.write_all(b"abcd").unwrap();
+            let drained = output.drain(Kind::Stdout, &mut [0; 3], 0);
+            assert_eq!((drained.is_ok(), output.is_held()), (is_held, is_held));
+            assert_eq!(output.is_truncated(Kind::Stdout), !is_held);
+            output.lose_held();
+            assert!(output.is_truncated(Kind::Stdout) && !output.is_truncated(Kind::Stderr) && !output.is_over_limit());
+            assert_eq!((output.written_bytes(Kind::Stdout), output.stdout.lost_bytes), (4, 4));
+        }
+    }
+
+    #[test]
+    fn nothing_is_written_behind_half_a_record_that_cannot_be_cut_off() {
+        use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+        for is_stuck in [false, true] {
+            let mut file = File::from(memfd_create("log", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap());
+            file.write_all(b"half").unwrap();
+            if is_stuck {
+                fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
+            }
+            let same = file.try_clone().unwrap();
+            let (mut output, _stdout) = logged(file, true);
+            rustix::fs::seek(&same, rustix::fs::SeekFrom::Start(0)).unwrap();
+            let written = output.sink.append(Kind::Stdout, b"abcd", 0);
+            let len = usize::try_from(same.metadata().unwrap().len()).unwrap();
+            assert_eq!((written.is_err(), len), (is_stuck, if is_stuck { 4 } else { log::HEADER_BYTES + 4 }));
+        }
     }
 
     #[test]

@@ -66,7 +66,7 @@ fn ending_of(path: &Path) -> io::Result<Option<Ending>> {
     let ending = lost("its keeper was killed, and the sandbox with it", unix_us(), scan.usage);
     // The beginning of a record, or what a machine that lost its power left.
     let noted = file.set_len(scan.len).and_then(|()| {
-        let mut sink = Sink::Log { file, next_seq: scan.next_seq, len: scan.len };
+        let mut sink = Sink::Log { file, next_seq: scan.next_seq, len: scan.len, is_torn: false };
         sink.append(Kind::End, &log::encode_ending(&ending), ending.ended_at_us)
     });
     if let Err(error) = noted {

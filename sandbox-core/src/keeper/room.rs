@@ -51,23 +51,31 @@ impl Room {
 }
 
 impl Keeper {
-    /// Why there is no room for one more sandbox, for people.
-    pub(super) fn check_room(&self, supervision: &Supervision) -> io::Result<Result<(), String>> {
+    /// Why there can be no sandbox more, for people.
+    pub(super) fn check_number(&self) -> Result<(), String> {
         let max = self.hello.sandboxes_max;
-        if self.sandboxes.len() >= usize::try_from(max).unwrap_or(usize::MAX) {
-            return Ok(Err(format!("this keeper has id ranges and descriptors for {max} sandboxes at a time")));
+        if self.sandboxes.len() < usize::try_from(max).unwrap_or(usize::MAX) {
+            return Ok(());
+        }
+        Err(format!("this keeper has id ranges and descriptors for {max} sandboxes at a time"))
+    }
+
+    /// Why there is no room for a sandbox like this, for people. What others may still write does not count: most never do, and who
+    /// finds no room waits for some.
+    pub(super) fn check_room(&self, supervision: &Supervision) -> io::Result<Result<(), String>> {
+        if let Err(why) = self.check_number() {
+            return Ok(Err(why));
         }
         let own = match supervision.output_policy {
             OutputPolicy::Discard => 0,
             OutputPolicy::Truncate | OutputPolicy::Kill => supervision.output_bytes.saturating_mul(2),
         };
-        let owed = self.sandboxes.values().map(|sandbox| sandbox.output.owed_bytes()).fold(0, u64::saturating_add);
         let space = disk::Space::of(self.logs_lock.as_fd())?;
-        Ok(if space.leaves_enough(owed.saturating_add(own)) {
+        Ok(if space.leaves_enough(own) {
             Ok(())
         } else {
             let (folder, free, kept) = (self.logs.display(), space.free_bytes, space.kept_bytes());
-            Err(format!("the disk of {folder} has {free} bytes free: {kept} are kept, {owed} may still be written by sandboxes that run"))
+            Err(format!("the disk of {folder} has {free} bytes free: {kept} are kept, and this sandbox may write {own}"))
         })
     }
 }

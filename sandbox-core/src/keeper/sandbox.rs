@@ -17,6 +17,10 @@ use crate::{
     transport::Socket,
 };
 
+/// The time between the first two looks for room on the disk of the logs, and the longest between any two.
+const ROOM_AGAIN_AFTER_NS: u64 = 50_000_000;
+const ROOM_AGAIN_AT_LEAST_EVERY_NS: u64 = 1_000_000_000;
+
 /// Whom a sandbox is for.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Purpose {
@@ -68,6 +72,9 @@ pub(super) struct Sandbox {
     pub(super) ending: Option<Ending>,
     /// `CLOCK_MONOTONIC` until which the ending may wait for room in the log before it is told, in nanoseconds.
     pub(super) tell_by_ns: u64,
+    /// The pause before the next look for room in the log, in nanoseconds.
+    #[serde(default)]
+    pub(super) room_pause_ns: u64,
     /// Whether the ending is in the record, and told.
     pub(super) is_told: bool,
     /// Connections do not outlive an upgrade.
@@ -185,12 +192,12 @@ impl Sandbox {
                 Cause::InfraError { message: "gVisor needed more threads of the host than it may have".to_owned() }
             }
             (Some(failure), _) => failure,
-            (_, Some(Decision::LogFailed(errno))) => {
-                Cause::InfraError { message: format!("writing the log failed: {}", io::Error::from_raw_os_error(errno)) }
-            }
             _ if self.output.is_over_limit() => Cause::OutputLimit,
             _ if is_over_cpu => Cause::CpuTimeout,
             _ if is_over_wall => Cause::WallTimeout,
+            (_, Some(Decision::LogFailed(errno))) if by_itself.is_none() => {
+                Cause::InfraError { message: format!("writing the log failed: {}", io::Error::from_raw_os_error(errno)) }
+            }
             (_, Some(Decision::Killed(reason))) if by_itself.is_none() => Cause::Killed(reason),
             (_, Some(Decision::CpuTimeout)) if by_itself.is_none() => Cause::CpuTimeout,
             (_, Some(Decision::WallTimeout)) if by_itself.is_none() => Cause::WallTimeout,
@@ -208,7 +215,7 @@ impl Sandbox {
             (Limit::Wall, cause == Cause::WallTimeout || is_over_wall),
             (Limit::Disk, ended.is_some_and(|ended| ended.is_disk_full)),
             (Limit::Inodes, ended.is_some_and(|ended| ended.are_inodes_used_up)),
-            (Limit::Output, is_truncated(Kind::Stdout) || is_truncated(Kind::Stderr)),
+            (Limit::Output, self.output.exceeds_limit()),
             (Limit::FileSize, cause == Cause::Signaled { signal: libc::SIGXFSZ }),
         ];
         let since_end_us = now_ns.saturating_sub(ended_at_ns) / 1000;
@@ -222,6 +229,12 @@ impl Sandbox {
             stdout_truncated: is_truncated(Kind::Stdout),
             stderr_truncated: is_truncated(Kind::Stderr),
         }
+    }
+
+    /// How long to wait before the next look for room in the log: longer each time, until there was some.
+    pub(super) fn next_room_pause_ns(&mut self) -> u64 {
+        self.room_pause_ns = (self.room_pause_ns * 2).clamp(ROOM_AGAIN_AFTER_NS, ROOM_AGAIN_AT_LEAST_EVERY_NS);
+        self.room_pause_ns
     }
 
     /// Everybody who waits for the end.

@@ -33,8 +33,6 @@ pub(super) const AGAIN_AFTER_NS: u64 = 1_000_000;
 const OOM_LOOKS_MAX: u32 = 20;
 /// CPU time that a sandbox may use beyond its limit before it is noticed, over all cores.
 const CPU_OVERSHOOT_NS: u64 = 8_000_000;
-/// The time between two looks for room on the disk of the logs.
-pub(super) const ROOM_AGAIN_AFTER_NS: u64 = 50_000_000;
 
 impl Keeper {
     pub(super) fn on_report(&mut self, serial: u64) -> io::Result<()> {
@@ -154,14 +152,14 @@ impl Keeper {
     /// Reads nothing more until the disk has room for what was read.
     fn pause_output(&mut self, serial: u64) -> io::Result<()> {
         warn(format_args!("writing a log waits for room on the disk"));
-        let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
         for pipe in [Kind::Stdout, Kind::Stderr].into_iter().filter_map(|kind| sandbox.output.pipe(kind)) {
             match epoll::delete(&self.epoll, pipe) {
                 Ok(()) | Err(rustix::io::Errno::NOENT) => {}
                 Err(error) => return Err(error.into()),
             }
         }
-        self.timer.set(monotonic_ns() + ROOM_AGAIN_AFTER_NS, serial, Due::Room)
+        self.timer.set(monotonic_ns() + sandbox.next_room_pause_ns(), serial, Due::Room)
     }
 
     /// Perhaps there is room now for what was read, or for the end.
@@ -175,8 +173,8 @@ impl Keeper {
             return Ok(());
         }
         match sandbox.output.write_held() {
-            Ok(true) => {}
-            Ok(false) => return self.timer.set(monotonic_ns() + ROOM_AGAIN_AFTER_NS, serial, Due::Room),
+            Ok(true) => sandbox.room_pause_ns = 0,
+            Ok(false) => return self.timer.set(monotonic_ns() + sandbox.next_room_pause_ns(), serial, Due::Room),
             Err(error) => return self.decide(serial, log_failed(&error)),
         }
         let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };

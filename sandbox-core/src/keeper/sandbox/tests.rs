@@ -37,6 +37,7 @@ fn sandbox(decision: Option<Decision>) -> Sandbox {
         init_cpu_us: 300,
         ending: None,
         tell_by_ns: 0,
+        room_pause_ns: 0,
         is_told: false,
         launch_asker: None,
         waiters: Vec::new(),
@@ -88,6 +89,14 @@ fn a_payload_that_ended_before_the_kill_came_ended_by_itself() {
     let decided = sandbox(Some(Decision::Killed(KillReason::StoppedByUser)));
     assert_eq!(judged(&decided, WaitStatus::Exited { code: 0 }, 20, Counters::default()).cause, Cause::Exited { code: 0 });
     assert_eq!(judged(&decided, KILLED, 20, Counters::default()).cause, Cause::Killed(KillReason::StoppedByUser));
+}
+
+#[test]
+fn a_log_that_could_not_be_written_hides_no_end_that_is_known() {
+    let decided = sandbox(Some(Decision::LogFailed(libc::EIO)));
+    assert_eq!(judged(&decided, WaitStatus::Exited { code: 3 }, 20, Counters::default()).cause, Cause::Exited { code: 3 });
+    let killed = judged(&decided, KILLED, 20, Counters::default()).cause;
+    assert!(matches!(&killed, Cause::InfraError { message } if message.contains("log")), "{killed:?}");
 }
 
 #[test]
