@@ -165,6 +165,10 @@ impl Keeper {
             self.answer(asker, failed(FailureKind::Refused, "as many descriptors as layers must come along, at least one"));
             return Ok(());
         }
+        if let Err(why) = self.check_number() {
+            self.answer(asker, failed(FailureKind::Busy, why));
+            return Ok(());
+        }
         let received_at_ns = monotonic_ns();
         let (folder, target) = match self.store.begin() {
             Ok(begun) => begun,

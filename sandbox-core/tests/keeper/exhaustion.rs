@@ -17,7 +17,7 @@ use sandbox_core::{
 };
 
 use crate::{
-    harness::{KEEPER, Node, Run, kill, output, records, shell, wait},
+    harness::{KEEPER, Node, Run, output, records, refusal_of, shell, wait},
     leaks::{Snapshot, children},
     upgrade::{until, upgrade, wait_across},
 };
@@ -111,7 +111,7 @@ fn output_waits_for_room_on_the_disk_and_none_is_lost() {
 }
 
 #[test]
-fn an_end_that_finds_no_room_in_time_is_told_as_an_error_of_the_node() {
+fn an_end_that_finds_no_room_in_time_is_told_as_it_was_with_what_is_lost() {
     let node = with_small_disk("16m");
     let mut client = node.client();
     let mut run = shell("read line; echo last words; exit 3");
@@ -121,7 +121,9 @@ fn an_end_that_finds_no_room_in_time_is_told_as_an_error_of_the_node() {
     rustix::io::write(&stdin, b"\n").unwrap();
     let begun = Instant::now();
     let ending = wait(&mut client, run.id);
-    assert!(matches!(&ending.cause, Cause::InfraError { message } if message.contains("log")), "{ending:?}");
+    assert_eq!(ending.cause, Cause::Exited { code: 3 }, "{ending:?}");
+    assert_eq!((ending.stdout_truncated, ending.stderr_truncated), (true, false));
+    assert_eq!((ending.usage.stdout_bytes, ending.limits_hit.len()), (11, 0), "{ending:?}");
     assert!((25..40).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
     std::fs::remove_file(filler).unwrap();
     assert_eq!(wait(&mut client, run.id), ending);
@@ -137,8 +139,15 @@ fn a_launch_for_whose_output_the_disk_has_no_room_is_refused_until_there_is() {
         run.supervision.output_bytes = 8 << 20;
         run
     };
-    let first = wide();
-    assert!(matches!(first.launch(&mut client), Answer::Launched(_)));
+    // What others may write, and do not, takes nothing from anybody.
+    let others: Vec<Run> = (0..4).map(|_| wide()).collect();
+    for run in &others {
+        let answer = run.launch(&mut client);
+        assert!(matches!(answer, Answer::Launched(_)), "{answer:?}");
+    }
+    // What has been written does.
+    let filler = log_of(&node, SandboxId(uuid::Uuid::nil())).with_file_name("filler");
+    std::fs::write(&filler, vec![1; 18 << 20]).unwrap();
     let why = busy(wide().launch(&mut client));
     assert!(why.contains("the disk of") && why.contains("logs"), "{why}");
     // One that keeps nothing needs nothing; one that keeps little fits.
@@ -147,9 +156,31 @@ fn a_launch_for_whose_output_the_disk_has_no_room_is_refused_until_there_is() {
     assert!(matches!(small.launch(&mut client), Answer::Launched(_)));
     assert_eq!(wait(&mut client, small.id).cause, Cause::Exited { code: 0 });
 
-    kill(&mut client, first.id);
-    wait(&mut client, first.id);
+    std::fs::remove_file(filler).unwrap();
     assert!(matches!(wide().launch(&mut client), Answer::Launched(_)));
+}
+
+#[test]
+fn a_keeper_that_cannot_have_a_single_sandbox_does_not_start() {
+    let logs = tempfile::tempdir().unwrap();
+    let refused = std::thread::spawn({
+        let logs = logs.path().to_owned();
+        move || {
+            rustix::thread::remove_capability_from_bounding_set(rustix::thread::CapabilitySet::SYS_RESOURCE).unwrap();
+            let mut keeper = Command::new("prlimit");
+            keeper.args(["--nofile=250:250", KEEPER]);
+            refusal_of(keeper, &logs, &[])
+        }
+    });
+    let said = refused.join().unwrap();
+    assert!(said.contains("limit of descriptors"), "{said}");
+
+    let group = PidsGroup::new();
+    group.limit("1");
+    let mut keeper = Command::new("sh");
+    keeper.args(["-c", "echo 0 > \"$GROUP/cgroup.procs\" && exec \"$0\" \"$@\"", KEEPER]).env("GROUP", &group.0);
+    let said = refusal_of(keeper, logs.path(), &[]);
+    assert!(said.contains("of a first sandbox"), "{said}");
 }
 
 #[test]

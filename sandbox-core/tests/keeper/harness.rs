@@ -171,8 +171,12 @@ pub(crate) fn refusal(arguments: &[&str]) -> String {
 
 /// The same, with its folder of logs.
 pub(crate) fn refusal_with_logs(logs: &Path, arguments: &[&str]) -> String {
+    refusal_of(Command::new(KEEPER), logs, arguments)
+}
+
+/// The same, of one that is started by a command line that ends with the keeper's program.
+pub(crate) fn refusal_of(mut keeper: Command, logs: &Path, arguments: &[&str]) -> String {
     let folder = tempfile::tempdir().unwrap();
-    let mut keeper = Command::new(KEEPER);
     keeper.args(["--group", "0", "--socket"]).arg(folder.path().join("keeper.sock"));
     keeper.arg("--images").arg(folder.path().join("images")).arg("--logs").arg(logs);
     keeper.arg("--disks").arg(folder.path().join("disks")).args(arguments);
