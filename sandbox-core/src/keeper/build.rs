@@ -141,41 +141,40 @@ impl Keeper {
         };
         reached("keeper.launch.slot_taken");
         let serial = self.serial();
-        let disk = match self.begin_disk(&slot, blueprint) {
-            Ok(disk) => disk,
+        let init = match self.clone_and_set_up(&slot, blueprint) {
+            Ok(init) => init,
             Err(error) => {
                 self.slots.put_back(slot)?;
-                return Err(BuildError::Host(at("starting to make the writable layer")(error)));
+                return Err(BuildError::Host(error));
             }
         };
+        reached("keeper.launch.cloned");
+        let mut disk = None;
+        // Without these watches it could not be followed.
+        let begun = self
+            .watch(init.child.pidfd.as_fd(), Source::Init, serial)
+            .and_then(|()| self.watch(init.control.as_fd(), Source::Control, serial))
+            .and_then(|()| {
+                disk = self.begin_disk(&slot, blueprint).map_err(at("starting to make the writable layer"))?;
+                disk.as_ref().and_then(Disk::socket).map_or(Ok(()), |worker| self.watch(worker, Source::Disk, serial))
+            });
+        if let Err(error) = begun {
+            pidfd_send_signal(&init.child.pidfd, rustix::process::Signal::KILL).map_err(io::Error::from)?;
+            sys::reap(init.child.pid, true)?;
+            disk.as_ref().map_or(Ok(()), Disk::stop)?;
+            if disk.is_some() && self.disks.leaves_names() {
+                // What the maker leaves bears the name of the id range, which so goes to nobody; the next keeper sweeps it.
+                let mut slot = slot;
+                slot.group.remove()?;
+            } else {
+                self.slots.put_back(slot)?;
+            }
+            return Err(BuildError::Host(error));
+        }
         if disk.is_some() {
             reached("keeper.launch.disk_begun");
         }
-        match self.clone_and_set_up(&slot, blueprint) {
-            Ok(init) => {
-                reached("keeper.launch.cloned");
-                // Without this watch it could not be followed; both descriptors were made a moment ago, so only want of memory can fail here.
-                let watched = self
-                    .watch(init.child.pidfd.as_fd(), Source::Init, serial)
-                    .and_then(|()| self.watch(init.control.as_fd(), Source::Control, serial))
-                    .and_then(|()| disk.as_ref().and_then(Disk::socket).map_or(Ok(()), |worker| self.watch(worker, Source::Disk, serial)));
-                match watched {
-                    Ok(()) => Ok((serial, Body { slot, init, oom_notice: None, payload: None, disk })),
-                    Err(error) => {
-                        disk.map_or(Ok(()), |disk| disk.stop())?;
-                        pidfd_send_signal(&init.child.pidfd, rustix::process::Signal::KILL).map_err(io::Error::from)?;
-                        sys::reap(init.child.pid, true)?;
-                        self.slots.put_back(slot)?;
-                        Err(BuildError::Host(error))
-                    }
-                }
-            }
-            Err(error) => {
-                disk.map_or(Ok(()), |disk| disk.stop())?;
-                self.slots.put_back(slot)?;
-                Err(BuildError::Host(error))
-            }
-        }
+        Ok((serial, Body { slot, init, oom_notice: None, payload: None, disk }))
     }
 
     /// Starts to make the writable layer, if it is to be on disk. Init starts meanwhile.
