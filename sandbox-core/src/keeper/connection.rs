@@ -2,6 +2,7 @@
 
 use std::{collections::VecDeque, io, os::fd::OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -43,6 +44,14 @@ impl Connection {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// Whether the other side is gone. What it sent before can still be read.
+    pub(super) fn is_left(&self) -> bool {
+        let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+        // A hang-up and an error are told unasked (poll(2)).
+        let mut looked_at = [PollFd::new(&self.socket, PollFlags::empty())];
+        poll(&mut looked_at, Some(&now)).is_ok_and(|count| count > 0)
     }
 
     /// Sends an answer, or keeps it until the other side reads. Returns whether some now wait.

@@ -56,11 +56,15 @@ impl Keeper {
     }
 
     /// Looks again at who knocks, after it was given up for a while for want of descriptors.
-    pub(super) fn accept_again(&self) -> io::Result<()> {
+    pub(super) fn accept_again(&mut self) -> io::Result<()> {
         match self.watch(self.listener.as_fd(), Source::Listener, 0) {
             // A new program has looked since.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-            done => done,
+            Err(error) => {
+                warn(format_args!("nobody is let in for a while: {error}"));
+                self.timer.set(monotonic_ns() + ACCEPT_AGAIN_AFTER_NS, 0, Due::Accept)
+            }
+            Ok(()) => Ok(()),
         }
     }
 
@@ -74,6 +78,10 @@ impl Keeper {
             match connection.receive() {
                 Ok(Some(datagram)) => {
                     let Call { tag, request } = datagram.message;
+                    // Nobody waits for it any more: whoever comes after the one that asked gives it out again.
+                    if matches!(request, Request::Launch(_) | Request::Unpack { .. }) && connection.is_left() {
+                        continue;
+                    }
                     self.on_request(Asker { connection: serial, tag }, request, datagram.descriptors)?;
                 }
                 Ok(None) => return Ok(()),

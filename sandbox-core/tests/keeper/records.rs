@@ -10,7 +10,7 @@ use std::{
 use sandbox_core::{
     client::Client,
     log::{self, Kind},
-    protocol::{Answer, Cause, Ending, FailureKind, Request, SandboxId},
+    protocol::{Answer, Cause, Ending, FailureKind, KillReason, Request, SandboxId},
 };
 
 use crate::harness::{Node, kill, output, records, shell, wait, wait_for_line};
@@ -263,4 +263,27 @@ fn a_keeper_killed_at_any_step_of_a_launch_or_an_end_loses_no_ending_and_leaves_
         forget(&mut client, run.id);
         assert!(!log.exists(), "{step}");
     }
+}
+
+#[test]
+fn a_launch_whose_client_is_gone_before_it_is_read_does_not_begin() {
+    let node = Node::start();
+    let mut client = node.client();
+    let running = shell("sleep 100");
+    assert!(matches!(running.launch(&mut client), Answer::Launched(_)));
+    let signal = |signal| nix::sys::signal::kill(nix::unistd::Pid::from_raw(node.pid().cast_signed()), signal).unwrap();
+    signal(nix::sys::signal::Signal::SIGSTOP);
+    let unread = shell("true");
+    assert!(unread.try_launch(&mut client));
+    client.send(&Request::Kill { id: running.id, reason: KillReason::StoppedByUser }, &[]).unwrap();
+    drop(client);
+    signal(nix::sys::signal::Signal::SIGCONT);
+
+    // What was asked behind it is done.
+    let mut client = node.client();
+    assert_eq!(wait(&mut client, running.id).cause, Cause::Killed(KillReason::StoppedByUser));
+    assert_eq!(records(&mut client).len(), 1);
+    assert!(!node.log_path(unread.id).exists());
+    assert!(matches!(unread.launch(&mut client), Answer::Launched(_)));
+    assert_eq!(wait(&mut client, unread.id).cause, Cause::Exited { code: 0 });
 }
