@@ -334,7 +334,9 @@ impl Connection {
                 // It is the message that is wrong, not the connection.
                 return Err(Failure { kind: FailureKind::Refused, message: error.to_string() }.into());
             }
-            tracing::warn!(%error, "a message to the keeper could not be sent");
+            tracing::debug!(%error, "a message to the keeper could not be sent");
+            // Who asks again at once would do so, as fast as a processor can, until the other end of this connection is read.
+            tokio::time::sleep(RETRY_MIN).await;
             return Err(CallError::Lost);
         }
         Ok(receiver)
