@@ -2,7 +2,6 @@
 //! come back by itself.
 
 use std::{
-    collections::BTreeSet,
     fmt,
     sync::Arc,
     time::{Duration, Instant},
@@ -15,7 +14,7 @@ use mayfly_tests::{
     host, image,
     keeper::Keeper,
     service::{self, Place},
-    snapshot::{Snapshot, Stock},
+    snapshot::{Keepers, Snapshot, Stock},
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -56,7 +55,7 @@ pub(crate) struct Node {
     keeper: Option<Keeper>,
     pub(crate) database: Database,
     /// Of every keeper that this node has had.
-    numbers: BTreeSet<String>,
+    keepers: Keepers,
     places: watch::Sender<Place>,
     archive: Arc<Vec<u8>>,
     /// An image with the same layers and another configuration.
@@ -98,7 +97,7 @@ impl Node {
         let database = Database::of(&service.place().data_dir)?;
         let places = watch::channel(service.place().clone()).0;
         let (archive, other_archive) = (Arc::new(std::fs::read(archive)?), Arc::new(std::fs::read(other)?));
-        let mut node = Self { service, keeper, database, numbers: BTreeSet::new(), places, archive, other_archive, ready: 0 };
+        let mut node = Self { service, keeper, database, keepers: Keepers::default(), places, archive, other_archive, ready: 0 };
         node.meet_keeper();
         node.ready = node.count_ready()?;
         Ok(node)
@@ -141,7 +140,9 @@ impl Node {
     /// Notes the keeper's number: its cgroups and ids bear it, also when the next one has another.
     fn meet_keeper(&mut self) {
         let keeper = self.service.place().try_keeper_pid();
-        self.numbers.extend(keeper.and_then(host::try_keeper_number));
+        if let Some(number) = keeper.and_then(host::try_keeper_number) {
+            self.keepers.meet(number);
+        }
     }
 
     /// Has the victim kill itself at a step, once it has been reached so many times. At rest.
@@ -339,6 +340,6 @@ impl Node {
     }
 
     fn snapshot(&self) -> Result<Snapshot> {
-        Snapshot::take(self.service.place(), &self.database, &self.numbers)
+        Snapshot::take(self.service.place(), &self.database, &self.keepers)
     }
 }

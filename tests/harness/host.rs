@@ -1,6 +1,7 @@
 //! A look at the host from outside: processes, mounts and cgroups, to prove what is there and that nothing stays behind.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -78,6 +79,13 @@ pub fn is_keeper_alive(number: &str) -> bool {
     let held = fs::read_to_string("/proc/locks").unwrap_or_default();
     let inode = format!(":{} ", lock.ino());
     held.lines().any(|line| line.contains("FLOCK") && line.contains(&inode))
+}
+
+/// The inodes of a keeper's own folders, in every hierarchy.
+pub(crate) fn groups_of_keeper(number: &str) -> BTreeSet<u64> {
+    let own = Path::new("mayfly").join(format!("k{number}"));
+    let groups = cgroups().into_iter().filter(|path| path.ends_with(&own));
+    groups.filter_map(|path| Some(fs::metadata(path).ok()?.ino())).collect()
 }
 
 /// Every folder of ours below every mounted hierarchy.

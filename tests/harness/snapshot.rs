@@ -59,18 +59,35 @@ impl Stock {
     }
 }
 
+/// The keepers that a service had, by their numbers and what their cgroups were: another's keeper may have a number next, and die in its own test.
+#[derive(Debug, Default)]
+pub struct Keepers(BTreeMap<String, BTreeSet<u64>>);
+
+impl Keepers {
+    /// Notes a keeper that runs.
+    pub fn meet(&mut self, number: String) {
+        let groups = host::groups_of_keeper(&number);
+        self.0.entry(number).or_default().extend(groups);
+    }
+
+    /// Whether the keeper of this number is dead, and was one of these.
+    fn is_left(&self, number: &str) -> bool {
+        self.0.get(number).is_some_and(|met| !met.is_disjoint(&host::groups_of_keeper(number))) && !host::is_keeper_alive(number)
+    }
+}
+
 impl Snapshot {
-    /// Of a service, of its keeper and of the keepers that it had before, which had these numbers.
+    /// Of a service, of its keeper and of the keepers that it had before.
     ///
     /// # Errors
     /// One of them is gone, or its Postgres does not answer.
-    pub fn take(place: &Place, database: &Database, numbers: &BTreeSet<String>) -> Result<Self> {
+    pub fn take(place: &Place, database: &Database, former: &Keepers) -> Result<Self> {
         let keeper = place.try_keeper_pid().context("no keeper runs")?;
         let number = host::try_keeper_number(keeper).context("the keeper is gone")?;
         let mut snapshot = Self::default();
-        snapshot.add_cgroups(&number, numbers);
+        snapshot.add_cgroups(&number, former);
         snapshot.add_mounts(keeper, &place.data_dir, &number)?;
-        snapshot.add_processes(keeper, &number, numbers);
+        snapshot.add_processes(keeper, &number, former);
         snapshot.add_descriptors("keeper", keeper, &place.data_dir)?;
         snapshot.add_descriptors("service", place.pid, &place.data_dir)?;
         for _client in 0..database.clients()? {
@@ -111,14 +128,14 @@ impl Snapshot {
         self.0.entry(kind.into()).or_default().push(what.into());
     }
 
-    fn add_cgroups(&mut self, number: &str, numbers: &BTreeSet<String>) {
+    fn add_cgroups(&mut self, number: &str, former: &Keepers) {
         for path in host::cgroups() {
             let text = path.display().to_string();
             let Some((hierarchy, below)) = text.split_once("/mayfly/k") else { continue };
             let (owner, below) = below.split_once('/').unwrap_or((below, ""));
             if owner == number {
                 self.add(format!("cgroup in {hierarchy}"), below);
-            } else if numbers.contains(owner) && !host::is_keeper_alive(owner) {
+            } else if former.is_left(owner) {
                 self.add("cgroup of a dead keeper", text);
             }
         }
@@ -136,7 +153,7 @@ impl Snapshot {
         Ok(())
     }
 
-    fn add_processes(&mut self, keeper: u32, number: &str, numbers: &BTreeSet<String>) {
+    fn add_processes(&mut self, keeper: u32, number: &str, former: &Keepers) {
         let mut namespaces = BTreeSet::new();
         for pid in host::descendants(keeper) {
             let name = host::status_field(pid, "Name").unwrap_or_default();
@@ -159,7 +176,7 @@ impl Snapshot {
             let ids = host::status_field(pid, "Uid").unwrap_or_default();
             let owner = ids.split_whitespace().find_map(|id| keeper_of_id(id.parse().ok()?));
             let Some(owner) = owner.map(|owner| owner.to_string()) else { continue };
-            if owner == number || (numbers.contains(&owner) && !host::is_keeper_alive(&owner)) {
+            if owner == number || former.is_left(&owner) {
                 self.add("process with ids of sandboxes", format!("{pid} {} {ids}", host::command_line(pid)));
             }
         }
