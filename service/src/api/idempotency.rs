@@ -188,7 +188,10 @@ impl Keying {
             return self.work(attempt, made, (parts, Hashed::new(body)), next).await;
         }
         if state == KeyState::Reused {
-            return Err(ApiError::KeyReused);
+            // What is still on its way is not read: nothing may follow it on this connection (RFC 9112, section 9.3).
+            let mut refused = ApiError::KeyReused.into_response();
+            refused.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            return Ok(refused);
         }
         let fingerprint = Fingerprint { target, body: Some(fingerprint::of_stream(body).await?) };
         let deadline = Instant::now() + self.route.deadline();
