@@ -50,8 +50,9 @@ pub(crate) struct Made {
     pub(crate) device: Option<Device>,
 }
 
-/// No layer takes the last twentieth of its disk.
+/// Nobody is given the last twentieth of a disk, or of a large one these bytes: logs, images and perhaps the database go on in them.
 const KEPT_PART: u64 = 20;
+const KEPT_BYTES_MAX: u64 = 2 << 30;
 
 /// What everything on such a layer is counted in. Promises are rounded down to it.
 pub(crate) const BLOCK_BYTES: u64 = 4096;
@@ -144,7 +145,8 @@ impl Space {
 
     /// What nobody is given.
     pub(crate) const fn kept_bytes(self) -> u64 {
-        self.total_bytes / KEPT_PART
+        let part = self.total_bytes / KEPT_PART;
+        if part < KEPT_BYTES_MAX { part } else { KEPT_BYTES_MAX }
     }
 
     /// Whether it keeps its share when `taken` bytes go.
@@ -176,5 +178,8 @@ mod tests {
         assert!(!half_full.leaves_enough(901), "the last twentieth is the node's");
         assert!(!half_full.leaves_enough(1001));
         assert!(!Space { free_bytes: 99, total_bytes: 2000 }.leaves_enough(0), "it is gone already");
+        let large = Space { free_bytes: 3 << 30, total_bytes: 1 << 40 };
+        assert!(large.leaves_enough(1 << 30), "a twentieth of a large disk is more than it needs");
+        assert!(!large.leaves_enough((1 << 30) + 1));
     }
 }

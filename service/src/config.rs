@@ -151,7 +151,7 @@ pub struct Options {
     /// Memory that is kept free, in percent of this machine's: with less, no sandbox is started [default: 5]
     #[arg(long, env = "MAYFLY_MEMORY_RESERVE_PERCENT", value_name = "PERCENT")]
     pub memory_reserve_percent: Option<u64>,
-    /// The same of the disk that the data folder is on [default: 5]
+    /// The same of the disk that the data folder is on [default: 5, but at most 2 GiB]
     #[arg(long, env = "MAYFLY_DISK_RESERVE_PERCENT", value_name = "PERCENT")]
     pub disk_reserve_percent: Option<u64>,
     /// How long this node counts as alive without being heard of by the others, in seconds; then what it runs is settled by them [default: 15]
@@ -230,7 +230,7 @@ pub struct Settings {
     pub overcommit_memory_percent: u64,
     pub overcommit_cpu_percent: u64,
     pub memory_reserve_percent: u64,
-    pub disk_reserve_percent: u64,
+    pub disk_reserve_percent: Option<u64>,
     pub node_lease: Duration,
     pub stop_grace: Duration,
     pub tenants: Tenants,
@@ -289,7 +289,8 @@ impl Options {
             .unwrap_or(80),
             overcommit_cpu_percent: positive("overcommit-cpu-percent", self.overcommit_cpu_percent.or(file.overcommit_cpu_percent))?
                 .unwrap_or(800),
-            memory_reserve_percent: percent("memory-reserve-percent", self.memory_reserve_percent.or(file.memory_reserve_percent))?,
+            memory_reserve_percent: percent("memory-reserve-percent", self.memory_reserve_percent.or(file.memory_reserve_percent))?
+                .unwrap_or(5),
             disk_reserve_percent: percent("disk-reserve-percent", self.disk_reserve_percent.or(file.disk_reserve_percent))?,
             node_lease: seconds(within("node-lease-s", self.node_lease_s.or(file.node_lease_s).unwrap_or(15), 2, 3600)?),
             stop_grace: seconds(within("stop-grace-s", self.stop_grace_s.or(file.stop_grace_s).unwrap_or(10), 0, 3600)?),
@@ -352,9 +353,8 @@ fn seconds(count: u32) -> Duration {
 }
 
 /// A share that is kept free.
-fn percent(name: &str, number: Option<u64>) -> anyhow::Result<u64> {
-    let number = number.unwrap_or(5);
-    ensure!(number <= 100, "{name}: {number} is out of range: 0 to 100");
+fn percent(name: &str, number: Option<u64>) -> anyhow::Result<Option<u64>> {
+    ensure!(number.is_none_or(|number| number <= 100), "{name}: {} is out of range: 0 to 100", number.unwrap_or_default());
     Ok(number)
 }
 

@@ -14,11 +14,16 @@ use super::Engine;
 /// How long nothing is taken after the keeper found the machine short of something.
 const BREATHER: Duration = Duration::from_secs(1);
 
+/// The share of a disk, in percent, that is kept without an operator's word, and how many bytes of a large one.
+const DISK_PERCENT: u64 = 5;
+const DISK_BYTES_MAX: u64 = 2 << 30;
+
 /// The share of the machine, in percent, that no new sandbox is started into.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reserves {
     pub memory_percent: u64,
-    pub disk_percent: u64,
+    /// [`None`]: five, but at most 2 GiB.
+    pub disk_percent: Option<u64>,
 }
 
 /// What this machine is short of.
@@ -55,8 +60,10 @@ impl Pressure {
     fn shortage(&self) -> io::Result<Option<String>> {
         let Reserves { memory_percent, disk_percent } = self.reserves;
         let disk = rustix::fs::statvfs(&self.folder)?;
-        if is_below(disk.f_bavail, disk.f_blocks, disk_percent) {
-            return Ok(Some(format!("this node has less than {disk_percent} % of its disk left")));
+        let free_bytes = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let kept_bytes = disk_kept_bytes(disk.f_blocks.saturating_mul(disk.f_frsize), disk_percent);
+        if free_bytes < kept_bytes {
+            return Ok(Some(format!("this node has {free_bytes} bytes of its disk left, and keeps {kept_bytes}")));
         }
         let meminfo = fs::read_to_string("/proc/meminfo")?;
         let kib = |name: &str| meminfo.lines().find_map(|line| line.strip_prefix(name)?.trim().trim_end_matches(" kB").parse::<u64>().ok());
@@ -96,6 +103,12 @@ impl Engine {
     }
 }
 
+/// What is kept of a disk.
+fn disk_kept_bytes(total_bytes: u64, percent: Option<u64>) -> u64 {
+    let share = |percent| total_bytes / 100 * percent;
+    percent.map_or_else(|| share(DISK_PERCENT).min(DISK_BYTES_MAX), share)
+}
+
 /// Whether less than `percent` of `total` is left.
 fn is_below(left: u64, total: u64, percent: u64) -> bool {
     u128::from(left) * 100 < u128::from(total) * u128::from(percent)
@@ -110,7 +123,7 @@ mod tests {
     use super::*;
 
     fn pressure(memory_percent: u64, disk_percent: u64) -> Pressure {
-        Pressure::new(Reserves { memory_percent, disk_percent }, std::env::temp_dir())
+        Pressure::new(Reserves { memory_percent, disk_percent: Some(disk_percent) }, std::env::temp_dir())
     }
 
     #[test]
@@ -118,6 +131,13 @@ mod tests {
         assert!(!is_below(5, 100, 5) && is_below(4, 100, 5));
         assert!(!is_below(0, 100, 0));
         assert!(!is_below(u64::MAX, u64::MAX, 100));
+    }
+
+    #[test]
+    fn a_large_disk_keeps_no_more_than_it_needs_unless_told_to() {
+        assert_eq!(disk_kept_bytes(10 << 30, None), (10 << 30) / 100 * 5);
+        assert_eq!(disk_kept_bytes(1 << 40, None), DISK_BYTES_MAX);
+        assert_eq!(disk_kept_bytes(1000, Some(50)), 500);
     }
 
     #[test]
