@@ -47,7 +47,10 @@ if ! fetch_kernel; then
 fi
 
 say 'building'
-built=$(cargo build --workspace --test keeper --test selinux --example weak_keeper --locked --message-format json | sed -nE 's/.*"executable":"([^"]+)".*/\1/p')
+# With the features of the other tests: without them half the libraries would be built once more.
+built=$(cargo build --workspace --lib --bins --examples --test keeper --test selinux --locked --features fail-points --message-format json |
+    grep -E '"package_id":"[^"]*/sandbox-core#' | sed -nE 's/.*"executable":"([^"]+)".*/\1/p' |
+    grep -E '/(keeper-[^/]*|selinux-[^/]*|weak_keeper|sandbox-(keeper|init|unpack))$')
 suite_of() { grep "/$1-[^/]*\$" <<<"$built" || fail "cargo built no test program $1"; }
 keeper=$(suite_of keeper)
 selinux=$(suite_of selinux)
