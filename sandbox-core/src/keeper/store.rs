@@ -31,6 +31,10 @@ const EMPTY: &str = "empty";
 const NEW: &str = "new-";
 const TRASH: &str = "trash-";
 
+/// How often a tree is tried to be deleted, and the time between.
+const REMOVE_ATTEMPTS: u32 = 100;
+const REMOVE_AGAIN_AFTER: std::time::Duration = std::time::Duration::from_millis(20);
+
 impl Store {
     /// Opens the store at `folder`, after removing what an interrupted unpacking or removal left.
     pub(super) fn open(folder: &Path) -> io::Result<Self> {
@@ -134,12 +138,25 @@ pub(super) fn remove_in_background(path: &Path) -> io::Result<()> {
         sys::Cloned::Child => {
             super::claim::expose_to_oom();
             // A copy of a descriptor that the keeper closes would keep it alive, and watched.
-            let is_removed = sys::close_from(3).is_ok() && fs::remove_dir_all(path).is_ok();
+            let is_removed = sys::close_from(3).is_ok() && remove(path);
             std::process::exit(if is_removed { 0 } else { 1 });
         }
         // Reaped by the keeper's loop at its SIGCHLD. What is not deleted is found at the next start.
         sys::Cloned::Parent(_) => Ok(()),
     }
+}
+
+/// Deletes a tree that others may still be at: an unpacker of a keeper that was just killed dies a moment after it, and what that one had begun to
+/// delete goes on being deleted.
+fn remove(path: &Path) -> bool {
+    for _ in 0..REMOVE_ATTEMPTS {
+        match fs::remove_dir_all(path) {
+            Ok(()) => return true,
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !path.exists() => return true,
+            Err(_) => std::thread::sleep(REMOVE_AGAIN_AFTER),
+        }
+    }
+    false
 }
 
 /// A folder with exactly these permissions, whatever the umask is: payloads see them.
