@@ -94,7 +94,8 @@ async fn what_ended_while_the_service_was_dead_is_told() {
 
     assert_exit(&run, 8);
     assert_eq!(stdout(&run), "unheard\n");
-    assert_within(&run, "wall_ms", 500..=900);
+    // Counted from when init, which on a busy machine waits for a processor, has seen that the program runs.
+    assert_within(&run, "wall_ms", 450..=900);
 }
 
 #[tokio::test]
