@@ -168,3 +168,37 @@ fn make_folder(path: &Path) -> io::Result<()> {
 fn open(path: &Path) -> io::Result<OwnedFd> {
     Ok(openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn a_folder_that_somebody_still_writes_to_is_deleted_when_that_is_over() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join("trash");
+        fs::create_dir(&folder).unwrap();
+        let busy = folder.clone();
+        let (begun, is_begun) = std::sync::mpsc::channel();
+        let writer = std::thread::spawn(move || {
+            let until = Instant::now() + Duration::from_millis(200);
+            for n in 0_u64.. {
+                // The folder is gone, or it is time to stop.
+                if fs::write(busy.join(n.to_string()), "").is_err() || Instant::now() > until {
+                    return;
+                }
+                if n == 100 {
+                    begun.send(()).unwrap();
+                }
+            }
+        });
+        is_begun.recv().unwrap();
+
+        assert!(remove(&folder));
+
+        writer.join().unwrap();
+        assert!(!folder.exists());
+    }
+}
