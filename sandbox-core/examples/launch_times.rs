@@ -48,6 +48,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             supervision,
             stdin: Stdin::Null,
             has_files: false,
+            terminal: None,
+            layer: sandbox_core::protocol::Layering::Fresh,
+            keeps_layer: false,
+            volumes: Vec::new(),
         };
         let tag = client.send(&Request::Launch(Box::new(launch)), &[])?;
         let answer = client.call(&Request::Wait { id }, &[])?;

@@ -1,6 +1,11 @@
 //! A caller's side of the keeper's protocol that blocks: for tools and tests. A service with a reactor of its own uses [`crate::transport`].
 
-use std::{collections::HashMap, io, os::fd::BorrowedFd, path::Path};
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::{BorrowedFd, OwnedFd},
+    path::Path,
+};
 
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -15,7 +20,7 @@ pub struct Client {
     socket: Socket,
     next_tag: u64,
     /// Answers that came before somebody asked for them.
-    early: HashMap<u64, Answer>,
+    early: HashMap<u64, (Answer, Option<OwnedFd>)>,
 }
 
 /// A request that is under way.
@@ -51,13 +56,24 @@ impl Client {
 
     /// Waits for the answer to a request that was sent.
     pub fn receive(&mut self, tag: Tag) -> io::Result<Answer> {
+        self.receive_with(tag).map(|(answer, _)| answer)
+    }
+
+    /// [`Client::call`] for the answers that come with a descriptor.
+    pub fn call_with(&mut self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> io::Result<(Answer, Option<OwnedFd>)> {
+        let tag = self.send(request, descriptors)?;
+        self.receive_with(tag)
+    }
+
+    fn receive_with(&mut self, tag: Tag) -> io::Result<(Answer, Option<OwnedFd>)> {
         loop {
             if let Some(answer) = self.early.remove(&tag.0) {
                 return Ok(answer);
             }
             match self.socket.recv::<Reply>() {
                 Ok(Some(datagram)) => {
-                    self.early.insert(datagram.message.tag, datagram.message.answer);
+                    let Reply { tag, answer } = datagram.message;
+                    self.early.insert(tag, (answer, datagram.descriptors.into_iter().next()));
                 }
                 Ok(None) => return Err(io::ErrorKind::ConnectionReset.into()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.ready(PollFlags::IN)?,

@@ -18,7 +18,7 @@ use crate::fence::Fences;
 pub mod init;
 
 /// Version of this protocol. Both sides refuse another one.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The largest message either side may send, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 384 * 1024;
@@ -121,6 +121,45 @@ pub enum Request {
     /// Drop the record of an ended sandbox and delete its log file. The service says this once it has both in safety.
     /// Answered by [`Answer::Done`], also if there is no record; `Busy` if it has not ended.
     Forget { id: SandboxId },
+    /// Send a signal (signal(7)) to the first process of a payload or an exec, and to nothing else. Answered by [`Answer::Done`], also if it is over; `Gone` if
+    /// there is no such sandbox or exec, `Busy` if it does not run yet.
+    Signal { id: SandboxId, signal: i32 },
+    /// Ask for the end of a sandbox or an exec: this signal now and, `grace_ms` later, a [`Request::Kill`], whoever is connected by then. The reason is recorded before the signal. Answered
+    /// by [`Answer::Done`] when the signal is sent.
+    Stop { id: SandboxId, signal: i32, grace_ms: u64, reason: KillReason },
+    /// Freeze every process of a sandbox (cgroup freezer); its limits in real time go on. Answered by [`Answer::Done`] when they stand still; no error if they did.
+    Pause { id: SandboxId },
+    /// Let them go on. Answered by [`Answer::Done`].
+    Resume { id: SandboxId },
+    /// Hold a sandbox to other limits from now on: all of them, or none if one is refused. Answered by [`Answer::Done`]; `Refused` if the node's policy or the
+    /// kernel does not take one, as memory that is in use already.
+    Update { id: SandboxId, limits: NewLimits },
+    /// What a sandbox uses now. Answered by [`Answer::Sample`].
+    Sample { id: SandboxId },
+    /// A new TCP socket of this family in the network namespace of a sandbox, not connected. Answered by [`Answer::Descriptor`] with it.
+    Connect { id: SandboxId, family: Family },
+    /// The writing end of the standard input of a payload or an exec that has [`Stdin::Held`] or a terminal. Answered by [`Answer::Descriptor`] with it: a pipe or a
+    /// terminal's master, not blocking. `Gone` once the input has ended.
+    Input { id: SandboxId },
+    /// Ends that input: the keeper lets go of its end. End of file is read when everybody who was given it has done so, too; at a terminal it is what
+    /// its user types (termios(3), `VEOF`). Answered by [`Answer::Done`].
+    EndInput { id: SandboxId },
+    /// The size of the terminal of a payload or an exec. Answered by [`Answer::Done`]; `Refused` if it has none.
+    Resize { id: SandboxId, size: WindowSize },
+    /// Start a further process in a running sandbox. Answered like a launch. The exec is then known by its own id: it is waited for, killed, signalled, listed and
+    /// forgotten like a sandbox, has a log and an ending of its own, and ends with its sandbox. Descriptor: its stdin if that is [`Stdin::Descriptor`].
+    Exec(Box<Exec>),
+    /// Work on the files of a sandbox, from inside its own tree and as its own root ([`crate::tree`]). Descriptor: a connected stream socket, on which the rest is said. Works on one
+    /// that has ended, too, while its layer is kept. Answered by [`Answer::Done`] once somebody listens there.
+    Tree { id: SandboxId },
+    /// Give up the writable layer that an ended sandbox kept. Answered by [`Answer::Done`], also if there is none; `Busy` while a sandbox runs on it.
+    DropLayer { id: SandboxId },
+    /// Make a volume of this size. Answered by [`Answer::Done`], also if it is there already with this size.
+    MakeVolume { volume: VolumeId, bytes: u64, inodes: u64 },
+    /// Delete a volume. Answered by [`Answer::Done`], also if there is none; `Busy` while a sandbox has it.
+    RemoveVolume { volume: VolumeId },
+    /// Which volumes there are. Answered by [`Answer::Volumes`].
+    Volumes,
     /// Drop the record of an ended sandbox but keep its log file, for a later [`Request::Forget`]. Answered like that.
     ForgetRecord { id: SandboxId },
     /// Unpack layers, bottom first, into the image store, inside a throw-away sandbox. Descriptors: one readable regular file a
@@ -154,6 +193,10 @@ pub enum Answer {
     },
     Unpacked(Unpacked),
     Images(Vec<ImageId>),
+    Sample(Box<Sample>),
+    /// With one descriptor.
+    Descriptor,
+    Volumes(Vec<VolumeId>),
     Done,
     Failed(Failure),
 }
@@ -206,8 +249,110 @@ pub struct Launch {
     pub isolation: Isolation,
     pub supervision: Supervision,
     pub stdin: Stdin,
+    /// With a terminal of this size the payload reads and writes there: it has no other stdin, and its stderr goes where its stdout does.
+    pub terminal: Option<WindowSize>,
     /// Whether a file with [`crate::files`] entries comes along.
     pub has_files: bool,
+    pub layer: Layering,
+    /// Whether the writable layer stays when it ends, until [`Request::DropLayer`] or the end of this keeper.
+    pub keeps_layer: bool,
+    pub volumes: Vec<VolumeMount>,
+}
+
+/// What the writable layer of a new sandbox holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Layering {
+    /// Nothing.
+    Fresh,
+    /// What the ended sandbox of this name left in its own, which is then this one's. `Gone` if it is not kept any more.
+    Of(SandboxId),
+}
+
+/// Names one volume, everywhere and for good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct VolumeId(pub Uuid);
+
+/// Where a volume stands in a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeMount {
+    pub volume: VolumeId,
+    /// Absolute. Made if it is not there.
+    pub path: String,
+    pub is_read_only: bool,
+}
+
+/// A process that is started in a running sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exec {
+    /// Its own.
+    pub id: SandboxId,
+    pub sandbox: SandboxId,
+    pub args: Vec<String>,
+    /// `NAME=value`, over the payload's own.
+    pub env: Vec<String>,
+    /// Absolute. `None`: where the payload was started.
+    pub cwd: Option<String>,
+    /// As in a request. `None`: whom the payload was started as.
+    pub user: Option<String>,
+    pub stdin: Stdin,
+    pub terminal: Option<WindowSize>,
+    /// Real time from its start to its end, in milliseconds.
+    pub wall_ms: Option<u64>,
+    /// The most bytes kept of stdout, and as many of stderr.
+    pub output_bytes: u64,
+    /// [`OutputPolicy::Kill`] ends the exec, not the sandbox.
+    pub output_policy: OutputPolicy,
+}
+
+/// The size of a terminal, in characters (tty_ioctl(4), `TIOCSWINSZ`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowSize {
+    pub rows: u16,
+    pub columns: u16,
+}
+
+/// A family of internet addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+/// Other limits for a running sandbox. `None`: as it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewLimits {
+    pub memory_bytes: Option<u64>,
+    /// Thousandths of a core.
+    pub cpu_millis: Option<u64>,
+    pub pids: Option<u64>,
+    /// From the payload's start, as at its launch.
+    pub wall_ms: Option<u64>,
+    pub cpu_ms: Option<u64>,
+    pub io: Option<IoLimits>,
+}
+
+/// What a sandbox uses at one time, from its cgroups and its network namespace.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sample {
+    /// Unix time, in microseconds.
+    pub at_us: u64,
+    pub cpu_us: u64,
+    pub throttled_us: u64,
+    pub memory_bytes: u64,
+    pub memory_peak_bytes: u64,
+    /// Processes and threads, without our own init.
+    pub pids: u64,
+    pub pids_peak: u64,
+    /// As in [`Usage`].
+    pub io_read_bytes: u64,
+    pub io_written_bytes: u64,
+    pub io_reads: u64,
+    pub io_writes: u64,
+    /// Over all interfaces but loopback; 0 where there is none.
+    pub network_received_bytes: u64,
+    pub network_sent_bytes: u64,
+    pub is_paused: bool,
 }
 
 /// Where the payload's standard input comes from.
@@ -217,6 +362,8 @@ pub enum Stdin {
     Null,
     /// The descriptor that comes with the request: a sealed memfd, or the reading end of a pipe.
     Descriptor,
+    /// A pipe whose writing end the keeper holds, and gives out ([`Request::Input`]): it stays open whoever comes and goes.
+    Held,
 }
 
 /// The limits that the OCI runtime spec has no place for.

@@ -19,8 +19,8 @@ use anyhow::Context as _;
 use sandbox_core::{
     fence::{Fence, Fences},
     protocol::{
-        Answer, Call, Ending, Failure, FailureKind, Hello, ImageId, KillReason, Launch, Launched, Record, Reply, Request, SandboxId,
-        UnpackLimits, Unpacked, VERSION,
+        Answer, Call, Ending, Exec, Failure, FailureKind, Family, Hello, ImageId, KillReason, Launch, Launched, NewLimits, Record, Reply,
+        Request, Sample, SandboxId, UnpackLimits, Unpacked, VERSION, VolumeId, WindowSize,
     },
     transport::Socket,
 };
@@ -78,7 +78,7 @@ struct Connection {
 
 #[derive(Debug, Default)]
 struct Pending {
-    answers: HashMap<u64, oneshot::Sender<Answer>>,
+    answers: HashMap<u64, oneshot::Sender<(Answer, Option<OwnedFd>)>>,
     /// Nobody reads answers any more.
     is_closed: bool,
 }
@@ -165,18 +165,94 @@ impl Keeper {
         descriptors: &[OwnedFd],
     ) -> Result<impl Future<Output = Result<LaunchAnswer, CallError>> + use<>, CallError> {
         let answer = self.send(Request::Launch(Box::new(launch)), descriptors).await?;
-        Ok(async move {
-            match received(answer).await? {
-                Answer::Launched(launched) => Ok(LaunchAnswer::Launched(launched)),
-                Answer::Ended(ending) => Ok(LaunchAnswer::Ended(ending)),
-                other @ (Answer::Hello(_)
-                | Answer::Records { .. }
-                | Answer::Unpacked(_)
-                | Answer::Images(_)
-                | Answer::Done
-                | Answer::Failed(_)) => Err(unexpected(other)),
-            }
-        })
+        Ok(async move { launched(received(answer).await?) })
+    }
+
+    /// Starts a further process in a running sandbox, as [`Keeper::launch`] starts a payload. `stdin` goes with [`Stdin::Descriptor`](sandbox_core::protocol::Stdin::Descriptor).
+    pub async fn exec(&self, exec: Exec, stdin: Option<OwnedFd>) -> Result<LaunchAnswer, CallError> {
+        let descriptors: Vec<OwnedFd> = stdin.into_iter().collect();
+        launched(self.call(Request::Exec(Box::new(exec)), &descriptors).await?)
+    }
+
+    /// Sends a signal to the first process of a payload or an exec.
+    pub async fn signal(&self, id: SandboxId, signal: i32) -> Result<(), CallError> {
+        self.done(Request::Signal { id, signal }).await
+    }
+
+    /// Asks for the end: with a signal, and after a while with a kill.
+    pub async fn stop(&self, id: SandboxId, signal: i32, grace: Duration, reason: KillReason) -> Result<(), CallError> {
+        let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+        self.done(Request::Stop { id, signal, grace_ms, reason }).await
+    }
+
+    /// Freezes a sandbox.
+    pub async fn pause(&self, id: SandboxId) -> Result<(), CallError> {
+        self.done(Request::Pause { id }).await
+    }
+
+    /// Lets it go on.
+    pub async fn resume(&self, id: SandboxId) -> Result<(), CallError> {
+        self.done(Request::Resume { id }).await
+    }
+
+    /// Holds a running sandbox to other limits: to all of them, or to none.
+    pub async fn update(&self, id: SandboxId, limits: NewLimits) -> Result<(), CallError> {
+        self.done(Request::Update { id, limits }).await
+    }
+
+    /// What a sandbox uses now.
+    pub async fn sample(&self, id: SandboxId) -> Result<Sample, CallError> {
+        let answer = self.call(Request::Sample { id }, &[]).await?;
+        let Answer::Sample(sample) = answer else { return Err(unexpected(answer)) };
+        Ok(*sample)
+    }
+
+    /// A TCP socket inside a sandbox's network namespace, not connected yet.
+    pub async fn socket(&self, id: SandboxId, family: Family) -> Result<OwnedFd, CallError> {
+        self.descriptor(Request::Connect { id, family }).await
+    }
+
+    /// The writing end of what a payload or an exec reads. It does not block.
+    pub async fn input(&self, id: SandboxId) -> Result<OwnedFd, CallError> {
+        self.descriptor(Request::Input { id }).await
+    }
+
+    /// Ends what a payload or an exec reads, once everybody who was given it lets go.
+    pub async fn end_input(&self, id: SandboxId) -> Result<(), CallError> {
+        self.done(Request::EndInput { id }).await
+    }
+
+    /// Tells a payload or an exec with a terminal how large that is.
+    pub async fn resize(&self, id: SandboxId, size: WindowSize) -> Result<(), CallError> {
+        self.done(Request::Resize { id, size }).await
+    }
+
+    /// Has somebody inside a sandbox's own tree listen on `socket` (`sandbox_core::tree`).
+    pub async fn tree(&self, id: SandboxId, socket: OwnedFd) -> Result<(), CallError> {
+        let answer = self.call(Request::Tree { id }, &[socket]).await?;
+        if answer == Answer::Done { Ok(()) } else { Err(unexpected(answer)) }
+    }
+
+    /// Gives up the writable layer that an ended sandbox kept.
+    pub async fn drop_layer(&self, id: SandboxId) -> Result<(), CallError> {
+        self.done(Request::DropLayer { id }).await
+    }
+
+    /// Makes a volume, if it is not there.
+    pub async fn make_volume(&self, volume: VolumeId, bytes: u64, inodes: u64) -> Result<(), CallError> {
+        self.done(Request::MakeVolume { volume, bytes, inodes }).await
+    }
+
+    /// Deletes a volume that no sandbox has.
+    pub async fn remove_volume(&self, volume: VolumeId) -> Result<(), CallError> {
+        self.done(Request::RemoveVolume { volume }).await
+    }
+
+    /// Which volumes there are.
+    pub async fn volumes(&self) -> Result<Vec<VolumeId>, CallError> {
+        let answer = self.call(Request::Volumes, &[]).await?;
+        let Answer::Volumes(volumes) = answer else { return Err(unexpected(answer)) };
+        Ok(volumes)
     }
 
     /// Asks for the end of a sandbox. Returns when the question is sent; the inner future ends with the sandbox.
@@ -255,11 +331,19 @@ impl Keeper {
         if answer == Answer::Done { Ok(()) } else { Err(unexpected(answer)) }
     }
 
+    async fn descriptor(&self, request: Request) -> Result<OwnedFd, CallError> {
+        match self.send(request, &[]).await?.await {
+            Ok((Answer::Descriptor, Some(descriptor))) => Ok(descriptor),
+            Ok((answer, _)) => Err(unexpected(answer)),
+            Err(_closed) => Err(CallError::Lost),
+        }
+    }
+
     async fn call(&self, request: Request, descriptors: &[OwnedFd]) -> Result<Answer, CallError> {
         received(self.send(request, descriptors).await?).await
     }
 
-    async fn send(&self, request: Request, descriptors: &[OwnedFd]) -> Result<oneshot::Receiver<Answer>, CallError> {
+    async fn send(&self, request: Request, descriptors: &[OwnedFd]) -> Result<oneshot::Receiver<(Answer, Option<OwnedFd>)>, CallError> {
         let connection = self.connection()?;
         self.send_by(&connection, request, descriptors).await
     }
@@ -276,7 +360,7 @@ impl Keeper {
         connection: &Connection,
         request: Request,
         descriptors: &[OwnedFd],
-    ) -> Result<oneshot::Receiver<Answer>, CallError> {
+    ) -> Result<oneshot::Receiver<(Answer, Option<OwnedFd>)>, CallError> {
         let tag = self.0.next_tag.fetch_add(1, Ordering::Relaxed);
         connection.send(&Call { tag, request }, descriptors).await
     }
@@ -319,7 +403,7 @@ impl Connection {
     }
 
     /// Sends a call whose answer will come through the receiver. The order of sending is the order of this function's return.
-    async fn send(&self, call: &Call, descriptors: &[OwnedFd]) -> Result<oneshot::Receiver<Answer>, CallError> {
+    async fn send(&self, call: &Call, descriptors: &[OwnedFd]) -> Result<oneshot::Receiver<(Answer, Option<OwnedFd>)>, CallError> {
         let (sender, receiver) = oneshot::channel();
         {
             let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
@@ -345,13 +429,13 @@ impl Connection {
     /// Hands answers to who waits for them, until the connection breaks.
     async fn read_answers(&self) -> io::Error {
         loop {
-            let reply = match recv::<Reply>(&self.socket).await {
-                Ok(reply) => reply,
+            let (reply, descriptors) = match recv::<Reply>(&self.socket).await {
+                Ok(received) => received,
                 Err(error) => return error,
             };
             let waiting = self.pending.lock().unwrap_or_else(PoisonError::into_inner).answers.remove(&reply.tag);
             // Who asked may have gone away; the answer is in the keeper's records.
-            drop(waiting.map(|sender| sender.send(reply.answer)));
+            drop(waiting.map(|sender| sender.send((reply.answer, descriptors.into_iter().next()))));
         }
     }
 
@@ -363,15 +447,23 @@ impl Connection {
     }
 }
 
+#[expect(clippy::wildcard_enum_match_arm, reason = "whatever else it is, it is no answer to a launch")]
+fn launched(answer: Answer) -> Result<LaunchAnswer, CallError> {
+    match answer {
+        Answer::Launched(launched) => Ok(LaunchAnswer::Launched(launched)),
+        Answer::Ended(ending) => Ok(LaunchAnswer::Ended(ending)),
+        other => Err(unexpected(other)),
+    }
+}
+
+#[expect(clippy::wildcard_enum_match_arm, reason = "whatever else it is, it is no hello")]
 async fn greet(socket: &Polled) -> io::Result<Hello> {
     send(socket, &Call { tag: 0, request: Request::Hello { version: VERSION } }, &[]).await?;
-    match recv::<Reply>(socket).await?.answer {
+    match recv::<Reply>(socket).await?.0.answer {
         Answer::Hello(hello) if hello.version == VERSION => Ok(hello),
         Answer::Hello(hello) => Err(io::Error::other(format!("the keeper speaks version {}, this service {VERSION}", hello.version))),
         Answer::Failed(failure) => Err(io::Error::other(failure)),
-        Answer::Launched(_) | Answer::Ended(_) | Answer::Records { .. } | Answer::Unpacked(_) | Answer::Images(_) | Answer::Done => {
-            Err(io::Error::new(io::ErrorKind::InvalidData, "the keeper answered something else than hello"))
-        }
+        other => Err(io::Error::new(io::ErrorKind::InvalidData, format!("the keeper answered something else than hello: {other:?}"))),
     }
 }
 
@@ -393,17 +485,20 @@ async fn send(polled: &Polled, call: &Call, descriptors: &[OwnedFd]) -> io::Resu
     }
 }
 
-async fn recv<T: serde::de::DeserializeOwned>(polled: &Polled) -> io::Result<T> {
+async fn recv<T: serde::de::DeserializeOwned>(polled: &Polled) -> io::Result<(T, Vec<OwnedFd>)> {
     loop {
         match polled.readiness.try_io(Interest::READABLE, || polled.socket.recv()) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => polled.readiness.readable().await?,
-            received => return Ok(received?.ok_or(io::ErrorKind::UnexpectedEof)?.message),
+            received => {
+                let datagram = received?.ok_or(io::ErrorKind::UnexpectedEof)?;
+                return Ok((datagram.message, datagram.descriptors));
+            }
         }
     }
 }
 
-async fn received(answer: oneshot::Receiver<Answer>) -> Result<Answer, CallError> {
-    answer.await.map_err(|_closed| CallError::Lost)
+async fn received(answer: oneshot::Receiver<(Answer, Option<OwnedFd>)>) -> Result<Answer, CallError> {
+    answer.await.map(|(answer, _)| answer).map_err(|_closed| CallError::Lost)
 }
 
 fn unexpected(answer: Answer) -> CallError {

@@ -1,6 +1,10 @@
 //! One connected service: who it is, and the answers that it has not taken yet.
 
-use std::{collections::VecDeque, io, os::fd::OwnedFd};
+use std::{
+    collections::VecDeque,
+    io,
+    os::fd::{AsFd, OwnedFd},
+};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
@@ -19,8 +23,8 @@ const PENDING_BYTES_MAX: usize = 16 << 20;
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) socket: Socket,
-    /// With their sizes as messages.
-    pending: VecDeque<(Reply, usize)>,
+    /// With what goes beside them, and their sizes as messages.
+    pending: VecDeque<(Reply, Option<OwnedFd>, usize)>,
     pending_bytes: usize,
 }
 
@@ -55,16 +59,16 @@ impl Connection {
     }
 
     /// Sends an answer, or keeps it until the other side reads. Returns whether some now wait.
-    pub(super) fn answer(&mut self, tag: u64, answer: Answer) -> io::Result<bool> {
+    pub(super) fn answer(&mut self, tag: u64, answer: Answer, descriptor: Option<OwnedFd>) -> io::Result<bool> {
         let reply = Reply { tag, answer };
         if self.pending.is_empty() {
-            match self.socket.send(&reply, &[]) {
+            match send(&self.socket, &reply, descriptor.as_ref()) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 done => return done.map(|()| false),
             }
         }
         let bytes = postcard::to_stdvec(&reply).map_err(io::Error::other)?.len();
-        self.pending.push_back((reply, bytes));
+        self.pending.push_back((reply, descriptor, bytes));
         self.pending_bytes += bytes;
         if self.pending.len() > PENDING_MAX || self.pending_bytes > PENDING_BYTES_MAX {
             return Err(io::Error::other("more answers wait for it than the keeper keeps"));
@@ -74,8 +78,8 @@ impl Connection {
 
     /// Sends what waits, as far as it can. Returns whether some still wait.
     pub(super) fn flush(&mut self) -> io::Result<bool> {
-        while let Some((reply, bytes)) = self.pending.front() {
-            match self.socket.send(reply, &[]) {
+        while let Some((reply, descriptor, bytes)) = self.pending.front() {
+            match send(&self.socket, reply, descriptor.as_ref()) {
                 Ok(()) => {
                     self.pending_bytes -= bytes;
                     self.pending.pop_front();
@@ -86,6 +90,11 @@ impl Connection {
         }
         Ok(false)
     }
+}
+
+fn send(socket: &Socket, reply: &Reply, descriptor: Option<&OwnedFd>) -> io::Result<()> {
+    let descriptors: Vec<_> = descriptor.map(AsFd::as_fd).into_iter().collect();
+    socket.send(reply, &descriptors)
 }
 
 /// An answer that says at which step this machine failed, and of what it is out, if that was it: then it may work later.
@@ -114,7 +123,7 @@ mod tests {
         let mut asked = 0;
         let refused = loop {
             asked += 1;
-            match connection.answer(asked, large()) {
+            match connection.answer(asked, large(), None) {
                 Ok(_) => assert!(asked < 1000, "there is no bound"),
                 Err(error) => break error,
             }

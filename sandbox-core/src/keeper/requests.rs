@@ -143,6 +143,22 @@ impl Keeper {
                 Ok(()) => Answer::Done,
                 Err(error) => failed(FailureKind::Host, format!("removing the image failed: {error}")),
             },
+            Request::Signal { .. }
+            | Request::Stop { .. }
+            | Request::Pause { .. }
+            | Request::Resume { .. }
+            | Request::Update { .. }
+            | Request::Sample { .. }
+            | Request::Connect { .. }
+            | Request::Input { .. }
+            | Request::EndInput { .. }
+            | Request::Resize { .. }
+            | Request::Exec(_)
+            | Request::Tree { .. }
+            | Request::DropLayer { .. }
+            | Request::MakeVolume { .. }
+            | Request::RemoveVolume { .. }
+            | Request::Volumes => failed(FailureKind::Refused, "this keeper does not do that"),
             Request::Shutdown => return self.stop(Some(asker)),
         };
         self.answer(asker, answer);
@@ -182,8 +198,13 @@ impl Keeper {
     }
 
     pub(super) fn answer(&mut self, asker: Asker, answer: Answer) {
+        self.answer_with(asker, answer, None);
+    }
+
+    /// [`Keeper::answer`], with a descriptor beside it.
+    pub(super) fn answer_with(&mut self, asker: Asker, answer: Answer, descriptor: Option<OwnedFd>) {
         let Some(connection) = self.connections.get_mut(&asker.connection) else { return };
-        let answered = match connection.answer(asker.tag, answer) {
+        let answered = match connection.answer(asker.tag, answer, descriptor) {
             Ok(false) => Ok(()),
             Ok(true) => self.wait_for(asker.connection, EventFlags::IN | EventFlags::OUT),
             Err(error) => Err(error),

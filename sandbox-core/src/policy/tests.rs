@@ -47,6 +47,10 @@ fn check_by(spec: &Value, weakening: Weakening) -> Result<Plan, Refused> {
         },
         stdin: Stdin::Null,
         has_files: false,
+        terminal: None,
+        layer: crate::protocol::Layering::Fresh,
+        keeps_layer: false,
+        volumes: Vec::new(),
     };
     Plan::check(&launch, weakening)
 }

@@ -380,6 +380,10 @@ impl Run {
             supervision: self.supervision,
             stdin,
             has_files,
+            terminal: None,
+            layer: sandbox_core::protocol::Layering::Fresh,
+            keeps_layer: false,
+            volumes: Vec::new(),
         }))
     }
 

@@ -4,7 +4,7 @@ use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use sandbox_core::{
     fail_point,
-    protocol::{Cause, Ending, FailureKind, KillReason, Launch, Launched, Stdin, Supervision},
+    protocol::{Cause, Ending, FailureKind, KillReason, Launch, Launched, Layering, Stdin, Supervision},
 };
 use time::OffsetDateTime;
 use tokio::time::Instant;
@@ -352,5 +352,9 @@ fn launch_of(sandbox: &Sandbox, has_stdin: bool, has_files: bool) -> Launch {
         },
         stdin: if has_stdin { Stdin::Descriptor } else { Stdin::Null },
         has_files,
+        terminal: None,
+        layer: Layering::Fresh,
+        keeps_layer: false,
+        volumes: Vec::new(),
     }
 }

@@ -128,6 +128,10 @@ async fn descriptors_arrive_with_the_launch_before_the_wait() {
         },
         stdin: sandbox_core::protocol::Stdin::Null,
         has_files: false,
+        terminal: None,
+        layer: sandbox_core::protocol::Layering::Fresh,
+        keeps_layer: false,
+        volumes: Vec::new(),
     };
     let launched = keeper.launch(launch, &[]).await.unwrap();
     let ended = keeper.wait(id).await.unwrap();
