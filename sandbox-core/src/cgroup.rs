@@ -4,7 +4,9 @@
 //! an error, never a sandbox without it.
 
 mod blkio;
+mod change;
 mod counters;
+mod freezer;
 
 use std::{
     io,
@@ -17,6 +19,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, openat, unlinkat};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use blkio::{Device, Devices};
+pub(crate) use change::Change;
 pub(crate) use counters::Counters;
 
 use crate::{
@@ -60,6 +63,9 @@ struct Places {
     io: usize,
     /// The cgroup2 tree: the only one on v2; beside the others, without controllers, on a hybrid host. It can kill.
     unified: Option<usize>,
+    /// The freezer of v1, where there is no cgroup2 tree: every group of that can freeze.
+    #[serde(default)]
+    freezer: Option<usize>,
 }
 
 /// The group of one sandbox, in every hierarchy.
@@ -83,6 +89,8 @@ pub(crate) struct Found {
     /// `memory`, `cpu`, `cpuacct`, `pids`, `io` (which v1 calls `blkio`).
     pub(crate) controllers: [(&'static str, Option<PathBuf>); 5],
     pub(crate) unified: Option<PathBuf>,
+    /// The freezer of v1, if it is needed.
+    pub(crate) freezer: Option<PathBuf>,
 }
 
 /// Looks at the machine's mounts.
@@ -93,7 +101,8 @@ pub(crate) fn discover() -> Found {
         let available = std::fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default();
         // On v2 the cpu controller counts, too.
         let has = |name: &str| available.split_whitespace().any(|found| found == name.trim_end_matches("acct"));
-        return Found { mode: CgroupMode::V2, controllers: NAMES.map(|name| (name, has(name).then(|| root.clone()))), unified: Some(root) };
+        let controllers = NAMES.map(|name| (name, has(name).then(|| root.clone())));
+        return Found { mode: CgroupMode::V2, controllers, unified: Some(root), freezer: None };
     }
     use cgroups_rs::fs::Controllers;
     let v1 = V1::new();
@@ -101,8 +110,9 @@ pub(crate) fn discover() -> Found {
     let points = [at(Controllers::Mem), at(Controllers::Cpu), at(Controllers::CpuAcct), at(Controllers::Pids), at(Controllers::BlkIo)];
     let unified = cgroup2_mount_point();
     let mode = if unified.is_some() { CgroupMode::Hybrid } else { CgroupMode::V1 };
+    let freezer = if unified.is_none() { at(Controllers::Freezer) } else { None };
     let mut names = NAMES.into_iter();
-    Found { mode, controllers: points.map(|point| (names.next().expect("five points for five names"), point)), unified }
+    Found { mode, controllers: points.map(|point| (names.next().expect("five points for five names"), point)), unified, freezer }
 }
 
 /// cgroups-rs looks for v1 mounts only on a hybrid host.
@@ -115,7 +125,10 @@ fn cgroup2_mount_point() -> Option<PathBuf> {
 impl Tree {
     /// Makes the parent group `mayfly/<name>` in each hierarchy, after sweeping what an earlier keeper of that name left there.
     pub(crate) fn open(name: &str, devices: Devices) -> io::Result<Self> {
-        let found = discover();
+        Self::open_in(&discover(), name, devices)
+    }
+
+    fn open_in(found: &Found, name: &str, devices: Devices) -> io::Result<Self> {
         let mut points: Vec<PathBuf> = Vec::new();
         let mut place = |point: &Path| match points.iter().position(|known| known == point) {
             Some(index) => index,
@@ -131,9 +144,10 @@ impl Tree {
         }
         let [memory, cpu, cpuacct, pids, io] = indexes;
         let unified = found.unified.as_deref().map(&mut place);
+        let freezer = found.freezer.as_deref().map(&mut place);
         let parents = points.iter().map(|point| make_parent(point, name, found.mode)).collect::<io::Result<_>>()?;
         let paths = points.iter().map(|point| point.join(PARENT).join(name)).collect();
-        let places = Places { memory, cpu, cpuacct, pids, io, unified };
+        let places = Places { memory, cpu, cpuacct, pids, io, unified, freezer };
         let tree = Self { mode: found.mode, devices, parents, paths, places };
         tree.sweep()?;
         Ok(tree)
@@ -351,6 +365,9 @@ impl Group {
         Ok(true)
     }
 
+    fn folder(&self, place: usize) -> BorrowedFd<'_> {
+        self.folders[place].as_fd()
+    }
     fn memory(&self) -> BorrowedFd<'_> {
         self.folders[self.places.memory].as_fd()
     }

@@ -30,6 +30,10 @@ pub const STEPS: &[&str] = &[
     "keeper.end.logged",
     "keeper.end.answered",
     "keeper.end.killed",
+    // What is done to one that runs: a stop is noted, and its signal not sent; it stands still; it has other limits.
+    "keeper.control.noted",
+    "keeper.control.frozen",
+    "keeper.control.changed",
     // What is taken apart after it.
     "keeper.remove.disk",
     "keeper.remove.group",

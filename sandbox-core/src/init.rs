@@ -127,7 +127,7 @@ fn supervise(control: &OwnedFd, payload: libc::pid_t, descriptors: &mut VecDeque
                 Some(Order::Kill) => kill_all()?,
                 // The keeper is gone. Without it nothing holds this sandbox to its limits.
                 None => std::process::exit(1),
-                Some(Order::Setup(_) | Order::Layer | Order::Start(_)) => return Err(unexpected()),
+                Some(Order::Setup(_) | Order::Layer | Order::Start(_) | Order::Signal { .. }) => return Err(unexpected()),
             }
         }
     }

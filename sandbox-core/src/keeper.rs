@@ -8,6 +8,7 @@ mod claim;
 pub mod command;
 mod commit;
 mod connection;
+mod control;
 mod disk;
 mod end;
 pub(crate) mod gvisor;

@@ -13,9 +13,9 @@ use serde_json::Value;
 use crate::{
     cgroup::Limits,
     fence::{Fence, FenceUnknown, Fences},
-    keeper::Weakening,
+    keeper::{Weakening, gvisor},
     privileges,
-    protocol::{IoLimits, Launch, Medium, Supervision, init::User},
+    protocol::{IoLimits, Launch, Medium, NewLimits, Supervision, init::User},
 };
 
 /// A launch that was checked: everything in it is within the node's policy.
@@ -245,6 +245,24 @@ fn check_io(io: IoLimits) -> Result<(), Refused> {
     let is_within = (1..=IoLimits::MAX.bytes_per_s).contains(&io.bytes_per_s) && (1..=IoLimits::MAX.ops_per_s).contains(&io.ops_per_s);
     let IoLimits { bytes_per_s, ops_per_s } = IoLimits::MAX;
     is_within.then_some(()).ok_or_else(|| Refused(format!("io must be 1 to {bytes_per_s} bytes and 1 to {ops_per_s} operations a second")))
+}
+
+/// The bounds of limits that a running sandbox is to have from now on.
+pub(crate) fn check_change(limits: &NewLimits, is_gvisor: bool) -> Result<(), Refused> {
+    let NewLimits { memory_bytes, cpu_millis, pids, wall_ms, cpu_ms, io } = *limits;
+    let memory_min = if is_gvisor { gvisor::MEMORY_BYTES_MIN } else { MEMORY_BYTES_MIN };
+    if memory_bytes.is_some_and(|bytes| bytes < memory_min) {
+        return Err(Refused(format!("memory_bytes must be at least {memory_min}")));
+    }
+    for (name, value) in [("cpu_millis", cpu_millis), ("pids", pids), ("wall_ms", wall_ms), ("cpu_ms", cpu_ms)] {
+        if value == Some(0) {
+            return Err(Refused(format!("{name} must be at least 1")));
+        }
+    }
+    if is_gvisor && pids.is_some() {
+        return Err(Refused("the pids limit under gVisor is held by its kernel, which has it from the start".to_owned()));
+    }
+    io.map_or(Ok(()), check_io)
 }
 
 fn missing(field: &str) -> Refused {

@@ -238,6 +238,20 @@ pub(crate) fn reap(pid: libc::pid_t, is_blocking: bool) -> io::Result<Option<(li
     }
 }
 
+/// pidfd_send_signal(2), also for the signals that have no name.
+pub(crate) fn send_signal(process: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+    // SAFETY: the third argument is a null pointer, which asks for what kill(2) sends; the rest is numbers.
+    let rc = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, process.as_raw_fd(), signal, std::ptr::null::<libc::siginfo_t>(), 0) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// kill(2), also for the signals that have no name. `pid` must be a child that is not reaped yet.
+pub(crate) fn send_signal_to(pid: libc::pid_t, signal: i32) -> io::Result<()> {
+    // SAFETY: takes numbers only.
+    let rc = unsafe { libc::kill(pid, signal) };
+    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Lowers a limit of the calling process (setrlimit(2)), both the soft and the hard one, and makes sure that the kernel took it.
 pub(crate) fn set_rlimit(resource: u32, value: u64) -> io::Result<()> {
     let limit = libc::rlimit { rlim_cur: value, rlim_max: value };

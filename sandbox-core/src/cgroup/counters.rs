@@ -51,6 +51,12 @@ impl Group {
         }
     }
 
+    /// The memory that it has now, in bytes, and its processes and threads.
+    pub(crate) fn now(&self) -> io::Result<(u64, u64)> {
+        let memory = if self.mode == CgroupMode::V2 { "memory.current" } else { "memory.usage_in_bytes" };
+        Ok((number(self.memory(), memory)?, number(self.pids(), "pids.current")?))
+    }
+
     fn is_at_memory_limit(&self) -> io::Result<bool> {
         match self.mode {
             CgroupMode::V2 => Ok(field(self.memory(), "memory.events", "max")? > 0),
@@ -77,7 +83,7 @@ fn number(folder: BorrowedFd<'_>, name: &str) -> io::Result<u64> {
 }
 
 /// The value behind `key` in a file of lines `key value`.
-fn field(folder: BorrowedFd<'_>, name: &str, key: &str) -> io::Result<u64> {
+pub(super) fn field(folder: BorrowedFd<'_>, name: &str, key: &str) -> io::Result<u64> {
     let text = read(folder, name)?;
     let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
     value.and_then(|value| value.trim().parse().ok()).ok_or_else(|| io::Error::other(format!("{name} has no {key}")))

@@ -58,6 +58,10 @@ pub(super) struct Order {
     pub(super) capabilities: u64,
 }
 
+/// What it asks later, once the payload runs: this signal for its first process.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) struct Signal(pub(super) i32);
+
 /// What it is told.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Said {
@@ -116,8 +120,14 @@ fn live(socket: &OwnedFd) -> Result<(), LaunchError> {
         if let Some(status) = ended {
             return say(Said::Ended(status));
         }
-        let mut ready = [PollFd::new(&children, PollFlags::IN)];
+        let mut ready = [PollFd::new(&children, PollFlags::IN), PollFd::new(socket, PollFlags::IN)];
         rustix::io::retry_on_intr(|| poll(&mut ready, Some(&COUNT_EVERY))).step("waiting for the payload")?;
+        if !ready[1].revents().is_empty() {
+            let datagram = transport::recv::<Signal>(socket.as_fd()).step("reading the orders")?;
+            let Signal(signal) = datagram.ok_or_else(unexpected).step("reading the orders")?.message;
+            // Not reaped yet, so the number is its own.
+            sys::send_signal_to(payload.pid, signal).step("sending a signal")?;
+        }
         while children.read_signal().step("waiting for the payload")?.is_some() {}
     }
 }

@@ -84,6 +84,11 @@ pub(super) fn live(
             }
             // Noted before the kill, after which nothing of it runs any more.
             Event::Order(Order::Kill) => break (WaitStatus::Signaled { signal: libc::SIGKILL }, monotonic_ns()),
+            // One that comes before the payload runs has nobody to go to.
+            Event::Order(Order::Signal { signal }) if processes.is_some() => {
+                guest.socket.send(&guest::Signal(signal), &[]).step("passing a signal on")?;
+            }
+            Event::Order(Order::Signal { .. }) => {}
             Event::Said(Said::Started) if pids.is_some() && processes.is_none() => {
                 processes = Some(Processes::default());
                 // The payload's own share cannot be told from that of its kernel, so none is taken off.

@@ -44,6 +44,7 @@ impl Keeper {
         let evidence = Evidence { ended, counters, now_ns: monotonic_ns(), now_us: unix_us(), failure };
         let mut ending = sandbox.judge(evidence);
         log::bound_ending(&mut ending);
+        sandbox.input = None;
         sandbox.ending = Some(ending);
         sandbox.tell_by_ns = monotonic_ns() + TELL_WITHIN_NS;
         self.tell_end(serial);
@@ -91,6 +92,8 @@ impl Keeper {
 
     pub(super) fn on_init_death(&mut self, serial: u64) -> io::Result<()> {
         self.on_report(serial)?;
+        // On v1 what is frozen does not die with its init.
+        self.thaw(serial)?;
         let Some(body) = self.body(serial) else { return Ok(()) };
         body.init.is_dead = true;
         self.unwatch(serial, |init| init.child.pidfd.as_fd())?;

@@ -17,7 +17,7 @@ use crate::{
 const FOLDERS: [&str; 4] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"];
 
 /// The least memory that gVisor's kernel, its file server and a small payload live in.
-const MEMORY_BYTES_MIN: u64 = 64 << 20;
+pub(crate) const MEMORY_BYTES_MIN: u64 = 64 << 20;
 
 /// Threads that gVisor's kernel has besides one for each process and thread of the guest.
 const OWN_THREADS: u64 = 64;

@@ -14,6 +14,7 @@ use super::{
     Due, Keeper, START_WITHIN_NS, Source,
     build::{Blueprint, BuildError},
     connection::{Asker, failed, failed_at},
+    control::{Paused, input_pipe},
     gvisor, monotonic_ns,
     output::{Output, Sink},
     parked::Class,
@@ -50,6 +51,8 @@ struct Preparation {
     fences: Fences,
     start: init::Start,
     stdin: Option<OwnedFd>,
+    /// The writing end of that, if it is ours.
+    input: Option<OwnedFd>,
     /// The files, if the start says so, and what the payload inherits.
     descriptors: Vec<OwnedFd>,
     asker: Asker,
@@ -77,6 +80,9 @@ impl Keeper {
         if launch.isolation == Isolation::Gvisor {
             plan.limits.pids = gvisor::host_pids(pids);
         }
+        if launch.terminal.is_some() {
+            return Err(refused("this keeper gives out no terminals".to_owned()));
+        }
         let id = launch.id;
         if self.records.get(id).is_some() {
             return Err(refused(format!("sandbox {id} exists already")));
@@ -94,6 +100,12 @@ impl Keeper {
             return Err(refused("stdin must be a regular file or a pipe".to_owned()));
         }
         let files = next(launch.has_files, "the files")?;
+        let (stdin, input) = if launch.stdin == Stdin::Held {
+            let (theirs, ours) = input_pipe().map_err(|error| Box::new(failed_at("making a pipe for the input", &error)))?;
+            (Some(theirs), Some(ours))
+        } else {
+            (stdin, None)
+        };
         let image = self.store.image(&launch.image).map_err(|error| {
             Box::new(if error.kind() == io::ErrorKind::NotFound {
                 failed(FailureKind::Gone, format!("this node has no image {}", launch.image))
@@ -143,6 +155,7 @@ impl Keeper {
             },
             start,
             stdin,
+            input,
             descriptors: files.into_iter().collect(),
             asker,
         })
@@ -215,6 +228,7 @@ impl Keeper {
             fences: self.hello.fences.without([Fence::Selinux].into_iter().collect()),
             start,
             stdin: None,
+            input: None,
             descriptors,
             asker,
         };
@@ -262,6 +276,7 @@ impl Keeper {
             fences,
             start: program,
             stdin,
+            input,
             descriptors,
             asker,
             ..
@@ -287,9 +302,14 @@ impl Keeper {
             processes: (isolation == Isolation::Gvisor).then_some(init::Processes { peak: 1, is_at_limit: false }),
             output,
             decision: None,
+            stopping: None,
+            paused: Paused::No,
+            pausers: Vec::new(),
+            input,
             killed_at_ns: None,
             dead_at_ns: None,
             cpu_look: (0, 0),
+            cpu_look_at_ns: 0,
             oom_looks: 0,
             launched: None,
             started_at_ns: None,

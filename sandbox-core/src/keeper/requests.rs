@@ -32,7 +32,7 @@ const CONNECTIONS_MAX: usize = 64;
 /// How long nobody is let in when there are no descriptors.
 const ACCEPT_AGAIN_AFTER_NS: u64 = 100_000_000;
 /// Requests that may wait for one sandbox.
-const WAITERS_MAX: usize = 64;
+pub(super) const WAITERS_MAX: usize = 64;
 
 impl Keeper {
     pub(super) fn accept(&mut self) -> io::Result<()> {
@@ -143,16 +143,24 @@ impl Keeper {
                 Ok(()) => Answer::Done,
                 Err(error) => failed(FailureKind::Host, format!("removing the image failed: {error}")),
             },
-            Request::Signal { .. }
-            | Request::Stop { .. }
-            | Request::Pause { .. }
-            | Request::Resume { .. }
-            | Request::Update { .. }
-            | Request::Sample { .. }
-            | Request::Connect { .. }
-            | Request::Input { .. }
-            | Request::EndInput { .. }
-            | Request::Resize { .. }
+            Request::Signal { id, signal } => self.signal(id, signal)?,
+            Request::Stop { id, signal, grace_ms, reason } => self.stop_within(id, signal, grace_ms, reason)?,
+            Request::Pause { id } => return self.pause(asker, id),
+            Request::Resume { id } => self.resume(id)?,
+            Request::Update { id, limits } => self.update(id, limits)?,
+            Request::Sample { id } => self.sample(id),
+            Request::Connect { id, family } => {
+                let (answer, socket) = self.socket_in(id, family);
+                self.answer_with(asker, answer, socket);
+                return Ok(());
+            }
+            Request::Input { id } => {
+                let (answer, input) = self.input(id);
+                self.answer_with(asker, answer, input);
+                return Ok(());
+            }
+            Request::EndInput { id } => self.end_input(id),
+            Request::Resize { .. }
             | Request::Exec(_)
             | Request::Tree { .. }
             | Request::DropLayer { .. }
@@ -235,6 +243,7 @@ impl Keeper {
         self.connections.remove(&serial);
         for sandbox in self.sandboxes.values_mut() {
             sandbox.waiters.retain(|asker| asker.connection != serial);
+            sandbox.pausers.retain(|asker| asker.connection != serial);
             sandbox.launch_asker = sandbox.launch_asker.filter(|asker| asker.connection != serial);
         }
     }

@@ -4,7 +4,13 @@ use std::{collections::VecDeque, io, os::fd::OwnedFd};
 
 use serde::{Deserialize, Serialize};
 
-use super::{connection::Asker, disk::Disk, output::Output, slot::Slot};
+use super::{
+    connection::Asker,
+    control::{Paused, Stopping},
+    disk::Disk,
+    output::Output,
+    slot::Slot,
+};
 use crate::{
     cgroup::{Counters, Limits},
     fence::Fences,
@@ -56,12 +62,26 @@ pub(super) struct Sandbox {
     pub(super) processes: Option<Processes>,
     pub(super) output: Output,
     pub(super) decision: Option<Decision>,
+    /// Whether its end was asked for by a signal.
+    #[serde(default)]
+    pub(super) stopping: Option<Stopping>,
+    #[serde(default)]
+    pub(super) paused: Paused,
+    /// Who waits for it to stand still.
+    #[serde(skip)]
+    pub(super) pausers: Vec<Asker>,
+    /// The writing end of the payload's standard input, if the keeper holds it.
+    #[serde(default, with = "crate::handover")]
+    pub(super) input: Option<OwnedFd>,
     /// `CLOCK_MONOTONIC` when the payload was killed for it, in nanoseconds.
     pub(super) killed_at_ns: Option<u64>,
     /// `CLOCK_MONOTONIC` when the payload's first process was seen to be dead, in nanoseconds.
     pub(super) dead_at_ns: Option<u64>,
     /// The last CPU time seen, in microseconds, and how long to wait before the next look, in nanoseconds.
     pub(super) cpu_look: (u64, u64),
+    /// `CLOCK_MONOTONIC` of that next look, in nanoseconds: one that comes earlier was set before the limit was changed.
+    #[serde(default)]
+    pub(super) cpu_look_at_ns: u64,
     /// How often a counter was looked at for the OOM that was announced last.
     pub(super) oom_looks: u32,
     pub(super) launched: Option<Launched>,
@@ -201,6 +221,11 @@ impl Sandbox {
             (_, Some(Decision::Killed(reason))) if by_itself.is_none() => Cause::Killed(reason),
             (_, Some(Decision::CpuTimeout)) if by_itself.is_none() => Cause::CpuTimeout,
             (_, Some(Decision::WallTimeout)) if by_itself.is_none() => Cause::WallTimeout,
+            _ if let (Some(stopping), Some(ended)) = (self.stopping, ended)
+                && stopping.ended(ended.status) =>
+            {
+                Cause::Killed(stopping.reason)
+            }
             _ => match ended.map(|ended| ended.status) {
                 Some(WaitStatus::Exited { code }) => Cause::Exited { code },
                 Some(WaitStatus::Signaled { signal }) => Cause::Signaled { signal },

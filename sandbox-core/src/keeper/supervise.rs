@@ -45,7 +45,7 @@ impl Keeper {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             // Init is dead or talks nonsense; its pidfd tells the rest.
             Ok(None) | Err(_) => {
-                kill_init(body)?;
+                self.kill_by_force(serial)?;
                 return self.unwatch(serial, |init| init.control.as_fd());
             }
         };
@@ -215,6 +215,8 @@ impl Keeper {
     }
 
     pub(super) fn on_payload_death(&mut self, serial: u64) -> io::Result<()> {
+        // Its init is to see it, too.
+        self.thaw(serial)?;
         let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
         sandbox.dead_at_ns.get_or_insert_with(monotonic_ns);
         match sandbox.body.as_ref().and_then(|body| body.payload.as_ref()) {
@@ -239,12 +241,21 @@ impl Keeper {
             Due::Trial => return self.give_up_trial(serial),
             Due::Room => return self.look_for_room(serial),
             Due::Accept => return self.accept_again(),
+            Due::Grace => return self.end_grace(serial),
+            Due::Freeze => return self.look_for_ice(serial),
             Due::Start | Due::Wall | Due::Cpu | Due::Oom | Due::Force => {}
         }
         let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
         let (is_over, is_launched) = (sandbox.ending.is_some(), sandbox.launched.is_some());
+        // What was set before a limit was changed is not this one's.
+        let now_ns = monotonic_ns();
+        let wall_ends_at_ns =
+            sandbox.started_at_ns.zip(sandbox.supervision.wall_ms).map(|(at_ns, ms)| at_ns.saturating_add(ms.saturating_mul(1_000_000)));
+        let is_wall_over = wall_ends_at_ns.is_some_and(|at_ns| now_ns >= at_ns);
+        let is_cpu_look = now_ns >= sandbox.cpu_look_at_ns;
         match due {
             Due::Force => {
+                self.thaw(serial)?;
                 // All of it at once, where the kernel can: init may be what does not answer.
                 if let Some(body) = self.body(serial) {
                     body.slot.group.kill()?;
@@ -252,10 +263,19 @@ impl Keeper {
                 self.kill_by_force(serial)
             }
             Due::Start if !is_launched => self.kill_by_force(serial),
-            Due::Wall if !is_over => self.decide(serial, Decision::WallTimeout),
-            Due::Cpu if !is_over => self.check_cpu(serial),
+            Due::Wall if !is_over && is_wall_over => self.decide(serial, Decision::WallTimeout),
+            Due::Cpu if !is_over && is_cpu_look => self.check_cpu(serial),
             Due::Oom if !is_over => self.look_for_oom(serial),
-            Due::Start | Due::Wall | Due::Cpu | Due::Oom | Due::Remove | Due::Trial | Due::Room | Due::Accept => Ok(()),
+            Due::Start
+            | Due::Wall
+            | Due::Cpu
+            | Due::Oom
+            | Due::Remove
+            | Due::Trial
+            | Due::Room
+            | Due::Accept
+            | Due::Grace
+            | Due::Freeze => Ok(()),
         }
     }
 
@@ -274,7 +294,8 @@ impl Keeper {
         let floor_ns = if used_us == last_us { (last_wait_ns * 2).min(CPU_OVERSHOOT_NS / self.cores) } else { 0 };
         let wait_ns = (left_us * 1000 / self.cores).max(floor_ns).max(AGAIN_AFTER_NS);
         sandbox.cpu_look = (used_us, wait_ns);
-        self.timer.set(monotonic_ns() + wait_ns, serial, Due::Cpu)
+        sandbox.cpu_look_at_ns = monotonic_ns() + wait_ns;
+        self.timer.set(sandbox.cpu_look_at_ns, serial, Due::Cpu)
     }
 
     /// Notes why, then kills. The first reason stands.
@@ -283,7 +304,13 @@ impl Keeper {
         if sandbox.ending.is_some() || sandbox.decision.is_some() {
             return Ok(());
         }
-        sandbox.decision = Some(decision);
+        // Whoever asked for the end first has it told as his.
+        sandbox.decision = Some(match (decision, sandbox.stopping) {
+            (Decision::Killed(_), Some(stopping)) => Decision::Killed(stopping.reason),
+            _ => decision,
+        });
+        self.thaw(serial)?;
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
         let Some(body) = &sandbox.body else { return Ok(()) };
         // The payload at once, from here, however busy its sandbox is; what it started by init, which then reports that all are dead:
         // sooner than its own death would, with all that hangs on its namespaces.
@@ -303,6 +330,7 @@ impl Keeper {
 
     /// Kills init, and with it the whole pid namespace (pid_namespaces(7)).
     pub(super) fn kill_by_force(&mut self, serial: u64) -> io::Result<()> {
+        self.thaw(serial)?;
         self.body(serial).map_or(Ok(()), |body| kill_init(body))
     }
 

@@ -16,6 +16,10 @@ pub(super) enum Due {
     /// The payload should run by now.
     Start,
     Wall,
+    /// The grace of a stop is over.
+    Grace,
+    /// Look whether a sandbox stands still.
+    Freeze,
     /// Look at the CPU time used.
     Cpu,
     /// The kernel announced an OOM; look whether it killed something.

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Version of this protocol. A keeper that takes over sandboxes from one of another version could not talk to their inits, so it does not.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// What the keeper tells init.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +28,8 @@ pub enum Order {
     Start(Box<Start>),
     /// Kill everything but yourself and report.
     Kill,
+    /// Under gVisor, whose processes the host does not know: send the payload's first process a signal.
+    Signal { signal: i32 },
 }
 
 /// The sandbox, but for what it runs.

@@ -6,9 +6,12 @@ use std::{
     process::{Command, Stdio},
 };
 
-use sandbox_core::protocol::{Answer, Cause, FailureKind, Isolation, KillReason, Limit, Medium, OutputPolicy, Request, Start};
+use sandbox_core::{
+    client::Client,
+    protocol::{Answer, Cause, FailureKind, Family, Isolation, KillReason, Limit, Medium, NewLimits, OutputPolicy, Request, Start},
+};
 
-use crate::harness::{Done, Node, Run, busybox_layer, command, header, kill, node, output, shell, wait};
+use crate::harness::{Done, Node, Run, busybox_layer, command, failure, header, kill, node, output, shell, wait, wait_for_text};
 
 /// What a limit in time may be overshot by, in microseconds: the payload's death is that of a whole kernel.
 const OVERSHOOT_US: u64 = 30_000;
@@ -420,4 +423,52 @@ fn a_node_without_it_refuses_and_one_that_is_told_a_wrong_path_does_not_start() 
     let Answer::Failed(failure) = under(shell("true")).launch(&mut client) else { panic!() };
     assert_eq!(failure.kind, FailureKind::Refused);
     assert!(failure.message.contains("gVisor") && failure.message.contains("runsc"), "{}", failure.message);
+}
+
+#[test]
+fn what_is_done_to_a_sandbox_that_runs_works_here_too_or_is_refused() {
+    let mut client = node().client();
+    let start = |client: &mut Client, script: &str| {
+        let run = under(shell(script));
+        let answer = run.launch(client);
+        assert!(matches!(answer, Answer::Launched(_)), "{answer:?}");
+        wait_for_text(&node().log_path(run.id), "ready");
+        run.id
+    };
+    let done = |client: &mut Client, request: &Request| assert_eq!(client.call(request, &[]).unwrap(), Answer::Done, "{request:?}");
+    let stop = |id, grace_ms| Request::Stop { id, signal: 15, grace_ms, reason: KillReason::Expired };
+
+    let id = start(&mut client, "trap 'exit 5' USR1; echo ready; while :; do sleep 0.05; done");
+    done(&mut client, &Request::Pause { id });
+    done(&mut client, &Request::Resume { id });
+    let Answer::Sample(sample) = client.call(&Request::Sample { id }, &[]).unwrap() else { panic!("there is no sample") };
+    assert!(sample.memory_bytes > 0 && sample.pids > 0 && sample.pids <= 8, "{sample:?}");
+    let refused = |client: &mut Client, request: &Request| {
+        assert_eq!(failure(client.call(request, &[]).unwrap()).kind, FailureKind::Refused, "{request:?}");
+    };
+    refused(&mut client, &Request::Connect { id, family: Family::V4 });
+    refused(&mut client, &Request::Update { id, limits: NewLimits { pids: Some(5), ..NewLimits::default() } });
+    done(
+        &mut client,
+        &Request::Update { id, limits: NewLimits { memory_bytes: Some(300 << 20), cpu_millis: Some(900), ..NewLimits::default() } },
+    );
+    done(&mut client, &Request::Signal { id, signal: 10 });
+    assert_eq!(wait(&mut client, id).cause, Cause::Exited { code: 5 });
+
+    for (script, grace_ms, cause) in [
+        ("echo ready; exec sleep 100", 60_000, Cause::Killed(KillReason::Expired)),
+        ("trap 'exit 3' TERM; echo ready; while :; do sleep 0.05; done", 60_000, Cause::Exited { code: 3 }),
+        ("trap '' TERM; echo ready; while :; do sleep 0.05; done", 300, Cause::Killed(KillReason::Expired)),
+    ] {
+        let id = start(&mut client, script);
+        done(&mut client, &stop(id, grace_ms));
+        assert_eq!(wait(&mut client, id).cause, cause, "{script}");
+        done(&mut client, &Request::Forget { id });
+    }
+
+    let id = start(&mut client, "echo ready; sleep 100");
+    done(&mut client, &Request::Pause { id });
+    kill(&mut client, id);
+    assert_eq!(wait(&mut client, id).cause, Cause::Killed(KillReason::StoppedByUser));
+    done(&mut client, &Request::Forget { id });
 }

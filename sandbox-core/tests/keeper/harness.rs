@@ -15,8 +15,8 @@ use sandbox_core::{
     fence::{Fence, Fences},
     log,
     protocol::{
-        Answer, Ending, Hello, ImageId, IoLimits, Isolation, KillReason, Launch, Launched, Medium, OutputPolicy, Record, Request,
-        SandboxId, Stdin, Supervision, UnpackLimits,
+        Answer, Ending, Failure, Hello, ImageId, IoLimits, Isolation, KillReason, Launch, Launched, Medium, OutputPolicy, Record, Request,
+        SandboxId, Stdin, Supervision, UnpackLimits, WindowSize,
     },
 };
 use serde_json::{Value, json};
@@ -285,6 +285,9 @@ pub(crate) struct Run {
     pub(crate) isolation: Isolation,
     pub(crate) supervision: Supervision,
     pub(crate) stdin: Option<Vec<u8>>,
+    /// Whether the keeper holds the writing end of its standard input.
+    pub(crate) is_held: bool,
+    pub(crate) terminal: Option<WindowSize>,
     pub(crate) files: Vec<u8>,
 }
 
@@ -324,7 +327,16 @@ pub(crate) fn command(args: &[&str]) -> Run {
         inodes: 1024,
         io: IoLimits::MAX,
     };
-    Run { id: SandboxId(uuid::Uuid::new_v4()), spec, isolation: Isolation::Container, supervision, stdin: None, files: Vec::new() }
+    Run {
+        id: SandboxId(uuid::Uuid::new_v4()),
+        spec,
+        isolation: Isolation::Container,
+        supervision,
+        stdin: None,
+        is_held: false,
+        terminal: None,
+        files: Vec::new(),
+    }
 }
 
 impl Run {
@@ -366,7 +378,12 @@ impl Run {
 
     fn launch_with(&self, client: &mut Client, stdin: Option<BorrowedFd<'_>>) -> Answer {
         let files = (!self.files.is_empty()).then(|| memory(&self.files));
-        let request = self.request(if stdin.is_some() { Stdin::Descriptor } else { Stdin::Null }, files.is_some());
+        let from = match stdin {
+            Some(_) => Stdin::Descriptor,
+            None if self.is_held => Stdin::Held,
+            None => Stdin::Null,
+        };
+        let request = self.request(from, files.is_some());
         let descriptors: Vec<_> = stdin.into_iter().chain(files.iter().map(AsFd::as_fd)).collect();
         client.call(&request, &descriptors).unwrap()
     }
@@ -380,7 +397,7 @@ impl Run {
             supervision: self.supervision,
             stdin,
             has_files,
-            terminal: None,
+            terminal: self.terminal,
             layer: sandbox_core::protocol::Layering::Fresh,
             keeps_layer: false,
             volumes: Vec::new(),
@@ -427,6 +444,38 @@ pub(crate) fn wait(client: &mut Client, id: SandboxId) -> Ending {
 
 pub(crate) fn kill(client: &mut Client, id: SandboxId) {
     assert_eq!(client.call(&Request::Kill { id, reason: KillReason::StoppedByUser }, &[]).unwrap(), Answer::Done);
+}
+
+/// Waits until what was written to a log so far holds `text`, and returns all of its standard output.
+pub(crate) fn wait_for_text(log: &Path, text: &str) -> String {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let said = written(log);
+        if said.contains(text) {
+            return said;
+        }
+        assert!(Instant::now() < deadline, "{text:?} does not come: {said:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The standard output in a log that may have no end yet.
+pub(crate) fn written(log: &Path) -> String {
+    let bytes = std::fs::read(log).unwrap();
+    let (mut rest, mut stdout) = (bytes.as_slice(), Vec::new());
+    while let Some((record, behind)) = log::parse(rest).unwrap() {
+        if record.kind == log::Kind::Stdout {
+            stdout.extend_from_slice(record.data);
+        }
+        rest = behind;
+    }
+    String::from_utf8_lossy(&stdout).into_owned()
+}
+
+/// What a request that is refused says.
+pub(crate) fn failure(answer: Answer) -> Failure {
+    let Answer::Failed(failure) = answer else { panic!("the keeper answered {answer:?}") };
+    failure
 }
 
 /// Every record, page by page.

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
 
 mod attacks;
+mod control;
 mod disk;
 mod endings;
 mod exhaustion;
