@@ -141,6 +141,9 @@ pub enum EngineError {
     UnknownTenant,
     #[error("the name is taken")]
     NameTaken,
+    /// It is in this state, in which that cannot be done to it.
+    #[error("it is {}", .0.as_str())]
+    WrongState(State),
     /// Another attempt at the same request goes on with it.
     #[error("the key of this request is held by another attempt")]
     KeyLost,

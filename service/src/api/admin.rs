@@ -259,9 +259,9 @@ async fn list_sandboxes(State(app): State<Arc<App>>, _admin: Admin, uri: Uri) ->
             }
             "state" => {
                 let state = SandboxState::named(&text);
-                filter
-                    .states
-                    .push(state.ok_or_else(|| Invalid::new("state", "a state is one of queued, starting, running, exited, failed"))?);
+                filter.states.push(
+                    state.ok_or_else(|| Invalid::new("state", "a state is one of queued, starting, running, paused, exited, failed"))?,
+                );
             }
             _ => return Err(query::unknown(&name)),
         }

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::{
     engine::EngineError,
     runtime::CallError,
-    sandbox::{Bound, Exceeded, Invalid, QuotaScope},
+    sandbox::{Bound, Exceeded, Invalid, QuotaScope, State},
     store::StoreError,
     token::{Scope, TokenError},
 };
@@ -31,6 +31,9 @@ pub enum ApiError {
     MethodNotAllowed,
     #[error("{0}")]
     Conflict(String),
+    /// It is in this state, in which that cannot be done to it.
+    #[error("it is {}", .0.as_str())]
+    WrongState(State),
     #[error("the Idempotency-Key was used for another request")]
     KeyReused,
     /// An attempt with the same key goes on.
@@ -82,6 +85,8 @@ pub(super) struct Problem {
     field: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     bound: Option<&'static Bound>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    state: Option<State>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     quota: Option<QuotaView>,
 }
@@ -111,6 +116,7 @@ impl ApiError {
             Self::ImageNotFound(_) => (StatusCode::NOT_FOUND, "image_not_found", "Image not found"),
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "Method not allowed"),
             Self::Conflict(_) => (StatusCode::CONFLICT, "conflict", "Conflict"),
+            Self::WrongState(_) => (StatusCode::CONFLICT, "wrong_state", "Wrong state"),
             Self::KeyReused => (StatusCode::CONFLICT, "idempotency_key_reused", "Key reused"),
             Self::KeyInUse => (StatusCode::CONFLICT, "idempotency_key_in_use", "Key in use"),
             Self::PayloadTooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", "Payload too large"),
@@ -148,12 +154,17 @@ impl ApiError {
             | Self::ImageNotFound(_)
             | Self::MethodNotAllowed
             | Self::Conflict(_)
+            | Self::WrongState(_)
             | Self::KeyReused
             | Self::PayloadTooLarge(_)
             | Self::HeadTooLarge(_)
             | Self::Invalid(_)
             | Self::NoCapacity(_) => false,
         }
+    }
+
+    const fn state(&self) -> Option<State> {
+        if let Self::WrongState(state) = self { Some(*state) } else { None }
     }
 
     fn exceeded(&self) -> Option<&Exceeded> {
@@ -215,6 +226,7 @@ impl IntoResponse for ApiError {
             retryable: self.is_retryable(),
             field,
             bound,
+            state: self.state(),
             quota: self.exceeded().map(QuotaView::from),
         };
         let mut response = status.into_response();
@@ -282,6 +294,7 @@ impl From<EngineError> for ApiError {
             EngineError::Suspended => Self::Suspended,
             EngineError::UnknownTenant => Self::UnknownTenant,
             EngineError::NameTaken => StoreError::NameTaken.into(),
+            EngineError::WrongState(state) => Self::WrongState(state),
             EngineError::KeyLost => Self::KeyInUse,
             EngineError::KeeperUnavailable => Self::KeeperUnavailable,
             EngineError::Store(error) => error.into(),

@@ -97,7 +97,7 @@ fn filter(pairs: Vec<(String, String)>) -> Result<Filter, ApiError> {
             "cursor" => filter.before = Some(position(&text).ok_or_else(|| Invalid::new("cursor", "not a cursor that a page gave"))?),
             "state" => {
                 let state = SandboxState::named(&text)
-                    .ok_or_else(|| Invalid::new("state", "a state is one of queued, starting, running, exited, failed"))?;
+                    .ok_or_else(|| Invalid::new("state", "a state is one of queued, starting, running, paused, exited, failed"))?;
                 filter.states.push(state);
             }
             "label" => {

@@ -5,22 +5,27 @@ use serde::{Deserialize, Serialize};
 /// Where a sandbox stands.
 ///
 /// ```text
-///          Claimed            Launched           Ended
+///                       StartedAgain
+///  ┌───────────────────────────────────────────────────────┐
+///  ▼       Claimed            Launched           Ended     │
 /// queued ──────────▶ starting ──────────▶ running ─────▶ exited
-///  │  ▲                │  │                 │  │
-///  │  └────────────────┴──│─────────────────┘  │
-///  │           Returned   │                    │
+///  │  ▲                │  │                 │  │ ▲         ▲
+///  │  └────────────────┴──│─────────────────┘  │ │ Paused, │
+///  │           Returned   │                    │ ▼ Resumed │ Ended
+///  │                      │                   paused ──────┘
 ///  │ Lost                 │ Lost               │ Lost
 ///  └──────────────────────┴────────────────────┴───────▶ failed
 /// ```
 ///
-/// `failed`: the payload never started, or nobody knows what became of it.
+/// `failed`: the payload never started, or nobody knows what became of it. What is paused goes the same ways as what runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
     Queued,
     Starting,
     Running,
+    /// Its processes are frozen, its limits in real time go on.
+    Paused,
     Exited,
     Failed,
 }
@@ -32,33 +37,46 @@ pub enum Event {
     Claimed,
     /// The payload's program runs.
     Launched,
+    /// Its processes stand still.
+    Paused,
+    /// They go on.
+    Resumed,
     /// The payload ended, and how is known.
     Ended,
     /// This attempt came to nothing by no fault of its own; it waits for another.
     Returned,
     /// The payload never ran, or its end is unknown.
     Lost,
+    /// Somebody wants it to live once more.
+    StartedAgain,
 }
 
 impl State {
-    pub const ALL: [Self; 5] = [Self::Queued, Self::Starting, Self::Running, Self::Exited, Self::Failed];
+    pub const ALL: [Self; 6] = [Self::Queued, Self::Starting, Self::Running, Self::Paused, Self::Exited, Self::Failed];
 
     /// The state after `event`, or `None` if that cannot happen here.
     pub const fn after(self, event: Event) -> Option<Self> {
         match (self, event) {
             (Self::Queued, Event::Claimed) => Some(Self::Starting),
-            (Self::Starting, Event::Launched) => Some(Self::Running),
-            (Self::Running, Event::Ended) => Some(Self::Exited),
-            (Self::Starting | Self::Running, Event::Returned) => Some(Self::Queued),
-            (Self::Queued | Self::Starting | Self::Running, Event::Lost) => Some(Self::Failed),
-            (Self::Queued, Event::Launched | Event::Ended | Event::Returned)
-            | (Self::Starting, Event::Claimed | Event::Ended)
-            | (Self::Running, Event::Claimed | Event::Launched)
-            | (Self::Exited | Self::Failed, _) => None,
+            (Self::Starting, Event::Launched) | (Self::Paused, Event::Resumed) => Some(Self::Running),
+            (Self::Running, Event::Paused) => Some(Self::Paused),
+            (Self::Running | Self::Paused, Event::Ended) => Some(Self::Exited),
+            (Self::Starting | Self::Running | Self::Paused, Event::Returned) | (Self::Exited, Event::StartedAgain) => Some(Self::Queued),
+            (Self::Queued | Self::Starting | Self::Running | Self::Paused, Event::Lost) => Some(Self::Failed),
+            (Self::Queued, Event::Launched | Event::Paused | Event::Resumed | Event::Ended | Event::Returned)
+            | (Self::Starting, Event::Claimed | Event::Paused | Event::Resumed | Event::Ended)
+            | (Self::Running, Event::Claimed | Event::Launched | Event::Resumed)
+            | (Self::Paused, Event::Claimed | Event::Launched | Event::Paused)
+            | (
+                Self::Exited,
+                Event::Claimed | Event::Launched | Event::Paused | Event::Resumed | Event::Ended | Event::Returned | Event::Lost,
+            )
+            | (Self::Queued | Self::Starting | Self::Running | Self::Paused, Event::StartedAgain)
+            | (Self::Failed, _) => None,
         }
     }
 
-    /// Whether nothing happens to it any more.
+    /// Whether nothing happens to it any more, unless somebody starts it again.
     pub const fn is_final(self) -> bool {
         matches!(self, Self::Exited | Self::Failed)
     }
@@ -68,6 +86,7 @@ impl State {
             Self::Queued => "queued",
             Self::Starting => "starting",
             Self::Running => "running",
+            Self::Paused => "paused",
             Self::Exited => "exited",
             Self::Failed => "failed",
         }
@@ -90,11 +109,23 @@ mod tests {
     }
 
     #[test]
-    fn nothing_leaves_a_final_state() {
-        for event in [Event::Claimed, Event::Launched, Event::Ended, Event::Lost] {
+    fn nothing_but_a_new_start_leaves_a_final_state() {
+        for event in [Event::Claimed, Event::Launched, Event::Paused, Event::Resumed, Event::Ended, Event::Returned, Event::Lost] {
             assert_eq!(State::Exited.after(event), None);
             assert_eq!(State::Failed.after(event), None);
         }
+        assert_eq!(State::Exited.after(Event::StartedAgain), Some(State::Queued));
+        assert_eq!(State::Failed.after(Event::StartedAgain), None);
+    }
+
+    #[test]
+    fn only_what_runs_can_be_paused_and_it_can_end_like_that() {
+        for state in State::ALL {
+            assert_eq!(state.after(Event::Paused).is_some(), state == State::Running, "{state:?}");
+            assert_eq!(state.after(Event::Resumed).is_some(), state == State::Paused, "{state:?}");
+        }
+        assert_eq!(State::Paused.after(Event::Ended), Some(State::Exited));
+        assert_eq!(State::Paused.after(Event::Lost), Some(State::Failed));
     }
 
     #[test]
