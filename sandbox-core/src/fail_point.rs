@@ -65,6 +65,16 @@ pub const STEPS: &[&str] = &[
     "service.settle.returned",
     "service.settle.told",
     "service.settle.forgotten",
+    // And then it is removed, where that was wished for.
+    "service.settle.removed",
+    // A pause, or the end of one: the keeper has done it; the row says so. An order to stop: its event is there; the keeper has it. A change: the
+    // keeper holds it; the row says so.
+    "service.pause.held",
+    "service.pause.stored",
+    "service.stop.told",
+    "service.stop.ordered",
+    "service.update.held",
+    "service.update.stored",
     // A deletion: its event is there; the order is given; the row is gone; so is the log.
     "service.delete.told",
     "service.delete.ordered",

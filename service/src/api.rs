@@ -9,6 +9,7 @@ pub mod error;
 mod idempotency;
 pub mod images;
 pub mod json;
+mod life;
 mod limits;
 mod logs;
 mod nodes;
@@ -35,7 +36,14 @@ use tower_http::{
 };
 
 use crate::{
-    clock::Clock, config::DoorSettings, engine::Engine, images::Images, metrics::Metrics, runtime::Keeper, sandbox::WAIT_MS, store::Store,
+    clock::Clock,
+    config::DoorSettings,
+    engine::Engine,
+    images::Images,
+    metrics::Metrics,
+    runtime::Keeper,
+    sandbox::{GRACE_MS, UNTIL_MS, WAIT_MS},
+    store::Store,
     token::Verifier,
 };
 
@@ -44,6 +52,9 @@ pub const OPENAPI: &str = include_str!("../../openapi.yaml");
 
 /// From a request's head to its answer's head, body included, where nothing is waited for.
 const QUICK_DEADLINE: Duration = Duration::from_secs(60);
+
+/// The same where the end of a sandbox is waited for that was told to stop.
+const STOP_DEADLINE: Duration = Duration::from_millis(GRACE_MS.max).saturating_add(QUICK_DEADLINE);
 
 /// What every handler can ask.
 #[derive(Debug)]
@@ -62,10 +73,19 @@ pub struct App {
 pub fn router(app: Arc<App>, door: &DoorSettings) -> Router {
     let deadline = |duration| TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, duration);
     let waiting = Router::new().route("/v1/runs", post(runs::create)).layer(deadline(Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE));
+    let stopping = Router::new().route("/v1/sandboxes/{id}/stop", post(life::stop)).layer(deadline(STOP_DEADLINE));
+    let waiting = waiting.merge(stopping).merge(
+        Router::new()
+            .route("/v1/sandboxes/{id}/wait", get(life::wait))
+            .layer(deadline(Duration::from_millis(UNTIL_MS.max) + QUICK_DEADLINE)),
+    );
     let quick = Router::new()
-        .route("/v1/runs/{id}", get(runs::read))
+        .route("/v1/runs/{id}", get(runs::read).delete(runs::cancel))
         .route("/v1/sandboxes", post(sandboxes::create).get(sandboxes::list))
-        .route("/v1/sandboxes/{id}", get(sandboxes::read).delete(sandboxes::delete))
+        .route("/v1/sandboxes/{id}", get(sandboxes::read).patch(sandboxes::update).delete(sandboxes::delete))
+        .route("/v1/sandboxes/{id}/kill", post(life::kill))
+        .route("/v1/sandboxes/{id}/pause", post(life::pause))
+        .route("/v1/sandboxes/{id}/resume", post(life::resume))
         .route("/v1/sandboxes/{id}/logs", get(logs::read))
         .route("/v1/limits", get(limits::read))
         .route("/v1/quota", get(account::quota))

@@ -7,12 +7,15 @@ mod fair;
 mod follow;
 mod input;
 mod lease;
+mod life;
 mod live;
 mod pressure;
 mod queue;
 mod recovery;
 mod settle;
+mod update;
 mod upkeep;
+mod wait;
 
 use std::{
     path::PathBuf,
@@ -36,6 +39,7 @@ use sandbox_core::{fail_point, protocol::KillReason};
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
+pub use wait::{Until, Waited};
 
 use crate::{
     clock::Clock,
@@ -109,7 +113,7 @@ pub struct Engine {
     /// Whether something waits in the queue, as far as this node knows.
     has_queue: Arc<AtomicBool>,
     /// Takes no more work, and lets what there is come to its end.
-    is_closing: AtomicBool,
+    closing: CancellationToken,
     /// What lives goes on without us.
     is_handed_over: AtomicBool,
     stopping: CancellationToken,
@@ -144,6 +148,9 @@ pub enum EngineError {
     /// It is in this state, in which that cannot be done to it.
     #[error("it is {}", .0.as_str())]
     WrongState(State),
+    /// As it is now, that cannot be done to it.
+    #[error("{0}")]
+    Refused(String),
     /// Another attempt at the same request goes on with it.
     #[error("the key of this request is held by another attempt")]
     KeyLost,
@@ -207,7 +214,7 @@ impl Engine {
             wake,
             renewal: Notify::new(),
             has_queue,
-            is_closing: AtomicBool::new(false),
+            closing: CancellationToken::new(),
             is_handed_over: AtomicBool::new(false),
             stopping: CancellationToken::new(),
             over: CancellationToken::new(),
@@ -284,7 +291,7 @@ impl Engine {
         let mut sandboxes = self.store.list(tenant, filter).await?;
         for sandbox in &mut sandboxes {
             // What the row says of the end is final; of a live one this node knows better.
-            if sandbox.state == State::Starting
+            if matches!(sandbox.state, State::Starting | State::Running | State::Paused)
                 && let Some(live) = self.live.get(sandbox.id)
             {
                 *sandbox = live.now();
@@ -363,7 +370,12 @@ impl Engine {
 
     /// Whether this service is about to stop.
     pub fn is_closing(&self) -> bool {
-        self.is_closing.load(Ordering::SeqCst)
+        self.closing.is_cancelled()
+    }
+
+    /// Returns when this service is about to stop.
+    pub async fn closing(&self) {
+        self.closing.cancelled().await;
     }
 
     /// Whether what lives goes on, without this service.
@@ -373,7 +385,7 @@ impl Engine {
 
     /// Takes no more work. Returns when every run has ended, or `deadline` is over.
     pub async fn close(&self, deadline: Duration) {
-        self.is_closing.store(true, Ordering::SeqCst);
+        self.closing.cancel();
         let ended = async {
             while let Some(live) = self.carried().into_iter().find(|live| live.sandbox.kind == Kind::Run) {
                 Followed::new(live).until(|progress| matches!(progress, Progress::Ended(_) | Progress::Gone | Progress::Queued)).await;
@@ -387,7 +399,7 @@ impl Engine {
 
     /// Makes no more sandboxes, ends those that live, and returns when their ends are stored or `deadline` is over.
     pub async fn stop(&self, deadline: Duration) {
-        self.is_closing.store(true, Ordering::SeqCst);
+        self.closing.cancel();
         self.stopping.cancel();
         let ended = async {
             let all = self.carried();
@@ -408,7 +420,7 @@ impl Engine {
     /// Makes no more sandboxes and leaves those that live to the keeper and to the next service.
     pub async fn hand_over(&self) {
         self.is_handed_over.store(true, Ordering::SeqCst);
-        self.is_closing.store(true, Ordering::SeqCst);
+        self.closing.cancel();
         self.stopping.cancel();
         self.let_go(true).await;
     }

@@ -15,6 +15,7 @@ use futures_util::StreamExt as _;
 use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask, Watches};
 pub use reader::{LogItem, LogReader};
 use sandbox_core::log;
+use time::OffsetDateTime;
 use tokio::sync::watch;
 
 use crate::sandbox::{LogTail, SandboxId, TailCollector};
@@ -85,6 +86,12 @@ impl Logs {
             return tail(file, stream_bytes);
         }
         tokio::task::spawn_blocking(move || tail(file, stream_bytes)).await.map_err(io::Error::other)?
+    }
+
+    /// When something was last written to it; `None` if there is no such file, or nobody can say.
+    pub fn written_at(&self, id: SandboxId) -> Option<OffsetDateTime> {
+        let modified = std::fs::metadata(self.path(id)).ok()?.modified().ok()?;
+        Some(modified.into())
     }
 
     /// Reads the log from sequence number `from` on; `None` if there is no file.

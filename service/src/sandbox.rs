@@ -1,27 +1,31 @@
 //! The domain: what a sandbox is, what may be asked for it, what becomes of it. Pure.
 
+mod change;
 mod limits;
 mod log_tail;
 mod outcome;
 mod program;
 mod quota;
 mod request;
+mod signal;
 mod state;
 
 use std::{collections::BTreeMap, fmt};
 
+pub use change::{Change, ChangeRequest, new_limits};
 pub use limits::{Bound, Limits, RequestedLimits, bound_of, bounds};
 pub use log_tail::{LogTail, TailCollector};
 pub use outcome::{Finish, Outcome, Phases, Reason, Truncated, Usage};
-pub use program::{Capabilities, Program, User, spec};
+pub use program::{Capabilities, Program, StopOrder, User, spec};
 pub use quota::{DefaultQuotas, Exceeded, QuotaScope, Quotas, asked, bound_within, defaults_within};
 pub use request::{
-    Content, EVICT_AFTER_MS, File, ImageReference, Invalid, LIST_LIMIT, LabelFault, NewSandbox, RETRY, RunRequest, SandboxRequest, TTL_MS,
-    WAIT_MS, WhenFull, check_label,
+    Content, EVICT_AFTER_MS, File, GRACE_MS, IDLE_TIMEOUT_MS, ImageReference, Invalid, LIST_LIMIT, LabelFault, NewSandbox, RETRY,
+    RunRequest, STOP_GRACE_MS, SandboxRequest, TTL_MS, UNTIL_MS, WAIT_MS, WhenFull, check_label, check_name, check_name_prefix,
 };
 pub use sandbox_core::protocol::{ImageId, SandboxId};
 use sandbox_core::{fence::Fences, protocol::OutputPolicy};
 use serde::{Deserialize, Serialize};
+pub use signal::{Signal, SignalRequest};
 pub use state::{Event, State};
 use time::OffsetDateTime;
 
@@ -98,7 +102,13 @@ pub struct Sandbox {
     pub claimed_at: Option<OffsetDateTime>,
     pub started_at: Option<OffsetDateTime>,
     pub finished_at: Option<OffsetDateTime>,
+    /// How long it lives, counted from its creation, from the last start, or from when this was changed.
+    pub ttl_ms: Option<u64>,
     pub expires_at: Option<OffsetDateTime>,
+    /// How long it may do nothing.
+    pub idle_timeout_ms: Option<u64>,
+    /// Whether it is removed when it has ended.
+    pub auto_remove: bool,
     pub outcome: Option<Outcome>,
     /// What stood around its payload; `None`: it has not started, or never did.
     pub fences: Option<Fences>,

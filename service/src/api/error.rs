@@ -295,6 +295,7 @@ impl From<EngineError> for ApiError {
             EngineError::UnknownTenant => Self::UnknownTenant,
             EngineError::NameTaken => StoreError::NameTaken.into(),
             EngineError::WrongState(state) => Self::WrongState(state),
+            EngineError::Refused(why) => Self::Conflict(why),
             EngineError::KeyLost => Self::KeyInUse,
             EngineError::KeeperUnavailable => Self::KeeperUnavailable,
             EngineError::Store(error) => error.into(),

@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tracing::Instrument as _;
 use uuid::Uuid;
 
-use super::{App, QUICK_DEADLINE, caller::Caller, error::ApiError, json, observe, runs, sandboxes};
+use super::{App, QUICK_DEADLINE, STOP_DEADLINE, caller::Caller, error::ApiError, json, observe, runs, sandboxes};
 use crate::{
     sandbox::{Invalid, SandboxId, WAIT_MS},
     store::{Fingerprint, HeldKey, Kept, KeyName, KeyState, NodeId, StoreError, Taking},
@@ -115,6 +115,7 @@ impl Route {
     fn deadline(&self) -> Duration {
         match self.0.as_str() {
             "/v1/runs" => Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE,
+            "/v1/sandboxes/{id}/stop" => STOP_DEADLINE,
             _ if self.is_streamed() => IMPORT_DEADLINE,
             _ => QUICK_DEADLINE,
         }

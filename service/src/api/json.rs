@@ -18,6 +18,12 @@ pub async fn read<T: DeserializeOwned>(body: Body) -> Result<T, ApiError> {
     parse(&bytes).map_err(ApiError::Invalid)
 }
 
+/// [`read`] of a body that may be empty.
+pub(super) async fn read_or_default<T: DeserializeOwned + Default>(body: Body) -> Result<T, ApiError> {
+    let bytes = bytes(body).await?;
+    if bytes.is_empty() { Ok(T::default()) } else { parse(&bytes).map_err(ApiError::Invalid) }
+}
+
 /// A whole body, as it came.
 pub(super) async fn bytes(mut body: Body) -> Result<Vec<u8>, ApiError> {
     let mut bytes = Vec::new();

@@ -77,18 +77,25 @@ async fn wait(app: &App, run: &mut Followed, patience: Duration) -> Option<Arc<F
     let patience = if is_stopping { STOP_PATIENCE } else { START_PATIENCE };
     let settled = run.until(|progress| match progress {
         Progress::Starting => false,
-        Progress::Running(_) => !is_stopping || app.engine.is_handed_over(),
+        Progress::Running(_) | Progress::Paused(_) => !is_stopping || app.engine.is_handed_over(),
         Progress::Queued | Progress::Ended(_) | Progress::Gone => true,
     });
     match tokio::time::timeout(patience, settled).await {
         Ok(Progress::Ended(finished)) => Some(finished),
-        Ok(Progress::Queued | Progress::Starting | Progress::Running(_) | Progress::Gone) | Err(_) => None,
+        Ok(Progress::Queued | Progress::Starting | Progress::Running(_) | Progress::Paused(_) | Progress::Gone) | Err(_) => None,
     }
 }
 
 pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<RunView>, ApiError> {
     caller.require(Scope::Runs)?;
     let run = app.engine.find(&caller.tenant, Kind::Run, query::id(&id)?).await?.ok_or(ApiError::NotFound)?;
+    view(&app, run).await
+}
+
+/// Ends it, if it has not ended; answers with how it ended.
+pub(super) async fn cancel(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<RunView>, ApiError> {
+    caller.require(Scope::Runs)?;
+    let run = app.engine.cancel(caller.owner(), query::id(&id)?).await?.ok_or(ApiError::NotFound)?;
     view(&app, run).await
 }
 

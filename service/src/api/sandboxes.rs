@@ -23,8 +23,11 @@ use super::{
 };
 use crate::{
     engine::START_PATIENCE,
-    sandbox::{Invalid, Kind, LIST_LIMIT, LabelFault, Sandbox, SandboxId, SandboxRequest, State as SandboxState, TenantId, check_label},
-    store::Filter,
+    sandbox::{
+        ChangeRequest, ImageReference, Invalid, Kind, LIST_LIMIT, LabelFault, Sandbox, SandboxId, SandboxRequest, State as SandboxState,
+        TenantId, check_label, check_name_prefix,
+    },
+    store::{Filter, Order},
     token::Scope,
 };
 
@@ -56,20 +59,36 @@ pub(super) async fn told_again(app: &App, tenant: &TenantId, id: SandboxId) -> R
     Ok(view(app, sandbox).await.into_response())
 }
 
-async fn view(app: &App, sandbox: Sandbox) -> Json<SandboxView> {
+pub(super) async fn view(app: &App, sandbox: Sandbox) -> Json<SandboxView> {
     let position = app.engine.queue_position(&sandbox).await;
     Json(SandboxView::from(sandbox).at(position))
 }
 
 pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<SandboxView>, ApiError> {
     caller.require(Scope::SandboxesRead)?;
-    let sandbox = app.engine.find(&caller.tenant, Kind::Sandbox, query::id(&id)?).await?.ok_or(ApiError::NotFound)?;
+    let id = query::object(&app, &caller, &id).await?;
+    let sandbox = app.engine.find(&caller.tenant, Kind::Sandbox, id).await?.ok_or(ApiError::NotFound)?;
+    Ok(view(&app, sandbox).await)
+}
+
+/// Changes what can be changed while it is there.
+pub(super) async fn update(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Path(id): Path<String>,
+    body: Body,
+) -> Result<Json<SandboxView>, ApiError> {
+    caller.require(Scope::SandboxesWrite)?;
+    let change = json::read::<ChangeRequest>(body).await?.parse()?;
+    let id = query::object(&app, &caller, &id).await?;
+    let sandbox = app.engine.update(caller.owner(), id, change).await?.ok_or(ApiError::NotFound)?;
     Ok(view(&app, sandbox).await)
 }
 
 pub(super) async fn delete(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
-    if app.engine.delete(&caller.owner(), query::id(&id)?).await? { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::NotFound) }
+    let id = query::object(&app, &caller, &id).await?;
+    if app.engine.delete(&caller.owner(), id).await? { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::NotFound) }
 }
 
 pub(super) async fn list(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Json<Page>, ApiError> {
@@ -89,28 +108,46 @@ fn filter(pairs: Vec<(String, String)>) -> Result<Filter, ApiError> {
     let mut filter = Filter { limit: 50, ..Filter::default() };
     for (name, text) in pairs {
         match name.as_str() {
-            "limit" => {
-                let limit = query::value::<u64>("limit", &text)
-                    .map_err(|_| Invalid { bound: Some(&LIST_LIMIT), ..Invalid::new("limit", "not a number") })?;
-                filter.limit = u32::try_from(LIST_LIMIT.check(limit)?).unwrap_or(u32::MAX);
+            "limit" => filter.limit = u32::try_from(query::bounded(&LIST_LIMIT, &text)?).unwrap_or(u32::MAX),
+            "cursor" => filter.behind = Some(position(&text).ok_or_else(|| Invalid::new("cursor", "not a cursor that a page gave"))?),
+            "order" => {
+                filter.order = match text.as_str() {
+                    "newest_first" => Order::NewestFirst,
+                    "oldest_first" => Order::OldestFirst,
+                    _ => return Err(Invalid::new("order", "an order is newest_first or oldest_first").into()),
+                }
             }
-            "cursor" => filter.before = Some(position(&text).ok_or_else(|| Invalid::new("cursor", "not a cursor that a page gave"))?),
             "state" => {
                 let state = SandboxState::named(&text)
                     .ok_or_else(|| Invalid::new("state", "a state is one of queued, starting, running, paused, exited, failed"))?;
                 filter.states.push(state);
             }
-            "label" => {
-                let (key, value) = text.split_once('=').ok_or_else(|| Invalid::new("label", "a label is asked for as key=value"))?;
-                check_label(key, value).map_err(|(LabelFault::Key(detail) | LabelFault::Value(detail))| Invalid::new("label", detail))?;
-                if filter.labels.insert(key.to_owned(), value.to_owned()).is_some_and(|other| other != value) {
-                    return Err(Invalid::new("label", "no sandbox has two values for one key").into());
-                }
-            }
+            "label" => label(&mut filter, &text)?,
+            "image" => filter.image = Some(ImageReference::parse("image", text)?.as_str().to_owned()),
+            "name" => filter.name_prefix = Some(check_name_prefix(text)?),
+            "created_after" => filter.created.0 = Some(query::time("created_after", &text)?),
+            "created_before" => filter.created.1 = Some(query::time("created_before", &text)?),
+            "finished_after" => filter.finished.0 = Some(query::time("finished_after", &text)?),
+            "finished_before" => filter.finished.1 = Some(query::time("finished_before", &text)?),
             _ => return Err(query::unknown(&name)),
         }
     }
     Ok(filter)
+}
+
+/// `key=value`, or `key` alone for whatever value.
+fn label(filter: &mut Filter, text: &str) -> Result<(), ApiError> {
+    let (key, value) = text.split_once('=').map_or((text, None), |(key, value)| (key, Some(value)));
+    check_label(key, value.unwrap_or_default())
+        .map_err(|(LabelFault::Key(detail) | LabelFault::Value(detail))| Invalid::new("label", detail))?;
+    match value {
+        Some(value) if filter.labels.insert(key.to_owned(), value.to_owned()).is_some_and(|other| other != value) => {
+            return Err(Invalid::new("label", "no sandbox has two values for one key").into());
+        }
+        Some(_) => {}
+        None => filter.label_keys.push(key.to_owned()),
+    }
+    Ok(())
 }
 
 pub(super) fn cursor(id: SandboxId) -> String {
@@ -137,11 +174,20 @@ mod tests {
 
     #[test]
     fn filters_add_up() {
-        let filter = parsed("state=running&state=exited&label=a%3Db&label=c%3D&limit=7").unwrap();
+        let filter = parsed("state=running&state=exited&label=a%3Db&label=c%3D&label=d&limit=7&name=web_&order=oldest_first").unwrap();
         assert_eq!(filter.states, [SandboxState::Running, SandboxState::Exited]);
         assert_eq!(filter.labels.get("a").map(String::as_str), Some("b"));
         assert_eq!(filter.labels.get("c").map(String::as_str), Some(""));
-        assert_eq!(filter.limit, 7);
+        assert_eq!(filter.label_keys, ["d"]);
+        assert_eq!((filter.limit, filter.name_prefix.as_deref(), filter.order), (7, Some("web_"), Order::OldestFirst));
+    }
+
+    #[test]
+    fn times_are_those_of_the_calendar() {
+        let filter = parsed("created_after=2026-01-02T03:04:05Z&finished_before=2026-01-02T03:04:05.5%2B01:00").unwrap();
+        assert_eq!(filter.created.0.map(time::OffsetDateTime::unix_timestamp), Some(1_767_323_045));
+        assert_eq!(filter.finished.1.map(time::OffsetDateTime::unix_timestamp), Some(1_767_319_445));
+        assert_eq!(field_of(&parsed("created_before=yesterday").unwrap_err()), "created_before");
     }
 
     #[test]
@@ -150,7 +196,10 @@ mod tests {
         assert_eq!(field_of(&parsed("limit=x").unwrap_err()), "limit");
         assert_eq!(field_of(&parsed("cursor=%00nonsense").unwrap_err()), "cursor");
         assert_eq!(field_of(&parsed("state=gone").unwrap_err()), "state");
-        assert_eq!(field_of(&parsed("label=a").unwrap_err()), "label");
+        assert_eq!(field_of(&parsed("label=").unwrap_err()), "label");
+        assert_eq!(field_of(&parsed("order=random").unwrap_err()), "order");
+        assert_eq!(field_of(&parsed("name=a%25").unwrap_err()), "name");
+        assert_eq!(field_of(&parsed("image=%00").unwrap_err()), "image");
         assert_eq!(field_of(&parsed("label=a%3D%00").unwrap_err()), "label");
         assert_eq!(field_of(&parsed("label=%00%3Db").unwrap_err()), "label");
         assert_eq!(field_of(&parsed("colour=red").unwrap_err()), "colour");

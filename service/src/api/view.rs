@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use sandbox_core::{
     fence::Fence,
-    protocol::{Isolation, OutputPolicy},
+    protocol::{Isolation, OutputPolicy, WindowSize},
 };
 use serde::Serialize;
 use time::OffsetDateTime;
 
 use crate::{
     engine::Output,
-    sandbox::{Capabilities, Kind, Limits, Outcome, Sandbox, SandboxId, State},
+    sandbox::{Capabilities, Kind, Limits, Outcome, Sandbox, SandboxId, Signal, State},
 };
 
 #[derive(Debug, Serialize)]
@@ -75,6 +75,18 @@ pub(super) struct SandboxView {
     finished_at: Option<OffsetDateTime>,
     #[serde(with = "time::serde::rfc3339::option")]
     expires_at: Option<OffsetDateTime>,
+    /// Counted from its creation, or from when this was changed.
+    ttl_ms: Option<u64>,
+    /// How long it may do nothing.
+    idle_timeout_ms: Option<u64>,
+    /// Whether it is removed when it has ended.
+    auto_remove: bool,
+    stdin_open: bool,
+    /// The size of its terminal at its start, if it has one.
+    tty: Option<WindowSize>,
+    /// What it is told where nothing else is said, and how long it then has.
+    stop_signal: Signal,
+    stop_grace_ms: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -139,6 +151,13 @@ impl From<Sandbox> for SandboxView {
             started_at: sandbox.started_at,
             finished_at: sandbox.finished_at,
             expires_at: sandbox.expires_at,
+            ttl_ms: sandbox.ttl_ms,
+            idle_timeout_ms: sandbox.idle_timeout_ms,
+            auto_remove: sandbox.auto_remove,
+            stdin_open: sandbox.program.stdin_open,
+            tty: sandbox.program.terminal,
+            stop_signal: sandbox.program.stop.signal,
+            stop_grace_ms: sandbox.program.stop.grace_ms,
         }
     }
 }

@@ -65,8 +65,9 @@ struct Promised {
 #[derive(Debug)]
 pub(super) struct Reservation {
     room: Room,
-    /// Since when it counts for whom.
+    /// Since when it counts for whom, and with which weight.
     held: Option<(Held, Instant)>,
+    counts_for: Option<(Owner, u32)>,
     capacity: Arc<Capacity>,
 }
 
@@ -95,7 +96,7 @@ impl Capacity {
         }
         promised.committed = after;
         self.show(after);
-        Some(Reservation { room, held: None, capacity: Arc::clone(self) })
+        Some(Reservation { room, held: None, counts_for: None, capacity: Arc::clone(self) })
     }
 
     /// Promises the room to the one of these who is next, if anyone is; see [`Shares::next`].
@@ -107,7 +108,8 @@ impl Capacity {
         promised.committed = promised.committed.plus(*room);
         self.show(promised.committed);
         let held = promised.shares.begin(owner, *weight, *room);
-        Some((next, Reservation { room: *room, held: Some((held, Instant::now())), capacity: Arc::clone(self) }))
+        let (held, counts_for) = (Some((held, Instant::now())), Some((owner.clone(), *weight)));
+        Some((next, Reservation { room: *room, held, counts_for, capacity: Arc::clone(self) }))
     }
 
     /// Promises the room to one that has it already: it was live before this process was.
@@ -115,7 +117,7 @@ impl Capacity {
         let mut promised = self.lock();
         promised.committed = promised.committed.plus(room);
         self.show(promised.committed);
-        Reservation { room, held: None, capacity: Arc::clone(self) }
+        Reservation { room, held: None, counts_for: None, capacity: Arc::clone(self) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Promised> {
@@ -133,6 +135,31 @@ impl Reservation {
     pub(super) fn count_for(&mut self, owner: &Owner, weight: u32) {
         let held = self.capacity.lock().shares.begin(owner, weight, self.room);
         self.held = Some((held, Instant::now()));
+        self.counts_for = Some((owner.clone(), weight));
+    }
+
+    /// Takes other room instead. False, and nothing is changed: it is larger, and there is not so much.
+    pub(super) fn resize(&mut self, room: Room) -> bool {
+        let is_smaller = {
+            let mut promised = self.capacity.lock();
+            let after = promised.committed.minus(self.room).plus(room);
+            if !(room.fits_in(self.room) || after.fits_in(self.capacity.total)) {
+                return false;
+            }
+            promised.committed = after;
+            self.capacity.show(after);
+            // What it was counted as until now is what it held until now.
+            if let (Some((held, since)), Some((owner, weight))) = (self.held.take(), &self.counts_for) {
+                promised.shares.end(&held, since.elapsed().as_secs_f64());
+                self.held = Some((promised.shares.begin(owner, *weight, room), Instant::now()));
+            }
+            room.fits_in(self.room)
+        };
+        self.room = room;
+        if is_smaller {
+            (self.capacity.freed)();
+        }
+        true
     }
 }
 
@@ -191,6 +218,20 @@ mod tests {
     fn one_that_is_larger_than_the_node_is_told_so() {
         let (capacity, _) = capacity(Room { memory_bytes: 5, cpu_millis: 100, sandboxes: 1 });
         assert!(capacity.could_hold(ONE).unwrap_err().contains("5 bytes"));
+    }
+
+    #[test]
+    fn what_grows_takes_no_more_than_there_is_and_what_shrinks_gives_back() {
+        let (capacity, freed) = capacity(Room { memory_bytes: 25, cpu_millis: 100, sandboxes: 10 });
+        let mut first = capacity.reserve(ONE).unwrap();
+        let _second = capacity.reserve(ONE).unwrap();
+        assert!(!first.resize(Room { memory_bytes: 16, ..ONE }));
+        assert!(first.resize(Room { memory_bytes: 15, ..ONE }));
+        assert!(capacity.reserve(Room { memory_bytes: 1, ..Room::default() }).is_none());
+        assert!(first.resize(Room { memory_bytes: 5, ..ONE }));
+        assert_eq!(freed.load(Ordering::Relaxed), 1);
+        drop(first);
+        assert!(capacity.reserve(Room { memory_bytes: 15, ..ONE }).is_some());
     }
 
     #[test]

@@ -4,16 +4,16 @@ use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use sandbox_core::{
     fail_point,
-    protocol::{Cause, Ending, FailureKind, KillReason, Launch, Launched, Layering, Stdin, Supervision},
+    protocol::{Cause, Ending, FailureKind, KillReason, Launch, Launched, Layering, Supervision},
 };
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
-use super::{Engine, Progress, capacity::Reservation, input, lease::LEFT_TO_OTHERS, live::Live, settle::After, unix_us};
+use super::{Engine, capacity::Reservation, input, lease::LEFT_TO_OTHERS, live::Live, settle::After, unix_us};
 use crate::{
     clock::at_us,
     runtime::{CallError, LaunchAnswer},
-    sandbox::{self, Kind, Sandbox, SandboxId},
+    sandbox::{self, Kind, Sandbox, SandboxId, State},
     store::{Input, Return},
 };
 
@@ -52,8 +52,9 @@ impl Engine {
     pub(super) async fn carry(self: Arc<Self>, live: Arc<Live>, input: Input, reservation: Reservation) {
         let known = self.live.known(Arc::clone(&live));
         let input = Arc::new(input);
+        live.give_room(reservation);
         let course = self.launch_and_follow(&live, &input).await;
-        drop(reservation);
+        live.free_room();
         let after = match course {
             Course::Ended(ending) => self.settle(&live, &ending).await,
             Course::NotBegun(None) => {
@@ -81,8 +82,13 @@ impl Engine {
         if let Some(launched) = launched {
             live.running(launched);
         }
+        live.give_room(reservation);
+        if live.sandbox.kind == Kind::Sandbox {
+            live.paused(live.sandbox.state == State::Paused);
+            self.hold_to_row_later(&live);
+        }
         let ending = self.follow(&live, None::<std::future::Pending<_>>).await;
-        drop(reservation);
+        live.free_room();
         if self.settle(&live, &ending).await == After::Waits {
             known.keep();
         }
@@ -234,7 +240,8 @@ impl Engine {
         self.keeper.gone().await;
     }
 
-    /// Waits for the end, through broken connections, and does what is due before it: the row's `running`, the end of the time to live.
+    /// Waits for the end, through broken connections, and does what is due before it: the row's `running`, the end of the time to live, or of that in
+    /// which it does nothing.
     async fn follow(&self, live: &Live, first: Option<impl Future<Output = Result<Box<Ending>, CallError>>>) -> Box<Ending> {
         let mut ending = std::pin::pin!(self.wait_for_end(live, first));
         let mark_after = match live.sandbox.kind {
@@ -242,9 +249,21 @@ impl Engine {
             Kind::Sandbox => Duration::ZERO,
         };
         let mut mark = std::pin::pin!(tokio::time::sleep(mark_after));
-        let mut expiry = std::pin::pin!(self.sleep_until(live.sandbox.expires_at));
-        let (mut is_marked, mut is_expired) = (false, false);
+        let mut changes = live.changes();
+        // Whoever used it before this process was cannot say so any more.
+        live.touch(self.clock.now());
+        let (mut is_marked, mut is_told_to_end) = (false, false);
         loop {
+            let (expires_at, idle_timeout_ms) = {
+                let now = changes.borrow_and_update();
+                (now.expires_at, now.idle_timeout_ms)
+            };
+            let overdue = async {
+                tokio::select! {
+                    () = self.sleep_until(expires_at) => KillReason::Expired,
+                    () = self.idle_for(live, idle_timeout_ms) => KillReason::IdleTimeout,
+                }
+            };
             tokio::select! {
                 biased;
                 ending = &mut ending => return ending,
@@ -252,9 +271,10 @@ impl Engine {
                     is_marked = true;
                     self.mark_running(live);
                 }
-                () = &mut expiry, if !is_expired => {
-                    is_expired = true;
-                    self.kill(live, KillReason::Expired).await;
+                Ok(()) = changes.changed() => {}
+                reason = overdue, if !is_told_to_end => {
+                    is_told_to_end = true;
+                    self.kill(live, reason).await;
                 }
             }
         }
@@ -288,7 +308,7 @@ impl Engine {
     }
 
     fn mark_running(&self, live: &Live) {
-        let Progress::Running(launched) = live.progress() else { return };
+        let Some(launched) = live.launched() else { return };
         let (store, id, hold, started_at) = (self.store.clone(), live.sandbox.id, live.hold(), at_us(launched.started_at_us));
         // Not waited for: the end, should it come first, is guarded by the row's state.
         tokio::spawn(async move {
@@ -299,7 +319,7 @@ impl Engine {
         });
     }
 
-    async fn sleep_until(&self, at: Option<OffsetDateTime>) {
+    pub(super) async fn sleep_until(&self, at: Option<OffsetDateTime>) {
         match at {
             Some(at) => tokio::time::sleep((at - self.clock.now()).try_into().unwrap_or(Duration::ZERO)).await,
             None => std::future::pending().await,
@@ -350,9 +370,9 @@ fn launch_of(sandbox: &Sandbox, has_stdin: bool, has_files: bool) -> Launch {
             inodes: limits.inodes(),
             io: limits.io(),
         },
-        stdin: if has_stdin { Stdin::Descriptor } else { Stdin::Null },
+        stdin: sandbox.program.stdin(has_stdin),
         has_files,
-        terminal: None,
+        terminal: sandbox.program.terminal,
         layer: Layering::Fresh,
         keeps_layer: false,
         volumes: Vec::new(),

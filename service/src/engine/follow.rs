@@ -39,7 +39,7 @@ impl Followed {
     pub async fn ended(&mut self) -> Option<Arc<Finished>> {
         match self.until(|progress| matches!(progress, Progress::Ended(_) | Progress::Gone)).await {
             Progress::Ended(finished) => Some(finished),
-            Progress::Queued | Progress::Starting | Progress::Running(_) | Progress::Gone => None,
+            Progress::Queued | Progress::Starting | Progress::Running(_) | Progress::Paused(_) | Progress::Gone => None,
         }
     }
 }
@@ -170,7 +170,7 @@ impl LogStream {
                 Ok(finished.sandbox.outcome.clone().map_or(Idle::Over, |outcome| Idle::Ended(outcome.into())))
             }
             Some(Progress::Gone) => Ok(Idle::Over),
-            Some(Progress::Queued | Progress::Starting | Progress::Running(_)) => Ok(self.idle()),
+            Some(Progress::Queued | Progress::Starting | Progress::Running(_) | Progress::Paused(_)) => Ok(self.idle()),
             None => {
                 let sandbox = self.engine.store.find(&self.tenant, self.id).await?;
                 Ok(match sandbox.map(|sandbox| sandbox.outcome) {

@@ -1,19 +1,23 @@
 //! What this process knows of sandboxes that have not ended: newer than their rows, and gone with the process.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use sandbox_core::protocol::{KillReason, Launched};
-use tokio::sync::watch;
+use time::OffsetDateTime;
+use tokio::sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard, watch};
 
-use super::step;
+use super::{
+    capacity::{Reservation, Room},
+    step,
+};
 use crate::{
     clock::at_us,
     metrics::Metrics,
-    sandbox::{Event, LogTail, Sandbox, SandboxId, State},
+    sandbox::{Event, Limits, LogTail, Sandbox, SandboxId, State},
     store::{Hold, Lease},
 };
 
@@ -23,6 +27,8 @@ pub enum Progress {
     Queued,
     Starting,
     Running(Launched),
+    /// It runs, and stands still.
+    Paused(Launched),
     /// Its outcome is stored.
     Ended(Arc<Finished>),
     /// It was deleted before it began.
@@ -39,8 +45,15 @@ pub struct Finished {
 /// A sandbox that has not ended.
 #[derive(Debug)]
 pub(super) struct Live {
-    /// As it was admitted; what has changed since is in the progress.
+    /// As it was admitted; what has changed since is in the progress, and in what can be changed.
     pub(super) sandbox: Sandbox,
+    changeable: watch::Sender<Changeable>,
+    /// Held by who changes it, so that one change follows the other in Postgres and at the keeper alike.
+    turn: AsyncMutex<()>,
+    /// Its room on this node.
+    reservation: Mutex<Option<Reservation>>,
+    /// When something was last asked of it.
+    active_at: Mutex<Option<OffsetDateTime>>,
     /// How long its image was looked for.
     pub(super) image_took: Duration,
     /// What it was claimed by, or last taken over; of a queued one nothing.
@@ -50,12 +63,36 @@ pub(super) struct Live {
     metrics: Arc<Metrics>,
 }
 
+/// What can be changed of a sandbox that lives.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Changeable {
+    pub(super) name: Option<String>,
+    pub(super) labels: BTreeMap<String, String>,
+    pub(super) limits: Limits,
+    pub(super) ttl_ms: Option<u64>,
+    pub(super) expires_at: Option<OffsetDateTime>,
+    pub(super) idle_timeout_ms: Option<u64>,
+}
+
+impl Changeable {
+    pub(super) fn of(sandbox: &Sandbox) -> Self {
+        let Sandbox { name, labels, limits, ttl_ms, expires_at, idle_timeout_ms, .. } = sandbox.clone();
+        Self { name, labels, limits, ttl_ms, expires_at, idle_timeout_ms }
+    }
+
+    fn over(&self, sandbox: &Sandbox) -> Sandbox {
+        let Self { name, labels, limits, ttl_ms, expires_at, idle_timeout_ms } = self.clone();
+        Sandbox { name, labels, limits, ttl_ms, expires_at, idle_timeout_ms, ..sandbox.clone() }
+    }
+}
+
 impl Progress {
     pub(super) fn state(&self) -> State {
         match self {
             Self::Queued => State::Queued,
             Self::Starting => State::Starting,
             Self::Running(_) => State::Running,
+            Self::Paused(_) => State::Paused,
             Self::Ended(finished) => finished.sandbox.state,
             Self::Gone => State::Failed,
         }
@@ -63,6 +100,21 @@ impl Progress {
 }
 
 impl Live {
+    fn new(sandbox: Sandbox, image_took: Duration, lease: Lease, progress: watch::Sender<Progress>, metrics: Arc<Metrics>) -> Self {
+        Self {
+            changeable: watch::channel(Changeable::of(&sandbox)).0,
+            turn: AsyncMutex::new(()),
+            reservation: Mutex::default(),
+            active_at: Mutex::default(),
+            sandbox,
+            image_took,
+            lease: Mutex::new(lease),
+            progress,
+            killed_for: Mutex::default(),
+            metrics,
+        }
+    }
+
     pub(super) fn progress(&self) -> Progress {
         self.progress.borrow().clone()
     }
@@ -76,11 +128,11 @@ impl Live {
         match &*self.progress.borrow() {
             Progress::Ended(finished) => finished.sandbox.clone(),
             progress @ (Progress::Queued | Progress::Starting | Progress::Gone) => {
-                Sandbox { state: progress.state(), ..self.sandbox.clone() }
+                Sandbox { state: progress.state(), ..self.changeable.borrow().over(&self.sandbox) }
             }
-            Progress::Running(launched) => {
+            progress @ (Progress::Running(launched) | Progress::Paused(launched)) => {
                 let (started_at, fences) = (Some(at_us(launched.started_at_us)), Some(launched.fences));
-                Sandbox { state: State::Running, started_at, fences, ..self.sandbox.clone() }
+                Sandbox { state: progress.state(), started_at, fences, ..self.changeable.borrow().over(&self.sandbox) }
             }
         }
     }
@@ -88,7 +140,7 @@ impl Live {
     /// When and how its payload was started, if it runs.
     pub(super) fn launched(&self) -> Option<Launched> {
         match &*self.progress.borrow() {
-            Progress::Running(launched) => Some(*launched),
+            Progress::Running(launched) | Progress::Paused(launched) => Some(*launched),
             Progress::Queued | Progress::Starting | Progress::Ended(_) | Progress::Gone => None,
         }
     }
@@ -96,6 +148,64 @@ impl Live {
     /// The payload runs.
     pub(super) fn running(&self, launched: Launched) {
         self.advance(Event::Launched, Progress::Running(launched));
+    }
+
+    /// It stands still, or goes on. Nothing happens where that is known, or it has ended.
+    pub(super) fn paused(&self, is_paused: bool) {
+        match (self.progress(), is_paused) {
+            (Progress::Running(launched), true) => self.advance(Event::Paused, Progress::Paused(launched)),
+            (Progress::Paused(launched), false) => {
+                self.advance(Event::Resumed, Progress::Running(launched));
+            }
+            (
+                Progress::Queued | Progress::Starting | Progress::Running(_) | Progress::Paused(_) | Progress::Ended(_) | Progress::Gone,
+                _,
+            ) => {}
+        }
+    }
+
+    /// Waits until nobody else changes it.
+    pub(super) async fn turn(&self) -> AsyncMutexGuard<'_, ()> {
+        self.turn.lock().await
+    }
+
+    /// What was changed of it, as it is now.
+    pub(super) fn limits(&self) -> Limits {
+        self.changeable.borrow().limits
+    }
+
+    pub(super) fn changes(&self) -> watch::Receiver<Changeable> {
+        self.changeable.subscribe()
+    }
+
+    /// Its row says this by now.
+    pub(super) fn changed(&self, to: Changeable) {
+        self.changeable.send_if_modified(|now| std::mem::replace(now, to.clone()) != to);
+    }
+
+    /// It has this room until that is freed.
+    pub(super) fn give_room(&self, reservation: Reservation) {
+        *self.reservation.lock().unwrap_or_else(PoisonError::into_inner) = Some(reservation);
+    }
+
+    pub(super) fn free_room(&self) {
+        let room = self.reservation.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(room);
+    }
+
+    /// Takes other room instead of what it has. False, and nothing is changed: there is not so much.
+    pub(super) fn resize_room(&self, room: Room) -> bool {
+        let mut held = self.reservation.lock().unwrap_or_else(PoisonError::into_inner);
+        held.as_mut().is_none_or(|reservation| reservation.resize(room))
+    }
+
+    /// Somebody used it at this time.
+    pub(super) fn touch(&self, at: OffsetDateTime) {
+        *self.active_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(at);
+    }
+
+    pub(super) fn active_at(&self) -> Option<OffsetDateTime> {
+        *self.active_at.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Its end is stored.
@@ -182,8 +292,7 @@ impl Registry {
         let progress = if state == State::Queued { Progress::Queued } else { Progress::Starting };
         self.metrics.moved(None, Some(progress.state()));
         let (progress, _) = watch::channel(progress);
-        let (lease, killed_for) = (Mutex::new(lease), Mutex::default());
-        let live = Arc::new(Live { sandbox, image_took, lease, progress, killed_for, metrics: Arc::clone(&self.metrics) });
+        let live = Arc::new(Live::new(sandbox, image_took, lease, progress, Arc::clone(&self.metrics)));
         self.lock().insert(id, Arc::clone(&live));
         live
     }
@@ -206,8 +315,10 @@ impl Registry {
             },
         );
         let id = sandbox.id;
-        let (lease, killed_for) = (Mutex::new(lease), Mutex::new(ordered_kill));
-        let live = Arc::new(Live { sandbox, image_took, lease, progress, killed_for, metrics: Arc::clone(&self.metrics) });
+        let live = Arc::new(Live::new(sandbox, image_took, lease, progress, Arc::clone(&self.metrics)));
+        if let Some(reason) = ordered_kill {
+            live.order_kill(reason);
+        }
         all.insert(id, Arc::clone(&live));
         live
     }

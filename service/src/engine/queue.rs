@@ -145,7 +145,7 @@ impl Engine {
         Ok(())
     }
 
-    async fn stop_suspended_or_log(&self) {
+    async fn stop_suspended_or_log(self: &Arc<Self>) {
         if let Err(error) = self.stop_suspended().await {
             tracing::warn!(%error, "ending what suspended tenants have failed");
         }
@@ -170,7 +170,7 @@ impl Engine {
         self.settle_alone(live, ending);
     }
 
-    async fn look_around(&self) {
+    async fn look_around(self: &Arc<Self>) {
         self.metrics.keeper_reconnects(self.keeper.reconnects());
         if let Err(error) = self.notice_ends().await {
             tracing::warn!(%error, "looking for the ends of what others run failed");

@@ -30,6 +30,9 @@ impl Engine {
         let leftover = self.take_over(rows, records).await;
         fail_point::reached("service.recover.taken");
         let kept: HashSet<SandboxId> = self.store.kept_logs(self.node, None).await?.into_iter().collect();
+        if let Err(error) = self.remove_overdue().await {
+            tracing::warn!(%error, "what was to be removed at its end may be left; the next look removes it");
+        }
         if let Err(error) = self.drop_stray_logs(&leftover).await {
             tracing::warn!(error = format!("{error:#}"), "logs that nobody needs may be left; the next start looks again");
         }

@@ -51,14 +51,14 @@ impl Engine {
     async fn store_and_tell(self: &Arc<Self>, live: &Arc<Live>, ending: &Ending) -> After {
         // What was known before its keeper was lost is true all the same.
         let ending = Ending { launched: ending.launched.or_else(|| live.launched()), ..ending.clone() };
-        let finish = Finish::of(&ending, &live.sandbox.limits, phases(live, at_us(ending.ended_at_us)));
+        let finish = Finish::of(&ending, &live.limits(), phases(live, at_us(ending.ended_at_us)));
         let id = live.sandbox.id;
         fail_point::reached("service.settle.heard");
         let read = self.read_tail(id).await;
         let is_whole = read.as_ref().is_some_and(LogTail::is_complete);
         let log_tail = read.unwrap_or_else(|| unread(&live.sandbox, &ending.usage));
         let log_file = match live.sandbox.kind {
-            _ if is_whole => LogKept::No,
+            _ if is_whole || live.sandbox.auto_remove => LogKept::No,
             Kind::Run => LogKept::Until(finish.finished_at + RUN_LOG_RETENTION),
             Kind::Sandbox => LogKept::UntilDeleted,
         };
@@ -69,9 +69,13 @@ impl Engine {
         }
         fail_point::reached("service.settle.stored");
         self.metrics.ended(live.sandbox.kind, &finish.outcome);
-        live.ended(finished(&live.sandbox, finish, log_tail));
+        live.ended(finished(&live.now(), finish, log_tail));
         self.live.remove(id);
         fail_point::reached("service.settle.told");
+        if live.sandbox.auto_remove {
+            self.remove_ended(&live.sandbox.tenant, id).await;
+            fail_point::reached("service.settle.removed");
+        }
         match log_file {
             LogKept::No => {
                 if !self.forget(id).await {
@@ -121,7 +125,7 @@ impl Engine {
     }
 
     /// Whether the sandbox was taken over by this node under a lease that its follower did not know yet.
-    async fn is_ours_again(&self, live: &Arc<Live>) -> Result<bool, StoreError> {
+    pub(super) async fn is_ours_again(&self, live: &Arc<Live>) -> Result<bool, StoreError> {
         let Some(Whereabouts { state, hold: Some(now) }) = self.store.whereabouts(live.sandbox.id).await? else { return Ok(false) };
         let held = live.hold();
         // The data folder is locked: whoever took this node is this process.
@@ -156,7 +160,7 @@ impl Engine {
     }
 
     /// Asks until the database answers.
-    async fn until_heard<T, F>(&self, id: SandboxId, ask: impl Fn() -> F) -> T
+    pub(super) async fn until_heard<T, F>(&self, id: SandboxId, ask: impl Fn() -> F) -> T
     where
         F: Future<Output = Result<T, StoreError>>,
     {
@@ -251,7 +255,7 @@ impl Engine {
     }
 
     /// Stores and tells the end of a sandbox that never left the queue.
-    pub(super) async fn settle_queued(&self, sandbox: &Sandbox, finish: Finish) {
+    pub(super) async fn settle_queued(self: &Arc<Self>, sandbox: &Sandbox, finish: Finish) {
         let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
         match self.store.finish(sandbox.id, Writer::Queue, &ended).await {
             Ok(true) => {
@@ -259,6 +263,9 @@ impl Engine {
                 if let Some(live) = self.live.get(sandbox.id) {
                     live.ended(finished(sandbox, finish, LogTail::default()));
                     self.live.remove(sandbox.id);
+                }
+                if sandbox.auto_remove {
+                    self.remove_ended(&sandbox.tenant, sandbox.id).await;
                 }
             }
             // Claimed in the meantime.

@@ -34,6 +34,9 @@ impl Engine {
             if let Err(error) = self.recover_strays().await {
                 tracing::warn!(error = format!("{error:#}"), "looking for sandboxes that nobody follows failed");
             }
+            if let Err(error) = self.remove_overdue().await {
+                tracing::warn!(%error, "removing what has ended failed");
+            }
             if let Err(error) = self.drop_old_rows().await {
                 tracing::warn!(%error, "dropping old rows failed");
             }
@@ -74,7 +77,7 @@ impl Engine {
     }
 
     /// Ends what suspended tenants and principals have, where their suspension says so.
-    pub(super) async fn stop_suspended(&self) -> Result<(), StoreError> {
+    pub(super) async fn stop_suspended(self: &Arc<Self>) -> Result<(), StoreError> {
         for (id, tenant) in self.store.to_be_stopped(self.node).await? {
             let at = self.clock.now();
             let live = self.live.get(id).filter(|live| !matches!(live.progress(), Progress::Queued));

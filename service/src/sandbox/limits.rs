@@ -3,7 +3,7 @@
 use sandbox_core::protocol::{IoLimits, Medium};
 use serde::{Deserialize, Serialize};
 
-use super::{Kind, request, request::Invalid};
+use super::{Kind, change::RequestedChange, request, request::Invalid};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -40,7 +40,7 @@ const IO_OPS_PER_S: Bound =
     Bound { field: "limits.io_ops_per_s", unit: "operations a second", min: 10, default: Some(20_000), max: 10_000_000 };
 
 /// Every bound that a request is held to.
-pub fn bounds() -> [&'static Bound; 16] {
+pub fn bounds() -> [&'static Bound; 22] {
     [
         &MEMORY_BYTES,
         &CPU_MILLIS,
@@ -57,6 +57,12 @@ pub fn bounds() -> [&'static Bound; 16] {
         &request::WAIT_MS,
         &request::RETRY,
         &request::TTL_MS,
+        &request::IDLE_TIMEOUT_MS,
+        &request::STOP_GRACE_MS,
+        &request::GRACE_MS,
+        &request::TTY_ROWS,
+        &request::TTY_COLUMNS,
+        &request::UNTIL_MS,
         &request::LIST_LIMIT,
     ]
 }
@@ -166,6 +172,18 @@ impl Limits {
             io_ops_per_s: IO_OPS_PER_S.check_or(asked.io_ops_per_s, io_ops_per_s())?,
             disk_medium,
         })
+    }
+
+    /// These with what was asked for in their place.
+    pub(super) fn changed(mut self, asked: RequestedChange) -> Result<Self, Invalid> {
+        self.memory_bytes = MEMORY_BYTES.check_or(asked.memory_bytes, self.memory_bytes)?;
+        self.cpu_millis = CPU_MILLIS.check_or(asked.cpu_millis, self.cpu_millis)?;
+        self.pids = PIDS.check_or(asked.pids, self.pids)?;
+        self.wall_ms = asked.wall_ms.map(|ms| WALL_MS.check(ms)).transpose()?.or(self.wall_ms);
+        self.cpu_ms = asked.cpu_ms.map(|ms| CPU_MS.check(ms)).transpose()?.or(self.cpu_ms);
+        self.io_bytes_per_s = IO_BYTES_PER_S.check_or(asked.io_bytes_per_s, self.io_bytes_per_s)?;
+        self.io_ops_per_s = IO_OPS_PER_S.check_or(asked.io_ops_per_s, self.io_ops_per_s)?;
+        Ok(self)
     }
 
     pub const fn memory_bytes(&self) -> u64 {

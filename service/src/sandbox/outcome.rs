@@ -9,7 +9,7 @@ use sandbox_core::{
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
-use super::{Limits, State, limits::bytes_for_people};
+use super::{Limits, State, limits::bytes_for_people, signal};
 use crate::clock::at_us;
 
 /// How the payload ended and what it used. The same object in every answer, event and log.
@@ -133,7 +133,7 @@ impl Finish {
         let reason = reason(&ending.cause);
         let (exit_code, signal) = match &ending.cause {
             Cause::Exited { code } => (Some(*code), None),
-            Cause::Signaled { signal } => (None, Some(signal_name(*signal))),
+            Cause::Signaled { signal } => (None, Some(signal::name_of(*signal))),
             Cause::OomKilled | Cause::CpuTimeout | Cause::WallTimeout | Cause::OutputLimit | Cause::Killed(_) => {
                 // A sandbox that we ended before its payload ran was not killed by a signal.
                 (None, ending.launched.map(|_| "SIGKILL".to_owned()))
@@ -214,7 +214,7 @@ const fn reason(cause: &Cause) -> Reason {
 fn message(ending: &Ending, limits: &Limits) -> String {
     match &ending.cause {
         Cause::Exited { code } => format!("exited with code {code}"),
-        Cause::Signaled { signal } => format!("ended by {}", signal_name(*signal)),
+        Cause::Signaled { signal } => format!("ended by {}", signal::name_of(*signal)),
         Cause::OomKilled => {
             let processes = if ending.oom_kills == 1 { "process" } else { "processes" };
             format!("memory limit of {} reached; {} {processes} killed", bytes_for_people(limits.memory_bytes()), ending.oom_kills)
@@ -234,23 +234,6 @@ fn message(ending: &Ending, limits: &Limits) -> String {
 /// Whole milliseconds, to the nearest one.
 const fn ms(us: u64) -> u64 {
     us.saturating_add(500) / 1000
-}
-
-/// The name of a signal on Linux (signal(7)), as in `SIGSEGV`.
-fn signal_name(signal: i32) -> String {
-    const NAMES: [&str; 31] = [
-        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM", "TERM", "STKFLT",
-        "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
-    ];
-    /// The first of the real-time signals that the C library leaves to programs.
-    const RTMIN: i32 = 34;
-    let known = usize::try_from(signal).ok().and_then(|number| NAMES.get(number.checked_sub(1)?));
-    match known {
-        Some(name) => format!("SIG{name}"),
-        None if signal == RTMIN => "SIGRTMIN".to_owned(),
-        None if signal > RTMIN => format!("SIGRTMIN+{}", signal - RTMIN),
-        None => format!("SIG{signal}"),
-    }
 }
 
 #[cfg(test)]
@@ -340,13 +323,5 @@ mod tests {
         assert_eq!(finish.state, State::Failed);
         assert_eq!(finish.outcome.message, "no such program: nope");
         assert_eq!((finish.outcome.launch, finish.started_at), (None, None));
-    }
-
-    #[test]
-    fn signals_beyond_the_classic_ones_have_names_too() {
-        assert_eq!(signal_name(9), "SIGKILL");
-        assert_eq!(signal_name(34), "SIGRTMIN");
-        assert_eq!(signal_name(36), "SIGRTMIN+2");
-        assert_eq!(signal_name(0), "SIG0");
     }
 }

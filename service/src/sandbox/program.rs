@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use oci_spec::image::ImageConfiguration;
-use sandbox_core::protocol::Isolation;
+use sandbox_core::protocol::{Isolation, Stdin, WindowSize};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{ImageId, Invalid, Limits, NewSandbox, SandboxId};
+use super::{ImageId, Invalid, Limits, NewSandbox, SandboxId, Signal};
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -29,6 +29,28 @@ pub struct Program {
     pub capabilities: Capabilities,
     #[serde(default = "container")]
     pub isolation: Isolation,
+    /// Whether its input stays open for whoever attaches.
+    #[serde(default)]
+    pub stdin_open: bool,
+    /// Of this size, if it has one.
+    #[serde(default)]
+    pub terminal: Option<WindowSize>,
+    #[serde(default)]
+    pub stop: StopOrder,
+}
+
+/// How its end is asked for where nothing else is said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopOrder {
+    pub signal: Signal,
+    /// Before it is killed.
+    pub grace_ms: u64,
+}
+
+impl Default for StopOrder {
+    fn default() -> Self {
+        Self { signal: Signal::TERM, grace_ms: 10_000 }
+    }
 }
 
 const fn container() -> Isolation {
@@ -59,18 +81,23 @@ pub enum User {
 }
 
 impl Program {
-    /// Puts the request over the image's configuration. A given command replaces entry point and command of the image; of the
-    /// environment, names of the request win. Fails when neither side names a command, or when the image's user is none.
+    /// Puts the request over the image's configuration, as Docker does. A given command replaces the image's, and goes to the image's entry point as
+    /// its arguments; a given entry point replaces that and the image's command. Of the environment, names of the request win. Fails when neither
+    /// side names a program, or when the image's user is none.
     pub fn resolve(image: &ImageConfiguration, asked: &NewSandbox) -> Result<Self, Invalid> {
         let config = image.config().as_ref();
-        let args = asked.command.clone().unwrap_or_else(|| {
-            let entrypoint = config.and_then(|c| c.entrypoint().clone()).unwrap_or_default();
-            let command = config.and_then(|c| c.cmd().clone()).unwrap_or_default();
-            entrypoint.into_iter().chain(command).collect()
-        });
+        let entrypoint = asked.entrypoint.clone().or_else(|| config.and_then(|c| c.entrypoint().clone()));
+        // The image's command was written for the image's entry point.
+        let command = match (&asked.command, &asked.entrypoint) {
+            (Some(command), _) => Some(command.clone()),
+            (None, Some(_)) => None,
+            (None, None) => config.and_then(|c| c.cmd().clone()),
+        };
+        let args: Vec<String> = entrypoint.into_iter().chain(command).flatten().collect();
         if args.first().is_none_or(String::is_empty) {
-            return Err(Invalid::new("command", "the image names no command, so the request must"));
+            return Err(Invalid::new("command", "the image names no program, so the request must"));
         }
+        let of_image = config.and_then(|c| c.stop_signal().clone()).and_then(|name| Signal::try_from(name).ok());
         let mut env = BTreeMap::from([("PATH", DEFAULT_PATH)]);
         let from_image = config.and_then(|c| c.env().as_ref());
         env.extend(from_image.into_iter().flatten().filter_map(|entry| entry.split_once('=')));
@@ -87,7 +114,23 @@ impl Program {
             user,
             capabilities: asked.capabilities,
             isolation: asked.isolation,
+            stdin_open: asked.stdin_open,
+            terminal: asked.terminal,
+            // What an image says that is no signal is as good as nothing.
+            stop: StopOrder { signal: asked.stop_signal.or(of_image).unwrap_or(Signal::TERM), grace_ms: asked.stop_grace_ms },
         })
+    }
+}
+
+impl Program {
+    /// Where its standard input comes from.
+    pub const fn stdin(&self, has_content: bool) -> Stdin {
+        match (has_content, self.terminal, self.stdin_open) {
+            (true, ..) => Stdin::Descriptor,
+            // What is typed at a terminal comes through that.
+            (false, None, true) => Stdin::Held,
+            (false, Some(_), _) | (false, None, false) => Stdin::Null,
+        }
     }
 }
 
@@ -186,6 +229,7 @@ mod tests {
             kind: Kind::Run,
             image: ImageReference::parse("image", "a".into()).unwrap(),
             name: None,
+            entrypoint: None,
             command: None,
             workdir: None,
             user: None,
@@ -193,12 +237,18 @@ mod tests {
             isolation: Isolation::Container,
             files: vec![],
             stdin: None,
+            stdin_open: false,
+            terminal: None,
+            stop_signal: None,
+            stop_grace_ms: 10_000,
             env: BTreeMap::new(),
             labels: BTreeMap::new(),
             requested: RequestedLimits::default(),
             limits: Limits::of(Kind::Run, RequestedLimits::default()).unwrap(),
             output_policy: OutputPolicy::Truncate,
             ttl_ms: None,
+            idle_timeout_ms: None,
+            auto_remove: false,
             when_full: WhenFull::Queue,
             retries: 0,
         }
@@ -213,10 +263,36 @@ mod tests {
     }
 
     #[test]
-    fn a_given_command_replaces_both() {
+    fn entry_point_and_command_go_together_as_with_docker() {
         let image = image(json!({ "Entrypoint": ["/entry"], "Cmd": ["serve"] }));
-        let program = Program::resolve(&image, &NewSandbox { command: Some(vec!["true".into()]), ..asked() }).unwrap();
-        assert_eq!(program.args, ["true"]);
+        let list = |words: &[&str]| Some(words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
+        let args = |entrypoint, command| Program::resolve(&image, &NewSandbox { entrypoint, command, ..asked() }).unwrap().args;
+        assert_eq!(args(None, list(&["true"])), ["/entry", "true"]);
+        assert_eq!(args(list(&["/other", "-x"]), None), ["/other", "-x"]);
+        assert_eq!(args(list(&["/other"]), list(&["true"])), ["/other", "true"]);
+        assert_eq!(args(list(&[]), list(&["true"])), ["true"]);
+        let nothing = Program::resolve(&image, &NewSandbox { entrypoint: list(&[]), ..asked() });
+        assert_eq!(nothing.unwrap_err().field, "command");
+    }
+
+    #[test]
+    fn the_image_says_by_which_signal_it_stops_unless_the_request_does() {
+        let signal = |config, stop_signal| {
+            let asked = NewSandbox { stop_signal, stop_grace_ms: 7, ..asked() };
+            Program::resolve(&image(config), &asked).unwrap().stop
+        };
+        let quit = Signal::try_from("SIGQUIT".to_owned()).unwrap();
+        assert_eq!(signal(json!({ "Cmd": ["a"], "StopSignal": "SIGQUIT" }), None), StopOrder { signal: quit, grace_ms: 7 });
+        assert_eq!(signal(json!({ "Cmd": ["a"], "StopSignal": "SIGQUIT" }), Some(Signal::KILL)).signal, Signal::KILL);
+        assert_eq!(signal(json!({ "Cmd": ["a"], "StopSignal": "no such" }), None).signal, Signal::TERM);
+        assert_eq!(signal(json!({ "Cmd": ["a"] }), None).signal, Signal::TERM);
+    }
+
+    #[test]
+    fn a_program_of_an_earlier_version_has_no_terminal_and_stops_by_sigterm() {
+        let old = json!({ "args": ["a"], "env": [], "cwd": "/", "user": { "ids": { "uid": 0, "gid": 0 } } });
+        let program: Program = serde_json::from_value(old).unwrap();
+        assert_eq!((program.stdin_open, program.terminal, program.stop), (false, None, StopOrder::default()));
     }
 
     #[test]

@@ -5,11 +5,11 @@ use std::{collections::BTreeMap, fmt};
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use sandbox_core::{
     files::PATH_BYTES_MAX,
-    protocol::{Isolation, OutputPolicy},
+    protocol::{Isolation, OutputPolicy, WindowSize},
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Bound, Capabilities, Kind, Limits, RequestedLimits, User};
+use super::{Bound, Capabilities, Kind, Limits, RequestedLimits, SandboxId, Signal, SignalRequest, User};
 
 /// How long `POST /v1/runs` waits for the end before it answers 202.
 pub const WAIT_MS: Bound = Bound { field: "wait_ms", unit: "milliseconds", min: 0, default: Some(30_000), max: 300_000 };
@@ -17,11 +17,23 @@ pub const WAIT_MS: Bound = Bound { field: "wait_ms", unit: "milliseconds", min: 
 pub const RETRY: Bound = Bound { field: "retry", unit: "attempts", min: 0, default: Some(0), max: 10 };
 /// How long a sandbox lives from its creation.
 pub const TTL_MS: Bound = Bound { field: "ttl_ms", unit: "milliseconds", min: 1000, default: None, max: 604_800_000 };
+/// How long a sandbox may do nothing: write no output, be given no input, be asked for nothing inside.
+pub const IDLE_TIMEOUT_MS: Bound = Bound { field: "idle_timeout_ms", unit: "milliseconds", min: 1000, default: None, max: 604_800_000 };
+/// How long a sandbox that is to stop has for that before it is killed.
+pub const STOP_GRACE_MS: Bound = Bound { field: "stop_grace_ms", unit: "milliseconds", min: 0, default: Some(10_000), max: 300_000 };
+/// The same where it is told to stop; without it, its own holds.
+pub const GRACE_MS: Bound = Bound { field: "grace_ms", default: None, ..STOP_GRACE_MS };
+/// How long `GET /v1/sandboxes/{id}/wait` waits.
+pub const UNTIL_MS: Bound = Bound { field: "timeout_ms", unit: "milliseconds", min: 0, default: Some(30_000), max: 3_600_000 };
+/// The size of a terminal.
+pub(super) const TTY_ROWS: Bound = Bound { field: "tty.rows", unit: "characters", min: 1, default: Some(24), max: 1000 };
+pub(super) const TTY_COLUMNS: Bound = Bound { field: "tty.columns", unit: "characters", min: 1, default: Some(80), max: 1000 };
 /// How long what lives on a node that is drained may go on.
 pub const EVICT_AFTER_MS: Bound = Bound { field: "evict_after_ms", unit: "milliseconds", min: 0, default: None, max: 604_800_000 };
 /// How many entries a page of a list has.
 pub const LIST_LIMIT: Bound = Bound { field: "limit", unit: "entries", min: 1, default: Some(50), max: 200 };
 
+const STOP_GRACE_DEFAULT_MS: u64 = 10_000;
 const FILES_MAX: usize = 1024;
 /// `args` and `env` travel in one message with the rest of the description.
 const ARGS_ENV_BYTES_MAX: usize = 64 * 1024;
@@ -57,6 +69,9 @@ impl Invalid {
 #[serde(deny_unknown_fields)]
 pub struct RunRequest {
     image: String,
+    /// In place of the image's; an empty list: none. Without one, what the image has.
+    entrypoint: Option<Vec<String>>,
+    /// Arguments of the entry point; without one, program and arguments. Without a command here, the image's, if the entry point is the image's, too.
     command: Option<Vec<String>>,
     workdir: Option<String>,
     user: Option<String>,
@@ -91,6 +106,9 @@ pub struct RunRequest {
 pub struct SandboxRequest {
     image: String,
     name: Option<String>,
+    /// In place of the image's; an empty list: none. Without one, what the image has.
+    entrypoint: Option<Vec<String>>,
+    /// Arguments of the entry point; without one, program and arguments. Without a command here, the image's, if the entry point is the image's, too.
     command: Option<Vec<String>>,
     workdir: Option<String>,
     user: Option<String>,
@@ -116,6 +134,55 @@ pub struct SandboxRequest {
     #[serde(default)]
     when_full: WhenFull,
     ttl_ms: Option<u64>,
+    /// It is ended when it has written no output, was given no input and was asked for nothing inside for so long. Not while it is paused.
+    idle_timeout_ms: Option<u64>,
+    /// Remove it, with its log, when it has ended. How it ended is told by its event.
+    #[serde(default)]
+    auto_remove: bool,
+    /// Keep its standard input open for whoever attaches.
+    #[serde(default)]
+    stdin_open: bool,
+    /// Give it a terminal: `true`, or with its size.
+    #[serde(default)]
+    tty: TtyRequest,
+    /// Instead of the image's, or SIGTERM.
+    stop_signal: Option<SignalRequest>,
+    stop_grace_ms: Option<u64>,
+}
+
+/// Whether a program gets a terminal, and of which size.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(untagged, expecting = "a terminal is true, false, or its size: {\"rows\": 24, \"columns\": 80}")]
+pub(super) enum TtyRequest {
+    Wanted(bool),
+    Sized(TtySize),
+}
+
+/// In characters.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct TtySize {
+    rows: u64,
+    columns: u64,
+}
+
+impl Default for TtyRequest {
+    fn default() -> Self {
+        Self::Wanted(false)
+    }
+}
+
+impl TtyRequest {
+    /// The terminal's size, if there is to be one.
+    fn parse(self) -> Result<Option<WindowSize>, Invalid> {
+        let size = |rows, columns| Some(WindowSize { rows, columns });
+        let narrow = |bound: &'static Bound, value| bound.check(value).map(|value| u16::try_from(value).unwrap_or(u16::MAX));
+        match self {
+            Self::Wanted(false) => Ok(None),
+            Self::Wanted(true) => Ok(size(24, 80)),
+            Self::Sized(TtySize { rows, columns }) => Ok(size(narrow(&TTY_ROWS, rows)?, narrow(&TTY_COLUMNS, columns)?)),
+        }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -209,6 +276,8 @@ pub struct NewSandbox {
     pub kind: Kind,
     pub image: ImageReference,
     pub name: Option<String>,
+    /// Instead of the image's.
+    pub entrypoint: Option<Vec<String>>,
     pub command: Option<Vec<String>>,
     pub workdir: Option<String>,
     /// Whom to run as instead of the image's user.
@@ -217,6 +286,12 @@ pub struct NewSandbox {
     pub isolation: Isolation,
     pub files: Vec<File>,
     pub stdin: Option<Content>,
+    /// Whether its input stays open for whoever attaches.
+    pub stdin_open: bool,
+    pub terminal: Option<WindowSize>,
+    /// Instead of the image's.
+    pub stop_signal: Option<Signal>,
+    pub stop_grace_ms: u64,
     pub env: BTreeMap<String, String>,
     pub labels: BTreeMap<String, String>,
     /// As they were asked for.
@@ -225,6 +300,8 @@ pub struct NewSandbox {
     pub limits: Limits,
     pub output_policy: OutputPolicy,
     pub ttl_ms: Option<u64>,
+    pub idle_timeout_ms: Option<u64>,
+    pub auto_remove: bool,
     pub when_full: WhenFull,
     /// How often it is tried again after an `infra_error`.
     pub retries: u32,
@@ -243,6 +320,7 @@ impl RunRequest {
             kind: Kind::Run,
             image: ImageReference::parse("image", self.image)?,
             name: None,
+            entrypoint: entrypoint(self.entrypoint)?,
             command: command(self.command)?,
             workdir: workdir(self.workdir)?,
             user: self.user.map(|user| User::parse("user", &user)).transpose()?,
@@ -250,12 +328,18 @@ impl RunRequest {
             isolation: self.isolation,
             files: files(self.files)?,
             stdin: stdin(self.stdin, self.stdin_encoding)?,
+            stdin_open: false,
+            terminal: None,
+            stop_signal: None,
+            stop_grace_ms: STOP_GRACE_DEFAULT_MS,
             env: env(self.env)?,
             labels: labels(self.labels)?,
             requested: self.limits,
             limits: Limits::of(Kind::Run, self.limits)?,
             output_policy: self.output_policy,
             ttl_ms: None,
+            idle_timeout_ms: None,
+            auto_remove: false,
             when_full: self.when_full,
             retries: u32::try_from(retries).unwrap_or(u32::MAX),
         };
@@ -270,7 +354,8 @@ impl SandboxRequest {
         let sandbox = NewSandbox {
             kind: Kind::Sandbox,
             image: ImageReference::parse("image", self.image)?,
-            name: self.name.map(name).transpose()?,
+            name: self.name.map(check_name).transpose()?,
+            entrypoint: entrypoint(self.entrypoint)?,
             command: command(self.command)?,
             workdir: workdir(self.workdir)?,
             user: self.user.map(|user| User::parse("user", &user)).transpose()?,
@@ -278,15 +363,25 @@ impl SandboxRequest {
             isolation: self.isolation,
             files: files(self.files)?,
             stdin: stdin(self.stdin, self.stdin_encoding)?,
+            stdin_open: self.stdin_open,
+            terminal: self.tty.parse()?,
+            stop_signal: self.stop_signal.map(|signal| signal.parse("stop_signal")).transpose()?,
+            stop_grace_ms: self.stop_grace_ms.map_or(Ok(STOP_GRACE_DEFAULT_MS), |ms| STOP_GRACE_MS.check(ms))?,
             env: env(self.env)?,
             labels: labels(self.labels)?,
             requested: self.limits,
             limits: Limits::of(Kind::Sandbox, self.limits)?,
             output_policy: self.output_policy,
             ttl_ms: self.ttl_ms.map(|ms| TTL_MS.check(ms)).transpose()?,
+            idle_timeout_ms: self.idle_timeout_ms.map(|ms| IDLE_TIMEOUT_MS.check(ms)).transpose()?,
+            auto_remove: self.auto_remove,
             when_full: self.when_full,
             retries: 0,
         };
+        if sandbox.stdin.is_some() && (sandbox.stdin_open || sandbox.terminal.is_some()) {
+            let field = if sandbox.stdin_open { "stdin_open" } else { "tty" };
+            return Err(Invalid::new(field, "what is given as stdin is all that is read: it goes neither with stdin_open nor with tty"));
+        }
         sandbox.args_and_env_fit().map(|()| sandbox)
     }
 }
@@ -306,7 +401,7 @@ impl NewSandbox {
     }
 
     fn args_and_env_fit(&self) -> Result<(), Invalid> {
-        let args: usize = self.command.iter().flatten().map(|arg| arg.len() + 1).sum();
+        let args: usize = self.entrypoint.iter().chain(&self.command).flatten().map(|arg| arg.len() + 1).sum();
         let env: usize = self.env.iter().map(|(key, value)| key.len() + value.len() + 2).sum();
         if args + env > ARGS_ENV_BYTES_MAX {
             let field = if args > env { "command" } else { "env" };
@@ -316,15 +411,25 @@ impl NewSandbox {
     }
 }
 
+fn entrypoint(entrypoint: Option<Vec<String>>) -> Result<Option<Vec<String>>, Invalid> {
+    if entrypoint.as_ref().and_then(|args| args.first()).is_some_and(String::is_empty) {
+        return Err(Invalid::new("entrypoint", "the first element names the program and cannot be empty"));
+    }
+    without_zeros("entrypoint", entrypoint)
+}
+
 fn command(command: Option<Vec<String>>) -> Result<Option<Vec<String>>, Invalid> {
-    let Some(args) = command else { return Ok(None) };
-    if args.first().is_none_or(String::is_empty) {
+    if command.as_ref().is_some_and(|args| args.first().is_none_or(String::is_empty)) {
         return Err(Invalid::new("command", "the first element names the program and cannot be empty"));
     }
-    if let Some(at) = args.iter().position(|arg| arg.contains('\0')) {
-        return Err(Invalid::new(format!("command[{at}]"), "no argument can hold a zero byte"));
+    without_zeros("command", command)
+}
+
+fn without_zeros(field: &str, args: Option<Vec<String>>) -> Result<Option<Vec<String>>, Invalid> {
+    match args.iter().flatten().position(|arg| arg.contains('\0')) {
+        Some(at) => Err(Invalid::new(format!("{field}[{at}]"), "no argument can hold a zero byte")),
+        None => Ok(args),
     }
-    Ok(Some(args))
 }
 
 fn workdir(workdir: Option<String>) -> Result<Option<String>, Invalid> {
@@ -350,16 +455,21 @@ fn env(env: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Invali
 }
 
 fn labels(labels: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Invalid> {
+    check_labels(&labels).map(|()| labels)
+}
+
+/// Whether a sandbox may have all these.
+pub(super) fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), Invalid> {
     if labels.len() > LABELS_MAX {
         return Err(Invalid::new("labels", format!("{} labels; at most {LABELS_MAX}", labels.len())));
     }
-    for (key, value) in &labels {
+    for (key, value) in labels {
         check_label(key, value).map_err(|fault| match fault {
             LabelFault::Key(detail) => Invalid::new("labels", detail),
             LabelFault::Value(detail) => Invalid::new(format!("labels.{key}"), detail),
         })?;
     }
-    Ok(labels)
+    Ok(())
 }
 
 /// What no sandbox's label is like.
@@ -381,13 +491,21 @@ pub fn check_label(key: &str, value: &str) -> Result<(), LabelFault> {
     Ok(())
 }
 
-fn name(name: String) -> Result<String, Invalid> {
+/// A name that a sandbox may have. Objects are asked for by id or by name in one place, so none looks like an id.
+pub fn check_name(name: String) -> Result<String, Invalid> {
     let is_sound = (1..=NAME_BYTES_MAX).contains(&name.len())
+        && name.parse::<SandboxId>().is_err()
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
     is_sound
         .then_some(name)
-        .ok_or_else(|| Invalid::new("name", "a name is 1 to 63 letters, digits and ._-, beginning with a letter or digit"))
+        .ok_or_else(|| Invalid::new("name", "a name is 1 to 63 letters, digits and ._-, beginning with a letter or digit, and is no id"))
+}
+
+/// The beginning of a name that a sandbox may have.
+pub fn check_name_prefix(prefix: String) -> Result<String, Invalid> {
+    let is_sound = (1..=NAME_BYTES_MAX).contains(&prefix.len()) && prefix.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    is_sound.then_some(prefix).ok_or_else(|| Invalid::new("name", "names begin with 1 to 63 letters, digits and ._-"))
 }
 
 fn files(files: Vec<FileRequest>) -> Result<Vec<File>, Invalid> {

@@ -130,9 +130,11 @@ impl Store {
             ), added as (
                 insert into sandboxes (
                     id, tenant, principal, kind, state, name, image_reference, image_digest, image_root, program, limits, output_policy,
-                    labels, memory_bytes, cpu_millis, created_at, expires_at, node, claimed_at, epoch, retries_left, claims, keeps_input
+                    labels, memory_bytes, cpu_millis, created_at, expires_at, node, claimed_at, epoch, retries_left, claims, keeps_input,
+                    ttl_ms, idle_timeout_ms, auto_remove
                 )
-                select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $33, $34, case when $5 = 'queued' then 0 else 1 end, $37
+                select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $33, $34, case when $5 = 'queued' then 0 else 1 end, $37,
+                    $38, $39, $40
                 from principal, image
                 where image.digest = $8
                     and ($35::text is null or exists (select 1 from held))
@@ -224,6 +226,9 @@ impl Store {
             key.map(|key| key.name.key.as_str()) as _,
             key.map(|key| key.holder) as _,
             is_kept || !has_input,
+            sandbox.ttl_ms.map(bigint) as _,
+            sandbox.idle_timeout_ms.map(bigint) as _,
+            sandbox.auto_remove,
         )
         .fetch_one(&self.pool)
         .await?;

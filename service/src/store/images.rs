@@ -194,7 +194,7 @@ impl Store {
         let is_needed = sqlx::query_scalar!(
             r#"select exists (select 1 from images where root = $1)
                 or exists (select 1 from sandboxes where state = 'queued' and image_root = $1)
-                or exists (select 1 from sandboxes where state in ('starting', 'running') and image_root = $1) as "is_needed!""#,
+                or exists (select 1 from sandboxes where state in ('starting', 'running', 'paused') and image_root = $1) as "is_needed!""#,
             root.to_string(),
         )
         .fetch_one(&self.pool)

@@ -108,7 +108,7 @@ impl Store {
                     started_at = excluded.started_at, epoch = nodes.epoch + 1, lease_until = excluded.lease_until
                 returning epoch
             ), adopted as (
-                update sandboxes set epoch = taken.epoch from taken where node = $1 and state in ('starting', 'running')
+                update sandboxes set epoch = taken.epoch from taken where node = $1 and state in ('starting', 'running', 'paused')
             )
             select epoch as "epoch!" from taken"#,
             id.0,
@@ -146,7 +146,7 @@ impl Store {
     pub async fn adopt_late_claims(&self, lease: Lease) -> Result<(), StoreError> {
         sqlx::query!(
             "update sandboxes set epoch = $2
-            where node = $1 and epoch < $2 and state in ('starting', 'running') and exists (select 1 from nodes where id = $1 and epoch = $2)",
+            where node = $1 and epoch < $2 and state in ('starting', 'running', 'paused') and exists (select 1 from nodes where id = $1 and epoch = $2)",
             lease.node.0,
             bigint(lease.epoch),
         )
@@ -179,7 +179,7 @@ impl Store {
         let rows = sqlx::query!(
             "select id, epoch, lease_until from nodes
             where id <> $1 and exists (
-                select 1 from sandboxes where node = nodes.id and state in ('starting', 'running') and sandboxes.epoch = nodes.epoch
+                select 1 from sandboxes where node = nodes.id and state in ('starting', 'running', 'paused') and sandboxes.epoch = nodes.epoch
             )",
             own.0,
         )
@@ -208,13 +208,13 @@ impl Store {
         let places = sqlx::query!(
             r#"select sandboxes.id, node as "node!", sandboxes.epoch, claims, nodes.name
             from sandboxes join nodes on nodes.id = sandboxes.node
-            where state in ('starting', 'running') and sandboxes.epoch < nodes.epoch and lease_until < now()
+            where state in ('starting', 'running', 'paused') and sandboxes.epoch < nodes.epoch and lease_until < now()
             limit 1000"#
         )
         .fetch_all(&self.pool)
         .await?;
         let ids: Vec<Uuid> = places.iter().map(|place| place.id).collect();
-        let rows = super::sandboxes::select_sandboxes!("id = any($1) and state in ('starting', 'running')", &ids);
+        let rows = super::sandboxes::select_sandboxes!("id = any($1) and state in ('starting', 'running', 'paused')", &ids);
         let sandboxes = rows.fetch_all(&self.pool).await?.into_iter().map(Row::read).collect::<Result<Vec<_>, _>>()?;
         let place_of = |sandbox: Sandbox| {
             let place = places.iter().find(|place| place.id == sandbox.id.0)?;
@@ -229,7 +229,7 @@ impl Store {
     pub async fn list_nodes(&self, only: Option<NodeId>) -> Result<Vec<Node>, StoreError> {
         let rows = sqlx::query!(
             r#"select id, name, memory_bytes, cpu_millis, epoch, started_at, lease_until, lease_until >= now() as "is_alive!", drained_at,
-                evict_at, (select count(*) from sandboxes where node = nodes.id and state in ('starting', 'running')) as "live!"
+                evict_at, (select count(*) from sandboxes where node = nodes.id and state in ('starting', 'running', 'paused')) as "live!"
             from nodes
             where $1::uuid is null or id = $1
             order by started_at desc, id

@@ -196,7 +196,7 @@ impl Store {
                     attempt = attempt + $4, retries_left = retries_left - $4,
                     failed_node = case when $5::timestamptz is null then failed_node else $2 end, failed_until = coalesce($5, failed_until),
                     keeps_input = true
-                where id = $1 and state in ('starting', 'running') and node = $2 and epoch = $3 and claims = $11 and retries_left >= $4
+                where id = $1 and state in ('starting', 'running', 'paused') and node = $2 and epoch = $3 and claims = $11 and retries_left >= $4
                 returning id, tenant, principal, kind, labels, attempt
             ), tenant_counted as (
                 update tenants set queued = queued + 1 from again where tenants.id = again.tenant

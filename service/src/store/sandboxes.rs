@@ -18,9 +18,28 @@ pub struct Filter {
     pub states: Vec<State>,
     /// All of these labels with these values.
     pub labels: BTreeMap<String, String>,
-    /// Older than this one.
-    pub before: Option<SandboxId>,
+    /// And all of these, whatever their values.
+    pub label_keys: Vec<String>,
+    /// Made of the image of this reference.
+    pub image: Option<String>,
+    /// With a name that begins like this.
+    pub name_prefix: Option<String>,
+    /// Made at this time or later, and made before that.
+    pub created: (Option<OffsetDateTime>, Option<OffsetDateTime>),
+    /// Ended at this time or later, and ended before that.
+    pub finished: (Option<OffsetDateTime>, Option<OffsetDateTime>),
+    pub order: Order,
+    /// Behind this one, in that order.
+    pub behind: Option<SandboxId>,
     pub limit: u32,
+}
+
+/// In which order of their making.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Order {
+    #[default]
+    NewestFirst,
+    OldestFirst,
 }
 
 /// Which sandboxes of all tenants to list.
@@ -109,7 +128,10 @@ pub(super) struct Row {
     pub(super) claimed_at: Option<OffsetDateTime>,
     pub(super) started_at: Option<OffsetDateTime>,
     pub(super) finished_at: Option<OffsetDateTime>,
+    pub(super) ttl_ms: Option<i64>,
     pub(super) expires_at: Option<OffsetDateTime>,
+    pub(super) idle_timeout_ms: Option<i64>,
+    pub(super) auto_remove: bool,
     pub(super) outcome: Option<Value>,
     pub(super) fences: Option<i32>,
     pub(super) attempt: i32,
@@ -125,7 +147,7 @@ macro_rules! select_sandboxes {
             crate::store::sandboxes::Row,
             r#"select id, tenant, principal, kind, state, name, image_reference, image_digest, image_root,
                 program, limits, output_policy, labels, created_at, claimed_at, started_at, finished_at, expires_at, outcome, fences, attempt, retries_left,
-                claims, keeps_input
+                claims, keeps_input, ttl_ms, idle_timeout_ms, auto_remove
             from sandboxes
             where "# + $condition
             $(, $argument)*
@@ -165,7 +187,10 @@ impl Row {
             claimed_at: self.claimed_at,
             started_at: self.started_at,
             finished_at: self.finished_at,
+            ttl_ms: self.ttl_ms.map(unsigned),
             expires_at: self.expires_at,
+            idle_timeout_ms: self.idle_timeout_ms.map(unsigned),
+            auto_remove: self.auto_remove,
             outcome: self.outcome.map(|outcome| json("outcome", outcome)).transpose()?,
             fences: self.fences.map(|bits| Fences::from_bits(bits.cast_unsigned())),
             attempt: self.attempt.unsigned_abs(),
@@ -174,6 +199,15 @@ impl Row {
             keeps_input: self.keeps_input,
         })
     }
+}
+
+/// How far an id's time may be from the time of creation that its row has.
+const IDS_APART: time::Duration = time::Duration::minutes(10);
+
+/// The least id that can be made at this time.
+fn id_at(at: OffsetDateTime) -> Uuid {
+    let ms = u64::try_from(at.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
+    Uuid::from_u64_pair(ms << 16, 0)
 }
 
 fn json<T: DeserializeOwned>(column: &str, value: Value) -> Result<T, StoreError> {
@@ -208,32 +242,58 @@ impl Store {
         row.map(Row::read).transpose()
     }
 
-    /// The tenant's long-lived sandboxes, newest first.
+    /// The tenant's long-lived sandboxes that are so.
     pub async fn list(&self, tenant: &TenantId, filter: &Filter) -> Result<Vec<Sandbox>, StoreError> {
+        self.pool.in_time(self.list_at_last(tenant, filter)).await
+    }
+
+    async fn list_at_last(&self, tenant: &TenantId, filter: &Filter) -> Result<Vec<Sandbox>, StoreError> {
         let states: Vec<String> = filter.states.iter().map(|state| state.as_str().to_owned()).collect();
-        select_sandboxes!(
+        // Of the characters that a name may have, this one alone means something else here.
+        let name_like = filter.name_prefix.as_ref().map(|prefix| format!("{}%", prefix.replace('_', "\\_")));
+        let (created_from, created_before) = filter.created;
+        let mut transaction = self.pool.begin().await?;
+        // Planned for these very values: which index serves depends on what is asked for.
+        sqlx::query!("select set_config('plan_cache_mode', 'force_custom_plan', true)").fetch_one(&mut *transaction).await?;
+        let rows = select_sandboxes!(
             "tenant = $1 and kind = 'sandbox'
                 and (cardinality($2::text[]) = 0 or state = any($2))
-                and labels @> $3
-                and ($4::uuid is null or id < $4)
-            order by id desc
-            limit $5",
+                and ($3::jsonb = '{}' or labels @> $3)
+                and (cardinality($4::text[]) = 0 or labels ?& $4)
+                and ($5::text is null or image_reference = $5)
+                and ($6::text is null or name like $6)
+                and ($7::timestamptz is null or created_at >= $7) and ($8::timestamptz is null or created_at < $8)
+                -- the same, as far as ids tell it, along the index
+                and ($9::uuid is null or id >= $9) and ($10::uuid is null or id < $10)
+                and ($11::timestamptz is null or finished_at >= $11) and ($12::timestamptz is null or finished_at < $12)
+                and ($13::uuid is null or case when $14 then id > $13 else id < $13 end)
+            order by case when $14 then id end, case when not $14 then id end desc
+            limit $15",
             tenant.as_str(),
             &states,
             Json(&filter.labels) as _,
-            filter.before.map(|id| id.0) as _,
+            &filter.label_keys,
+            filter.image.as_deref() as _,
+            name_like as _,
+            created_from as _,
+            created_before as _,
+            created_from.map(|at| id_at(at - IDS_APART)) as _,
+            created_before.map(|at| id_at(at + IDS_APART)) as _,
+            filter.finished.0 as _,
+            filter.finished.1 as _,
+            filter.behind.map(|id| id.0) as _,
+            filter.order == Order::OldestFirst,
             i64::from(filter.limit),
         )
-        .fetch_all(&self.pool)
-        .await?
-        .into_iter()
-        .map(Row::read)
-        .collect()
+        .fetch_all(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+        rows.into_iter().map(Row::read).collect()
     }
 
     /// Every sandbox that this node claimed and whose end is not stored.
     pub async fn live_of(&self, node: NodeId) -> Result<Vec<Sandbox>, StoreError> {
-        let rows = select_sandboxes!("node = $1 and state in ('starting', 'running')", node.0).fetch_all(&self.pool).await?;
+        let rows = select_sandboxes!("node = $1 and state in ('starting', 'running', 'paused')", node.0).fetch_all(&self.pool).await?;
         Ok(readable(rows))
     }
 
@@ -273,7 +333,7 @@ impl Store {
 
     /// Those of [`Store::live_of`] whose rows cannot be read, and why.
     pub async fn unreadable_of(&self, node: NodeId) -> Result<Vec<(SandboxId, StoreError)>, StoreError> {
-        let rows = select_sandboxes!("node = $1 and state in ('starting', 'running')", node.0).fetch_all(&self.pool).await?;
+        let rows = select_sandboxes!("node = $1 and state in ('starting', 'running', 'paused')", node.0).fetch_all(&self.pool).await?;
         let fault = |row: Row| {
             let id = SandboxId(row.id);
             row.read().err().map(|error| (id, error))
@@ -317,7 +377,7 @@ impl Store {
                 select id, state as was from sandboxes
                 where id = $1
                     and case when $2::uuid is null then state = 'queued'
-                        else state in ('starting', 'running') and node = $2 and epoch = $20 and claims = $21 end
+                        else state in ('starting', 'running', 'paused') and node = $2 and epoch = $20 and claims = $21 end
                 for no key update
             ), ended as (
                 update sandboxes
@@ -470,8 +530,7 @@ impl Store {
             return Ok(0);
         }
         // Ids begin with the time of their making: no younger one needs to be looked at.
-        let before_ms = u64::try_from(before.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
-        let newest = Uuid::from_u64_pair(before_ms << 16, 0);
+        let newest = id_at(before);
         let count = sqlx::query_scalar!(
             r#"with gone as (
                 delete from sandboxes using (

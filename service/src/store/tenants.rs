@@ -327,7 +327,7 @@ impl Store {
             select sandboxes.id, sandboxes.tenant
             from stopped join sandboxes on sandboxes.tenant = stopped.tenant
                 and sandboxes.principal = coalesce(stopped.principal, sandboxes.principal)
-            where state = 'queued' or (state in ('starting', 'running') and node = $1)",
+            where state = 'queued' or (state in ('starting', 'running', 'paused') and node = $1)",
             node.0,
         )
         .fetch_all(&self.pool)

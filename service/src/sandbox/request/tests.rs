@@ -81,3 +81,52 @@ fn a_debug_print_shows_no_content() {
     let (sandbox, _) = run(json!({"image": "a", "stdin": "secret"})).unwrap();
     assert!(!format!("{sandbox:?}").contains("secret"));
 }
+
+fn sandbox(body: Value) -> Result<NewSandbox, Invalid> {
+    serde_json::from_value::<SandboxRequest>(body).unwrap().parse()
+}
+
+#[test]
+fn a_terminal_is_of_the_size_that_is_asked_for_or_the_usual_one() {
+    let terminal = |tty: Value| sandbox(json!({"image": "a", "tty": tty})).map(|sandbox| sandbox.terminal);
+    assert_eq!(terminal(json!(false)), Ok(None));
+    assert_eq!(terminal(json!(true)), Ok(Some(WindowSize { rows: 24, columns: 80 })));
+    assert_eq!(terminal(json!({"rows": 1, "columns": 1000})), Ok(Some(WindowSize { rows: 1, columns: 1000 })));
+    assert_eq!(terminal(json!({"rows": 0, "columns": 1})).unwrap_err().field, "tty.rows");
+    assert_eq!(terminal(json!({"rows": 1, "columns": 1001})).unwrap_err().field, "tty.columns");
+}
+
+#[test]
+fn input_is_either_given_or_kept_open() {
+    for (field, body) in
+        [("stdin_open", json!({"image": "a", "stdin": "x", "stdin_open": true})), ("tty", json!({"image": "a", "stdin": "x", "tty": true}))]
+    {
+        assert_eq!(sandbox(body).unwrap_err().field, field);
+    }
+    assert!(sandbox(json!({"image": "a", "stdin_open": true, "tty": true})).unwrap().stdin_open);
+}
+
+#[test]
+fn a_name_that_could_be_an_id_is_refused() {
+    for name in ["0190b5a4-0000-7000-8000-000000000000", "0190b5a4000070008000000000000000", "0190B5A4000070008000000000000000"] {
+        assert_eq!(sandbox(json!({"image": "a", "name": name})).unwrap_err().field, "name", "{name}");
+    }
+    assert_eq!(sandbox(json!({"image": "a", "name": "0190b5a4"})).unwrap().name.as_deref(), Some("0190b5a4"));
+}
+
+#[test]
+fn how_it_stops_and_when_it_is_idle_is_bounded() {
+    let asked = json!({"image": "a", "stop_signal": "int", "stop_grace_ms": 0, "idle_timeout_ms": 1000, "auto_remove": true});
+    let parsed = sandbox(asked).unwrap();
+    assert_eq!(parsed.stop_signal.map(Signal::number), Some(2));
+    assert_eq!((parsed.stop_grace_ms, parsed.idle_timeout_ms, parsed.auto_remove), (0, Some(1000), true));
+    for (field, body) in [
+        ("stop_signal", json!({"image": "a", "stop_signal": "nope"})),
+        ("stop_grace_ms", json!({"image": "a", "stop_grace_ms": 300_001})),
+        ("idle_timeout_ms", json!({"image": "a", "idle_timeout_ms": 999})),
+        ("entrypoint", json!({"image": "a", "entrypoint": [""]})),
+        ("entrypoint[1]", json!({"image": "a", "entrypoint": ["a", "\0"]})),
+    ] {
+        assert_eq!(sandbox(body).unwrap_err().field, field);
+    }
+}

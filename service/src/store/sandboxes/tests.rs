@@ -30,7 +30,10 @@ pub(crate) fn sandbox(tenant: &str, kind: Kind, name: Option<&str>) -> Sandbox {
         started_at: None,
         fences: None,
         finished_at: None,
+        ttl_ms: None,
         expires_at: None,
+        idle_timeout_ms: None,
+        auto_remove: false,
         outcome: None,
         attempt: 1,
         retries_left: 0,
@@ -213,8 +216,45 @@ async fn a_list_is_newest_first_filtered_and_paged(pool: PgPool) {
     let (id1, id2) = (first.id.max(second.id), first.id.min(second.id));
     assert_eq!(list(Filter { limit: 10, ..Filter::default() }).await, [id1, id2]);
     assert_eq!(list(Filter { limit: 1, ..Filter::default() }).await, [id1]);
-    assert_eq!(list(Filter { limit: 10, before: Some(id1), ..Filter::default() }).await, [id2]);
+    assert_eq!(list(Filter { limit: 10, behind: Some(id1), ..Filter::default() }).await, [id2]);
     assert_eq!(list(Filter { limit: 10, states: vec![State::Exited], ..Filter::default() }).await, []);
     let labels = BTreeMap::from([("exercise".to_owned(), "8".to_owned())]);
     assert_eq!(list(Filter { limit: 10, labels, ..Filter::default() }).await, []);
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn filters_of_a_list_are_combined_and_go_in_both_orders(pool: PgPool) {
+    let (store, lease) = store_with_node(pool).await;
+    let at = |seconds| crate::clock::Clock::System.now() + std::time::Duration::from_secs(seconds);
+    let labels = |pairs: &[(&str, &str)]| pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+    let web =
+        Sandbox { created_at: at(0), labels: labels(&[("tier", "web"), ("n", "1")]), ..sandbox("acme", Kind::Sandbox, Some("web_1")) };
+    let other = Sandbox { created_at: at(100), labels: labels(&[("tier", "web")]), ..sandbox("acme", Kind::Sandbox, Some("webx1")) };
+    let data = Sandbox { created_at: at(200), labels: labels(&[("tier", "data"), ("n", "")]), ..sandbox("acme", Kind::Sandbox, None) };
+    for sandbox in [&web, &other, &data] {
+        assert!(admit(&store, sandbox, lease).await);
+    }
+    let finish = lost(&web);
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
+    assert!(store.finish(web.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap());
+    let list = async |filter: Filter| -> Vec<SandboxId> {
+        let filter = Filter { limit: 10, order: Order::OldestFirst, ..filter };
+        store.list(&web.tenant, &filter).await.unwrap().into_iter().map(|sandbox| sandbox.id).collect()
+    };
+
+    assert_eq!(list(Filter::default()).await, [web.id, other.id, data.id]);
+    assert_eq!(list(Filter { behind: Some(web.id), ..Filter::default() }).await, [other.id, data.id]);
+    assert_eq!(list(Filter { labels: labels(&[("tier", "web")]), ..Filter::default() }).await, [web.id, other.id]);
+    assert_eq!(list(Filter { label_keys: vec!["n".into()], ..Filter::default() }).await, [web.id, data.id]);
+    let both = Filter { label_keys: vec!["n".into()], labels: labels(&[("tier", "data")]), ..Filter::default() };
+    assert_eq!(list(both).await, [data.id]);
+    // An underscore is one, and stands for no other character.
+    assert_eq!(list(Filter { name_prefix: Some("web_".into()), ..Filter::default() }).await, [web.id]);
+    assert_eq!(list(Filter { name_prefix: Some("web".into()), ..Filter::default() }).await, [web.id, other.id]);
+    assert_eq!(list(Filter { image: Some("python".into()), ..Filter::default() }).await.len(), 3);
+    assert_eq!(list(Filter { image: Some("pytho".into()), ..Filter::default() }).await, []);
+    assert_eq!(list(Filter { created: (Some(other.created_at), Some(data.created_at)), ..Filter::default() }).await, [other.id]);
+    assert_eq!(list(Filter { finished: (Some(finish.finished_at), None), ..Filter::default() }).await, [web.id]);
+    assert_eq!(list(Filter { finished: (None, Some(finish.finished_at)), ..Filter::default() }).await, []);
+    assert_eq!(list(Filter { states: vec![State::Starting], labels: labels(&[("tier", "web")]), ..Filter::default() }).await, [other.id]);
 }

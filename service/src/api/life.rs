@@ -1,0 +1,160 @@
+//! `/v1/sandboxes/{id}/stop`, `kill`, `pause`, `resume` and `wait`: what a sandbox is told while it is there.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Json,
+    body::Body,
+    extract::{Path, State},
+    http::Uri,
+};
+use serde::{Deserialize, Serialize};
+
+use super::{App, caller::Caller, error::ApiError, json, query, sandboxes::view, view::SandboxView};
+use crate::{
+    engine::{Until, Waited},
+    sandbox::{GRACE_MS, Invalid, Sandbox, Signal, SignalRequest, UNTIL_MS},
+    token::Scope,
+};
+
+/// Body of `POST /v1/sandboxes/{id}/stop`. May be absent.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct StopRequest {
+    /// Instead of the sandbox's own `stop_signal`.
+    signal: Option<SignalRequest>,
+    /// How long it has after the signal before it is killed, instead of the sandbox's own `stop_grace_ms`.
+    grace_ms: Option<u64>,
+}
+
+/// Body of `POST /v1/sandboxes/{id}/kill`. May be absent.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct KillRequest {
+    /// By name or by number. SIGKILL, which is the default, ends the sandbox; any other goes to its first process alone.
+    signal: Option<SignalRequest>,
+}
+
+/// Body of operations that need nothing to be said. May be absent.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Nothing {}
+
+/// How a waiting ended.
+#[derive(Debug, Serialize)]
+pub(super) struct WaitView {
+    /// `reached`: it is so. `timed_out`: not yet. `ended`: it has ended, or is gone, and will not be so. `stopping`: this service stops; ask again.
+    result: Waited,
+    /// As it was seen last; null: it is gone, and nobody saw how it ended.
+    sandbox: Option<SandboxView>,
+}
+
+pub(super) async fn stop(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Path(id): Path<String>,
+    body: Body,
+) -> Result<Json<SandboxView>, ApiError> {
+    caller.require(Scope::SandboxesWrite)?;
+    let StopRequest { signal, grace_ms } = json::read_or_default(body).await?;
+    let signal = signal.map(|signal| signal.parse("signal")).transpose()?;
+    let grace = grace_ms.map(|ms| GRACE_MS.check(ms)).transpose()?.map(Duration::from_millis);
+    let id = query::object(&app, &caller, &id).await?;
+    answer(&app, app.engine.stop_sandbox(caller.owner(), id, signal, grace).await?).await
+}
+
+pub(super) async fn kill(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Path(id): Path<String>,
+    body: Body,
+) -> Result<Json<SandboxView>, ApiError> {
+    caller.require(Scope::SandboxesWrite)?;
+    let KillRequest { signal } = json::read_or_default(body).await?;
+    let signal = signal.map_or(Ok(Signal::KILL), |signal| signal.parse("signal"))?;
+    let id = query::object(&app, &caller, &id).await?;
+    answer(&app, app.engine.signal(caller.owner(), id, signal).await?).await
+}
+
+pub(super) async fn pause(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Path(id): Path<String>,
+    body: Body,
+) -> Result<Json<SandboxView>, ApiError> {
+    set_paused(&app, &caller, &id, body, true).await
+}
+
+pub(super) async fn resume(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Path(id): Path<String>,
+    body: Body,
+) -> Result<Json<SandboxView>, ApiError> {
+    set_paused(&app, &caller, &id, body, false).await
+}
+
+async fn set_paused(app: &App, caller: &Caller, id: &str, body: Body, is_paused: bool) -> Result<Json<SandboxView>, ApiError> {
+    caller.require(Scope::SandboxesWrite)?;
+    let Nothing {} = json::read_or_default(body).await?;
+    let id = query::object(app, caller, id).await?;
+    answer(app, app.engine.set_paused(caller.owner(), id, is_paused).await?).await
+}
+
+async fn answer(app: &App, sandbox: Option<Sandbox>) -> Result<Json<SandboxView>, ApiError> {
+    Ok(view(app, sandbox.ok_or(ApiError::NotFound)?).await)
+}
+
+pub(super) async fn wait(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Path(id): Path<String>,
+    uri: Uri,
+) -> Result<Json<WaitView>, ApiError> {
+    caller.require(Scope::SandboxesRead)?;
+    let (until, patience) = asked(query::pairs(&uri)?)?;
+    let id = query::object(&app, &caller, &id).await?;
+    let waited = app.engine.wait_for(&caller.tenant, id, until, patience).await?;
+    let (result, sandbox) = waited.ok_or(ApiError::NotFound)?;
+    Ok(Json(WaitView { result, sandbox: sandbox.map(SandboxView::from) }))
+}
+
+fn asked(pairs: Vec<(String, String)>) -> Result<(Until, Duration), ApiError> {
+    let (mut until, mut timeout_ms) = (Until::Exited, 30_000);
+    for (name, text) in pairs {
+        match name.as_str() {
+            "until" => {
+                until = Until::named(&text)
+                    .ok_or_else(|| Invalid::new("until", "what can be waited for is one of running, paused, exited, removed"))?;
+            }
+            "timeout_ms" => timeout_ms = query::bounded(&UNTIL_MS, &text)?,
+            _ => return Err(query::unknown(&name)),
+        }
+    }
+    Ok((until, Duration::from_millis(timeout_ms)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(query: &str) -> Result<(Until, Duration), ApiError> {
+        asked(query::pairs(&format!("/v1/sandboxes/a/wait?{query}").parse().unwrap())?)
+    }
+
+    #[test]
+    fn an_end_is_waited_for_unless_something_else_is() {
+        assert_eq!(parsed("").unwrap(), (Until::Exited, Duration::from_secs(30)));
+        assert_eq!(parsed("until=paused&timeout_ms=3600000").unwrap(), (Until::Paused, Duration::from_secs(3600)));
+    }
+
+    #[test]
+    fn what_cannot_be_waited_for_is_named() {
+        for (query, field) in
+            [("until=queued", "until"), ("timeout_ms=3600001", "timeout_ms"), ("timeout_ms=-1", "timeout_ms"), ("for=1", "for")]
+        {
+            let Err(ApiError::Invalid(invalid)) = parsed(query) else { panic!("{query} is taken") };
+            assert_eq!(invalid.field, field, "{query}");
+        }
+    }
+}

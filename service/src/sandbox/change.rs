@@ -1,0 +1,232 @@
+//! What can be changed of a sandbox that is there.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use sandbox_core::protocol::NewLimits;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
+use time::OffsetDateTime;
+
+use super::{IDLE_TIMEOUT_MS, Invalid, Limits, Sandbox, TTL_MS, check_name, request::check_labels};
+
+/// Body of `PATCH /v1/sandboxes/{id}`. What is absent stays as it is.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeRequest {
+    /// Null takes the name from it.
+    #[serde(default, deserialize_with = "present")]
+    name: Option<Option<String>>,
+    /// A label whose value is null is taken out.
+    labels: Option<BTreeMap<String, Option<String>>>,
+    #[serde(default)]
+    labels_policy: LabelsPolicy,
+    /// From now on; null: for good.
+    #[serde(default, deserialize_with = "present")]
+    ttl_ms: Option<Option<u64>>,
+    /// Null: it may do nothing for as long as it likes.
+    #[serde(default, deserialize_with = "present")]
+    idle_timeout_ms: Option<Option<u64>>,
+    #[serde(default)]
+    limits: RequestedChange,
+}
+
+/// What becomes of labels that are not named.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum LabelsPolicy {
+    /// They stay.
+    #[default]
+    Merge,
+    /// They go.
+    Replace,
+}
+
+/// The limits that can be changed while it runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RequestedChange {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) memory_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) cpu_millis: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) pids: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) wall_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) cpu_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) io_bytes_per_s: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) io_ops_per_s: Option<u64>,
+}
+
+/// A change whose every field was checked.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Change {
+    name: Option<Option<String>>,
+    labels: Option<BTreeMap<String, Option<String>>>,
+    replaces_labels: bool,
+    ttl_ms: Option<Option<u64>>,
+    idle_timeout_ms: Option<Option<u64>>,
+    limits: RequestedChange,
+}
+
+/// A field that is there, whatever it holds: null is something else than nothing.
+fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Option<Option<T>>, D::Error> {
+    Option::deserialize(from).map(Some)
+}
+
+impl ChangeRequest {
+    /// The change, or the first field that is wrong.
+    pub fn parse(self) -> Result<Change, Invalid> {
+        Ok(Change {
+            name: self.name.map(|name| name.map(check_name).transpose()).transpose()?,
+            labels: self.labels,
+            replaces_labels: self.labels_policy == LabelsPolicy::Replace,
+            ttl_ms: self.ttl_ms.map(|ms| ms.map(|ms| TTL_MS.check(ms)).transpose()).transpose()?,
+            idle_timeout_ms: self.idle_timeout_ms.map(|ms| ms.map(|ms| IDLE_TIMEOUT_MS.check(ms)).transpose()).transpose()?,
+            limits: self.limits,
+        })
+    }
+}
+
+impl Change {
+    /// Whether limits are changed.
+    pub fn has_limits(&self) -> bool {
+        self.limits != RequestedChange::default()
+    }
+
+    /// The sandbox as it is after the change, made at this time; or what of it cannot be.
+    pub fn apply(&self, sandbox: &Sandbox, now: OffsetDateTime) -> Result<Sandbox, Invalid> {
+        let mut next = sandbox.clone();
+        if let Some(name) = &self.name {
+            next.name.clone_from(name);
+        }
+        if let Some(labels) = &self.labels {
+            if self.replaces_labels {
+                next.labels.clear();
+            }
+            for (key, value) in labels {
+                match value {
+                    Some(value) => drop(next.labels.insert(key.clone(), value.clone())),
+                    None => drop(next.labels.remove(key)),
+                }
+            }
+            check_labels(&next.labels)?;
+        }
+        if let Some(ttl_ms) = self.ttl_ms {
+            next.ttl_ms = ttl_ms;
+            // Of one that has ended it counts from its next start.
+            if !sandbox.state.is_final() {
+                next.expires_at = ttl_ms.map(|ms| now + Duration::from_millis(ms));
+            }
+        }
+        if let Some(idle_timeout_ms) = self.idle_timeout_ms {
+            next.idle_timeout_ms = idle_timeout_ms;
+        }
+        next.limits = sandbox.limits.changed(self.limits)?;
+        Ok(next)
+    }
+
+    /// What is asked of each field that a quota can bound; null: without limit.
+    pub fn asked(&self) -> Value {
+        let mut asked = match serde_json::to_value(self.limits) {
+            Ok(Value::Object(fields)) => fields,
+            Ok(_) | Err(_) => Map::new(),
+        };
+        if let Some(ttl_ms) = self.ttl_ms {
+            asked.insert("ttl_ms".to_owned(), ttl_ms.into());
+        }
+        Value::Object(asked)
+    }
+
+    /// What is to be known of it later: the names of what was changed, and the new limits.
+    pub fn told(&self) -> Value {
+        let named = [
+            ("name", self.name.is_some()),
+            ("labels", self.labels.is_some()),
+            ("ttl_ms", self.ttl_ms.is_some()),
+            ("idle_timeout_ms", self.idle_timeout_ms.is_some()),
+            ("limits", self.has_limits()),
+        ];
+        let changed: Vec<&str> = named.into_iter().filter_map(|(name, is_changed)| is_changed.then_some(name)).collect();
+        serde_json::json!({ "changed": changed, "limits": self.limits })
+    }
+}
+
+impl RequestedChange {
+    pub(super) const fn io_is_changed(&self) -> bool {
+        self.io_bytes_per_s.is_some() || self.io_ops_per_s.is_some()
+    }
+}
+
+/// These limits for a running sandbox, as far as they can be changed there.
+pub fn new_limits(limits: &Limits) -> NewLimits {
+    NewLimits {
+        memory_bytes: Some(limits.memory_bytes()),
+        cpu_millis: Some(limits.cpu_millis()),
+        pids: Some(limits.pids()),
+        wall_ms: limits.wall_ms(),
+        cpu_ms: limits.cpu_ms(),
+        io: Some(limits.io()),
+    }
+}
+
+impl Change {
+    /// What the keeper is told of it: what was asked for, and of `limits` what goes with that.
+    pub fn for_keeper(&self, limits: &Limits) -> NewLimits {
+        let RequestedChange { memory_bytes, cpu_millis, pids, wall_ms, cpu_ms, .. } = self.limits;
+        NewLimits { memory_bytes, cpu_millis, pids, wall_ms, cpu_ms, io: self.limits.io_is_changed().then(|| limits.io()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::{sandbox::Kind, store::sandbox_for_tests};
+
+    fn change(body: Value) -> Result<Change, Invalid> {
+        serde_json::from_value::<ChangeRequest>(body).unwrap().parse()
+    }
+
+    fn changed(body: Value) -> Result<Sandbox, Invalid> {
+        let sandbox = Sandbox { ttl_ms: Some(5), ..sandbox_for_tests("acme", Kind::Sandbox, Some("old")) };
+        change(body)?.apply(&sandbox, OffsetDateTime::UNIX_EPOCH)
+    }
+
+    #[test]
+    fn what_is_absent_stays_and_null_takes_away() {
+        let same = changed(json!({})).unwrap();
+        assert_eq!((same.name.as_deref(), same.ttl_ms), (Some("old"), Some(5)));
+        let none = changed(json!({"name": null, "ttl_ms": null, "idle_timeout_ms": null})).unwrap();
+        assert_eq!((none.name, none.ttl_ms, none.expires_at), (None, None, None));
+        assert_eq!(changed(json!({"name": "new"})).unwrap().name.as_deref(), Some("new"));
+        let later = changed(json!({"ttl_ms": 2000})).unwrap();
+        assert_eq!(later.expires_at, Some(OffsetDateTime::UNIX_EPOCH + Duration::from_secs(2)));
+    }
+
+    #[test]
+    fn labels_are_merged_or_replaced() {
+        let labels = |body: Value| changed(body).unwrap().labels.into_iter().collect::<Vec<_>>();
+        let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+        assert_eq!(labels(json!({"labels": {"a": "b"}})), [pair("a", "b"), pair("exercise", "7")]);
+        assert_eq!(labels(json!({"labels": {"exercise": null}})), []);
+        assert_eq!(labels(json!({"labels": {"a": "b"}, "labels_policy": "replace"})), [pair("a", "b")]);
+        assert_eq!(changed(json!({"labels": {"": "b"}})).unwrap_err().field, "labels");
+    }
+
+    #[test]
+    fn limits_that_are_not_named_stay_and_all_are_within_their_bounds() {
+        let limits = changed(json!({"limits": {"memory_bytes": 64 << 20, "io_ops_per_s": 10}})).unwrap().limits;
+        assert_eq!((limits.memory_bytes(), limits.pids(), limits.io().ops_per_s), (64 << 20, 64, 10));
+        assert_eq!(changed(json!({"limits": {"pids": 0}})).unwrap_err().field, "limits.pids");
+        assert!(serde_json::from_value::<ChangeRequest>(json!({"limits": {"disk_bytes": 1 << 20}})).is_err());
+        let asked = change(json!({"limits": {"pids": 3, "io_ops_per_s": 10}})).unwrap();
+        let told = asked.for_keeper(&limits);
+        assert_eq!((told.pids, told.memory_bytes, told.io), (Some(3), None, Some(limits.io())));
+        assert_eq!(asked.asked(), json!({"pids": 3, "io_ops_per_s": 10}));
+    }
+}

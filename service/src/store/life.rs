@@ -1,0 +1,221 @@
+//! Table `sandboxes` between start and end: pauses, changes, removal after the end, and names. Each step with its event.
+
+use serde_json::Value;
+use sqlx::types::Json;
+use time::OffsetDateTime;
+
+use super::{
+    Hold, Lease, NodeId, Store, StoreError, bigint, damaged,
+    events::Act,
+    pool::Transaction,
+    sandboxes::{Whereabouts, select_sandboxes},
+    unsigned,
+};
+use crate::sandbox::{DefaultQuotas, Exceeded, QuotaScope, Sandbox, SandboxId, TenantId};
+
+/// A change of a sandbox in the middle of its transaction: its row is locked until this is committed, or dropped.
+pub struct Changing {
+    transaction: Transaction,
+    /// As it was.
+    pub sandbox: Sandbox,
+    pub whereabouts: Whereabouts,
+}
+
+impl std::fmt::Debug for Changing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Changing").field("sandbox", &self.sandbox.id).finish_non_exhaustive()
+    }
+}
+
+impl Store {
+    /// The tenant's sandbox or run of this name.
+    pub async fn find_named(&self, tenant: &TenantId, name: &str) -> Result<Option<SandboxId>, StoreError> {
+        let id = sqlx::query_scalar!("select id from sandboxes where tenant = $1 and name = $2", tenant.as_str(), name)
+            .fetch_optional(&self.pool)
+            .await?;
+        Ok(id.map(SandboxId))
+    }
+
+    /// Notes that a sandbox which runs stands still, or, paused, goes on. `started` is what may not have been noted yet: when it was started and by
+    /// which fences. False if it is not so, or not the holder's to say.
+    pub async fn mark_paused(
+        &self,
+        id: SandboxId,
+        hold: Hold,
+        is_paused: bool,
+        started: (OffsetDateTime, sandbox_core::fence::Fences),
+        act: &Act<'_>,
+    ) -> Result<bool, StoreError> {
+        let (actor_tenant, actor) = act.names();
+        let count = sqlx::query_scalar!(
+            r#"with moved as (
+                update sandboxes
+                set state = case when $5 then 'paused' else 'running' end, started_at = coalesce(started_at, $6), fences = coalesce(fences, $7)
+                where id = $1 and node = $2 and epoch = $3 and claims = $4
+                    and case when $5 then state in ('starting', 'running') else state = 'paused' end
+                returning id, tenant, labels
+            ), told as (
+                insert into events (tenant, sandbox, kind, at, data, actor_tenant, actor)
+                select tenant, id, case when $5 then 'sandbox.paused' else 'sandbox.resumed' end, $8, jsonb_build_object('labels', labels), $9, $10
+                from moved
+            )
+            select count(*) as "count!" from moved"#,
+            id.0,
+            hold.lease.node.0,
+            bigint(hold.lease.epoch),
+            bigint(hold.claims),
+            is_paused,
+            started.0,
+            started.1.bits().cast_signed(),
+            act.at,
+            actor_tenant as _,
+            actor as _,
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(count == 1)
+    }
+
+    /// Begins to change the tenant's long-lived sandbox; `None` if there is none.
+    pub async fn begin_change(&self, tenant: &TenantId, id: SandboxId) -> Result<Option<Changing>, StoreError> {
+        self.pool.in_time(self.begin_change_at_last(tenant, id)).await
+    }
+
+    async fn begin_change_at_last(&self, tenant: &TenantId, id: SandboxId) -> Result<Option<Changing>, StoreError> {
+        let mut transaction = self.pool.begin().await?;
+        let row = select_sandboxes!("id = $1 and tenant = $2 and kind = 'sandbox' for no key update", id.0, tenant.as_str())
+            .fetch_optional(&mut *transaction)
+            .await?;
+        let Some(row) = row else {
+            transaction.rollback().await?;
+            return Ok(None);
+        };
+        let sandbox = row.read()?;
+        let place = sqlx::query!("select node, epoch, claims from sandboxes where id = $1", id.0).fetch_one(&mut *transaction).await?;
+        let lease = place.node.map(|node| Lease { node: NodeId(node), epoch: unsigned(place.epoch) });
+        let hold = lease.map(|lease| Hold { lease, claims: unsigned(place.claims) });
+        let whereabouts = Whereabouts { state: sandbox.state, hold };
+        Ok(Some(Changing { transaction, sandbox, whereabouts }))
+    }
+
+    /// Ended sandboxes that were to be removed then, and that were not in time: they ended before this.
+    pub async fn to_be_removed(&self, before: OffsetDateTime, limit: u32) -> Result<Vec<(TenantId, SandboxId)>, StoreError> {
+        let rows = sqlx::query!(
+            "select id, tenant from sandboxes where auto_remove and state in ('exited', 'failed') and finished_at < $1 limit $2",
+            before,
+            i64::from(limit),
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(rows.into_iter().map(|row| (TenantId::proven(row.tenant), SandboxId(row.id))).collect())
+    }
+}
+
+impl Changing {
+    /// Writes what can be changed of `next`, if no quota is in the way. `asked` holds what was asked of fields that a quota can bound. A change that is
+    /// refused leaves the transaction without effect.
+    pub async fn write(
+        &mut self,
+        next: &Sandbox,
+        asked: &Value,
+        defaults: &DefaultQuotas,
+        act: &Act<'_>,
+    ) -> Result<Result<(), Box<Exceeded>>, StoreError> {
+        let before = &self.sandbox;
+        let is_live = !before.state.is_final();
+        let grown = |now: u64, was: u64| if is_live { bigint(now) - bigint(was) } else { 0 };
+        let (actor_tenant, actor) = act.names();
+        let row = sqlx::query!(
+            r#"with tenant as (
+                select * from tenants where id = $2 for no key update
+            ), principal as (
+                -- after the tenant, always
+                select * from principals where tenant = $2 and name = $3 and exists (select 1 from tenant) for no key update
+            ), scope as (
+                select 1 as turn, 'tenant' as name, live_memory_bytes, live_cpu_millis, jsonb_strip_nulls($4::jsonb || quotas) as quotas from tenant
+                union all
+                select 2, 'principal', p.live_memory_bytes, p.live_cpu_millis, jsonb_strip_nulls($5::jsonb || t.principal_quotas || p.quotas)
+                from principal p, tenant t
+            ), exceeded as (
+                select s.turn, 1 as quota_turn, s.name as scope, q.key as quota, q.value as allowed, $6::jsonb -> substr(q.key, 9) as used,
+                    null::bigint as retry_after_s
+                from scope s, jsonb_each(s.quotas) as q
+                where starts_with(q.key, 'largest_') and $6::jsonb ? substr(q.key, 9)
+                    and coalesce(($6::jsonb ->> substr(q.key, 9))::numeric > (q.value #>> '{}')::numeric, true)
+                union all
+                select s.turn, c.turn, s.name, c.quota, to_jsonb(c.allowed), to_jsonb(c.used), 1
+                from scope s, jsonb_to_record(s.quotas) as q(memory_bytes bigint, cpu_millis bigint), lateral (values
+                    (12, 'memory_bytes', $7::bigint > 0 and s.live_memory_bytes + $7 > q.memory_bytes, q.memory_bytes, s.live_memory_bytes),
+                    (13, 'cpu_millis', $8::bigint > 0 and s.live_cpu_millis + $8 > q.cpu_millis, q.cpu_millis, s.live_cpu_millis)
+                ) as c(turn, quota, is_exceeded, allowed, used)
+                where c.is_exceeded
+            ), first as (
+                select * from exceeded order by quota_turn, turn limit 1
+            ), written as (
+                update sandboxes
+                set name = $9, labels = $10, limits = $11, memory_bytes = $12, cpu_millis = $13, ttl_ms = $14, expires_at = $15,
+                    idle_timeout_ms = $16
+                where id = $1 and not exists (select 1 from first)
+                returning id
+            ), tenant_counted as (
+                update tenants set live_memory_bytes = tenants.live_memory_bytes + $7, live_cpu_millis = tenants.live_cpu_millis + $8
+                from written
+                where tenants.id = $2 and ($7 <> 0 or $8 <> 0)
+            ), principal_counted as (
+                update principals set live_memory_bytes = principals.live_memory_bytes + $7, live_cpu_millis = principals.live_cpu_millis + $8
+                from written
+                where principals.tenant = $2 and principals.name = $3 and ($7 <> 0 or $8 <> 0)
+            ), told as (
+                insert into events (tenant, sandbox, kind, at, data, actor_tenant, actor)
+                select $2, id, 'sandbox.updated', $17, $18, $19, $20 from written
+            )
+            select (select count(*) from written) as "count!", first.scope, first.quota, first.allowed, first.used, first.retry_after_s
+            from (select 1) as one left join first on true"#,
+            before.id.0,
+            before.tenant.as_str(),
+            before.principal,
+            Json(&defaults.tenant) as _,
+            Json(&defaults.principal) as _,
+            asked,
+            grown(next.limits.memory_bytes(), before.limits.memory_bytes()),
+            grown(next.limits.cpu_millis(), before.limits.cpu_millis()),
+            next.name.as_deref() as _,
+            Json(&next.labels) as _,
+            Json(&next.limits) as _,
+            bigint(next.limits.memory_bytes()),
+            bigint(next.limits.cpu_millis()),
+            next.ttl_ms.map(bigint) as _,
+            next.expires_at as _,
+            next.idle_timeout_ms.map(bigint) as _,
+            act.at,
+            act.data,
+            actor_tenant as _,
+            actor as _,
+        )
+        .fetch_one(&mut *self.transaction)
+        .await?;
+        if row.count == 1 {
+            return Ok(Ok(()));
+        }
+        Ok(Err(Box::new(Exceeded {
+            scope: if row.scope.as_deref() == Some("tenant") { QuotaScope::Tenant } else { QuotaScope::Principal },
+            quota: row.quota.ok_or_else(|| damaged("no name of a quota"))?,
+            limit: row.allowed.unwrap_or_default(),
+            used: row.used.unwrap_or_default(),
+            retry_after_s: row.retry_after_s.map(unsigned),
+        })))
+    }
+
+    /// Makes what was written lasting.
+    pub async fn commit(self) -> Result<(), StoreError> {
+        Ok(self.transaction.commit().await?)
+    }
+
+    /// Takes back what was written.
+    pub async fn rollback(self) -> Result<(), StoreError> {
+        Ok(self.transaction.rollback().await?)
+    }
+}
+
+#[cfg(test)]
+mod tests;
