@@ -1,9 +1,11 @@
 //! What happens to a run and to a sandbox from the request to its end.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::time::Duration;
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use mayfly_tests::{
+    Client,
     outcome::{assert_exit, assert_limits_hit, assert_reason, assert_within, stdout, usage},
     service::shared,
 };
@@ -321,4 +323,328 @@ async fn the_figures_of_a_known_program_are_true() {
     assert!(usage(&run, "memory_peak_bytes") < 16 << 20, "{run:#}");
     let phases = &run["outcome"]["phases_ms"];
     assert!(phases["total"].as_f64().unwrap() >= f64::from(u32::try_from(usage(&run, "wall_ms")).unwrap()), "{phases}");
+}
+
+/// A sandbox of a shell script, and where it is found.
+async fn sandbox(client: &Client, script: &str, more: &Value) -> String {
+    let mut request = json!({ "image": "busybox", "command": ["sh", "-c", script] });
+    request.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let made = client.post("/v1/sandboxes", &request).await.expect(201);
+    format!("/v1/sandboxes/{}", made["id"].as_str().unwrap())
+}
+
+/// What it has written to stdout until now.
+async fn written(client: &Client, path: &str) -> String {
+    let id = path.rsplit('/').next().unwrap();
+    let frames = client.follow(id, "from=0&follow=false").await.collect().await;
+    frames.stdout_text()
+}
+
+async fn until_written(client: &Client, path: &str, what: &str) -> String {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    loop {
+        let text = written(client, path).await;
+        if text.contains(what) {
+            return text;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "{what:?} was never written: {text:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn wait(client: &Client, path: &str, query: &str) -> Value {
+    client.get(&format!("{path}/wait?{query}")).await.expect(200)
+}
+
+#[tokio::test]
+async fn a_paused_sandbox_stands_still_until_it_is_resumed() {
+    let client = shared().client();
+    let path =
+        sandbox(&client, "i=0; while :; do echo $i; i=$((i+1)); sleep 0.02; done", &json!({ "limits": { "output_bytes": 1 << 20 } })).await;
+    until_written(&client, &path, "3\n").await;
+
+    let paused = client.post(&format!("{path}/pause"), &json!({})).await.expect(200);
+    let still = written(&client, &path).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let later = written(&client, &path).await;
+    let again = client.post(&format!("{path}/pause"), &json!({})).await.expect(200);
+    let listed = client.get("/v1/sandboxes?state=paused").await.expect(200);
+    let resumed = client.post(&format!("{path}/resume"), &json!({})).await.expect(200);
+    let next: u32 = still.lines().last().unwrap().parse::<u32>().unwrap() + 3;
+    until_written(&client, &path, &format!("{next}\n")).await;
+
+    assert_eq!((&paused["state"], &again["state"], &resumed["state"]), (&json!("paused"), &json!("paused"), &json!("running")));
+    assert_eq!(still, later, "something was written in the meantime");
+    assert_eq!(listed["items"].as_array().unwrap().len(), 1);
+    assert_eq!(client.delete(&path).await.status, 204);
+}
+
+#[tokio::test]
+async fn a_paused_sandbox_is_ended_like_any_other() {
+    let client = shared().client();
+    let (deleted, stopped, killed) = (
+        sandbox(&client, "sleep 1000", &json!({})).await,
+        sandbox(&client, "sleep 1000", &json!({})).await,
+        sandbox(&client, "sleep 1000", &json!({})).await,
+    );
+    for path in [&deleted, &stopped, &killed] {
+        client.post(&format!("{path}/pause"), &json!({})).await.expect(200);
+    }
+
+    let gone = client.delete(&deleted).await.status;
+    let stop = client.post(&format!("{stopped}/stop"), &json!({})).await.expect(200);
+    let kill = client.post(&format!("{killed}/kill"), &json!({})).await.expect(200);
+
+    assert_eq!(gone, 204);
+    for ended in [&stop, &kill] {
+        assert_reason(ended, "stopped_by_user");
+        assert_eq!(ended["state"], "exited");
+    }
+}
+
+#[tokio::test]
+async fn a_program_that_heeds_the_stop_signal_ends_by_itself() {
+    let client = shared().client();
+    let script = "trap 'echo bye; exit 7' INT; echo up; while :; do sleep 0.05; done";
+    let path = sandbox(&client, script, &json!({ "stop_signal": "int" })).await;
+    until_written(&client, &path, "up\n").await;
+
+    let stopped = client.post(&format!("{path}/stop"), &json!({})).await.expect(200);
+    let again = client.post(&format!("{path}/stop"), &json!({})).await.expect(200);
+
+    assert_exit(&stopped, 7);
+    assert_eq!(stopped["stop_signal"], "SIGINT");
+    assert_eq!(written(&client, &path).await, "up\nbye\n");
+    assert_eq!(again["outcome"], stopped["outcome"]);
+}
+
+#[tokio::test]
+async fn a_program_that_ignores_the_stop_signal_is_killed_after_its_grace() {
+    let client = shared().client();
+    let path = sandbox(&client, "trap '' TERM; echo up; while :; do sleep 0.05; done", &json!({})).await;
+    until_written(&client, &path, "up\n").await;
+    let started = tokio::time::Instant::now();
+
+    let stopped = client.post(&format!("{path}/stop"), &json!({ "grace_ms": 400 })).await.expect(200);
+
+    assert_reason(&stopped, "stopped_by_user");
+    assert_eq!(stopped["outcome"]["signal"], "SIGKILL");
+    assert!(started.elapsed() >= Duration::from_millis(400), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn a_signal_reaches_the_program_and_sigkill_ends_the_sandbox() {
+    let client = shared().client();
+    let path = sandbox(&client, "trap 'echo heard' USR1; echo up; while :; do sleep 0.05; done", &json!({})).await;
+    until_written(&client, &path, "up\n").await;
+
+    let signaled = client.post(&format!("{path}/kill"), &json!({ "signal": 10 })).await.expect(200);
+    until_written(&client, &path, "heard\n").await;
+    let killed = client.post(&format!("{path}/kill"), &json!({})).await.expect(200);
+    let too_late = client.post(&format!("{path}/kill"), &json!({})).await.problem(409, "wrong_state");
+    let nonsense = client.post(&format!("{path}/kill"), &json!({ "signal": "SIGNOPE" })).await.problem(422, "invalid_request");
+
+    assert_eq!(signaled["state"], "running");
+    assert_reason(&killed, "stopped_by_user");
+    assert_eq!((&too_late["state"], &too_late["retryable"]), (&json!("exited"), &json!(false)));
+    assert_eq!(nonsense["field"], "signal");
+}
+
+#[tokio::test]
+async fn what_cannot_be_done_in_a_state_is_refused_with_that_state() {
+    let client = shared().client();
+    let exited = sandbox(&client, "true", &json!({})).await;
+    wait(&client, &exited, "until=exited").await;
+    let failed = client.post("/v1/sandboxes", &json!({ "image": "busybox", "command": ["no-such-program"] })).await.expect(201);
+    let failed = format!("/v1/sandboxes/{}", failed["id"].as_str().unwrap());
+
+    for (path, state) in [(&exited, "exited"), (&failed, "failed")] {
+        for (verb, body) in [("pause", json!({})), ("resume", json!({})), ("kill", json!({ "signal": "TERM" }))] {
+            let problem = client.post(&format!("{path}/{verb}"), &body).await.problem(409, "wrong_state");
+            assert_eq!(problem["state"], state, "{verb}");
+        }
+    }
+    let problem = client.patch(&failed, &json!({ "limits": { "pids": 3 } })).await.problem(409, "wrong_state");
+    assert_eq!(problem["state"], "failed");
+}
+
+#[tokio::test]
+async fn waiting_ends_with_the_state_or_with_its_time() {
+    let client = shared().client();
+    let path = sandbox(&client, "sleep 0.7; exit 5", &json!({})).await;
+
+    let running = wait(&client, &path, "until=running").await;
+    let not_yet = wait(&client, &path, "until=exited&timeout_ms=50").await;
+    let exited = wait(&client, &path, "until=exited&timeout_ms=20000").await;
+    let never = wait(&client, &path, "until=paused").await;
+    let (removed, deleted) = tokio::join!(wait(&client, &path, "until=removed&timeout_ms=20000"), async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        client.delete(&path).await.status
+    });
+    let unknown = client.get(&format!("{path}/wait?until=removed")).await;
+
+    assert_eq!((&running["result"], &running["sandbox"]["state"]), (&json!("reached"), &json!("running")));
+    assert_eq!((&not_yet["result"], &not_yet["sandbox"]["state"]), (&json!("timed_out"), &json!("running")));
+    assert_eq!(exited["result"], "reached");
+    assert_exit(&exited["sandbox"], 5);
+    assert_eq!(never["result"], "ended");
+    assert_eq!((deleted, &removed["result"], &removed["sandbox"]), (204, &json!("reached"), &Value::Null));
+    unknown.problem(404, "not_found");
+}
+
+#[tokio::test]
+async fn a_sandbox_is_found_by_its_name_until_that_is_changed() {
+    let client = shared().client();
+    let path = sandbox(&client, "sleep 1000", &json!({ "name": "first" })).await;
+
+    let by_name = client.get("/v1/sandboxes/first").await.expect(200);
+    let renamed = client.patch("/v1/sandboxes/first", &json!({ "name": "second", "labels": { "a": "b" } })).await.expect(200);
+    let other = sandbox(&client, "sleep 1000", &json!({ "name": "first" })).await;
+    let taken = client.patch(&other, &json!({ "name": "second" })).await;
+
+    assert_eq!(path, format!("/v1/sandboxes/{}", by_name["id"].as_str().unwrap()));
+    assert_eq!((&renamed["name"], &renamed["labels"]), (&json!("second"), &json!({ "a": "b" })));
+    taken.problem(409, "conflict");
+    shared().client().get("/v1/sandboxes/second").await.problem(404, "not_found");
+    assert_eq!(client.delete("/v1/sandboxes/second").await.status, 204);
+    client.get(&path).await.problem(404, "not_found");
+    assert_eq!(client.delete(&other).await.status, 204);
+}
+
+#[tokio::test]
+async fn limits_are_changed_while_it_runs() {
+    let client = shared().client();
+    let program = "import time\nprint('up', flush=True)\ntime.sleep(1.5)\nx = bytearray(100 << 20)\nprint('fits')";
+    let request = |megabytes: u64| {
+        let limits = json!({ "memory_bytes": megabytes << 20, "disk_bytes": 1 << 20 });
+        json!({ "image": "python", "command": ["python3", "-c", program], "limits": limits })
+    };
+    let make = async |megabytes| {
+        let made = client.post("/v1/sandboxes", &request(megabytes)).await.expect(201);
+        format!("/v1/sandboxes/{}", made["id"].as_str().unwrap())
+    };
+    let (raised, lowered, control) = (make(64).await, make(256).await, make(64).await);
+
+    let told = client.patch(&raised, &json!({ "limits": { "memory_bytes": 256 << 20 } })).await.expect(200);
+    client.patch(&lowered, &json!({ "limits": { "memory_bytes": 64 << 20 } })).await.expect(200);
+    let end = async |path: &str| wait(&client, path, "until=exited").await["sandbox"].clone();
+
+    assert_eq!(told["limits"]["memory_bytes"], 256 << 20);
+    assert_exit(&end(&raised).await, 0);
+    assert_reason(&end(&lowered).await, "oom_killed");
+    assert_reason(&end(&control).await, "oom_killed");
+}
+
+#[tokio::test]
+async fn a_wall_limit_and_a_time_to_live_can_be_given_later() {
+    let client = shared().client();
+    let (walled, expired) =
+        (sandbox(&client, "sleep 1000", &json!({})).await, sandbox(&client, "sleep 1000", &json!({ "ttl_ms": 600_000 })).await);
+
+    client.patch(&walled, &json!({ "limits": { "wall_ms": 800 } })).await.expect(200);
+    client.patch(&expired, &json!({ "ttl_ms": 1000 })).await.expect(200);
+
+    assert_reason(&wait(&client, &walled, "until=exited").await["sandbox"], "wall_timeout");
+    assert_reason(&wait(&client, &expired, "until=exited").await["sandbox"], "expired");
+}
+
+#[tokio::test]
+async fn a_sandbox_that_does_nothing_is_ended_and_one_that_writes_is_not() {
+    let client = shared().client();
+    let (idle, busy) = (
+        sandbox(&client, "sleep 1000", &json!({ "idle_timeout_ms": 1000 })).await,
+        sandbox(&client, "for i in 1 2 3 4 5 6 7; do echo $i; sleep 0.4; done", &json!({ "idle_timeout_ms": 1000 })).await,
+    );
+
+    assert_reason(&wait(&client, &idle, "until=exited").await["sandbox"], "idle_timeout");
+    assert_exit(&wait(&client, &busy, "until=exited").await["sandbox"], 0);
+}
+
+#[tokio::test]
+async fn what_is_to_be_removed_at_its_end_is_and_its_event_tells_how_it_ended() {
+    let client = shared().client();
+    let path = sandbox(&client, "sleep 0.3; exit 9", &json!({ "auto_remove": true })).await;
+
+    let seen = wait(&client, &path, "until=exited").await;
+    let removed = async || client.get(&path).await.status == 404;
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+    while !removed().await {
+        assert!(tokio::time::Instant::now() < deadline, "it is still there");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let events = client.get("/v1/events").await.expect(200);
+
+    assert_exit(&seen["sandbox"], 9);
+    let ended = events["items"].as_array().unwrap().iter().find(|event| event["kind"] == "sandbox.ended").expect("its end is told");
+    assert_eq!(ended["data"]["outcome"]["exit_code"], 9, "{ended:#}");
+}
+
+#[tokio::test]
+async fn a_run_can_be_cancelled() {
+    let client = shared().client();
+    let run = client
+        .post("/v1/runs", &json!({ "image": "busybox", "command": ["sleep", "1000"], "limits": { "wall_ms": 60_000 }, "wait_ms": 0 }))
+        .await;
+    let path = format!("/v1/runs/{}", run.expect(202)["id"].as_str().unwrap());
+
+    let cancelled = client.delete(&path).await.expect(200);
+    let again = client.delete(&path).await.expect(200);
+
+    assert_reason(&cancelled, "stopped_by_user");
+    assert_eq!(cancelled["outcome"], again["outcome"]);
+    assert_eq!(client.get(&path).await.expect(200)["outcome"], cancelled["outcome"]);
+    shared().client().delete(&path).await.problem(404, "not_found");
+}
+
+#[tokio::test]
+async fn an_entry_point_goes_before_the_command() {
+    let request = json!({ "image": "busybox", "entrypoint": ["echo", "-n"], "command": ["a", "b"] });
+
+    let run = shared().client().run(&request).await;
+
+    assert_eq!(stdout(&run), "a b");
+}
+
+#[tokio::test]
+async fn lists_are_filtered_by_name_image_label_and_time_in_both_orders() {
+    let client = shared().client();
+    let first = sandbox(&client, "true", &json!({ "name": "web_1", "labels": { "tier": "web" } })).await;
+    let second = sandbox(&client, "sleep 1000", &json!({ "name": "webb", "labels": { "tier": "", "other": "x" } })).await;
+    wait(&client, &first, "until=exited").await;
+    let created = client.get(&second).await.expect(200)["created_at"].as_str().unwrap().to_owned();
+    let listed = async |query: &str| -> Vec<String> {
+        let page = client.get(&format!("/v1/sandboxes?{query}")).await.expect(200);
+        page["items"].as_array().unwrap().iter().map(|item| format!("/v1/sandboxes/{}", item["id"].as_str().unwrap())).collect()
+    };
+
+    assert_eq!(listed("").await, [second.clone(), first.clone()]);
+    assert_eq!(listed("order=oldest_first").await, [first.clone(), second.clone()]);
+    assert_eq!(listed("name=web_").await, std::slice::from_ref(&first));
+    assert_eq!(listed("label=tier&order=oldest_first").await, [first.clone(), second.clone()]);
+    assert_eq!(listed("label=tier%3Dweb&label=tier").await, std::slice::from_ref(&first));
+    assert_eq!(listed("label=other&state=exited").await, [] as [String; 0]);
+    assert_eq!(listed("image=busybox&state=running").await, std::slice::from_ref(&second));
+    assert_eq!(listed("image=python").await, [] as [String; 0]);
+    assert_eq!(listed(&format!("created_before={created}")).await, std::slice::from_ref(&first));
+    assert_eq!(listed(&format!("created_after={created}")).await, std::slice::from_ref(&second));
+    assert_eq!(listed("finished_after=2020-01-01T00:00:00Z").await, std::slice::from_ref(&first));
+    client.get("/v1/sandboxes?created_after=yesterday").await.problem(422, "invalid_request");
+    assert_eq!(client.delete(&second).await.status, 204);
+}
+
+#[tokio::test]
+async fn an_order_that_is_sent_again_is_answered_with_the_first() {
+    let client = shared().client();
+    let path = sandbox(&client, "sleep 1000", &json!({})).await;
+    let post = async |verb: &str, key: &str| {
+        let path = format!("{path}/{verb}");
+        client.send(client.request(reqwest::Method::POST, &path).header("idempotency-key", key).json(&json!({})), "POST", &path).await
+    };
+    for verb in ["pause", "resume", "stop", "kill"] {
+        let key = uuid::Uuid::new_v4().to_string();
+        let (first, second) = (post(verb, &key).await, post(verb, &key).await);
+        assert_eq!((first.status, &first.text), (second.status, &second.text), "{verb}");
+        assert_eq!(second.header("idempotency-replayed"), "true", "{verb}");
+    }
 }

@@ -22,12 +22,19 @@ struct Made {
     absent: String,
 }
 
-/// Makes what the last parameter of this part of a path names. `before` are the ids in front of it.
-async fn make(owner: &Client, part: &str, before: &[Made]) -> Made {
+/// Operations on a sandbox that are for one that runs; for all others it has ended.
+const OF_WHAT_RUNS: [&str; 3] = ["/v1/sandboxes/{id}/kill", "/v1/sandboxes/{id}/pause", "/v1/sandboxes/{id}/resume"];
+
+/// Makes what the last parameter of this part of a path names. `before` are the ids in front of it, `template` is the whole path.
+async fn make(owner: &Client, part: &str, before: &[Made], template: &str) -> Made {
     let uuid = |body: Value| Made { id: body["id"].as_str().unwrap().to_owned(), absent: uuid::Uuid::new_v4().to_string() };
     let program = json!({ "image": "busybox", "command": ["echo", mark(owner)], "labels": { "mark": mark(owner) } });
     match (part, before) {
         ("/v1/runs/{id}", []) => uuid(owner.run(&program).await),
+        ("/v1/sandboxes/{id}", []) if OF_WHAT_RUNS.contains(&template) => {
+            let lasting = json!({ "image": "busybox", "command": ["sleep", "60"], "labels": { "mark": mark(owner) } });
+            uuid(owner.post("/v1/sandboxes", &lasting).await.expect(201))
+        }
         ("/v1/sandboxes/{id}", []) => {
             let made = uuid(owner.post("/v1/sandboxes", &program).await.expect(201));
             owner.until(&format!("/v1/sandboxes/{}", made.id), |sandbox| sandbox["state"] == "exited").await;
@@ -67,7 +74,7 @@ async fn paths(owner: &Client, operation: &Operation) -> (String, String) {
     for name in operation.template.split('/').skip(1) {
         part = format!("{part}/{name}");
         if name.starts_with('{') {
-            made.push(make(owner, &part, &made).await);
+            made.push(make(owner, &part, &made, &operation.template).await);
         }
     }
     let filled = |pick: fn(&Made) -> &String| {
@@ -217,7 +224,7 @@ async fn no_list_shows_what_is_another_tenants() {
             template.strip_prefix(&operation.template).is_some_and(|rest| rest.starts_with("/{") && !rest[1..].contains('/'))
         });
         if let Some(member) = member {
-            make(&owner, member, &[]).await;
+            make(&owner, member, &[], member).await;
             let own = send(&owner, &operation, &operation.template).await;
             assert!(own.text.contains(&mark), "the control failed: {} shows not even its owner what it has", operation.template);
         }
@@ -244,7 +251,7 @@ async fn a_name_that_another_tenant_has_is_free() {
 async fn an_image_that_another_tenant_has_cannot_be_run() {
     let service = shared();
     let (owner, stranger) = (service.client(), service.client());
-    let made = make(&owner, "/v1/images/{reference}", &[]).await;
+    let made = make(&owner, "/v1/images/{reference}", &[], "").await;
     let run = |reference: &str| json!({ "image": reference, "command": ["true"] });
 
     let theirs = stranger.post("/v1/runs", &run(&made.id)).await;

@@ -83,7 +83,12 @@ pub(crate) async fn requests(place: &Place, known: &[Known], rows: &[Row], ends_
 async fn end(place: &Place, known: &Known, row: &Row, (ends_keeper, is_calm): (bool, bool), log_bytes: &mut u64) -> Result<(), String> {
     let reason = row.reason.as_deref().unwrap_or_default();
     let path = if row.kind == "run" { format!("/v1/runs/{}", row.id) } else { format!("/v1/sandboxes/{}", row.id) };
-    let now = Client::of(place, &row.tenant).get(&path).await.expect(200);
+    let answer = Client::of(place, &row.tenant).get(&path).await;
+    if answer.status == 404 && known.deletion.is_some() {
+        // It went by itself in the meantime.
+        return Ok(());
+    }
+    let now = answer.expect(200);
     let outcome = &now["outcome"];
     if let Some(told) = known.outcomes.iter().find(|told| *told != outcome) {
         return Err(format!("{} was told {told} and is {outcome}", known.label));

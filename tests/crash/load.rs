@@ -237,22 +237,45 @@ impl Worker {
             let mut known = Known::new(format!("{}-{}", self.label, all.len()), asked);
             let command =
                 if asked == Asked::Ended { json!(["flood", "150000"]) } else { json!(["sh", "-c", "echo begun; exec sleep 1000"]) };
+            let is_removed = asked == Asked::Ended && self.random.below(2) == 0;
             let request = json!({
-                "image": "busybox", "command": command, "labels": { "crash": known.label },
+                "image": "busybox", "command": command, "labels": { "crash": known.label }, "auto_remove": is_removed,
                 "limits": { "memory_bytes": MEMORY_BYTES, "disk_bytes": 4 << 20 },
             });
-            if self.make("/v1/sandboxes", &request, &mut known).await {
+            // It goes by itself, and nobody promises when.
+            known.deletion = is_removed.then_some(false);
+            if self.make("/v1/sandboxes", &request, &mut known).await && !is_removed {
                 if asked == Asked::Ended {
                     self.ask_for_end(&mut known, "/v1/sandboxes").await;
                 } else {
                     tokio::time::sleep(Duration::from_millis(self.random.below(120))).await;
                 }
                 let path = format!("/v1/sandboxes/{}", known.id.as_deref().unwrap_or_default());
+                if asked == Asked::Cancelled {
+                    self.order(&path).await;
+                }
                 known.deletion = Some(self.client().try_delete(&path).await.is_ok_and(|answer| answer.status == 204));
             }
             all.push(known);
         }
         all
+    }
+
+    /// What a sandbox may be told while it is there. Whatever it answers: the state of its row and its keeper's must agree in the end.
+    async fn order(&mut self, path: &str) {
+        let change = json!({ "labels": { "changed": "yes" }, "limits": { "memory_bytes": MEMORY_BYTES + (1 << 20), "pids": 32 } });
+        for _ in 0..self.random.below(4) {
+            let (method, of, body) = match self.random.below(5) {
+                0 | 1 => (Method::POST, "/pause", json!({})),
+                2 => (Method::POST, "/resume", json!({})),
+                3 => (Method::PATCH, "", change.clone()),
+                _ => (Method::POST, "/stop", json!({ "grace_ms": 50 })),
+            };
+            let path = format!("{path}{of}");
+            let client = self.client();
+            let request = client.request(method.clone(), &path).json(&body);
+            let _unread = client.try_send(request, method.as_str(), &path).await;
+        }
     }
 
     /// An image that comes and goes, with a run in between; until the service is lost, so that nothing is made up for.
