@@ -3,7 +3,7 @@
 alter table sandboxes
     drop constraint sandboxes_state_check,
     add constraint sandboxes_state_check check (state in ('queued', 'starting', 'running', 'paused', 'exited', 'failed')),
-    -- What `expires_at` was counted from is a start or a change; this is how long that is.
+    -- `expires_at` is so long after the creation, or after a change.
     add column ttl_ms bigint check (ttl_ms > 0),
     add column idle_timeout_ms bigint check (idle_timeout_ms > 0),
     add column auto_remove boolean not null default false;

@@ -102,7 +102,7 @@ pub struct Sandbox {
     pub claimed_at: Option<OffsetDateTime>,
     pub started_at: Option<OffsetDateTime>,
     pub finished_at: Option<OffsetDateTime>,
-    /// How long it lives, counted from its creation, from the last start, or from when this was changed.
+    /// How long it lives, counted from its creation or from when this was changed.
     pub ttl_ms: Option<u64>,
     pub expires_at: Option<OffsetDateTime>,
     /// How long it may do nothing.

@@ -96,7 +96,7 @@ impl Engine {
         let is_held_here = live.is_some_and(|live| changing.whereabouts.hold == Some(live.hold()));
         match state {
             State::Running | State::Paused | State::Starting if !is_held_here => Err(not_here(State::Running)),
-            State::Queued | State::Starting | State::Failed if change.has_limits() => Err(EngineError::WrongState(state)),
+            State::Queued | State::Starting | State::Exited | State::Failed if change.has_limits() => Err(EngineError::WrongState(state)),
             State::Queued | State::Starting | State::Running | State::Paused | State::Exited | State::Failed => Ok(()),
         }
     }

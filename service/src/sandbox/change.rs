@@ -117,7 +117,7 @@ impl Change {
         }
         if let Some(ttl_ms) = self.ttl_ms {
             next.ttl_ms = ttl_ms;
-            // Of one that has ended it counts from its next start.
+            // One that has ended stays as long as all that have.
             if !sandbox.state.is_final() {
                 next.expires_at = ttl_ms.map(|ms| now + Duration::from_millis(ms));
             }

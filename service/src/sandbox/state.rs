@@ -5,9 +5,7 @@ use serde::{Deserialize, Serialize};
 /// Where a sandbox stands.
 ///
 /// ```text
-///                       StartedAgain
-///  ┌───────────────────────────────────────────────────────┐
-///  ▼       Claimed            Launched           Ended     │
+///          Claimed            Launched           Ended
 /// queued ──────────▶ starting ──────────▶ running ─────▶ exited
 ///  │  ▲                │  │                 │  │ ▲         ▲
 ///  │  └────────────────┴──│─────────────────┘  │ │ Paused, │
@@ -47,8 +45,6 @@ pub enum Event {
     Returned,
     /// The payload never ran, or its end is unknown.
     Lost,
-    /// Somebody wants it to live once more.
-    StartedAgain,
 }
 
 impl State {
@@ -61,22 +57,17 @@ impl State {
             (Self::Starting, Event::Launched) | (Self::Paused, Event::Resumed) => Some(Self::Running),
             (Self::Running, Event::Paused) => Some(Self::Paused),
             (Self::Running | Self::Paused, Event::Ended) => Some(Self::Exited),
-            (Self::Starting | Self::Running | Self::Paused, Event::Returned) | (Self::Exited, Event::StartedAgain) => Some(Self::Queued),
+            (Self::Starting | Self::Running | Self::Paused, Event::Returned) => Some(Self::Queued),
             (Self::Queued | Self::Starting | Self::Running | Self::Paused, Event::Lost) => Some(Self::Failed),
             (Self::Queued, Event::Launched | Event::Paused | Event::Resumed | Event::Ended | Event::Returned)
             | (Self::Starting, Event::Claimed | Event::Paused | Event::Resumed | Event::Ended)
             | (Self::Running, Event::Claimed | Event::Launched | Event::Resumed)
             | (Self::Paused, Event::Claimed | Event::Launched | Event::Paused)
-            | (
-                Self::Exited,
-                Event::Claimed | Event::Launched | Event::Paused | Event::Resumed | Event::Ended | Event::Returned | Event::Lost,
-            )
-            | (Self::Queued | Self::Starting | Self::Running | Self::Paused, Event::StartedAgain)
-            | (Self::Failed, _) => None,
+            | (Self::Exited | Self::Failed, _) => None,
         }
     }
 
-    /// Whether nothing happens to it any more, unless somebody starts it again.
+    /// Whether nothing happens to it any more.
     pub const fn is_final(self) -> bool {
         matches!(self, Self::Exited | Self::Failed)
     }
@@ -109,13 +100,11 @@ mod tests {
     }
 
     #[test]
-    fn nothing_but_a_new_start_leaves_a_final_state() {
+    fn nothing_leaves_a_final_state() {
         for event in [Event::Claimed, Event::Launched, Event::Paused, Event::Resumed, Event::Ended, Event::Returned, Event::Lost] {
             assert_eq!(State::Exited.after(event), None);
             assert_eq!(State::Failed.after(event), None);
         }
-        assert_eq!(State::Exited.after(Event::StartedAgain), Some(State::Queued));
-        assert_eq!(State::Failed.after(Event::StartedAgain), None);
     }
 
     #[test]
