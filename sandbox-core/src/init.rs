@@ -7,6 +7,7 @@ pub mod guest;
 mod gvisor;
 mod payload;
 mod setup;
+mod tree;
 
 use std::{
     collections::VecDeque,
@@ -20,6 +21,7 @@ use rustix::{
 };
 
 use payload::Place;
+use tree::{Refused, Trees};
 
 use crate::{
     error::{Kind, LaunchError, Step},
@@ -27,6 +29,7 @@ use crate::{
         Isolation, Medium,
         init::{Order, Report, WaitStatus},
     },
+    rootfs::Tree,
     sys, transport,
 };
 
@@ -73,7 +76,7 @@ fn live(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<(), La
     let started_cpu_us = own_cpu_us();
     let started = Report::Started { at_ns: payload.started_at_ns, own_cpu_us: started_cpu_us.saturating_sub(joined_at_us) };
     transport::send(control.as_fd(), &started, &[pidfd.as_fd()]).step("reporting the start")?;
-    let (status, at_ns) = supervise(control, payload.pid, descriptors).step("supervising")?;
+    let (status, at_ns) = supervise(control, payload.pid, &tree, descriptors).step("supervising")?;
     let space = rustix::fs::fstatfs(&tree.writable).step("reading the use of the writable layer")?;
     let ended = Report::Ended {
         status,
@@ -99,8 +102,9 @@ fn layer(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<Owned
 /// Waits until the payload has ended and everything else in the sandbox is dead too.
 ///
 /// What outlives the payload — daemons that left its session, processes stopped or traced — becomes init's child and is killed.
-fn supervise(control: &OwnedFd, payload: libc::pid_t, descriptors: &mut VecDeque<OwnedFd>) -> io::Result<(WaitStatus, u64)> {
+fn supervise(control: &OwnedFd, payload: libc::pid_t, tree: &Tree, descriptors: &mut VecDeque<OwnedFd>) -> io::Result<(WaitStatus, u64)> {
     let children = setup::child_signals()?;
+    let mut trees = Trees::default();
     let mut ended = None;
     loop {
         loop {
@@ -109,7 +113,7 @@ fn supervise(control: &OwnedFd, payload: libc::pid_t, descriptors: &mut VecDeque
                     ended = Some((status, monotonic_ns()));
                     kill_all()?;
                 }
-                Ok(Some(_)) => {}
+                Ok(Some((pid, _))) => trees.reaped(pid),
                 Ok(None) => break,
                 Err(error) if error.raw_os_error() == Some(libc::ECHILD) => {
                     return ended.ok_or_else(|| io::Error::other("the payload vanished"));
@@ -125,6 +129,14 @@ fn supervise(control: &OwnedFd, payload: libc::pid_t, descriptors: &mut VecDeque
         if !ready[0].revents().is_empty() {
             match receive(control, descriptors)? {
                 Some(Order::Kill) => kill_all()?,
+                // When the payload is dead nobody is to be born any more.
+                Some(Order::Tree) if ended.is_some() => drop(descriptors.pop_back()),
+                Some(Order::Tree) => {
+                    let socket = descriptors.pop_back().ok_or_else(unexpected)?;
+                    if trees.serve(socket, tree) == Err(Refused::NoProcess) {
+                        transport::send(control.as_fd(), &Report::TreeRefused, &[])?;
+                    }
+                }
                 // The keeper is gone. Without it nothing holds this sandbox to its limits.
                 None => std::process::exit(1),
                 Some(Order::Setup(_) | Order::Layer | Order::Start(_) | Order::Signal { .. }) => return Err(unexpected()),

@@ -24,6 +24,7 @@ mod slot;
 mod store;
 mod supervise;
 mod timer;
+mod tree;
 mod upgrade;
 
 use std::{

@@ -3,7 +3,7 @@
 //! Everything below the sandbox's own root is allowed, everything else is not: a descriptor of the host's that leaked, or a way out of
 //! the mount namespace, opens nothing (landlock(7)). Signals and abstract unix sockets end at the sandbox, too, where the kernel can do that.
 
-use std::io;
+use std::{io, os::fd::BorrowedFd};
 
 use landlock::{
     ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError,
@@ -20,21 +20,24 @@ pub(crate) fn is_available() -> bool {
     sys::landlock_version().is_ok_and(|version| version > 0)
 }
 
-/// Restricts the calling process and all that it starts, for good. `no_new_privs` must already be set.
+/// Restricts the calling process and all that it starts, for good. `no_new_privs` must already be set. The folders `listed`, and those in them, can be listed
+/// by whoever has a descriptor of one.
 ///
 /// # Errors
 /// The kernel enforces nothing of it.
-pub(crate) fn restrict() -> io::Result<()> {
+pub(crate) fn restrict(listed: &[BorrowedFd<'_>]) -> io::Result<()> {
     let root = PathFd::new("/").map_err(io::Error::other)?;
-    let status = enforce(root).map_err(io::Error::other)?;
+    let status = enforce(root, listed).map_err(io::Error::other)?;
     if status == RulesetStatus::NotEnforced { Err(io::Error::other("the kernel does not enforce it")) } else { Ok(()) }
 }
 
-fn enforce(root: PathFd) -> Result<RulesetStatus, RulesetError> {
+fn enforce(root: PathFd, listed: &[BorrowedFd<'_>]) -> Result<RulesetStatus, RulesetError> {
     let all = AccessFs::from_all(NEWEST);
     let ruleset =
         Ruleset::default().set_compatibility(CompatLevel::BestEffort).handle_access(all)?.scope(Scope::from_all(NEWEST))?.create()?;
-    Ok(ruleset.add_rule(PathBeneath::new(root, all))?.restrict_self()?.ruleset)
+    let ruleset = ruleset.add_rule(PathBeneath::new(root, all))?;
+    let ruleset = listed.iter().try_fold(ruleset, |ruleset, folder| ruleset.add_rule(PathBeneath::new(folder, AccessFs::ReadDir)))?;
+    Ok(ruleset.restrict_self()?.ruleset)
 }
 
 #[cfg(test)]
@@ -61,9 +64,26 @@ mod tests {
         // Landlock restricts a thread; this one ends with the test.
         let restricted = std::thread::spawn(move || {
             rustix::thread::set_no_new_privs(true).unwrap();
-            restrict().unwrap();
+            restrict(&[]).unwrap();
             (opens(&outside), std::fs::File::open("/etc/hostname").is_ok())
         });
         assert_eq!(restricted.join().unwrap(), (false, true));
+    }
+
+    /// Whether a folder can be listed through such a mount.
+    fn lists(outside: impl AsFd) -> bool {
+        openat(outside, ".", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).is_ok()
+    }
+
+    #[test]
+    fn a_folder_that_may_be_listed_is_listed_and_its_files_stay_shut() {
+        let outside = open_tree(CWD, "/etc", OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC).unwrap();
+        let other = open_tree(CWD, "/usr", OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC).unwrap();
+        let restricted = std::thread::spawn(move || {
+            rustix::thread::set_no_new_privs(true).unwrap();
+            restrict(&[outside.as_fd()]).unwrap();
+            (lists(&outside), opens(&outside), lists(&other))
+        });
+        assert_eq!(restricted.join().unwrap(), (true, false, false));
     }
 }

@@ -27,6 +27,7 @@ pub mod seccomp;
 pub mod selinux;
 mod sys;
 pub mod transport;
+pub mod tree;
 pub mod unpack;
 
 pub use unpack::unpack_inherited;

@@ -25,6 +25,9 @@ pub const SYS_ADMIN: u64 = 1 << 21;
 /// only what the sandbox's own ids own.
 pub const OF_INIT: u64 = CHOWN | DAC_OVERRIDE | FOWNER | KILL | SETGID | SETUID;
 
+/// What is kept by a child of init's that works on the sandbox's files: those of any of its owners, and nothing but files.
+pub const OF_TREE: u64 = CHOWN | DAC_OVERRIDE | FOWNER;
+
 /// The most that a payload may ask for, as its user 0: Docker's default set without MKNOD, NET_RAW, SYS_CHROOT, AUDIT_WRITE, SETPCAP and SETFCAP.
 /// What package managers and servers that drop root need; over the sandbox's own ids alone.
 pub const OF_ROOT_IMAGE: u64 = CHOWN | DAC_OVERRIDE | FOWNER | FSETID | KILL | NET_BIND_SERVICE | SETGID | SETUID;

@@ -92,12 +92,13 @@ pub(crate) fn enter(layout: Layout<'_>, parts: Parts) -> Result<Tree, LaunchErro
         }
         chown(CWD, UPPER, id_base).step("giving the writable layer to the sandbox")?;
     }
+    let upper = open_folder(CWD, UPPER)?;
     attach(&parts.image, open_folder(CWD, "image")?.as_fd()).step("attaching the image")?;
     attach(&parts.base, open_folder(CWD, "base")?.as_fd()).step("attaching the base layer")?;
     let root = overlay(fences, label).step("mounting the overlay")?;
     if isolation == Isolation::Gvisor {
         let proc = hull::enter(layout, &root)?;
-        return Ok(Tree { writable, proc, of_runsc });
+        return Ok(Tree { upper, image: parts.image, base: parts.base, writable, proc, of_runsc });
     }
     attach(&root, open_folder(CWD, "merged")?.as_fd()).step("attaching the overlay")?;
 
@@ -112,7 +113,7 @@ pub(crate) fn enter(layout: Layout<'_>, parts: Parts) -> Result<Tree, LaunchErro
     }
 
     pivot(&root)?;
-    Ok(Tree { writable, proc, of_runsc })
+    Ok(Tree { upper, image: parts.image, base: parts.base, writable, proc, of_runsc })
 }
 
 /// Makes `root`, which is attached somewhere, this process's root, and lets go of the one that it had.
@@ -129,6 +130,10 @@ fn pivot(root: &OwnedFd) -> Result<(), LaunchError> {
 pub(crate) struct Tree {
     /// The writable layer, for [`rustix::fs::fstatfs`].
     pub(crate) writable: OwnedFd,
+    /// What the overlay is made of, each by itself: its upper folder and the two below it.
+    pub(crate) upper: OwnedFd,
+    pub(crate) image: OwnedFd,
+    pub(crate) base: OwnedFd,
     /// Inodes of the writable layer that were `runsc`'s.
     pub(crate) of_runsc: u64,
     /// `/proc` itself, whatever an image or a payload puts in its way.

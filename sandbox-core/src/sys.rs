@@ -76,12 +76,23 @@ pub(crate) fn clone3(flags: CloneFlags, is_vfork: bool, cgroup: Option<BorrowedF
 /// For a process under our own filter, which refuses clone3. Returns the child's id, and `None` in the child. Fails like [`clone3`] with
 /// several threads.
 pub(crate) fn clone_and_sleep() -> io::Result<Option<libc::pid_t>> {
+    clone_this(libc::CLONE_VFORK)
+}
+
+/// The same, but both run at once.
+pub(crate) fn fork() -> io::Result<Option<libc::pid_t>> {
+    clone_this(0)
+}
+
+/// clone(2) by an older call than [`clone3`], with a copy of the memory.
+fn clone_this(flags: libc::c_int) -> io::Result<Option<libc::pid_t>> {
+    debug_assert_eq!(flags & !libc::CLONE_VFORK, 0, "others have arguments, or share what must not be shared");
     if thread_count()? != 1 {
         return Err(io::Error::new(io::ErrorKind::Unsupported, "a process with several threads must not clone"));
     }
     // SAFETY: without CLONE_VM the child has its own copy of this stack and heap, so both sides may return from here, and there is one
     // thread (checked above). A stack of 0 means "this one"; the other arguments are not used without their flags.
-    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_VFORK | libc::SIGCHLD, 0, 0, 0, 0) };
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags | libc::SIGCHLD, 0, 0, 0, 0) };
     match pid {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(None),

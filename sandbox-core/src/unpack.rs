@@ -50,12 +50,31 @@ pub fn unpack(layers: impl Iterator<Item = File>, target: &mut Target, bounds: B
         let failed = |source| UnpackError::Layer { layer, source };
         let mut archive = Archive::new(decompress(file).map_err(failed)?);
         for entry in archive.entries().map_err(failed)? {
-            apply(entry.map_err(failed)?, layer, target, bounds, &mut done)?;
+            apply(entry.map_err(failed)?, layer, Deletions::OfLayers, target, bounds, &mut done)?;
         }
         target.finish_layer().map_err(failed)?;
     }
     target.sync().map_err(|source| UnpackError::Layer { layer: 0, source })?;
     Ok(done)
+}
+
+/// Puts what one archive holds into `target`, as it comes. Names that mean a deletion in a layer are names like others.
+pub(crate) fn unpack_archive(archive: impl Read, target: &mut Target, bounds: Bounds) -> Result<Unpacked, UnpackError> {
+    let mut done = Unpacked { bytes: 0, entries: 0 };
+    let failed = |source| UnpackError::Layer { layer: 0, source };
+    for entry in Archive::new(archive).entries().map_err(failed)? {
+        apply(entry.map_err(failed)?, 0, Deletions::None, target, bounds, &mut done)?;
+    }
+    target.finish_layer().map_err(failed)?;
+    Ok(done)
+}
+
+/// Whether names of some forms delete what lower layers have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Deletions {
+    /// As image-spec's `layer.md` says, «Whiteouts».
+    OfLayers,
+    None,
 }
 
 /// The whole life of `sandbox-unpack`: layers are the descriptors from 3 up, the folder is `/image`, the arguments are how many layers, and
@@ -74,6 +93,7 @@ pub fn unpack_inherited() -> Result<String, Box<dyn std::error::Error>> {
 fn apply(
     mut entry: Entry<'_, impl Read>,
     layer: usize,
+    deletions: Deletions,
     target: &mut Target,
     bounds: Bounds,
     done: &mut Unpacked,
@@ -93,13 +113,32 @@ fn apply(
     if done.bytes > bounds.bytes {
         return Err(UnpackError::TooManyBytes(bounds.bytes));
     }
-    place(&mut entry, kind, &names, target).map_err(failed)
+    if deletions == Deletions::None && entry.path_bytes().starts_with(b"/") {
+        return Err(failed(invalid("the path is absolute")));
+    }
+    let is_deletion = deletions == Deletions::OfLayers && names.last().is_some_and(|name| name.starts_with(b".wh."));
+    if is_deletion { delete(&names, target).map_err(failed) } else { place(&mut entry, kind, &names, target).map_err(failed) }
 }
 
 /// Bytes of the extended attributes and long names that come with an entry: they are stored, too.
 fn extended_bytes(entry: &mut Entry<'_, impl Read>) -> io::Result<u64> {
     let Some(extensions) = entry.pax_extensions()? else { return Ok(0) };
     extensions.map(|extension| Ok(extension?.value_bytes().len() as u64)).sum()
+}
+
+/// Does what a whiteout says.
+fn delete(names: &[Vec<u8>], target: &mut Target) -> io::Result<()> {
+    let Some((name, folders)) = names.split_last() else { return Ok(()) };
+    if name == b".wh..wh..opq" {
+        return target.clear(folders);
+    }
+    // Other names of this form are AUFS's own (image-spec, «Whiteouts»); one that names nothing hides nothing.
+    match name.strip_prefix(b".wh.").unwrap_or_default() {
+        b"" => Ok(()),
+        b"." | b".." => Err(invalid("a whiteout of a folder by its dots")),
+        other if other.starts_with(b".wh.") => Ok(()),
+        hidden => target.remove(folders, hidden),
+    }
 }
 
 /// Puts one entry where it belongs.
@@ -110,18 +149,6 @@ fn place(entry: &mut Entry<'_, impl Read>, kind: EntryType, names: &[Vec<u8>], t
         // The root itself: only its attributes.
         return if kind == EntryType::Directory { target.folder_attributes(&[], attributes) } else { Ok(()) };
     };
-    if name == b".wh..wh..opq" {
-        return target.clear(folders);
-    }
-    if let Some(hidden) = name.strip_prefix(b".wh.") {
-        // Other names of this form are AUFS's own (image-spec, «Whiteouts»); one that names nothing hides nothing.
-        return match hidden {
-            b"" => Ok(()),
-            b"." | b".." => Err(invalid("a whiteout of a folder by its dots")),
-            other if other.starts_with(b".wh.") => Ok(()),
-            hidden => target.remove(folders, hidden),
-        };
-    }
     match kind {
         EntryType::Directory => target.folder(folders, name, attributes),
         EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => target.file(folders, name, attributes, entry),

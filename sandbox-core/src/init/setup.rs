@@ -113,7 +113,7 @@ pub(super) fn enter(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut Vec
     rustix::process::umask(Mode::from_raw_mode(0o022));
     default_signals().step("resetting signals")?;
     if fences.has(Fence::Landlock) {
-        landlock::restrict().step("setting up Landlock")?;
+        landlock::restrict(&[tree.upper.as_fd(), tree.image.as_fd(), tree.base.as_fd()]).step("setting up Landlock")?;
     }
     if fences.has(Fence::Seccomp) {
         let program: Vec<libc::sock_filter> =

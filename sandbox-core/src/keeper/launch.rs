@@ -301,6 +301,7 @@ impl Keeper {
             fences,
             processes: (isolation == Isolation::Gvisor).then_some(init::Processes { peak: 1, is_at_limit: false }),
             output,
+            own_refusals: 0,
             decision: None,
             stopping: None,
             paused: Paused::No,

@@ -162,11 +162,11 @@ impl Keeper {
             Request::EndInput { id } => self.end_input(id),
             Request::Resize { .. }
             | Request::Exec(_)
-            | Request::Tree { .. }
             | Request::DropLayer { .. }
             | Request::MakeVolume { .. }
             | Request::RemoveVolume { .. }
             | Request::Volumes => failed(FailureKind::Refused, "this keeper does not do that"),
+            Request::Tree { id } => self.tree(id, descriptors),
             Request::Shutdown => return self.stop(Some(asker)),
         };
         self.answer(asker, answer);

@@ -61,6 +61,9 @@ pub(super) struct Sandbox {
     /// Under gVisor: what its kernel says of its processes. The cgroup on the host counts the threads of that kernel.
     pub(super) processes: Option<Processes>,
     pub(super) output: Output,
+    /// Refusals in the group's counter that were of processes of ours.
+    #[serde(default)]
+    pub(super) own_refusals: u64,
     pub(super) decision: Option<Decision>,
     /// Whether its end was asked for by a signal.
     #[serde(default)]
@@ -235,7 +238,7 @@ impl Sandbox {
         let is_truncated = |kind| self.output.is_truncated(kind);
         let limits_hit = [
             (Limit::Memory, cause == Cause::OomKilled),
-            (Limit::Pids, self.processes.map_or(counters.pids_refused > 0, |seen| seen.is_at_limit)),
+            (Limit::Pids, self.processes.map_or(counters.pids_refused > self.own_refusals, |seen| seen.is_at_limit)),
             (Limit::Cpu, cause == Cause::CpuTimeout || is_over_cpu),
             (Limit::Wall, cause == Cause::WallTimeout || is_over_wall),
             (Limit::Disk, ended.is_some_and(|ended| ended.is_disk_full)),

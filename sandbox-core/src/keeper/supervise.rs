@@ -82,6 +82,12 @@ impl Keeper {
                 self.kill_by_force(serial)
             }
             Report::Started { at_ns, own_cpu_us } => self.on_started(serial, at_ns, own_cpu_us),
+            Report::TreeRefused => {
+                if let Some(sandbox) = self.sandboxes.get_mut(&serial) {
+                    sandbox.own_refusals += 1;
+                }
+                Ok(())
+            }
             Report::Processes(processes) => {
                 if let Some(seen) = self.sandboxes.get_mut(&serial).and_then(|sandbox| sandbox.processes.as_mut()) {
                     *seen = processes;

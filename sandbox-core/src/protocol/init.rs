@@ -30,6 +30,8 @@ pub enum Order {
     Kill,
     /// Under gVisor, whose processes the host does not know: send the payload's first process a signal.
     Signal { signal: i32 },
+    /// Work on files, as whoever speaks on this socket asks ([`crate::tree`]). Descriptor: the socket.
+    Tree,
 }
 
 /// The sandbox, but for what it runs.
@@ -106,6 +108,8 @@ pub enum Report {
         /// CPU time that init itself spent since it joined the cgroups, in microseconds: not the payload's.
         own_cpu_us: u64,
     },
+    /// The kernel refused a process that was to work on files: its counter of refusals is one higher for it, through no doing of the payload's.
+    TreeRefused,
     /// What gVisor's kernel says of its processes; the last one counts.
     Processes(Processes),
     /// The payload has ended and every other process but init is dead too.

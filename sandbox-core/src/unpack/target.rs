@@ -68,7 +68,11 @@ impl Target {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = openat2(&parent, name, flags, Mode::from_raw_mode(0o600), ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH)?;
         let mut file = File::from(file);
-        io::copy(content, &mut file)?;
+        if let Err(error) = io::copy(content, &mut file) {
+            // Half of it is nothing that the archive held.
+            unlinkat(&parent, name, AtFlags::empty())?;
+            return Err(error);
+        }
         set_attributes(&file, &attributes)?;
         futimens(&file, &times(attributes.modified_s)?)?;
         Ok(())

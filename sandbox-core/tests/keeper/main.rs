@@ -18,5 +18,6 @@ mod leaks;
 mod limits;
 mod privileges;
 mod records;
+mod tree;
 mod upgrade;
 mod walls;

@@ -27,6 +27,7 @@ fn sandbox(decision: Option<Decision>) -> Sandbox {
         fences: Fences::everywhere(),
         processes: None,
         output: Output::new(sink, 10, OutputPolicy::Truncate, pipe(), pipe()),
+        own_refusals: 0,
         decision,
         stopping: None,
         paused: Paused::No,
