@@ -26,8 +26,8 @@ use tree::{Refused, Trees};
 use crate::{
     error::{Kind, LaunchError, Step},
     protocol::{
-        Isolation, Medium,
-        init::{Order, Report, WaitStatus},
+        Isolation,
+        init::{Layer, Order, Report, WaitStatus},
     },
     rootfs::Tree,
     sys, transport,
@@ -57,17 +57,22 @@ fn live(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<(), La
         return Err(unexpected()).step("reading the orders");
     };
     let joined_at_us = setup::join_cgroups(setup.cgroup_hierarchies, setup.fences, descriptors)?;
-    let layer = match setup.medium {
-        Medium::Memory => None,
-        Medium::Disk => Some(layer(control, descriptors)?),
+    let layer = match setup.layer {
+        Layer::Own => None,
+        Layer::New | Layer::Kept => Some(layer(control, descriptors)?),
     };
     if setup.isolation == Isolation::Gvisor {
         return gvisor::live(control, &setup, layer, descriptors);
     }
     let tree = setup::enter(&setup, layer, descriptors)?;
     transport::send(control.as_fd(), &Report::Ready, &[]).step("reporting that the sandbox is built")?;
-    let Some(Order::Start(start)) = receive(control, descriptors).step("reading the orders")? else {
-        return Err(unexpected()).step("reading the orders");
+    let start = match receive(control, descriptors).step("reading the orders")? {
+        Some(Order::Start(start)) => start,
+        // Nothing ever runs here.
+        Some(Order::Tree) => return visit(control, &tree, descriptors).step("working on files"),
+        Some(Order::Setup(_) | Order::Layer | Order::Kill | Order::Signal { .. }) | None => {
+            return Err(unexpected()).step("reading the orders");
+        }
     };
     let payload = payload::start(&start, &Place::of(&setup, &tree), std::mem::take(descriptors))?;
     // Still a child that nobody has reaped, so the number is its own.
@@ -138,6 +143,40 @@ fn supervise(control: &OwnedFd, payload: libc::pid_t, tree: &Tree, descriptors: 
                     }
                 }
                 // The keeper is gone. Without it nothing holds this sandbox to its limits.
+                None => std::process::exit(1),
+                Some(Order::Setup(_) | Order::Layer | Order::Start(_) | Order::Signal { .. }) => return Err(unexpected()),
+            }
+        }
+    }
+}
+
+/// The life of an init that never has a payload: it has others work on files, until the keeper kills it.
+fn visit(control: &OwnedFd, tree: &Tree, descriptors: &mut VecDeque<OwnedFd>) -> io::Result<()> {
+    let children = setup::child_signals()?;
+    let mut trees = Trees::default();
+    let (mut served, mut told) = (0, 0);
+    loop {
+        // The first came before this was begun.
+        while let Some(socket) = descriptors.pop_front() {
+            served += 1;
+            drop(trees.serve(socket, tree));
+        }
+        while let Ok(Some((pid, _))) = sys::reap(-1, false) {
+            trees.reaped(pid);
+        }
+        if trees.is_empty() && told < served {
+            told = served;
+            transport::send(control.as_fd(), &Report::TreesOver { served }, &[])?;
+        }
+        let mut ready = [PollFd::new(control, PollFlags::IN), PollFd::new(&children, PollFlags::IN)];
+        rustix::io::retry_on_intr(|| poll(&mut ready, None))?;
+        if !ready[1].revents().is_empty() {
+            while children.read_signal()?.is_some() {}
+        }
+        if !ready[0].revents().is_empty() {
+            match receive(control, descriptors)? {
+                Some(Order::Tree) => {}
+                Some(Order::Kill) => kill_all()?,
                 None => std::process::exit(1),
                 Some(Order::Setup(_) | Order::Layer | Order::Start(_) | Order::Signal { .. }) => return Err(unexpected()),
             }

@@ -13,6 +13,7 @@ mod disk;
 mod end;
 pub(crate) mod gvisor;
 mod launch;
+mod layer;
 mod output;
 mod parked;
 mod records;
@@ -47,6 +48,7 @@ use rustix::{
 use commit::Commit;
 use connection::{Asker, Connection};
 use gvisor::Gvisor;
+use layer::Layers;
 use parked::Lot;
 use records::Records;
 use room::Room;
@@ -135,10 +137,12 @@ enum Source {
     Disk,
     Trial,
     Commit,
+    /// Who removes a layer that was kept.
+    Layer,
 }
 
 impl Source {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::Listener,
         Self::Signals,
         Self::Timer,
@@ -152,6 +156,7 @@ impl Source {
         Self::Disk,
         Self::Trial,
         Self::Commit,
+        Self::Layer,
     ];
 
     fn number(self, serial: u64) -> u64 {
@@ -178,6 +183,7 @@ pub struct Keeper {
     records: Records,
     next_serial: u64,
     slots: Slots,
+    layers: Layers,
     lot: Lot,
     /// The keeper's own UTS namespace.
     own_uts: OwnedFd,
@@ -304,6 +310,7 @@ impl Keeper {
             records,
             next_serial: 1,
             slots,
+            layers: Layers::default(),
             lot: Lot::default(),
             own_uts: std::fs::File::open("/proc/self/ns/uts")?.into(),
             tree,
@@ -402,6 +409,10 @@ impl Keeper {
                 warn(format_args!("keeping an image failed: {error}"));
                 Ok(())
             }
+            Source::Layer => {
+                warn(format_args!("following the removal of a layer failed: {error}"));
+                Ok(())
+            }
             Source::Trial => {
                 warn(format_args!("not upgrading: {error}"));
                 Ok(())
@@ -435,6 +446,7 @@ impl Keeper {
             Source::Disk => self.on_disk(serial),
             Source::Trial => self.on_trial(serial),
             Source::Commit => self.on_commit(serial),
+            Source::Layer => self.on_layer(serial),
         }
     }
 
@@ -460,12 +472,15 @@ impl Keeper {
     fn stop(&mut self, asker: Option<Asker>) -> io::Result<()> {
         self.shutdown.get_or_insert_default().extend(asker);
         self.end_parked(|_| true)?;
+        self.drop_layers();
         let serials: Vec<u64> = self.sandboxes.keys().copied().collect();
         serials.into_iter().try_for_each(|serial| self.decide(serial, Decision::Killed(crate::protocol::KillReason::StoppedByAdmin)))
     }
 
     fn is_done(&mut self) -> io::Result<bool> {
-        let is_empty = self.lot.len() == 0 && self.sandboxes.values().all(|sandbox| sandbox.body.is_none() && sandbox.is_told);
+        let is_empty = self.lot.len() == 0
+            && self.layers.is_empty()
+            && self.sandboxes.values().all(|sandbox| sandbox.body.is_none() && sandbox.is_told);
         let Some(askers) = self.shutdown.take_if(|_| is_empty) else { return Ok(false) };
         self.slots.drain()?;
         self.tree.remove()?;

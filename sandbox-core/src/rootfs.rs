@@ -23,7 +23,7 @@ use crate::{
     disk,
     error::{LaunchError, Step},
     fence::{Fence, Fences},
-    protocol::Isolation,
+    protocol::{Isolation, init::Layer},
     sys::{self, MountAttributes},
 };
 
@@ -32,6 +32,7 @@ use crate::{
 pub(crate) struct Layout<'a> {
     /// Host id that is 0 inside.
     pub(crate) id_base: u32,
+    pub(crate) layer: Layer,
     pub(crate) disk_bytes: u64,
     pub(crate) inodes: u64,
     pub(crate) shm_bytes: u64,
@@ -74,13 +75,14 @@ pub(crate) mod base {
 ///
 /// The working folder must be an empty folder that exists in this mount namespace: the tree is built on it.
 pub(crate) fn enter(layout: Layout<'_>, parts: Parts) -> Result<Tree, LaunchError> {
-    let Layout { id_base, disk_bytes, inodes, shm_bytes, isolation, fences, label } = layout;
+    let Layout { id_base, layer, disk_bytes, inodes, shm_bytes, isolation, fences, label } = layout;
     // Modes below are meant as they stand; init sets the payload's umask later.
     rustix::process::umask(Mode::empty());
     let of_runsc = if isolation == Isolation::Gvisor { hull::own_inodes(parts.image.as_fd()) } else { 0 };
     let is_new = parts.layer.is_none();
     let writable = match parts.layer {
-        Some(layer) => check_layer(layer, disk_bytes, inodes)?,
+        Some(kept) if layer == Layer::Kept => kept,
+        Some(new) => check_layer(new, disk_bytes, inodes)?,
         None => sized_tmpfs(disk_bytes, inodes + OWN_INODES + of_runsc, 0o755, NOSUID_NODEV, label)
             .step_on("mounting the writable layer", format_args!("{disk_bytes} bytes, {inodes} inodes"))?,
     };
@@ -91,6 +93,9 @@ pub(crate) fn enter(layout: Layout<'_>, parts: Parts) -> Result<Tree, LaunchErro
             mkdirat(CWD, folder, Mode::from_raw_mode(0o755)).step_on("making a folder of the writable layer", folder)?;
         }
         chown(CWD, UPPER, id_base).step("giving the writable layer to the sandbox")?;
+    }
+    if layer == Layer::Kept {
+        clear_work()?;
     }
     let upper = open_folder(CWD, UPPER)?;
     attach(&parts.image, open_folder(CWD, "image")?.as_fd()).step("attaching the image")?;
@@ -264,6 +269,38 @@ fn sized_tmpfs(bytes: u64, inodes: u64, mode: u64, attributes: MountAttrFlags, l
     compare("blocks", space.f_blocks, bytes.div_ceil(u64::try_from(space.f_bsize).map_err(std::io::Error::other)?))?;
     compare("inodes", space.f_files, inodes)?;
     Ok(mount)
+}
+
+/// A layer in memory that is not the sandbox's own making: as init would make it, with [`FOLDERS`] in it.
+pub(crate) fn memory_layer(bytes: u64, inodes: u64, id_base: u32, label: Option<&str>) -> std::io::Result<OwnedFd> {
+    let layer = sized_tmpfs(bytes, inodes + OWN_INODES, 0o755, NOSUID_NODEV, label)?;
+    for folder in FOLDERS {
+        mkdirat(&layer, folder, Mode::from_raw_mode(0o755))?;
+    }
+    chown(layer.as_fd(), UPPER, id_base)?;
+    Ok(layer)
+}
+
+/// Two mounts of the same, attached nowhere: one for a sandbox, which dies with its namespace, and one that stays. `mount` itself ends with this process: what is
+/// attached nowhere cannot be cloned before Linux 6.15, so it is attached here first, in a namespace that nobody else sees.
+pub(crate) fn two_of(mount: &OwnedFd) -> std::io::Result<[OwnedFd; 2]> {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
+    move_mount(mount, "", CWD, ".", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    Ok([clone_mount(mount, "")?, clone_mount(mount, "")?])
+}
+
+/// Removes what the overlay before this one left for itself: its mark of a mount without syncs among it, over which the kernel mounts no other (overlayfs.rst,
+/// «Volatile mount»). The file system has been there all the time, so that nothing of it can be missing. No payload has ever seen this folder.
+fn clear_work() -> Result<(), LaunchError> {
+    for entry in std::fs::read_dir("work").step_on("reading", "work")? {
+        let path = entry.step_on("reading", "work")?.path();
+        match std::fs::remove_dir_all(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => std::fs::remove_file(&path),
+            other => other,
+        }
+        .step_on("removing", path.display())?;
+    }
+    Ok(())
 }
 
 /// A layer on disk must have exactly the room that was promised.

@@ -159,6 +159,7 @@ pub(super) fn build(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut Vec
     std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ).step("raising oom_score_adj")?;
     let layout = Layout {
         id_base: setup.id_base,
+        layer: setup.layer,
         disk_bytes: setup.disk_bytes,
         inodes: setup.inodes,
         shm_bytes: setup.shm_bytes,

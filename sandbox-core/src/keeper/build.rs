@@ -19,6 +19,7 @@ use rustix::{
 use super::{
     Keeper, Options, Source,
     disk::Disk,
+    layer::Origin,
     monotonic_ns,
     parked::{Class, Parked},
     sandbox::{Body, Init},
@@ -81,6 +82,7 @@ pub(super) struct Blueprint<'a> {
     /// Mounted writable on `/image`.
     pub(super) target: Option<&'a OwnedFd>,
     pub(super) medium: Medium,
+    pub(super) layer: Origin<'a>,
     pub(super) disk_bytes: u64,
     pub(super) inodes: u64,
     pub(super) capabilities: u64,
@@ -116,6 +118,7 @@ impl Keeper {
                 image: &image,
                 target: None,
                 medium: Medium::Memory,
+                layer: Origin::Own,
                 disk_bytes,
                 inodes,
                 capabilities,
@@ -135,9 +138,12 @@ impl Keeper {
 
     /// Clones an init and has it build a sandbox. Its limits and its payload come later ([`Keeper::begin`]).
     pub(super) fn build(&mut self, blueprint: &Blueprint<'_>) -> Result<(u64, Body), BuildError> {
-        let slot = match self.slots.take_ready() {
-            Some(slot) => slot,
-            None => self.slots.make(&self.tree)?.ok_or(BuildError::Full)?,
+        let slot = match blueprint.layer.id_base() {
+            Some(id_base) => self.slots.make_on_held(&self.tree, id_base)?,
+            None => match self.slots.take_ready() {
+                Some(slot) => slot,
+                None => self.slots.make(&self.tree)?.ok_or(BuildError::Full)?,
+            },
         };
         reached("keeper.launch.slot_taken");
         let serial = self.serial();
@@ -174,19 +180,26 @@ impl Keeper {
         if disk.is_some() {
             reached("keeper.launch.disk_begun");
         }
-        Ok((serial, Body { slot, init, oom_notice: None, payload: None, disk }))
+        Ok((serial, Body { slot, init, oom_notice: None, payload: None, disk, kept: None }))
     }
 
     /// Starts to make the writable layer, if it is to be on disk. Init starts meanwhile.
     fn begin_disk(&self, slot: &Slot, blueprint: &Blueprint<'_>) -> io::Result<Option<Disk>> {
-        match blueprint.medium {
-            Medium::Memory => Ok(None),
-            Medium::Disk => {
-                let (bytes, inodes, id_base) = (blueprint.disk_bytes, blueprint.inodes, slot.id_base);
-                let order = disk::Order { bytes, inodes, id_base, is_synchronous: self.tree.mode() != CgroupMode::V2 };
-                Disk::begin(&self.disks, order).map(Some)
+        let (bytes, inodes, id_base) = (blueprint.disk_bytes, blueprint.inodes, slot.id_base);
+        let order = disk::Order { bytes, inodes, id_base, is_synchronous: self.tree.mode() != CgroupMode::V2 };
+        let lent = match blueprint.layer {
+            Origin::Own => {
+                return match blueprint.medium {
+                    Medium::Memory => Ok(None),
+                    Medium::Disk => Disk::begin(&self.disks, order).map(Some),
+                };
             }
-        }
+            Origin::New => None,
+            Origin::Used(lent) => Some(lent),
+        };
+        let labels = self.labels.as_ref().filter(|_| blueprint.fences.has(Fence::Selinux));
+        let label = labels.and_then(|labels| labels.mount.as_deref());
+        Disk::begin_kept(&self.disks, blueprint.medium, order, label, lent).map(Some)
     }
 
     fn clone_and_set_up(&self, slot: &Slot, blueprint: &Blueprint<'_>) -> io::Result<Init> {
@@ -201,6 +214,7 @@ impl Keeper {
             isolation: blueprint.isolation,
             id_base: slot.id_base,
             medium: blueprint.medium,
+            layer: blueprint.layer.in_setup(blueprint.medium),
             disk_bytes: blueprint.disk_bytes,
             inodes: blueprint.inodes,
             shm_bytes: SHM_BYTES,

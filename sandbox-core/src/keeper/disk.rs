@@ -8,10 +8,12 @@ use std::{
 use rustix::{event::epoll, process::pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
-use super::{Keeper, Source, warn};
+use super::{Keeper, Source, layer::Lent, warn};
 use crate::{
     disk::{Disks, Made, Order},
-    protocol::{Cause, init},
+    error::at,
+    protocol::{Cause, Medium, init},
+    rootfs,
     sys::{self, Child, Cloned},
     transport::{self, Socket},
 };
@@ -55,6 +57,43 @@ impl Disk {
         worker.map(Self::Making)
     }
 
+    /// Starts to make a layer that is to be kept, or to make ready one that was: what comes of it are two mounts, the second of them to be kept.
+    pub(super) fn begin_kept(disks: &Disks, medium: Medium, order: Order, label: Option<&str>, lent: Option<&Lent>) -> io::Result<Self> {
+        let keeper = nix::unistd::getpid();
+        let device = lent.and_then(|lent| lent.device);
+        let worker = Worker::start(lent.map(|lent| lent.mount.as_fd()), |socket, used| {
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+            if nix::unistd::getppid() != keeper {
+                return Ok(());
+            }
+            let make = || -> io::Result<([OwnedFd; 2], Made)> {
+                let (mount, made) = match (used, medium) {
+                    (Some(used), _) => (used, Made { device }),
+                    (None, Medium::Memory) => {
+                        (rootfs::memory_layer(order.bytes, order.inodes, order.id_base, label)?, Made { device: None })
+                    }
+                    (None, Medium::Disk) => disks.make(order)?,
+                };
+                Ok((rootfs::two_of(&mount).map_err(at("making the layer one that stays"))?, made))
+            };
+            match make() {
+                Ok(([own, kept], made)) => transport::send(socket, &Said::Ok(Some(made)), &[own.as_fd(), kept.as_fd()]),
+                Err(error) => transport::send(socket, &Said::Err(error.to_string()), &[]),
+            }
+        });
+        worker.map(Self::Making)
+    }
+
+    /// What its worker says: `None` if it has ended, and else why it failed, if that is it.
+    pub(super) fn said(&self) -> io::Result<Option<Option<String>>> {
+        let (Self::Making(worker) | Self::Removing(worker)) = self else { return Ok(None) };
+        match worker.socket.recv::<Said>() {
+            Ok(said) => Ok(said.map(|datagram| datagram.message.err())),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Some(None)),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Whether there is nothing of it any more, not even a process.
     pub(super) fn is_gone(&self) -> bool {
         matches!(self, Self::Gone)
@@ -72,12 +111,12 @@ impl Disk {
     }
 
     /// Starts to remove one that is ready. The worker outlives the keeper if it must.
-    fn remove(&mut self, disks: &Disks, id_base: u32) -> io::Result<()> {
+    pub(super) fn remove(&mut self, disks: &Disks, id_base: u32, medium: Medium) -> io::Result<()> {
         let Self::Ready(mount) = self else { return Ok(()) };
         let worker = Worker::start(Some(mount.as_fd()), |socket, mount| {
             // Whoever lets go last has all the work of unmounting: not the keeper, which says when it has. If it dies, it has, too.
             let _: Option<transport::Datagram<()>> = transport::recv(socket)?;
-            let Some(mount) = mount else { return Ok(()) };
+            let Some(mount) = mount.filter(|_| medium == Medium::Disk) else { return Ok(()) };
             match disks.remove(id_base, mount) {
                 Ok(()) => Ok(()),
                 Err(error) => transport::send(socket, &Said::Err(error.to_string()), &[]),
@@ -147,10 +186,12 @@ impl Keeper {
             Err(error) => return Err(error),
         };
         let failure = match (said, &*disk) {
-            (Some(datagram), Disk::Making(_)) => match (datagram.message, datagram.descriptors.into_iter().next()) {
-                (Ok(Some(made)), Some(mount)) => {
+            (Some(datagram), Disk::Making(_)) => match (datagram.message, Mounts::from(datagram.descriptors)) {
+                (Ok(Some(made)), Mounts { own: Some(mount), kept }) => {
                     let made_of = std::mem::replace(disk, Disk::Ready(mount));
+                    body.kept = kept;
                     epoll_delete(&self.epoll, &made_of)?;
+                    self.layers.made(serial, made.device);
                     return self.hand_over(serial, made, io);
                 }
                 (Err(message), _) => message,
@@ -215,13 +256,16 @@ impl Keeper {
     /// Takes the layer of a dead sandbox apart. True: there is nothing of it any more. Else it comes back ([`Keeper::on_disk`]).
     pub(super) fn remove_disk(&mut self, serial: u64) -> io::Result<bool> {
         let disks = self.disks.clone();
+        let medium = self.sandboxes.get(&serial).map_or(Medium::Disk, |sandbox| sandbox.supervision.medium);
         let Some(body) = self.body(serial) else { return Ok(true) };
         let id_base = body.slot.id_base;
+        // A second one of the same would keep all of it alive.
+        body.kept = None;
         let Some(disk) = body.disk.as_mut().filter(|disk| !disk.is_gone()) else { return Ok(true) };
         if !matches!(disk, Disk::Ready(_)) {
             return Ok(false);
         }
-        disk.remove(&disks, id_base)?;
+        disk.remove(&disks, id_base, medium)?;
         self.watch_disk(serial)?;
         Ok(false)
     }
@@ -236,6 +280,19 @@ impl Keeper {
             Some(socket) => self.watch(socket, Source::Disk, serial),
             None => Ok(()),
         }
+    }
+}
+
+/// What comes from who makes a layer.
+struct Mounts {
+    own: Option<OwnedFd>,
+    kept: Option<OwnedFd>,
+}
+
+impl From<Vec<OwnedFd>> for Mounts {
+    fn from(brought: Vec<OwnedFd>) -> Self {
+        let mut brought = brought.into_iter();
+        Self { own: brought.next(), kept: brought.next() }
     }
 }
 

@@ -111,6 +111,7 @@ impl Keeper {
         if !body.init.is_dead {
             return Ok(());
         }
+        self.keep_layer(serial);
         // First of all: what its files have in memory is charged to its group.
         match self.remove_disk(serial) {
             Ok(true) => {}
@@ -140,6 +141,7 @@ impl Keeper {
         reached("keeper.remove.group");
         let id_base = body.slot.id_base;
         self.slots.give_back(id_base);
+        self.layer_freed(serial);
         if self.lot.remove(serial).is_some() {
             return Ok(());
         }

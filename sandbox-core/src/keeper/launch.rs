@@ -15,7 +15,9 @@ use super::{
     build::{Blueprint, BuildError},
     connection::{Asker, failed, failed_at},
     control::{Paused, input_pipe},
-    gvisor, monotonic_ns,
+    gvisor,
+    layer::{Lent, Origin, Shape, Wish, supervision_of_visit},
+    monotonic_ns,
     output::{Output, Sink},
     parked::Class,
     sandbox::{Body, Pending, Purpose, Sandbox},
@@ -30,7 +32,8 @@ use crate::{
     policy::Plan,
     privileges,
     protocol::{
-        Answer, Cause, FailureKind, ImageId, IoLimits, Isolation, Launch, Medium, OutputPolicy, Stdin, Supervision, UnpackLimits, Unpacked,
+        Answer, Cause, FailureKind, ImageId, IoLimits, Isolation, Launch, Medium, OutputPolicy, SandboxId, Stdin, Supervision,
+        UnpackLimits, Unpacked,
         init::{self, Order, Program, User},
     },
     rootfs::base,
@@ -41,6 +44,7 @@ struct Preparation {
     purpose: Purpose,
     image: OwnedFd,
     image_id: Option<ImageId>,
+    layer: Wish,
     target: Option<OwnedFd>,
     limits: Limits,
     supervision: Supervision,
@@ -106,6 +110,7 @@ impl Keeper {
         } else {
             (stdin, None)
         };
+        let layer = self.check_layer(&launch)?;
         let image = self.store.image(&launch.image).map_err(|error| {
             Box::new(if error.kind() == io::ErrorKind::NotFound {
                 failed(FailureKind::Gone, format!("this node has no image {}", launch.image))
@@ -142,6 +147,7 @@ impl Keeper {
             purpose: Purpose::Payload { id },
             image,
             image_id: Some(launch.image),
+            layer,
             target: None,
             limits: plan.limits,
             supervision: launch.supervision,
@@ -208,6 +214,7 @@ impl Keeper {
             purpose: Purpose::Unpack { image, folder, asker },
             image: self.store.empty().try_clone()?,
             image_id: None,
+            layer: Wish::NONE,
             target: Some(target),
             limits: UNPACK_LIMITS,
             supervision: Supervision {
@@ -260,11 +267,20 @@ impl Keeper {
         let parked = asked.class().and_then(|class| self.lot.take(&class, received_at_ns));
         let (serial, body, start) = match parked {
             Some((serial, body)) => (serial, body, crate::protocol::Start::Warm),
-            None => match self.build(&asked.blueprint()) {
-                Ok((serial, body)) => (serial, body, crate::protocol::Start::Cold),
-                Err(failure) => return self.give_up(&asked, failure),
-            },
+            None => {
+                let lent = asked.layer.of.and_then(|of| Some((of, self.layers.lend(of)?)));
+                match (self.build(&asked.blueprint(lent.as_ref().map(|(_, lent)| lent))), lent) {
+                    (Ok((serial, body)), _) => (serial, body, crate::protocol::Start::Cold),
+                    (Err(failure), lent) => {
+                        if let Some((of, lent)) = lent {
+                            self.layers.take_back(of, lent);
+                        }
+                        return self.give_up(&asked, failure);
+                    }
+                }
+            }
         };
+        self.note_layer(&asked, serial, body.slot.id_base);
         let Preparation {
             purpose,
             image_id,
@@ -288,7 +304,7 @@ impl Keeper {
                 Some(asker)
             }
             // Only its end is told.
-            Purpose::Unpack { .. } => None,
+            Purpose::Unpack { .. } | Purpose::Visit { .. } => None,
         };
         let output = Output::new(sink, supervision.output_bytes, supervision.output_policy, stdout, stderr);
         let descriptors = stdin.into_iter().chain([stdout_end, stderr_end]).chain(descriptors).collect();
@@ -334,6 +350,64 @@ impl Keeper {
         if start == crate::protocol::Start::Warm { self.begin(serial) } else { Ok(()) }
     }
 
+    /// Says whose the layer is that was taken, or begun, for this.
+    fn note_layer(&mut self, asked: &Preparation, serial: u64, id_base: u32) {
+        match (&asked.purpose, &asked.image_id) {
+            (Purpose::Payload { id }, Some(image)) if !asked.layer.is_none() => {
+                let shape = Shape { image: image.clone(), supervision: asked.supervision, limits: asked.limits, id_base };
+                self.layer_taken(serial, *id, asked.layer, shape);
+            }
+            (Purpose::Visit { id, .. }, _) => self.layer_visited(*id, serial),
+            (Purpose::Payload { .. } | Purpose::Unpack { .. }, _) => {}
+        }
+    }
+
+    /// Starts a sandbox without a payload on the layer that one left behind, for whoever speaks on this socket.
+    pub(super) fn visit(&mut self, asker: Asker, id: SandboxId, shape: Shape, socket: OwnedFd) -> io::Result<()> {
+        let image = match self.store.image(&shape.image) {
+            Ok(image) => image,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.answer(asker, failed(FailureKind::Gone, format!("this node has no image {} any more", shape.image)));
+                return Ok(());
+            }
+            Err(error) => {
+                self.answer(asker, failed_at("opening the image", &error));
+                return Ok(());
+            }
+        };
+        let start = init::Start {
+            program: Program::Path,
+            args: Vec::new(),
+            env: Vec::new(),
+            cwd: "/".to_owned(),
+            user: User::Ids { uid: 0, gid: 0, groups: Vec::new() },
+            rlimits: Vec::new(),
+            pids: shape.limits.pids,
+            has_stdin: false,
+            has_files: false,
+        };
+        let asked = Preparation {
+            purpose: Purpose::Visit { id, sent: 0, waiting: vec![socket] },
+            image,
+            image_id: Some(shape.image),
+            layer: Wish { of: Some(id), is_kept: true },
+            target: None,
+            limits: shape.limits,
+            supervision: supervision_of_visit(&shape.supervision),
+            sink: Sink::Memory { stdout: Vec::new(), stderr: Vec::new() },
+            hostname: base::HOSTNAME.to_owned(),
+            capabilities: 0,
+            isolation: Isolation::Container,
+            fences: self.hello.fences,
+            start,
+            stdin: None,
+            input: None,
+            descriptors: Vec::new(),
+            asker,
+        };
+        self.spawn(asked, monotonic_ns())
+    }
+
     fn watch_new(&mut self, serial: u64, received_at_ns: u64) -> io::Result<()> {
         self.timer.set(received_at_ns + START_WITHIN_NS, serial, Due::Start)?;
         let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
@@ -346,6 +420,9 @@ impl Keeper {
     /// Sets the limits and gives init, which waits, its payload.
     pub(super) fn begin(&mut self, serial: u64) -> io::Result<()> {
         let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return Ok(()) };
+        if matches!(sandbox.purpose, Purpose::Visit { .. }) {
+            return self.begin_visit(serial);
+        }
         let (Some(body), Some(pending)) = (&mut sandbox.body, sandbox.pending.take()) else { return Ok(()) };
         if sandbox.processes.is_some() {
             // gVisor's kernel is up: what it took to start is not the payload's.
@@ -368,6 +445,7 @@ impl Keeper {
         match &asked.purpose {
             Purpose::Payload { id } => std::fs::remove_file(crate::log::path(&self.logs, *id))?,
             Purpose::Unpack { folder, .. } => self.store.discard(folder)?,
+            Purpose::Visit { .. } => {}
         }
         let answer = match failure {
             BuildError::Full => failed(FailureKind::Busy, "every id range of this node is in use"),
@@ -391,8 +469,14 @@ fn begin_in(body: &mut Body, pending: Pending, io: IoLimits, own_uts: &OwnedFd) 
 }
 
 impl Preparation {
-    fn blueprint(&self) -> Blueprint<'_> {
+    fn blueprint<'a>(&'a self, lent: Option<&'a Lent>) -> Blueprint<'a> {
+        let layer = match lent {
+            Some(lent) => Origin::Used(lent),
+            None if self.layer.is_kept => Origin::New,
+            None => Origin::Own,
+        };
         Blueprint {
+            layer,
             image: &self.image,
             target: self.target.as_ref(),
             medium: self.supervision.medium,
@@ -407,7 +491,7 @@ impl Preparation {
     /// Which parked sandboxes will do; none for our own programs, which are rare, none that would set space on disk aside unasked, and none
     /// under gVisor, whose kernel takes memory while it waits.
     fn class(&self) -> Option<Class> {
-        let is_small = self.supervision.medium == Medium::Memory && self.isolation == Isolation::Container;
+        let is_small = self.supervision.medium == Medium::Memory && self.isolation == Isolation::Container && self.layer.is_none();
         let image = self.image_id.clone().filter(|_| is_small)?;
         let Supervision { disk_bytes, inodes, .. } = self.supervision;
         Some(Class { image, disk_bytes, inodes, capabilities: self.capabilities, fences: self.fences })

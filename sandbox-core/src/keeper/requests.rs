@@ -160,13 +160,12 @@ impl Keeper {
                 return Ok(());
             }
             Request::EndInput { id } => self.end_input(id),
-            Request::Resize { .. }
-            | Request::Exec(_)
-            | Request::DropLayer { .. }
-            | Request::MakeVolume { .. }
-            | Request::RemoveVolume { .. }
-            | Request::Volumes => failed(FailureKind::Refused, "this keeper does not do that"),
-            Request::Tree { id } => self.tree(id, descriptors),
+            Request::Resize { .. } | Request::Exec(_) | Request::MakeVolume { .. } | Request::RemoveVolume { .. } | Request::Volumes => {
+                failed(FailureKind::Refused, "this keeper does not do that")
+            }
+            Request::Tree { .. } if self.shutdown.is_some() => failed(FailureKind::Busy, "the keeper is stopping"),
+            Request::Tree { id } => return self.tree(asker, id, descriptors),
+            Request::DropLayer { id } => self.drop_layer(id),
             Request::Shutdown => return self.stop(Some(asker)),
         };
         self.answer(asker, answer);

@@ -11,9 +11,9 @@ use crate::{
     protocol::{OutputPolicy, Supervision},
 };
 
-/// Descriptors of a sandbox besides its groups': two namespaces; init and its socket; two pipes and the log; a layer on disk, or the two of who makes it;
+/// Descriptors of a sandbox besides its groups': two namespaces; init and its socket; two pipes and the log; a layer on disk, or the two of who makes it, and its second mount;
 /// before the payload starts, the four that it will have, and afterwards two fewer, of the payload and of the memory limit.
-const OF_SANDBOX: u64 = 13;
+const OF_SANDBOX: u64 = 14;
 /// For connections, for what a message brings along, for files that are open for a moment, for the keeper's own.
 const RESERVE: u64 = 64 + 130 + 62;
 /// The most sandboxes, and parts of such, that are prepared ahead.
@@ -54,10 +54,10 @@ impl Keeper {
     /// Why there can be no sandbox more, for people.
     pub(super) fn check_number(&self) -> Result<(), String> {
         let max = self.hello.sandboxes_max;
-        if self.sandboxes.len() < usize::try_from(max).unwrap_or(usize::MAX) {
+        if self.sandboxes.len() + self.layers.idle() < usize::try_from(max).unwrap_or(usize::MAX) {
             return Ok(());
         }
-        Err(format!("this keeper has id ranges and descriptors for {max} sandboxes at a time"))
+        Err(format!("this keeper has id ranges and descriptors for {max} sandboxes and kept layers at a time"))
     }
 
     /// Why there is no room for a sandbox like this, for people. What others may still write does not count: most never do, and who

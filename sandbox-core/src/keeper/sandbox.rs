@@ -34,6 +34,14 @@ pub(super) enum Purpose {
     Payload { id: SandboxId },
     /// The keeper's own unpacker, making the image `image` in the store's folder `folder`.
     Unpack { image: ImageId, folder: String, asker: Asker },
+    /// Nobody's payload: work on the files of the layer that sandbox `id` left behind.
+    Visit {
+        id: SandboxId,
+        /// How many sockets its init was given, and those that it is to be given.
+        sent: u64,
+        #[serde(with = "crate::handover")]
+        waiting: Vec<OwnedFd>,
+    },
 }
 
 /// What the keeper decided to do to a sandbox, noted before it is done.
@@ -133,8 +141,11 @@ pub(super) struct Body {
     /// The payload's first process (pidfd_open(2)), once it runs.
     #[serde(with = "crate::handover")]
     pub(super) payload: Option<OwnedFd>,
-    /// The writable layer, if it is on disk.
+    /// The writable layer, if init did not make it.
     pub(super) disk: Option<Disk>,
+    /// A mount of it that stays when it does.
+    #[serde(default, with = "crate::handover")]
+    pub(super) kept: Option<OwnedFd>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

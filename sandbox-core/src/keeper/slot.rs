@@ -4,6 +4,7 @@ use std::{collections::VecDeque, io, os::fd::OwnedFd};
 
 use serde::{Deserialize, Serialize};
 
+use super::layer::Held;
 use crate::{
     cgroup::{Group, Tree},
     ids::{self, Ranges},
@@ -29,6 +30,9 @@ pub(super) struct Slots {
     pub(super) networks: Networks,
     ready: VecDeque<Slot>,
     made: u64,
+    /// Ranges that nobody is given: layers have them that are kept.
+    #[serde(default)]
+    held: Held,
     /// What the latest request wanted: the next one probably wants the same.
     io: Option<IoLimits>,
 }
@@ -38,7 +42,7 @@ const READY_MAX: usize = 16;
 
 impl Slots {
     pub(super) fn new(ranges: Ranges) -> io::Result<Self> {
-        Ok(Self { ranges, networks: Networks::new()?, ready: VecDeque::new(), made: 0, io: None })
+        Ok(Self { ranges, networks: Networks::new()?, ready: VecDeque::new(), made: 0, held: Held::default(), io: None })
     }
 
     /// One that was made ahead.
@@ -59,6 +63,27 @@ impl Slots {
             self.ranges.give_back(id_base);
         }
         made.map(Some)
+    }
+
+    /// A new one on a range that is held.
+    pub(super) fn make_on_held(&mut self, tree: &Tree, id_base: u32) -> io::Result<Slot> {
+        self.make_on(tree, id_base)
+    }
+
+    /// Gives this range to nobody else, whoever gives it back.
+    pub(super) fn hold(&mut self, id_base: u32) {
+        self.held.insert(id_base);
+    }
+
+    /// It can be given back again.
+    pub(super) fn let_go(&mut self, id_base: u32) {
+        self.held.remove(&id_base);
+    }
+
+    /// Takes a range back that was held.
+    pub(super) fn release(&mut self, id_base: u32) {
+        self.let_go(id_base);
+        self.give_back(id_base);
     }
 
     fn make_on(&mut self, tree: &Tree, id_base: u32) -> io::Result<Slot> {
@@ -96,14 +121,16 @@ impl Slots {
     pub(super) fn put_back(&mut self, mut slot: Slot) -> io::Result<()> {
         // A group that something still sits in keeps its id range for good: better a range less than one with two owners.
         if slot.group.remove()? {
-            self.ranges.give_back(slot.id_base);
+            self.give_back(slot.id_base);
         }
         Ok(())
     }
 
-    /// Takes the id range of a slot of which nothing is left.
+    /// Takes the id range of a slot of which nothing is left but, perhaps, a layer.
     pub(super) fn give_back(&mut self, id_base: u32) {
-        self.ranges.give_back(id_base);
+        if !self.held.contains(&id_base) {
+            self.ranges.give_back(id_base);
+        }
     }
 
     /// Removes those that were never used.

@@ -82,6 +82,7 @@ impl Keeper {
                 self.kill_by_force(serial)
             }
             Report::Started { at_ns, own_cpu_us } => self.on_started(serial, at_ns, own_cpu_us),
+            Report::TreesOver { served } => self.visit_over(serial, served),
             Report::TreeRefused => {
                 if let Some(sandbox) = self.sandboxes.get_mut(&serial) {
                     sandbox.own_refusals += 1;

@@ -24,7 +24,9 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Keeper, Options, Source, monotonic_ns,
+    Keeper, Options, Source,
+    layer::Layers,
+    monotonic_ns,
     parked::Lot,
     records::Records,
     sandbox::{Body, Sandbox},
@@ -84,6 +86,7 @@ struct Given<'a> {
     records: &'a Records,
     next_serial: u64,
     slots: &'a Slots,
+    layers: &'a Layers,
     lot: &'a Lot,
     /// Found once: what a program on trial did to the host's profiles would be done to the sandboxes that run.
     fences: Fences,
@@ -109,6 +112,9 @@ pub(super) struct Taken {
     pub(super) records: Records,
     pub(super) next_serial: u64,
     pub(super) slots: Slots,
+    /// Of a program that keeps none there are none.
+    #[serde(default)]
+    pub(super) layers: Layers,
     pub(super) lot: Lot,
     /// `None` from a program that did not say.
     #[serde(default)]
@@ -250,6 +256,7 @@ impl Keeper {
             records: &self.records,
             next_serial: self.next_serial,
             slots: &self.slots,
+            layers: &self.layers,
             lot: &self.lot,
             fences: self.hello.fences,
             tree: &self.tree,
@@ -281,6 +288,7 @@ impl Keeper {
             records,
             next_serial,
             slots,
+            layers,
             lot,
             fences,
             tree,
@@ -301,6 +309,7 @@ impl Keeper {
             records,
             next_serial,
             slots,
+            layers,
             lot,
             own_uts: File::open("/proc/self/ns/uts")?.into(),
             tree,
@@ -328,6 +337,9 @@ impl Keeper {
         keeper.watch_own()?;
         keeper.sandboxes.iter().try_for_each(|(serial, sandbox)| keeper.watch_sandbox(*serial, sandbox))?;
         keeper.lot.bodies().try_for_each(|(serial, body)| keeper.watch_body(serial, body))?;
+        for (serial, disk) in keeper.layers.removing() {
+            disk.socket().map_or(Ok(()), |socket| keeper.watch(socket, Source::Layer, serial))?;
+        }
         // Those that stand ready have the init and the filter of the program before; new ones are built.
         for serial in keeper.lot.discard() {
             if let Err(error) = keeper.kill_by_force(serial) {

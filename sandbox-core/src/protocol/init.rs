@@ -21,7 +21,7 @@ pub enum Order {
     /// Build the sandbox and give up all privilege. Descriptors: user namespace, image, base layer, then the `tasks` file of each
     /// cgroup v1 hierarchy, then the folder to be mounted on `/image` if `has_target`, then gVisor's program if `isolation` says so.
     Setup(Setup),
-    /// The writable layer, if the setup says that it is on disk. Descriptor: a detached mount, with [`crate::rootfs::FOLDERS`] in it.
+    /// The writable layer, if the setup says that it comes. Descriptor: a detached mount, with [`crate::rootfs::FOLDERS`] in it.
     Layer,
     /// Start the payload. Descriptors: stdin if `has_stdin` (else it is the sandbox's `/dev/null`), stdout, stderr, the files if `has_files`, then those that the payload inherits from number 3 up;
     /// the last of them is its program if `program` is [`Program::Descriptor`].
@@ -30,7 +30,7 @@ pub enum Order {
     Kill,
     /// Under gVisor, whose processes the host does not know: send the payload's first process a signal.
     Signal { signal: i32 },
-    /// Work on files, as whoever speaks on this socket asks ([`crate::tree`]). Descriptor: the socket.
+    /// Work on files, beside the payload or, if it comes before that, in its stead: as whoever speaks on this socket asks ([`crate::tree`]). Descriptor: the socket.
     Tree,
 }
 
@@ -41,6 +41,7 @@ pub struct Setup {
     /// Host id that is 0 inside; 65,536 ids follow.
     pub id_base: u32,
     pub medium: Medium,
+    pub layer: Layer,
     pub disk_bytes: u64,
     pub inodes: u64,
     /// Size of `/dev/shm`, in bytes.
@@ -55,6 +56,17 @@ pub struct Setup {
     pub labels: Option<Labels>,
     /// The seccomp program, as (code, jt, jf, k).
     pub seccomp: Vec<(u16, u8, u8, u32)>,
+}
+
+/// Where the writable layer comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Layer {
+    /// Init makes it, in memory.
+    Own,
+    /// It comes by [`Order::Layer`], with exactly the room that was promised.
+    New,
+    /// The same, but it may have been another sandbox's before.
+    Kept,
 }
 
 /// What runs in it.
@@ -108,6 +120,8 @@ pub enum Report {
         /// CPU time that init itself spent since it joined the cgroups, in microseconds: not the payload's.
         own_cpu_us: u64,
     },
+    /// Nobody works on files any more in a sandbox without a payload. So many orders to do that were followed or refused by then.
+    TreesOver { served: u64 },
     /// The kernel refused a process that was to work on files: its counter of refusals is one higher for it, through no doing of the payload's.
     TreeRefused,
     /// What gVisor's kernel says of its processes; the last one counts.

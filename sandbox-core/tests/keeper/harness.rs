@@ -15,8 +15,8 @@ use sandbox_core::{
     fence::{Fence, Fences},
     log,
     protocol::{
-        Answer, Ending, Failure, Hello, ImageId, IoLimits, Isolation, KillReason, Launch, Launched, Medium, OutputPolicy, Record, Request,
-        SandboxId, Stdin, Supervision, UnpackLimits, WindowSize,
+        Answer, Ending, Failure, Hello, ImageId, IoLimits, Isolation, KillReason, Launch, Launched, Layering, Medium, OutputPolicy, Record,
+        Request, SandboxId, Stdin, Supervision, UnpackLimits, WindowSize,
     },
 };
 use serde_json::{Value, json};
@@ -288,6 +288,8 @@ pub(crate) struct Run {
     /// Whether the keeper holds the writing end of its standard input.
     pub(crate) is_held: bool,
     pub(crate) terminal: Option<WindowSize>,
+    pub(crate) layer: Layering,
+    pub(crate) keeps_layer: bool,
     pub(crate) files: Vec<u8>,
 }
 
@@ -335,6 +337,8 @@ pub(crate) fn command(args: &[&str]) -> Run {
         stdin: None,
         is_held: false,
         terminal: None,
+        layer: Layering::Fresh,
+        keeps_layer: false,
         files: Vec::new(),
     }
 }
@@ -398,8 +402,8 @@ impl Run {
             stdin,
             has_files,
             terminal: self.terminal,
-            layer: sandbox_core::protocol::Layering::Fresh,
-            keeps_layer: false,
+            layer: self.layer,
+            keeps_layer: self.keeps_layer,
             volumes: Vec::new(),
         }))
     }

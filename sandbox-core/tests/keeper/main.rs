@@ -14,6 +14,7 @@ mod harness;
 mod hogs;
 mod images;
 mod io;
+mod layers;
 mod leaks;
 mod limits;
 mod privileges;

@@ -1,0 +1,319 @@
+//! Writable layers that outlive their sandbox: kept as descriptors of mounts that are attached nowhere, so that they go with the keeper whatever
+//! becomes of it, and pass with everything else to the program that it goes on as.
+//!
+//! A kept layer keeps its id range, too: the next sandbox on it gets the same one, and every file has its owner without being mapped anew. So it counts as a sandbox where
+//! the keeper counts those. What a layer in memory holds stays charged to the cgroup that wrote it — a removed group lives on, unseen, for as long as something is
+//! charged to it, and its parent, the keeper's own, counts it — and can become no more than the layer's size.
+
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    os::fd::OwnedFd,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Keeper, Source, connection::failed, disk::Disk, warn};
+use crate::{
+    cgroup::{Device, Limits},
+    protocol::{Answer, FailureKind, ImageId, Isolation, Launch, Layering, Medium, SandboxId, Supervision},
+};
+
+/// All that are kept, and what is left of those that are given up.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct Layers {
+    kept: HashMap<SandboxId, Kept>,
+    dropped: HashMap<u64, Dropped>,
+}
+
+/// The layer of one sandbox.
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    /// What the sandbox was, and so what the next one on this layer is.
+    shape: Shape,
+    /// The block device that is the layer's own.
+    device: Option<Device>,
+    /// Who has it now: its sandbox, until nothing is left of that, or one without a payload, for its files alone.
+    user: Option<u64>,
+    /// `None` while somebody has it.
+    #[serde(with = "crate::handover")]
+    mount: Option<OwnedFd>,
+}
+
+/// What stays the same from one sandbox on a layer to the next.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Shape {
+    pub(super) image: ImageId,
+    pub(super) supervision: Supervision,
+    pub(super) limits: Limits,
+    pub(super) id_base: u32,
+}
+
+/// One that is being removed.
+#[derive(Debug, Serialize, Deserialize)]
+struct Dropped {
+    disk: Disk,
+    id_base: u32,
+}
+
+/// What a new sandbox has of a kept layer.
+#[derive(Debug)]
+pub(super) struct Lent {
+    pub(super) mount: OwnedFd,
+    pub(super) device: Option<Device>,
+    pub(super) id_base: u32,
+}
+
+/// What a launch wants of layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Wish {
+    pub(super) of: Option<SandboxId>,
+    pub(super) is_kept: bool,
+}
+
+impl Wish {
+    pub(super) const NONE: Self = Self { of: None, is_kept: false };
+
+    pub(super) const fn is_none(self) -> bool {
+        self.of.is_none() && !self.is_kept
+    }
+}
+
+/// How a layer of some id stands to somebody who wants it.
+#[derive(Debug)]
+pub(super) enum Standing {
+    None,
+    Free(Shape),
+    /// The serial number of who has it.
+    Taken(u64),
+}
+
+impl Layers {
+    /// Those that nobody has.
+    pub(super) fn idle(&self) -> usize {
+        self.kept.values().filter(|kept| kept.user.is_none()).count()
+    }
+
+    /// Whether there is nothing left of any of them.
+    pub(super) fn is_empty(&self) -> bool {
+        self.kept.is_empty() && self.dropped.is_empty()
+    }
+
+    pub(super) fn standing(&self, id: SandboxId) -> Standing {
+        match self.kept.get(&id) {
+            None => Standing::None,
+            Some(Kept { user: Some(serial), .. }) => Standing::Taken(*serial),
+            Some(Kept { shape, .. }) => Standing::Free(shape.clone()),
+        }
+    }
+
+    /// Takes the mount of a free one, for a sandbox that is being built on it.
+    pub(super) fn lend(&mut self, id: SandboxId) -> Option<Lent> {
+        let kept = self.kept.get_mut(&id).filter(|kept| kept.user.is_none())?;
+        Some(Lent { mount: kept.mount.take()?, device: kept.device, id_base: kept.shape.id_base })
+    }
+
+    /// That came to nothing.
+    pub(super) fn take_back(&mut self, id: SandboxId, lent: Lent) {
+        if let Some(kept) = self.kept.get_mut(&id) {
+            kept.mount = Some(lent.mount);
+        }
+    }
+
+    /// A sandbox was built with a layer that is to be kept under this name.
+    fn begin(&mut self, id: SandboxId, serial: u64, shape: Shape) {
+        self.kept.insert(id, Kept { shape, device: None, user: Some(serial), mount: None });
+    }
+
+    fn of_user(&mut self, serial: u64) -> Option<(SandboxId, &mut Kept)> {
+        self.kept.iter_mut().find(|(_, kept)| kept.user == Some(serial)).map(|(id, kept)| (*id, kept))
+    }
+
+    /// Its layer is made, or made ready again.
+    pub(super) fn made(&mut self, serial: u64, device: Option<Device>) {
+        if let Some((_, kept)) = self.of_user(serial) {
+            kept.device = device;
+        }
+    }
+
+    /// The sockets of those that are being removed.
+    pub(super) fn removing(&self) -> impl Iterator<Item = (u64, &Disk)> {
+        self.dropped.iter().map(|(serial, dropped)| (*serial, &dropped.disk))
+    }
+}
+
+/// The id ranges of kept layers: they are given to nobody else.
+pub(super) type Held = HashSet<u32>;
+
+impl Keeper {
+    /// What this launch wants of layers, if it can have it.
+    pub(super) fn check_layer(&self, launch: &Launch) -> Result<Wish, Box<Answer>> {
+        let wish = Wish {
+            of: match launch.layer {
+                Layering::Fresh => None,
+                Layering::Of(id) => Some(id),
+            },
+            is_kept: launch.keeps_layer,
+        };
+        if !wish.is_none() && launch.isolation != Isolation::Container {
+            return Err(Box::new(failed(FailureKind::Refused, "layers of sandboxes under gVisor are not kept")));
+        }
+        let Some(of) = wish.of else { return Ok(wish) };
+        match self.layers.standing(of) {
+            Standing::None => Err(Box::new(failed(FailureKind::Gone, format!("no layer of sandbox {of} is kept")))),
+            Standing::Taken(_) => Err(Box::new(failed(FailureKind::Busy, format!("somebody still has the layer of sandbox {of}")))),
+            Standing::Free(shape) => {
+                let is_same =
+                    |(a, b): (&Supervision, &Supervision)| (a.medium, a.disk_bytes, a.inodes) == (b.medium, b.disk_bytes, b.inodes);
+                if shape.image == launch.image && is_same((&shape.supervision, &launch.supervision)) {
+                    Ok(wish)
+                } else {
+                    Err(Box::new(failed(FailureKind::Refused, "a layer stays on its image, in its place and of its size")))
+                }
+            }
+        }
+    }
+
+    /// A sandbox is being built as it was wished: the layer that it has is its own from here on.
+    pub(super) fn layer_taken(&mut self, serial: u64, id: SandboxId, wish: Wish, shape: Shape) {
+        let id_base = shape.id_base;
+        if let Some(of) = wish.of {
+            self.layers.kept.remove(&of);
+        }
+        if wish.is_kept {
+            self.slots.hold(id_base);
+            self.layers.begin(id, serial, shape);
+        } else if wish.of.is_some() {
+            // Its range goes with it.
+            self.slots.let_go(id_base);
+        }
+    }
+
+    /// The same for one that looks at the files of a layer and leaves it as whose it is.
+    pub(super) fn layer_visited(&mut self, id: SandboxId, serial: u64) {
+        if let Some(kept) = self.layers.kept.get_mut(&id) {
+            kept.user = Some(serial);
+        }
+    }
+
+    /// Init is dead: what is to stay of its layer is taken out of what is removed.
+    pub(super) fn keep_layer(&mut self, serial: u64) {
+        let Some(body) = self.sandboxes.get_mut(&serial).and_then(|sandbox| sandbox.body.as_mut()) else { return };
+        // One that is not made yet may still be.
+        if matches!(body.disk, Some(Disk::Making(_))) {
+            return;
+        }
+        let mount = body.kept.take();
+        let id_base = body.slot.id_base;
+        let Some((id, kept)) = self.layers.of_user(serial).filter(|(_, kept)| kept.mount.is_none()) else { return };
+        match mount {
+            Some(mount) => {
+                kept.mount = Some(mount);
+                // The one that init had died with its namespace; there is nothing to remove.
+                body.disk = None;
+            }
+            None => {
+                warn(format_args!("the layer of sandbox {id} is lost: it could not be made"));
+                self.layers.kept.remove(&id);
+                self.slots.let_go(id_base);
+            }
+        }
+    }
+
+    /// Nothing is left of whoever had a layer: somebody else can have it.
+    pub(super) fn layer_freed(&mut self, serial: u64) {
+        let Some((id, kept)) = self.layers.of_user(serial) else { return };
+        kept.user = None;
+        if self.shutdown.is_some() {
+            self.drop_layer(id);
+        }
+    }
+
+    /// Gives up the layer that this sandbox kept.
+    pub(super) fn drop_layer(&mut self, id: SandboxId) -> Answer {
+        match self.layers.standing(id) {
+            Standing::None => return Answer::Done,
+            Standing::Taken(_) => return failed(FailureKind::Busy, "somebody still has this layer"),
+            Standing::Free(_) => {}
+        }
+        let Some(Kept { shape, mount: Some(mount), .. }) = self.layers.kept.remove(&id) else { return Answer::Done };
+        let mut disk = Disk::Ready(mount);
+        if let Err(error) = disk.remove(&self.disks, shape.id_base, shape.supervision.medium) {
+            warn(format_args!("removing a kept layer failed: {error}"));
+        }
+        let serial = self.serial();
+        let watched = disk.socket().map_or(Ok(()), |socket| self.watch(socket, Source::Layer, serial));
+        if let Err(error) = watched {
+            // Its range stays with it: it may still be on its way.
+            warn(format_args!("the removal of a kept layer is not followed: {error}"));
+            return Answer::Done;
+        }
+        match disk.socket() {
+            Some(_) => drop(self.layers.dropped.insert(serial, Dropped { disk, id_base: shape.id_base })),
+            None => self.slots.release(shape.id_base),
+        }
+        Answer::Done
+    }
+
+    /// All of them: the keeper stops.
+    pub(super) fn drop_layers(&mut self) {
+        let free: Vec<SandboxId> = self.layers.kept.iter().filter(|(_, kept)| kept.user.is_none()).map(|(id, _)| *id).collect();
+        free.into_iter().for_each(|id| drop(self.drop_layer(id)));
+    }
+
+    /// Who removes a layer says something, or has ended.
+    pub(super) fn on_layer(&mut self, serial: u64) -> io::Result<()> {
+        let Some(dropped) = self.layers.dropped.get(&serial) else { return Ok(()) };
+        match dropped.disk.said()? {
+            Some(why) => {
+                if let Some(why) = why {
+                    warn(format_args!("removing a kept layer failed: {why}"));
+                }
+                Ok(())
+            }
+            None => {
+                let Some(Dropped { disk, id_base }) = self.layers.dropped.remove(&serial) else { return Ok(()) };
+                self.slots.release(id_base);
+                match disk.socket() {
+                    Some(socket) => Ok(rustix::event::epoll::delete(&self.epoll, socket)?),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+/// What a sandbox without a payload is held to, beside the limits of the one whose layer it has.
+pub(super) fn supervision_of_visit(of: &Supervision) -> Supervision {
+    Supervision { wall_ms: None, cpu_ms: None, output_bytes: 4096, output_policy: crate::protocol::OutputPolicy::Discard, ..*of }
+}
+
+/// Where a new sandbox's writable layer comes from.
+#[derive(Debug)]
+pub(super) enum Origin<'a> {
+    /// It is made for this one and goes with it.
+    Own,
+    /// It is made to be kept.
+    New,
+    /// It was kept.
+    Used(&'a Lent),
+}
+
+impl Origin<'_> {
+    /// The id range that comes with it.
+    pub(super) const fn id_base(&self) -> Option<u32> {
+        match self {
+            Self::Used(lent) => Some(lent.id_base),
+            Self::Own | Self::New => None,
+        }
+    }
+
+    pub(super) const fn in_setup(&self, medium: Medium) -> crate::protocol::init::Layer {
+        use crate::protocol::init::Layer;
+        match (self, medium) {
+            (Self::Own, Medium::Memory) => Layer::Own,
+            (Self::Own, Medium::Disk) => Layer::New,
+            (Self::New | Self::Used(_), _) => Layer::Kept,
+        }
+    }
+}

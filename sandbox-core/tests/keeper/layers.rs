@@ -1,0 +1,211 @@
+//! Writable layers that outlive their sandbox: what the next one on them finds, and what becomes of them.
+
+use std::time::{Duration, Instant};
+
+use sandbox_core::{
+    client::Client,
+    protocol::{Answer, Cause, FailureKind, Layering, Limit, Medium, Request, SandboxId},
+    tree::{ChangeKind, Span},
+};
+
+use crate::{
+    harness::{Node, Run, kill, node, output, records, shell, wait},
+    tree::Files,
+};
+
+/// Runs it to its end, with its layer kept and its record forgotten; what it wrote.
+fn run(node: &Node, mut run: Run, layer: Layering) -> (SandboxId, String) {
+    (run.layer, run.keeps_layer) = (layer, true);
+    let mut client = node.client();
+    let answer = launch(node, &run);
+    assert!(matches!(answer, Answer::Launched(_) | Answer::Ended(_)), "{answer:?}");
+    let ending = wait(&mut client, run.id);
+    assert_eq!(ending.cause, Cause::Exited { code: 0 }, "{ending:?}");
+    let (stdout, stderr) = output(&node.log_path(run.id));
+    assert_eq!(stderr, "");
+    assert_eq!(client.call(&Request::Forget { id: run.id }, &[]).unwrap(), Answer::Done);
+    (run.id, stdout)
+}
+
+/// Launches it as soon as nobody has the layer any more that it is to have.
+fn launch(node: &Node, run: &Run) -> Answer {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let answer = run.launch(&mut node.client());
+        if !is(&answer, FailureKind::Busy) || Instant::now() > deadline {
+            return answer;
+        }
+        std::thread::yield_now();
+    }
+}
+
+fn is(answer: &Answer, kind: FailureKind) -> bool {
+    matches!(answer, Answer::Failed(failure) if failure.kind == kind)
+}
+
+/// Somebody who works on the files that a sandbox left, as soon as it is gone.
+fn files(node: &Node, id: SandboxId) -> Files {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match Files::open(node, id) {
+            Ok(files) => return files,
+            Err(answer) => assert!(is(&answer, FailureKind::Busy) && Instant::now() < deadline, "{answer:?}"),
+        }
+    }
+}
+
+fn drop_layer(client: &mut Client, id: SandboxId) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match client.call(&Request::DropLayer { id }, &[]).unwrap() {
+            Answer::Done => return,
+            answer => assert!(is(&answer, FailureKind::Busy) && Instant::now() < deadline, "{answer:?}"),
+        }
+    }
+}
+
+fn as_user(run: Run) -> Run {
+    run.with("/process/user/uid", 1000).with("/process/user/gid", 1000)
+}
+
+fn on_disk(mut run: Run) -> Run {
+    run.supervision.medium = Medium::Disk;
+    run
+}
+
+/// What one leaves the next one finds, with its owners, and so do those after it.
+fn lives_on(on: fn(Run) -> Run) {
+    let (first, _) = run(node(), on(as_user(shell("echo mine > /tmp/mine; mkdir /tmp/folder"))), Layering::Fresh);
+    let change = "stat -c %u:%g /tmp/mine; cat /tmp/mine; rm -r /tmp/folder; echo more >> /tmp/mine";
+    let (second, seen) = run(node(), on(as_user(shell(change))), Layering::Of(first));
+    assert_eq!(seen, "1000:1000\nmine\n");
+    let (third, seen) = run(node(), on(shell("cat /tmp/mine; ls /tmp; rm -r /home; mkdir /home; rm /bin/seq")), Layering::Of(second));
+    assert_eq!(seen, "mine\nmore\nmine\n");
+    // A folder that replaces one of the image, and what was deleted of the image, too.
+    let (fourth, seen) = run(node(), on(shell("ls /home; [ -e /bin/seq ] || echo gone")), Layering::Of(third));
+
+    assert_eq!(seen, "gone\n");
+    // It is the last one's alone.
+    for before in [first, second, third] {
+        let mut run = on(shell("true"));
+        run.layer = Layering::Of(before);
+        assert!(is(&run.launch(&mut node().client()), FailureKind::Gone));
+    }
+    drop_layer(&mut node().client(), fourth);
+    assert!(matches!(Files::open(node(), fourth).err(), Some(answer) if is(&answer, FailureKind::Gone)));
+    drop_layer(&mut node().client(), fourth);
+}
+
+#[test]
+fn a_layer_in_memory_lives_on() {
+    lives_on(|run| run);
+}
+
+#[test]
+fn a_layer_on_disk_lives_on() {
+    lives_on(on_disk);
+}
+
+#[test]
+fn a_layer_keeps_its_size_whoever_runs_on_it() {
+    let (first, _) = run(node(), shell("dd if=/dev/zero of=/tmp/a bs=1M count=12 2>/dev/null"), Layering::Fresh);
+    let mut second = shell("dd if=/dev/zero of=/tmp/b bs=1M count=12 2>/dev/null; stat -c %s /tmp/b");
+    (second.layer, second.keeps_layer) = (Layering::Of(first), false);
+    assert!(matches!(launch(node(), &second), Answer::Launched(_)));
+
+    let ending = wait(&mut node().client(), second.id);
+
+    let (stdout, _) = output(&node().log_path(second.id));
+    assert!(stdout.trim().parse::<u64>().unwrap() <= 4 << 20, "{stdout}");
+    assert!(ending.limits_hit.contains(&Limit::Disk), "{ending:?}");
+    node().client().call(&Request::Forget { id: second.id }, &[]).unwrap();
+    // It did not say that it keeps it.
+    assert!(matches!(Files::open(node(), second.id).err(), Some(answer) if is(&answer, FailureKind::Gone)));
+}
+
+#[test]
+fn the_files_of_one_that_ended_are_worked_on() {
+    let (id, _) = run(node(), shell("echo left > /left"), Layering::Fresh);
+
+    let mut one = files(node(), id);
+    let mut other = files(node(), id);
+    assert_eq!(one.read("/left", Span::ALL).unwrap(), b"left\n");
+    other.write("/put", b"put").unwrap();
+    assert_eq!(one.changes(), [("/left".to_owned(), ChangeKind::Added), ("/put".to_owned(), ChangeKind::Added)]);
+    // Somebody has it.
+    let mut next = shell("cat /put");
+    next.layer = Layering::Of(id);
+    assert!(is(&next.launch(&mut node().client()), FailureKind::Busy));
+    drop((one, other));
+
+    let (next, seen) = run(node(), shell("cat /put"), Layering::Of(id));
+    assert_eq!(seen, "put");
+    assert_eq!(files(node(), next).read("/put", Span::ALL).unwrap(), b"put");
+    drop_layer(&mut node().client(), next);
+}
+
+#[test]
+fn a_layer_stays_on_its_image_in_its_place_and_of_its_size() {
+    let (id, _) = run(node(), shell("true"), Layering::Fresh);
+    files(node(), id).stat("/").unwrap();
+    for bend in [
+        |run: &mut Run| run.supervision.disk_bytes += 4096,
+        |run: &mut Run| run.supervision.inodes += 1,
+        |run: &mut Run| run.supervision.medium = Medium::Disk,
+    ] {
+        let mut other = shell("true");
+        other.layer = Layering::Of(id);
+        bend(&mut other);
+        let answer = launch(node(), &other);
+        assert!(is(&answer, FailureKind::Refused), "{answer:?}");
+    }
+    drop_layer(&mut node().client(), id);
+}
+
+#[test]
+fn one_that_is_killed_and_one_that_never_starts_keep_theirs_too() {
+    let mut client = node().client();
+    let mut killed = shell("echo left > /left; sleep 60");
+    killed.keeps_layer = true;
+    assert!(matches!(killed.launch(&mut client), Answer::Launched(_)));
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while Files::open(node(), killed.id).unwrap().stat("/left").is_err() {
+        assert!(Instant::now() < deadline);
+    }
+    kill(&mut client, killed.id);
+    wait(&mut client, killed.id);
+    let mut broken = crate::harness::command(&["/no/such/program"]);
+    (broken.layer, broken.keeps_layer) = (Layering::Of(killed.id), true);
+    assert!(matches!(launch(node(), &broken), Answer::Ended(_)));
+
+    assert_eq!(files(node(), broken.id).read("/left", Span::ALL).unwrap(), b"left\n");
+
+    drop_layer(&mut client, broken.id);
+    for id in [killed.id, broken.id] {
+        client.call(&Request::Forget { id }, &[]).unwrap();
+    }
+}
+
+#[test]
+fn kept_layers_pass_to_the_next_program_and_end_with_the_keeper() {
+    let node = Node::start();
+    let (id, _) = run(&node, shell("echo left > /left"), Layering::Fresh);
+    let (disk, _) = run(&node, on_disk(shell("echo left > /left")), Layering::Fresh);
+    let before = node.hello().unwrap().upgrades;
+
+    let pid = rustix::process::Pid::from_raw(i32::try_from(node.pid()).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !node.hello().is_ok_and(|hello| hello.upgrades > before) {
+        assert!(Instant::now() < deadline, "it did not go on as the next program");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+
+    for id in [id, disk] {
+        assert_eq!(files(&node, id).read("/left", Span::ALL).unwrap(), b"left\n");
+    }
+    assert_eq!(run(&node, shell("cat /left"), Layering::Of(id)).1, "left\n");
+    assert!(records(&mut node.client()).is_empty());
+    assert_eq!(node.client().call(&Request::Shutdown, &[]).unwrap(), Answer::Done);
+    node.wait_for_exit();
+}
