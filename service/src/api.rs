@@ -6,6 +6,7 @@ mod bounds;
 mod browser;
 pub mod caller;
 pub mod error;
+mod files;
 mod idempotency;
 pub mod images;
 pub mod json;
@@ -98,7 +99,7 @@ pub fn router(app: Arc<App>, door: &DoorSettings) -> Router {
         .route("/openapi.yaml", get(operations::openapi))
         .layer(deadline(QUICK_DEADLINE));
     // An import lasts as long as its archive; it keeps its own bounds.
-    let routes = waiting.merge(quick).merge(images::router()).fallback(async || ApiError::NotFound);
+    let routes = waiting.merge(quick).merge(images::router()).merge(files::router()).fallback(async || ApiError::NotFound);
     let mut routes = routes
         .layer(CatchPanicLayer::custom(|_panic| axum::response::IntoResponse::into_response(ApiError::panicked())))
         // Around every operation, that of panics included: what one leaves behind is known to nobody else.

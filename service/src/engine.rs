@@ -4,6 +4,7 @@ mod admit;
 mod capacity;
 mod carry;
 mod fair;
+mod files;
 mod follow;
 mod input;
 mod lease;

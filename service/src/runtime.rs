@@ -1,5 +1,7 @@
 //! The keeper, seen from the service: every request as an async call, over one connection that heals itself.
 
+mod tree;
+
 use std::{
     collections::HashMap,
     io,
@@ -24,6 +26,8 @@ use sandbox_core::{
     },
     transport::Socket,
 };
+pub use tree::{Content, GiveError, Tree, TreeError};
+
 use tokio::{
     io::Interest,
     net::UnixStream,

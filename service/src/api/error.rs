@@ -4,6 +4,7 @@ use axum::{
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
+use sandbox_core::tree::{Fault, FaultKind};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -41,6 +42,11 @@ pub enum ApiError {
     KeyInUse,
     #[error("{0}")]
     PayloadTooLarge(String),
+    /// Of a file in a sandbox.
+    #[error("{0}")]
+    File(Fault),
+    #[error("the file has {0} bytes")]
+    RangeNotSatisfiable(u64),
     #[error("target and headers of the request are larger than {0} bytes together")]
     HeadTooLarge(usize),
     #[error("the body of the request came too slowly")]
@@ -120,6 +126,8 @@ impl ApiError {
             Self::KeyReused => (StatusCode::CONFLICT, "idempotency_key_reused", "Key reused"),
             Self::KeyInUse => (StatusCode::CONFLICT, "idempotency_key_in_use", "Key in use"),
             Self::PayloadTooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", "Payload too large"),
+            Self::File(fault) => file_parts(fault.kind),
+            Self::RangeNotSatisfiable(_) => (StatusCode::RANGE_NOT_SATISFIABLE, "range_not_satisfiable", "No such part"),
             Self::HeadTooLarge(_) => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large", "Headers too large"),
             Self::SlowBody => (StatusCode::REQUEST_TIMEOUT, "timeout", "Timeout"),
             Self::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_request", "Invalid request"),
@@ -157,6 +165,8 @@ impl ApiError {
             | Self::WrongState(_)
             | Self::KeyReused
             | Self::PayloadTooLarge(_)
+            | Self::File(_)
+            | Self::RangeNotSatisfiable(_)
             | Self::HeadTooLarge(_)
             | Self::Invalid(_)
             | Self::NoCapacity(_) => false,
@@ -200,6 +210,20 @@ impl ApiError {
             status if status.is_client_error() => Some(Self::Invalid(Invalid::new("", "the request cannot be read"))),
             status if status.is_server_error() => Some(Self::Internal(anyhow::anyhow!("answered {status}"))),
             _ => None,
+        }
+    }
+}
+
+/// What is wrong with a file, as status, code and title.
+const fn file_parts(kind: FaultKind) -> (StatusCode, &'static str, &'static str) {
+    match kind {
+        FaultKind::NotFound => (StatusCode::NOT_FOUND, "file_not_found", "No such file"),
+        FaultKind::Exists => (StatusCode::CONFLICT, "file_exists", "File exists"),
+        FaultKind::Denied => (StatusCode::FORBIDDEN, "file_denied", "Not for this sandbox"),
+        FaultKind::Full => (StatusCode::INSUFFICIENT_STORAGE, "disk_full", "Disk full"),
+        // Of what is broken in a sandbox none is on our side. Others have variants of their own.
+        FaultKind::WrongKind | FaultKind::Failed | FaultKind::Refused | FaultKind::TooLarge | FaultKind::Busy => {
+            (StatusCode::CONFLICT, "file_unfit", "Not a file for that")
         }
     }
 }
