@@ -63,6 +63,10 @@ images: ## build the starter images that are not built yet, and print where they
 db-prepare: ## check the SQL against a scratch database and renew .sqlx (after changing a query)
 	@tools/db-prepare.sh
 
+.PHONY: openapi
+openapi: ## renew openapi.yaml from the code (after changing an operation or a schema)
+	@cargo run --quiet --locked --package mayfly -- openapi >openapi.yaml.new && mv openapi.yaml.new openapi.yaml
+
 .PHONY: clean
 clean: ## remove what was built (images too, unless they are kept in XDG_CACHE_HOME)
 	cargo clean

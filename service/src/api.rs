@@ -5,6 +5,7 @@ mod admin;
 mod bounds;
 mod browser;
 pub mod caller;
+mod contract;
 pub mod error;
 mod files;
 mod idempotency;
@@ -27,14 +28,16 @@ use axum::{
     Router,
     http::{StatusCode, header},
     middleware,
-    routing::{get, post},
+    routing::{delete, get, patch, post},
 };
+pub use contract::openapi;
 use error::ApiError;
 pub use idempotency::Idempotency;
 use tower_http::{
     catch_panic::CatchPanicLayer, sensitive_headers::SetSensitiveRequestHeadersLayer, set_header::SetResponseHeaderLayer,
     timeout::TimeoutLayer,
 };
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::{
     clock::Clock,
@@ -47,9 +50,6 @@ use crate::{
     store::Store,
     token::Verifier,
 };
-
-/// The contract, as it is served.
-pub const OPENAPI: &str = include_str!("../../openapi.yaml");
 
 /// From a request's head to its answer's head, body included, where nothing is waited for.
 const QUICK_DEADLINE: Duration = Duration::from_secs(60);
@@ -72,34 +72,8 @@ pub struct App {
 
 /// The whole API.
 pub fn router(app: Arc<App>, door: &DoorSettings) -> Router {
-    let deadline = |duration| TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, duration);
-    let waiting = Router::new().route("/v1/runs", post(runs::create)).layer(deadline(Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE));
-    let stopping = Router::new().route("/v1/sandboxes/{id}/stop", post(life::stop)).layer(deadline(STOP_DEADLINE));
-    let waiting = waiting.merge(stopping).merge(
-        Router::new()
-            .route("/v1/sandboxes/{id}/wait", get(life::wait))
-            .layer(deadline(Duration::from_millis(UNTIL_MS.max) + QUICK_DEADLINE)),
-    );
-    let quick = Router::new()
-        .route("/v1/runs/{id}", get(runs::read).delete(runs::cancel))
-        .route("/v1/sandboxes", post(sandboxes::create).get(sandboxes::list))
-        .route("/v1/sandboxes/{id}", get(sandboxes::read).patch(sandboxes::update).delete(sandboxes::delete))
-        .route("/v1/sandboxes/{id}/kill", post(life::kill))
-        .route("/v1/sandboxes/{id}/pause", post(life::pause))
-        .route("/v1/sandboxes/{id}/resume", post(life::resume))
-        .route("/v1/sandboxes/{id}/logs", get(logs::read))
-        .route("/v1/limits", get(limits::read))
-        .route("/v1/quota", get(account::quota))
-        .route("/v1/usage", get(account::usage))
-        .route("/v1/events", get(account::events))
-        .merge(admin::router())
-        .merge(nodes::router())
-        .route("/healthz", get(operations::health))
-        .route("/readyz", get(operations::ready))
-        .route("/openapi.yaml", get(operations::openapi))
-        .layer(deadline(QUICK_DEADLINE));
-    // An import lasts as long as its archive; it keeps its own bounds.
-    let routes = waiting.merge(quick).merge(images::router()).merge(files::router()).fallback(async || ApiError::NotFound);
+    let (routes, _described) = routes().split_for_parts();
+    let routes = routes.fallback(async || ApiError::NotFound);
     let mut routes = routes
         .layer(CatchPanicLayer::custom(|_panic| axum::response::IntoResponse::into_response(ApiError::panicked())))
         // Around every operation, that of panics included: what one leaves behind is known to nobody else.
@@ -118,8 +92,57 @@ pub fn router(app: Arc<App>, door: &DoorSettings) -> Router {
     routes.with_state(app)
 }
 
+/// Every operation, each with what it says of itself.
+fn routes() -> OpenApiRouter<Arc<App>> {
+    let waiting = OpenApiRouter::new().routes(routes!(runs::create));
+    let stopping = OpenApiRouter::new().route("/v1/sandboxes/{id}/stop", post(life::stop));
+    let lasting = OpenApiRouter::new().route("/v1/sandboxes/{id}/wait", get(life::wait));
+    let quick = OpenApiRouter::new()
+        .routes(routes!(runs::read))
+        .route("/v1/runs/{id}", delete(runs::cancel))
+        .route("/v1/sandboxes/{id}", patch(sandboxes::update))
+        .route("/v1/sandboxes/{id}/kill", post(life::kill))
+        .route("/v1/sandboxes/{id}/pause", post(life::pause))
+        .route("/v1/sandboxes/{id}/resume", post(life::resume))
+        .routes(routes!(sandboxes::create, sandboxes::list))
+        .routes(routes!(sandboxes::read, sandboxes::delete))
+        .routes(routes!(logs::read))
+        .routes(routes!(limits::read))
+        .routes(routes!(account::quota))
+        .routes(routes!(account::usage))
+        .routes(routes!(account::events))
+        .merge(admin::router())
+        .merge(nodes::router())
+        .routes(routes!(operations::health))
+        .routes(routes!(operations::ready))
+        .routes(routes!(operations::openapi))
+        .routes(routes!(operations::docs));
+    // An import lasts as long as its archive; it keeps its own bounds.
+    timed(waiting, Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE)
+        .merge(timed(stopping, STOP_DEADLINE))
+        .merge(timed(lasting, Duration::from_millis(UNTIL_MS.max) + QUICK_DEADLINE))
+        .merge(timed(quick, QUICK_DEADLINE))
+        .merge(images::router())
+        .merge(files::router())
+}
+
+/// Ends what takes longer, and has the contract say so.
+fn timed(mut routes: OpenApiRouter<Arc<App>>, deadline: Duration) -> OpenApiRouter<Arc<App>> {
+    contract::promise_timeout(routes.get_openapi_mut());
+    routes.layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, deadline))
+}
+
+/// What all operations say of themselves, those of the other listener included.
+fn described() -> utoipa::openapi::OpenApi {
+    routes().merge(metrics_routes()).into_openapi()
+}
+
+fn metrics_routes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new().routes(routes!(operations::metrics))
+}
+
 /// The listener of its own that Prometheus reads.
 pub fn metrics_router(app: Arc<App>) -> Router {
-    let routes = Router::new().route("/metrics", get(operations::metrics)).fallback(async || ApiError::NotFound);
-    routes.layer(middleware::from_fn(observe::tell_problems)).with_state(app)
+    let (routes, _described) = metrics_routes().split_for_parts();
+    routes.fallback(async || ApiError::NotFound).layer(middleware::from_fn(observe::tell_problems)).with_state(app)
 }

@@ -70,7 +70,7 @@ pub fn run() -> ExitCode {
             Ok(false) => return ExitCode::FAILURE,
             Err(error) => Err(error),
         },
-        Command::Openapi => print(include_str!("../../openapi.yaml")),
+        Command::Openapi => print(crate::api::openapi()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

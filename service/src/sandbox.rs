@@ -9,6 +9,7 @@ mod quota;
 mod request;
 mod signal;
 mod state;
+pub mod words;
 
 use std::{collections::BTreeMap, fmt};
 
@@ -17,10 +18,13 @@ pub use limits::{Bound, Limits, RequestedLimits, bound_of, bounds};
 pub use log_tail::{LogTail, TailCollector};
 pub use outcome::{Finish, Outcome, Phases, Reason, Truncated, Usage};
 pub use program::{Capabilities, Program, StopOrder, User, spec};
-pub use quota::{DefaultQuotas, Exceeded, QuotaScope, Quotas, asked, bound_within, defaults_within};
+pub use quota::{
+    DefaultQuotas, Exceeded, PrincipalQuotaChanges, QuotaChanges, QuotaScope, Quotas, asked, bound_within, defaults_within, whole,
+};
 pub use request::{
-    Content, EVICT_AFTER_MS, File, GRACE_MS, IDLE_TIMEOUT_MS, ImageReference, Invalid, LIST_LIMIT, LabelFault, NewSandbox, RETRY,
-    RunRequest, STOP_GRACE_MS, SandboxRequest, TTL_MS, UNTIL_MS, WAIT_MS, WhenFull, check_label, check_name, check_name_prefix,
+    Content, EVICT_AFTER_MS, Encoding, File, GRACE_MS, IDLE_TIMEOUT_MS, ImageReference, Invalid, LIST_LIMIT, LabelFault, Network,
+    NewSandbox, RETRY, RunRequest, STOP_GRACE_MS, SandboxRequest, TTL_MS, TtySize, UNTIL_MS, WAIT_MS, WhenFull, check_label, check_name,
+    check_name_prefix,
 };
 pub use sandbox_core::protocol::{ImageId, SandboxId};
 use sandbox_core::{fence::Fences, protocol::OutputPolicy};
@@ -28,10 +32,12 @@ use serde::{Deserialize, Serialize};
 pub use signal::{Signal, SignalRequest};
 pub use state::{Event, State};
 use time::OffsetDateTime;
+use utoipa::ToSchema;
 
 /// Names a tenant. A verified token or a row of ours is where it comes from.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(transparent)]
+#[schema(value_type = String)]
 pub struct TenantId(String);
 
 impl TenantId {
@@ -59,7 +65,7 @@ pub struct Owner {
 }
 
 /// Whether a sandbox came from `POST /v1/runs` or from `POST /v1/sandboxes`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     Run,

@@ -7,10 +7,17 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
 use serde::Serialize;
 use serde_json::{Number, Value};
 use time::{Date, Duration, OffsetDateTime, format_description::well_known::Rfc3339};
+use utoipa::ToSchema;
 
-use super::{App, caller::Caller, error::ApiError, query};
+use super::{
+    App,
+    caller::Caller,
+    contract::parameter::{self, EventParameters, UsageParameters},
+    error::ApiError,
+    query,
+};
 use crate::{
-    sandbox::{Invalid, LIST_LIMIT, QuotaScope, Quotas, TenantId},
+    sandbox::{Invalid, Kind, LIST_LIMIT, QuotaScope, Quotas, TenantId},
     store::{Account, EventFilter, GroupBy, TimeUnit, Told, UsageLine, UsageQuery, Used, Who},
     token::Scope,
 };
@@ -25,68 +32,103 @@ pub(super) struct Accounts {
     principal: Option<Account>,
 }
 
-#[derive(Debug, Serialize)]
+/// What the caller may have, and what of it is in use.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = QuotaReport)]
 pub(super) struct QuotaView {
     tenant: AccountQuota,
     principal: AccountQuota,
 }
 
-#[derive(Debug, Serialize)]
+/// Quotas in force, and their use.
+#[derive(Debug, Serialize, ToSchema)]
 struct AccountQuota {
     name: String,
-    /// In force; null: no limit.
     quotas: Quotas,
     used: Used,
 }
 
-#[derive(Debug, Serialize)]
+/// Usage by line and in all.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = UsageReport)]
 pub(super) struct UsageView {
     #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
     from: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
     to: OffsetDateTime,
     items: Vec<LineView>,
     total: LineView,
 }
 
-#[derive(Debug, Serialize)]
+/// `tenant`, `principal`, `kind` and `at` are there where lines are told apart by them.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = UsageLine)]
 struct LineView {
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = String)]
     tenant: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = String)]
     principal: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Kind)]
     kind: Option<String>,
+    /// Beginning of the hour or day.
     #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = String, format = DateTime)]
     at: Option<OffsetDateTime>,
+    /// Sandboxes and runs that ended.
     runs: u64,
     wall_ms: u64,
     cpu_ms: u64,
+    /// Memory limit times wall time.
+    #[schema(value_type = u64)]
     memory_byte_seconds: Number,
+    /// Written, kept or not.
     output_bytes: u64,
+    /// Kept.
     log_bytes: u64,
     network_bytes: u64,
 }
 
-#[derive(Debug, Serialize)]
+/// Some of what happened.
+#[derive(Debug, Serialize, ToSchema)]
 pub(super) struct EventPage {
     items: Vec<EventView>,
+    /// Null on the last page.
+    #[schema(required)]
     next_cursor: Option<String>,
 }
 
-#[derive(Debug, Serialize)]
+/// Who did what to which object.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Event)]
 struct EventView {
     id: String,
+    /// As in `sandbox.created`, `sandbox.killed`, `sandbox.ended`, `sandbox.deleted`, `image.imported`, `image.removed`, `tenant.created`, `tenant.changed`,
+    /// `tenant.suspended`, `tenant.resumed`, `principal.changed`, `principal.suspended`, `principal.resumed`; new ones may come.
+    #[schema(pattern = "^[a-z]+\\.[a-z_]+$")]
     kind: String,
+    /// Whom it concerns. Null: all.
+    #[schema(required, value_type = Option<String>)]
     tenant: Option<TenantId>,
+    /// As in `sandbox/0190b5a4-…` or `image/python:3`.
     object: String,
+    /// Who did it. Null: the service itself or, for a tenant's own list, an operator.
+    #[schema(required)]
     actor: Option<ActorView>,
     #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
     at: OffsetDateTime,
+    #[schema(value_type = Object)]
     data: Value,
 }
 
-#[derive(Debug, Serialize)]
+/// A principal of a tenant.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Actor)]
 struct ActorView {
     tenant: String,
     principal: String,
@@ -120,7 +162,17 @@ impl Accounts {
     }
 }
 
-/// Any valid token will do.
+/// What the caller may have, and what of it is in use
+///
+/// Of the tenant and of the principal; both hold.
+#[utoipa::path(
+    get,
+    path = "/v1/quota",
+    operation_id = "readQuota",
+    tag = "account",
+    security(("bearer" = [])),
+    responses((status = 200, description = "Quotas and use.", body = QuotaView)),
+)]
 pub(super) async fn quota(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<QuotaView>, ApiError> {
     let accounts = of(&app, &caller).await?;
     let (tenant_quotas, principal_quotas) = (accounts.tenant_quotas(&app), accounts.principal_quotas(&app));
@@ -139,6 +191,18 @@ pub(super) async fn quota(State(app): State<Arc<App>>, caller: Caller) -> Result
     }))
 }
 
+/// What the tenant's sandboxes and runs used
+///
+/// Counted when they end, exactly.
+#[utoipa::path(
+    get,
+    path = "/v1/usage",
+    operation_id = "readUsage",
+    tag = "account",
+    security(("bearer" = ["sandboxes:read"])),
+    params(UsageParameters),
+    responses((status = 200, description = "Usage by line and in all.", body = UsageView)),
+)]
 pub(super) async fn usage(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Json<UsageView>, ApiError> {
     caller.require(Scope::SandboxesRead)?;
     let pairs = query::pairs(&uri)?;
@@ -206,6 +270,16 @@ fn hour(name: &str, text: &str) -> Result<OffsetDateTime, ApiError> {
         .ok_or_else(|| Invalid::new(name, "a whole hour as in 2030-01-31T15:00:00Z, or a day of UTC as in 2030-01-31").into())
 }
 
+/// What happened in the tenant, newest first
+#[utoipa::path(
+    get,
+    path = "/v1/events",
+    operation_id = "listEvents",
+    tag = "account",
+    security(("bearer" = ["sandboxes:read"])),
+    params(parameter::Page, EventParameters),
+    responses((status = 200, description = "A page.", body = EventPage)),
+)]
 pub(super) async fn events(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Json<EventPage>, ApiError> {
     caller.require(Scope::SandboxesRead)?;
     let pairs = query::pairs(&uri)?;

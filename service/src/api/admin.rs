@@ -3,46 +3,51 @@
 use std::sync::Arc;
 
 use axum::{
-    Json, Router,
+    Json,
     body::Body,
     extract::{FromRequestParts, Path, State},
     http::{StatusCode, Uri, header, request::Parts},
     response::{IntoResponse as _, Response},
-    routing::{get, post},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     App,
     account::{self, EventPage, UsageView},
     caller::Caller,
+    contract::{
+        parameter::{self, EventParameters, OfTenant, UsageParameters},
+        refusal,
+    },
     error::ApiError,
     json, query, sandboxes,
     view::SandboxView,
 };
 use crate::{
-    sandbox::{Invalid, Kind, QuotaScope, Quotas, State as SandboxState, TenantId},
+    sandbox::{Invalid, Kind, PrincipalQuotaChanges, QuotaChanges, QuotaScope, Quotas, State as SandboxState, TenantId},
     store::{Account, Act, Change, Everyones, Suspension, Used, Who},
     token::{Scope, is_name},
 };
 
 const WEIGHTS: std::ops::RangeInclusive<u32> = 1..=10_000;
 
-pub(super) fn router() -> Router<Arc<App>> {
-    Router::new()
-        .route("/v1/admin/tenants", get(list).post(create))
-        .route("/v1/admin/tenants/{tenant}", get(read).patch(change))
-        .route("/v1/admin/tenants/{tenant}/suspend", post(suspend))
-        .route("/v1/admin/tenants/{tenant}/resume", post(resume))
-        .route("/v1/admin/tenants/{tenant}/principals", get(list_principals))
-        .route("/v1/admin/tenants/{tenant}/principals/{principal}", get(read_principal).patch(change_principal))
-        .route("/v1/admin/tenants/{tenant}/principals/{principal}/suspend", post(suspend_principal))
-        .route("/v1/admin/tenants/{tenant}/principals/{principal}/resume", post(resume_principal))
-        .route("/v1/admin/sandboxes", get(list_sandboxes))
-        .route("/v1/admin/usage", get(usage))
-        .route("/v1/admin/events", get(events))
+pub(super) fn router() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new()
+        .routes(routes!(list, create))
+        .routes(routes!(read, change))
+        .routes(routes!(suspend))
+        .routes(routes!(resume))
+        .routes(routes!(list_principals))
+        .routes(routes!(read_principal, change_principal))
+        .routes(routes!(suspend_principal))
+        .routes(routes!(resume_principal))
+        .routes(routes!(list_sandboxes))
+        .routes(routes!(usage))
+        .routes(routes!(events))
 }
 
 /// A caller whose token has the scope `admin`.
@@ -58,71 +63,145 @@ impl FromRequestParts<Arc<App>> for Admin {
     }
 }
 
-#[derive(Debug, Deserialize)]
+/// A tenant to be registered.
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct NewTenant {
+    #[schema(pattern = "^[A-Za-z0-9._@:|+-]{1,128}$")]
     id: String,
+    /// Its share of a full node, beside those of others. A new tenant has 100.
+    #[schema(extensions(("x-schema" = json!(weight()))))]
     weight: Option<u32>,
     #[serde(default)]
+    #[schema(value_type = QuotaChanges)]
     quotas: Map<String, Value>,
+    /// Of each of its principals.
     #[serde(default)]
+    #[schema(value_type = PrincipalQuotaChanges)]
     principal_quotas: Map<String, Value>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+/// What is to become of what a suspended account has.
+#[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = Suspension)]
 struct SuspendRequest {
+    /// Whether what runs and what waits is ended, with `stopped_by_admin`.
     #[serde(default)]
+    #[schema(default = false)]
     stop_sandboxes: bool,
 }
 
-#[derive(Debug, Serialize)]
+/// A tenant as it is now.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Tenant)]
 struct TenantView {
     id: String,
+    #[schema(extensions(("x-schema" = json!(weight()))))]
     weight: u32,
     suspended: bool,
     #[serde(with = "time::serde::rfc3339::option")]
+    #[schema(required, value_type = Option<String>, format = DateTime)]
     suspended_at: Option<OffsetDateTime>,
     #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
     created_at: OffsetDateTime,
     /// What differs from the defaults.
     quotas: Quotas,
+    /// Of each of its principals, where they differ from the defaults.
     principal_quotas: Quotas,
     /// In force.
     effective_quotas: Quotas,
     used: Used,
 }
 
-#[derive(Debug, Serialize)]
+/// A principal as it is now.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Principal)]
 struct PrincipalView {
+    #[schema(value_type = String)]
     tenant: TenantId,
     name: String,
     suspended: bool,
     #[serde(with = "time::serde::rfc3339::option")]
+    #[schema(required, value_type = Option<String>, format = DateTime)]
     suspended_at: Option<OffsetDateTime>,
     #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
     created_at: OffsetDateTime,
+    /// What differs from those of the tenant's other principals.
     quotas: Quotas,
+    /// In force.
     effective_quotas: Quotas,
     used: Used,
 }
 
-#[derive(Debug, Serialize)]
+/// Some of a list.
+#[derive(Debug, Serialize, ToSchema)]
 struct Page<T> {
     items: Vec<T>,
+    /// Null on the last page.
+    #[schema(required)]
     next_cursor: Option<String>,
 }
 
-/// A sandbox or run with whose and where it is.
-#[derive(Debug, Serialize)]
+/// A sandbox or run, with whose it is and which node has it.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = HeldSandbox)]
 struct HeldView {
+    #[schema(value_type = String)]
     tenant: TenantId,
     principal: String,
+    #[schema(required, value_type = Option<String>, format = "uuid")]
     node: Option<String>,
     #[serde(flatten)]
     sandbox: SandboxView,
 }
 
+/// Body of a change of a tenant, for the contract: [`Change`] is read. One that is absent stays as it is.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(description = "What is to be changed; what is absent stays as it is.")]
+#[expect(dead_code, reason = "a `Change` is read, and checked for what it is to change")]
+struct TenantChange {
+    /// Its share of a full node, beside those of others.
+    #[schema(extensions(("x-schema" = json!(weight()))))]
+    weight: Option<u32>,
+    #[serde(default)]
+    #[schema(value_type = QuotaChanges)]
+    quotas: Map<String, Value>,
+    /// Of each of its principals.
+    #[serde(default)]
+    #[schema(value_type = PrincipalQuotaChanges)]
+    principal_quotas: Map<String, Value>,
+}
+
+/// Body of a change of a principal, for the contract likewise.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(description = "What is to be changed; what is absent stays as it is.")]
+#[expect(dead_code, reason = "a `Change` is read, and checked for what it is to change")]
+struct PrincipalChange {
+    #[serde(default)]
+    #[schema(value_type = PrincipalQuotaChanges)]
+    quotas: Map<String, Value>,
+}
+
+/// Bounds of a weight, for the contract.
+fn weight() -> Value {
+    json!({ "minimum": WEIGHTS.start(), "maximum": WEIGHTS.end() })
+}
+
+/// Register a tenant
+#[utoipa::path(
+    post,
+    path = "/v1/admin/tenants",
+    operation_id = "adminCreateTenant",
+    tag = "admin",
+    security(("bearer" = ["admin"])),
+    request_body(content = NewTenant, example = json!({ "id": "acme", "weight": 200, "quotas": { "sandboxes": 50 } })),
+    responses((status = 201, description = "The tenant is there.", body = TenantView, headers(("Location" = String, description = "Where the tenant is found.")))),
+)]
 async fn create(State(app): State<Arc<App>>, Admin(admin): Admin, body: Body) -> Result<Response, ApiError> {
     let NewTenant { id, weight, quotas, principal_quotas } = json::read(body).await?;
     let change = Change { weight, quotas, principal_quotas };
@@ -138,6 +217,16 @@ async fn create(State(app): State<Arc<App>>, Admin(admin): Admin, body: Body) ->
     Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(tenant_view(&app, &tenant).await?)).into_response())
 }
 
+/// All tenants, by id
+#[utoipa::path(
+    get,
+    path = "/v1/admin/tenants",
+    operation_id = "adminListTenants",
+    tag = "admin",
+    security(("bearer" = ["admin"])),
+    params(parameter::Page),
+    responses((status = 200, description = "A page.", body = Page<TenantView>)),
+)]
 async fn list(State(app): State<Arc<App>>, _admin: Admin, uri: Uri) -> Result<Json<Page<TenantView>>, ApiError> {
     let (limit, after) = page(query::pairs(&uri)?)?;
     let base = &app.engine.default_quotas().tenant;
@@ -145,10 +234,33 @@ async fn list(State(app): State<Arc<App>>, _admin: Admin, uri: Uri) -> Result<Js
     Ok(Json(paged(tenants, limit, |tenant| hex::encode(&tenant.name), |tenant| TenantView::new(tenant, base))))
 }
 
+/// One tenant
+#[utoipa::path(
+    get,
+    path = "/v1/admin/tenants/{tenant}",
+    operation_id = "adminReadTenant",
+    tag = "admin",
+    security(("bearer" = ["admin"])),
+    params(parameter::Tenant),
+    responses((status = 200, description = "The tenant as it is now.", body = TenantView), refusal::NotFound),
+)]
 async fn read(State(app): State<Arc<App>>, _admin: Admin, Path(tenant): Path<String>) -> Result<Json<TenantView>, ApiError> {
     Ok(Json(tenant_view(&app, &TenantId::proven(tenant)).await?))
 }
 
+/// Change a tenant's weight and quotas
+///
+/// Holds from the next request on.
+#[utoipa::path(
+    patch,
+    path = "/v1/admin/tenants/{tenant}",
+    operation_id = "adminChangeTenant",
+    tag = "admin",
+    security(("bearer" = ["admin"])),
+    params(parameter::Tenant),
+    request_body(content = TenantChange, example = json!({ "weight": 200 })),
+    responses((status = 200, description = "The tenant as it is now.", body = TenantView), refusal::NotFound),
+)]
 async fn change(
     State(app): State<Arc<App>>,
     Admin(admin): Admin,
@@ -162,6 +274,19 @@ async fn change(
     Ok(Json(tenant_view(&app, &tenant).await?))
 }
 
+/// Let a tenant do nothing any more
+///
+/// Holds from the next request on, on every node. What waits is not started before it is lifted; what runs goes on, unless `stop_sandboxes` is true, which ends both.
+#[utoipa::path(
+    post,
+    path = "/v1/admin/tenants/{tenant}/suspend",
+    operation_id = "adminSuspendTenant",
+    tag = "admin",
+    security(("bearer" = ["admin"])),
+    params(parameter::Tenant),
+    request_body(content = SuspendRequest, example = json!({ "stop_sandboxes": true })),
+    responses((status = 200, description = "The tenant as it is now.", body = TenantView), refusal::NotFound),
+)]
 async fn suspend(
     State(app): State<Arc<App>>,
     Admin(admin): Admin,
@@ -178,12 +303,34 @@ async fn suspend(
     Ok(Json(tenant_view(&app, &tenant).await?))
 }
 
+/// Lift a tenant's suspension
+#[utoipa::path(
+    post,
+    path = "/v1/admin/tenants/{tenant}/resume",
+    operation_id = "adminResumeTenant",
+    tag = "admin",
+    security(("bearer" = ["admin"])),
+    params(parameter::Tenant),
+    responses((status = 200, description = "The tenant as it is now.", body = TenantView), refusal::NotFound),
+)]
 async fn resume(State(app): State<Arc<App>>, Admin(admin): Admin, Path(tenant): Path<String>) -> Result<Json<TenantView>, ApiError> {
     let tenant = TenantId::proven(tenant);
     set_suspension(&app, &admin, Who { tenant: &tenant, principal: None }, Suspension::Lifted).await?;
     Ok(Json(tenant_view(&app, &tenant).await?))
 }
 
+/// A tenant's principals, by name
+///
+/// Those that are known: who never came is not, and who has had nothing for a day and differs in nothing is forgotten.
+#[utoipa::path(
+    get,
+    path = "/v1/admin/tenants/{tenant}/principals",
+    operation_id = "adminListPrincipals",
+    tag = "admin",
+    security(("bearer" = ["admin"])),
+    params(parameter::Tenant, parameter::Page),
+    responses((status = 200, description = "A page.", body = Page<PrincipalView>), refusal::NotFound),
+)]
 async fn list_principals(
     State(app): State<Arc<App>>,
     _admin: Admin,
@@ -199,11 +346,34 @@ async fn list_principals(
 
 type PrincipalPath = Path<(String, String)>;
 
+/// One principal
+#[utoipa::path(
+    get,
+    path = "/v1/admin/tenants/{tenant}/principals/{principal}",
+    operation_id = "adminReadPrincipal",
+    tag = "admin",
+    security(("bearer" = ["admin"])),
+    params(parameter::Principal),
+    responses((status = 200, description = "The principal as it is now.", body = PrincipalView), refusal::NotFound),
+)]
 async fn read_principal(State(app): State<Arc<App>>, _admin: Admin, path: PrincipalPath) -> Result<Json<PrincipalView>, ApiError> {
     let Path((tenant, principal)) = path;
     Ok(Json(principal_view(&app, &TenantId::proven(tenant), &principal).await?))
 }
 
+/// Change a principal's quotas
+///
+/// It need not have come yet.
+#[utoipa::path(
+    patch,
+    path = "/v1/admin/tenants/{tenant}/principals/{principal}",
+    operation_id = "adminChangePrincipal",
+    tag = "admin",
+    security(("bearer" = ["admin"])),
+    params(parameter::Principal),
+    request_body(content = PrincipalChange, example = json!({ "quotas": { "sandboxes": 5 } })),
+    responses((status = 200, description = "The principal as it is now.", body = PrincipalView), refusal::NotFound),
+)]
 async fn change_principal(
     State(app): State<Arc<App>>,
     Admin(admin): Admin,
@@ -219,6 +389,19 @@ async fn change_principal(
     Ok(Json(principal_view(&app, &tenant, &principal).await?))
 }
 
+/// Let a principal do nothing any more
+///
+/// It need not have come yet. Holds from the next request on, on every node. What waits is not started before it is lifted; what runs goes on, unless `stop_sandboxes` is true, which ends both.
+#[utoipa::path(
+    post,
+    path = "/v1/admin/tenants/{tenant}/principals/{principal}/suspend",
+    operation_id = "adminSuspendPrincipal",
+    tag = "admin",
+    security(("bearer" = ["admin"])),
+    params(parameter::Principal),
+    request_body(content = SuspendRequest, example = json!({ "stop_sandboxes": true })),
+    responses((status = 200, description = "The principal as it is now.", body = PrincipalView), refusal::NotFound),
+)]
 async fn suspend_principal(
     State(app): State<Arc<App>>,
     Admin(admin): Admin,
@@ -236,6 +419,16 @@ async fn suspend_principal(
     Ok(Json(principal_view(&app, &tenant, &principal).await?))
 }
 
+/// Lift a principal's suspension
+#[utoipa::path(
+    post,
+    path = "/v1/admin/tenants/{tenant}/principals/{principal}/resume",
+    operation_id = "adminResumePrincipal",
+    tag = "admin",
+    security(("bearer" = ["admin"])),
+    params(parameter::Principal),
+    responses((status = 200, description = "The principal as it is now.", body = PrincipalView), refusal::NotFound),
+)]
 async fn resume_principal(State(app): State<Arc<App>>, Admin(admin): Admin, path: PrincipalPath) -> Result<Json<PrincipalView>, ApiError> {
     let Path((tenant, principal)) = path;
     let tenant = TenantId::proven(tenant);
@@ -243,6 +436,22 @@ async fn resume_principal(State(app): State<Arc<App>>, Admin(admin): Admin, path
     Ok(Json(principal_view(&app, &tenant, &principal).await?))
 }
 
+/// Every tenant's sandboxes and runs, newest first
+#[utoipa::path(
+    get,
+    path = "/v1/admin/sandboxes",
+    operation_id = "adminListSandboxes",
+    tag = "admin",
+    security(("bearer" = ["admin"])),
+    params(
+        parameter::Page,
+        OfTenant,
+        ("principal" = Option<String>, Query, description = "Only this principal's."),
+        ("kind" = Option<Kind>, Query, description = "Only of this kind."),
+        ("state" = Option<Vec<SandboxState>>, Query, description = "Only those in one of these states."),
+    ),
+    responses((status = 200, description = "A page.", body = Page<HeldView>)),
+)]
 async fn list_sandboxes(State(app): State<Arc<App>>, _admin: Admin, uri: Uri) -> Result<Json<Page<HeldView>>, ApiError> {
     let mut filter = Everyones { limit: 50, ..Everyones::default() };
     for (name, text) in query::pairs(&uri)? {
@@ -276,10 +485,30 @@ async fn list_sandboxes(State(app): State<Arc<App>>, _admin: Admin, uri: Uri) ->
     Ok(Json(paged(held, filter.limit, |held| sandboxes::cursor(held.sandbox.id), view)))
 }
 
+/// What all tenants used
+#[utoipa::path(
+    get,
+    path = "/v1/admin/usage",
+    operation_id = "adminReadUsage",
+    tag = "admin",
+    security(("bearer" = ["admin"])),
+    params(UsageParameters, OfTenant),
+    responses((status = 200, description = "Usage by line and in all.", body = UsageView)),
+)]
 async fn usage(State(app): State<Arc<App>>, _admin: Admin, uri: Uri) -> Result<Json<UsageView>, ApiError> {
     account::usage_of(&app, account::usage_query(query::pairs(&uri)?, None, app.clock.now())?).await
 }
 
+/// What happened anywhere, newest first
+#[utoipa::path(
+    get,
+    path = "/v1/admin/events",
+    operation_id = "adminListEvents",
+    tag = "admin",
+    security(("bearer" = ["admin"])),
+    params(parameter::Page, EventParameters, OfTenant),
+    responses((status = 200, description = "A page.", body = EventPage)),
+)]
 async fn events(State(app): State<Arc<App>>, _admin: Admin, uri: Uri) -> Result<Json<EventPage>, ApiError> {
     account::events_of(&app, account::event_filter(query::pairs(&uri)?, None)?, None).await
 }

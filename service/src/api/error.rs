@@ -6,12 +6,16 @@ use axum::{
 };
 use sandbox_core::tree::{Fault, FaultKind};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
+use utoipa::{
+    ToSchema,
+    openapi::{RefOr, Schema},
+};
 
 use crate::{
     engine::EngineError,
     runtime::CallError,
-    sandbox::{Bound, Exceeded, Invalid, QuotaScope, State},
+    sandbox::{Bound, Exceeded, Invalid, QuotaScope, State, words},
     store::StoreError,
     token::{Scope, TokenError},
 };
@@ -77,19 +81,61 @@ pub enum ApiError {
     Internal(#[source] anyhow::Error),
 }
 
+/// What went wrong, for programs. A promise: new ones may come, none changes its meaning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = ProblemCode)]
+pub enum Code {
+    Unauthenticated,
+    Forbidden,
+    NotFound,
+    ImageNotFound,
+    MethodNotAllowed,
+    Conflict,
+    WrongState,
+    IdempotencyKeyReused,
+    IdempotencyKeyInUse,
+    PayloadTooLarge,
+    FileNotFound,
+    FileExists,
+    FileDenied,
+    FileUnfit,
+    DiskFull,
+    RangeNotSatisfiable,
+    HeadersTooLarge,
+    Timeout,
+    InvalidRequest,
+    RateLimited,
+    QuotaExceeded,
+    Suspended,
+    UnknownTenant,
+    NoCapacity,
+    DatabaseUnavailable,
+    KeeperUnavailable,
+    Internal,
+}
+
 /// What the caller is sent, but for the request's id, which is known further out.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
+#[schema(description = "Why a request was not done (RFC 9457).")]
 pub(super) struct Problem {
+    #[schema(extensions(("x-schema" = json!({ "const": ABOUT_BLANK }))))]
     r#type: &'static str,
     title: &'static str,
+    #[schema(extensions(("x-schema" = json!({ "minimum": 400, "maximum": 599 }))))]
     status: u16,
-    code: &'static str,
+    code: Code,
+    /// For people. May change.
     detail: String,
     pub(super) request_id: String,
+    /// Whether the same request may be answered otherwise later.
     pub(super) retryable: bool,
+    /// Dotted path of the field that is wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = String)]
     field: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Bound)]
     bound: Option<&'static Bound>,
     #[serde(skip_serializing_if = "Option::is_none")]
     state: Option<State>,
@@ -97,13 +143,31 @@ pub(super) struct Problem {
     quota: Option<QuotaView>,
 }
 
+/// The `type` of a problem of which its status and `code` say everything (RFC 9457, section 4.2.1).
+const ABOUT_BLANK: &str = "about:blank";
+
 /// Which quota, what it allows and what was used of it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
+#[schema(as = ProblemQuota)]
 struct QuotaView {
+    /// The quota that the request would go beyond. With it come `scope`, `limit` and `used`.
     quota: String,
+    /// Whose quota it is.
     scope: QuotaScope,
+    #[schema(schema_with = limit_schema)]
     limit: Value,
+    #[schema(schema_with = used_schema)]
     used: Value,
+}
+
+fn limit_schema() -> RefOr<Schema> {
+    let description = "Its value: a number, or the list of what may be asked for.";
+    words::schema(json!({ "type": ["integer", "array"], "items": { "type": "string" }, "description": description }))
+}
+
+fn used_schema() -> RefOr<Schema> {
+    let description = "What was in use before. Where nothing is counted, what was asked for; null stands for no limit.";
+    words::schema(json!({ "type": ["integer", "string", "null"], "description": description }))
 }
 
 impl From<&Exceeded> for QuotaView {
@@ -114,32 +178,32 @@ impl From<&Exceeded> for QuotaView {
 }
 
 impl ApiError {
-    fn parts(&self) -> (StatusCode, &'static str, &'static str) {
+    fn parts(&self) -> (StatusCode, Code, &'static str) {
         match self {
-            Self::Unauthenticated(_) => (StatusCode::UNAUTHORIZED, "unauthenticated", "No valid token"),
-            Self::Forbidden(_) => (StatusCode::FORBIDDEN, "forbidden", "Not allowed"),
-            Self::NotFound => (StatusCode::NOT_FOUND, "not_found", "Not found"),
-            Self::ImageNotFound(_) => (StatusCode::NOT_FOUND, "image_not_found", "Image not found"),
-            Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "Method not allowed"),
-            Self::Conflict(_) => (StatusCode::CONFLICT, "conflict", "Conflict"),
-            Self::WrongState(_) => (StatusCode::CONFLICT, "wrong_state", "Wrong state"),
-            Self::KeyReused => (StatusCode::CONFLICT, "idempotency_key_reused", "Key reused"),
-            Self::KeyInUse => (StatusCode::CONFLICT, "idempotency_key_in_use", "Key in use"),
-            Self::PayloadTooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", "Payload too large"),
+            Self::Unauthenticated(_) => (StatusCode::UNAUTHORIZED, Code::Unauthenticated, "No valid token"),
+            Self::Forbidden(_) => (StatusCode::FORBIDDEN, Code::Forbidden, "Not allowed"),
+            Self::NotFound => (StatusCode::NOT_FOUND, Code::NotFound, "Not found"),
+            Self::ImageNotFound(_) => (StatusCode::NOT_FOUND, Code::ImageNotFound, "Image not found"),
+            Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, Code::MethodNotAllowed, "Method not allowed"),
+            Self::Conflict(_) => (StatusCode::CONFLICT, Code::Conflict, "Conflict"),
+            Self::WrongState(_) => (StatusCode::CONFLICT, Code::WrongState, "Wrong state"),
+            Self::KeyReused => (StatusCode::CONFLICT, Code::IdempotencyKeyReused, "Key reused"),
+            Self::KeyInUse => (StatusCode::CONFLICT, Code::IdempotencyKeyInUse, "Key in use"),
+            Self::PayloadTooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, Code::PayloadTooLarge, "Payload too large"),
             Self::File(fault) => file_parts(fault.kind),
-            Self::RangeNotSatisfiable(_) => (StatusCode::RANGE_NOT_SATISFIABLE, "range_not_satisfiable", "No such part"),
-            Self::HeadTooLarge(_) => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large", "Headers too large"),
-            Self::SlowBody => (StatusCode::REQUEST_TIMEOUT, "timeout", "Timeout"),
-            Self::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_request", "Invalid request"),
-            Self::QuotaExceeded(exceeded) if exceeded.is_rate() => (StatusCode::TOO_MANY_REQUESTS, "rate_limited", "Too many requests"),
-            Self::QuotaExceeded(_) => (StatusCode::TOO_MANY_REQUESTS, "quota_exceeded", "Quota exceeded"),
-            Self::Suspended => (StatusCode::FORBIDDEN, "suspended", "Suspended"),
-            Self::UnknownTenant => (StatusCode::FORBIDDEN, "unknown_tenant", "Unknown tenant"),
-            Self::NoCapacity(_) | Self::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, "no_capacity", "No capacity"),
-            Self::DatabaseUnavailable => (StatusCode::SERVICE_UNAVAILABLE, "database_unavailable", "Database unavailable"),
-            Self::KeeperUnavailable => (StatusCode::SERVICE_UNAVAILABLE, "keeper_unavailable", "Keeper unavailable"),
-            Self::Timeout => (StatusCode::GATEWAY_TIMEOUT, "timeout", "Timeout"),
-            Self::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal", "Internal error"),
+            Self::RangeNotSatisfiable(_) => (StatusCode::RANGE_NOT_SATISFIABLE, Code::RangeNotSatisfiable, "No such part"),
+            Self::HeadTooLarge(_) => (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, Code::HeadersTooLarge, "Headers too large"),
+            Self::SlowBody => (StatusCode::REQUEST_TIMEOUT, Code::Timeout, "Timeout"),
+            Self::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, Code::InvalidRequest, "Invalid request"),
+            Self::QuotaExceeded(exceeded) if exceeded.is_rate() => (StatusCode::TOO_MANY_REQUESTS, Code::RateLimited, "Too many requests"),
+            Self::QuotaExceeded(_) => (StatusCode::TOO_MANY_REQUESTS, Code::QuotaExceeded, "Quota exceeded"),
+            Self::Suspended => (StatusCode::FORBIDDEN, Code::Suspended, "Suspended"),
+            Self::UnknownTenant => (StatusCode::FORBIDDEN, Code::UnknownTenant, "Unknown tenant"),
+            Self::NoCapacity(_) | Self::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::NoCapacity, "No capacity"),
+            Self::DatabaseUnavailable => (StatusCode::SERVICE_UNAVAILABLE, Code::DatabaseUnavailable, "Database unavailable"),
+            Self::KeeperUnavailable => (StatusCode::SERVICE_UNAVAILABLE, Code::KeeperUnavailable, "Keeper unavailable"),
+            Self::Timeout => (StatusCode::GATEWAY_TIMEOUT, Code::Timeout, "Timeout"),
+            Self::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, "Internal error"),
         }
     }
 
@@ -215,15 +279,15 @@ impl ApiError {
 }
 
 /// What is wrong with a file, as status, code and title.
-const fn file_parts(kind: FaultKind) -> (StatusCode, &'static str, &'static str) {
+const fn file_parts(kind: FaultKind) -> (StatusCode, Code, &'static str) {
     match kind {
-        FaultKind::NotFound => (StatusCode::NOT_FOUND, "file_not_found", "No such file"),
-        FaultKind::Exists => (StatusCode::CONFLICT, "file_exists", "File exists"),
-        FaultKind::Denied => (StatusCode::FORBIDDEN, "file_denied", "Not for this sandbox"),
-        FaultKind::Full => (StatusCode::INSUFFICIENT_STORAGE, "disk_full", "Disk full"),
+        FaultKind::NotFound => (StatusCode::NOT_FOUND, Code::FileNotFound, "No such file"),
+        FaultKind::Exists => (StatusCode::CONFLICT, Code::FileExists, "File exists"),
+        FaultKind::Denied => (StatusCode::FORBIDDEN, Code::FileDenied, "Not for this sandbox"),
+        FaultKind::Full => (StatusCode::INSUFFICIENT_STORAGE, Code::DiskFull, "Disk full"),
         // Of what is broken in a sandbox none is on our side. Others have variants of their own.
         FaultKind::WrongKind | FaultKind::Failed | FaultKind::Refused | FaultKind::TooLarge | FaultKind::Busy => {
-            (StatusCode::CONFLICT, "file_unfit", "Not a file for that")
+            (StatusCode::CONFLICT, Code::FileUnfit, "Not a file for that")
         }
     }
 }
@@ -241,7 +305,7 @@ impl IntoResponse for ApiError {
             (None, None, self.to_string())
         };
         let problem = Problem {
-            r#type: "about:blank",
+            r#type: ABOUT_BLANK,
             title,
             status: status.as_u16(),
             code,

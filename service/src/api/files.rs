@@ -5,7 +5,7 @@ mod view;
 use std::sync::Arc;
 
 use axum::{
-    Json, Router,
+    Json,
     body::Body,
     extract::State,
     http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header},
@@ -13,6 +13,7 @@ use axum::{
     routing::get,
 };
 use sandbox_core::tree::{Ask, Entry, Existing, Fault, FaultKind, Link, Owner, PAGE_ENTRIES_MAX, Reply, Span, TreePath};
+use utoipa_axum::router::OpenApiRouter;
 use view::{ArchiveView, ChangeView, DiffView, EntryView, PageView, ProcessView, TopView};
 
 use super::{App, caller::Caller, error::ApiError, query};
@@ -32,9 +33,9 @@ const PROCESSES_MAX: usize = 5000;
 const ID_MAX: u32 = 65_534;
 
 /// They last as long as what they carry. That has bounds of its own: the body's, and those of whoever works in the sandbox.
-pub(super) fn router() -> Router<Arc<App>> {
+pub(super) fn router() -> OpenApiRouter<Arc<App>> {
     let files = || get(read).put(write).delete(remove).post(change);
-    Router::new()
+    OpenApiRouter::new()
         .route("/v1/sandboxes/{id}/files", files())
         .route("/v1/sandboxes/{id}/files/", files())
         .route("/v1/sandboxes/{id}/files/{*path}", files())

@@ -3,51 +3,59 @@
 use std::sync::Arc;
 
 use axum::{
-    Json, Router,
+    Json,
     body::Body,
     extract::{Path, State},
     http::{StatusCode, Uri, header},
     response::{IntoResponse as _, Response},
-    routing::{get, post},
 };
 use serde::Serialize;
 use time::OffsetDateTime;
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::{App, caller::Caller, error::ApiError, query};
+use super::{
+    App,
+    caller::Caller,
+    contract::{parameter, refusal},
+    error::ApiError,
+    query,
+};
 use crate::{
     images::ImportError,
-    sandbox::{ImageReference, Invalid},
+    sandbox::{ImageReference, Invalid, words},
     store::Image,
     token::Scope,
 };
 
 /// The routes below `/v1/images`.
-pub(super) fn router() -> Router<Arc<App>> {
-    Router::new()
-        .route("/v1/images", get(list))
-        // No image has this name: it could be read by no one.
-        .route("/v1/images/import", post(import))
-        // A reference may have slashes in it.
-        .route("/v1/images/{*reference}", get(read).delete(remove))
+pub(super) fn router() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new().routes(routes!(list)).routes(routes!(import)).routes(routes!(read, remove))
 }
 
 /// What stands in the place of a reference in the path of an import.
 const IMPORT: &str = "import";
 
-#[derive(Debug, Serialize)]
+/// An image as it is now.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Image)]
 struct ImageView {
+    #[schema(value_type = words::Reference)]
     reference: String,
+    #[schema(value_type = words::Digest)]
     digest: String,
     /// Whether it is for all tenants.
     shared: bool,
     size_bytes: u64,
     #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
     created_at: OffsetDateTime,
     config: ConfigView,
 }
 
 /// What a sandbox does when its request does not say otherwise.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, ToSchema)]
+#[schema(as = ImageConfig)]
 struct ConfigView {
     entrypoint: Vec<String>,
     command: Vec<String>,
@@ -56,11 +64,31 @@ struct ConfigView {
     user: String,
 }
 
-#[derive(Debug, Serialize)]
+/// All images that there are for a tenant.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ImageList)]
 struct Page {
     items: Vec<ImageView>,
 }
 
+/// Bring an image in
+///
+/// The body is an archive: an OCI image layout in a tar, or what `docker save` writes, plain or compressed. Everything in it is checked by digest. With the scope
+/// `admin` the image is for all tenants, else for the caller's own. A reference that named another image names this one from then on.
+#[utoipa::path(
+    post,
+    // No image has this name: it could be read by no one.
+    path = "/v1/images/import",
+    operation_id = "importImage",
+    tag = "images",
+    security(("bearer" = ["images:write"])),
+    params(("reference" = words::Reference, Query, description = "The name that the image is to have.")),
+    request_body(description = "At most 8 GiB.", content(("application/x-tar"), ("application/gzip"), ("application/octet-stream"))),
+    responses(
+        (status = 201, description = "The image is there.", body = ImageView, headers(("Location" = String, description = "Where the image is found."))),
+        refusal::QuotaExceeded,
+    ),
+)]
 async fn import(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Body) -> Result<Response, ApiError> {
     caller.require(Scope::ImagesWrite)?;
     let reference = reference(query::pairs(&uri)?)?;
@@ -71,6 +99,17 @@ async fn import(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Bod
     Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(ImageView::from(image))).into_response())
 }
 
+/// What the tenant's sandboxes can be made of
+///
+/// By reference. A tenant's own image hides the shared one of that name.
+#[utoipa::path(
+    get,
+    path = "/v1/images",
+    operation_id = "listImages",
+    tag = "images",
+    security(("bearer" = ["images:read"])),
+    responses((status = 200, description = "The images.", body = Page)),
+)]
 async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<Page>, ApiError> {
     caller.require(Scope::ImagesRead)?;
     let mut items = app.store.list_images(&caller.tenant).await?;
@@ -79,6 +118,16 @@ async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<Page>,
     Ok(Json(Page { items: items.into_iter().map(ImageView::from).collect() }))
 }
 
+/// One image
+#[utoipa::path(
+    get,
+    path = "/v1/images/{*reference}",
+    operation_id = "readImage",
+    tag = "images",
+    security(("bearer" = ["images:read"])),
+    params(parameter::Reference),
+    responses((status = 200, description = "The image as it is now.", body = ImageView), refusal::ImageNotFound),
+)]
 async fn read(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path<String>) -> Result<Json<ImageView>, ApiError> {
     caller.require(Scope::ImagesRead)?;
     let reference = named(reference)?;
@@ -86,6 +135,18 @@ async fn read(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path
     Ok(Json(image.into()))
 }
 
+/// Take a reference away
+///
+/// Sandboxes that run on the image go on. A shared image is removed with the scope `admin`.
+#[utoipa::path(
+    delete,
+    path = "/v1/images/{*reference}",
+    operation_id = "deleteImage",
+    tag = "images",
+    security(("bearer" = ["images:write"])),
+    params(parameter::Reference),
+    responses((status = 204, description = "The reference names nothing any more."), refusal::ImageNotFound),
+)]
 async fn remove(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path<String>) -> Result<StatusCode, ApiError> {
     caller.require(Scope::ImagesWrite)?;
     let reference = named(reference)?;

@@ -3,9 +3,10 @@
 use axum::body::Body;
 use http_body_util::BodyExt as _;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::error::ApiError;
-use crate::sandbox::{Invalid, bound_of};
+use crate::sandbox::{Invalid, bound_of, whole};
 
 /// The largest body of a request that is JSON.
 const BODY_BYTES_MAX: usize = 16 * 1024 * 1024;
@@ -44,7 +45,32 @@ pub(super) async fn bytes(mut body: Body) -> Result<Vec<u8>, ApiError> {
     Ok(bytes)
 }
 
+/// What the bytes say. To JSON Schema, and to clients that know one kind of number, 10.0 is a whole number too.
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Invalid> {
+    parse_strictly(bytes).or_else(|fault| {
+        let mut value: Value = serde_json::from_slice(bytes).map_err(|_| fault.clone())?;
+        if !make_whole(&mut value) {
+            return Err(fault);
+        }
+        parse_strictly(value.to_string().as_bytes())
+    })
+}
+
+/// Has numbers without a fraction be written as whole ones, as far as a double is exact; says whether there were any.
+fn make_whole(value: &mut Value) -> bool {
+    match value {
+        Value::Number(number) => {
+            let Some(whole) = whole(number).filter(|_| number.is_f64()) else { return false };
+            *number = whole.into();
+            true
+        }
+        Value::Array(all) => all.iter_mut().fold(false, |is_changed, one| make_whole(one) || is_changed),
+        Value::Object(members) => members.values_mut().fold(false, |is_changed, member| make_whole(member) || is_changed),
+        Value::Null | Value::Bool(_) | Value::String(_) => false,
+    }
+}
+
+fn parse_strictly<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Invalid> {
     let mut json = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();
@@ -105,6 +131,18 @@ mod tests {
         assert_eq!(error.bound.map(|bound| bound.min), Some(1));
         assert_eq!(fault(r#"{"image":"a","limits":{"cpu_millis":"many"}}"#).field, "limits.cpu_millis");
         assert_eq!(fault(r#"{"image":"a","command":"x"}"#).field, "command");
+    }
+
+    #[test]
+    fn a_number_without_a_fraction_is_a_whole_one() {
+        let parsed = |wait_ms: &str| {
+            parse::<RunRequest>(format!(r#"{{"image":"a","wait_ms":{wait_ms}}}"#).as_bytes()).map(|run| run.parse().unwrap().1)
+        };
+        assert_eq!(parsed("250.0").unwrap(), 250);
+        assert_eq!(parsed("2.5e2").unwrap(), 250);
+        assert_eq!(parsed("250.5").unwrap_err().field, "wait_ms");
+        assert_eq!(parsed("-250.0").unwrap_err().field, "wait_ms");
+        assert_eq!(parsed("1e300").unwrap_err().field, "wait_ms");
     }
 
     #[test]

@@ -4,16 +4,29 @@ use std::sync::Arc;
 
 use axum::{Json, extract::State};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::{App, account, caller::Caller, error::ApiError};
 use crate::sandbox::{Bound, bound_within, bounds};
 
-#[derive(Debug, Serialize)]
+/// The bounds of every numeric field.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Bounds)]
 pub(super) struct LimitsView {
     fields: Vec<Bound>,
 }
 
-/// Any valid token will do: it holds nothing but the caller's own.
+/// What every numeric field of a request may be
+///
+/// For the caller, whose quotas may permit less than there is.
+#[utoipa::path(
+    get,
+    path = "/v1/limits",
+    operation_id = "readLimits",
+    tag = "account",
+    security(("bearer" = [])),
+    responses((status = 200, description = "The bounds.", body = LimitsView)),
+)]
 pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<LimitsView>, ApiError> {
     let accounts = account::of(&app, &caller).await?;
     let (tenant, principal) = (accounts.tenant_quotas(&app), accounts.principal_quotas(&app));

@@ -16,10 +16,12 @@ use futures_util::{SinkExt as _, StreamExt as _, stream::SplitSink};
 use sandbox_core::log::Kind as Stream;
 use serde::Serialize;
 use time::format_description::well_known::Rfc3339;
+use utoipa::ToSchema;
 
 use super::{
     App,
     caller::{Caller, SUBPROTOCOL},
+    contract::{parameter, refusal},
     error::ApiError,
     query,
 };
@@ -27,7 +29,7 @@ use crate::{
     clock::at_us,
     engine::{EngineError, Followup, LogStream},
     logs::LogItem,
-    sandbox::{Invalid, Kind, Outcome},
+    sandbox::{Invalid, Kind, Outcome, words::StreamName},
     token::Scope,
 };
 
@@ -39,32 +41,72 @@ const READER_MESSAGE_BYTES_MAX: usize = 4096;
 const CLOSE_NORMAL: u16 = 1000;
 const CLOSE_INTERNAL: u16 = 1011;
 
-#[derive(Debug, Serialize)]
+/// One piece of a log.
+#[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
+#[schema(as = LogFrame)]
 enum Frame<'a> {
-    Chunk {
-        seq: u64,
-        stream: &'static str,
-        at: String,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        data: Option<&'a str>,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        data_base64: Option<String>,
-    },
+    Chunk(Chunk<'a>),
+    /// These pieces cannot be had any more.
+    #[schema(title = "Gap")]
     Gap {
         gap: Gap,
     },
+    /// The last.
+    #[schema(title = "End")]
     End {
+        #[schema(value_type = Outcome)]
         end: &'a Outcome,
     },
 }
 
-#[derive(Debug, Serialize)]
+/// What was written at one time, as text or, if it is none, as base64.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = LogChunk)]
+struct Chunk<'a> {
+    seq: u64,
+    #[schema(value_type = StreamName)]
+    stream: &'static str,
+    #[schema(format = DateTime)]
+    at: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = String)]
+    data: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = String, content_encoding = "base64")]
+    data_base64: Option<String>,
+}
+
+/// From the first piece that is missing to the one after the last.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = LogGap)]
 struct Gap {
     from: u64,
     to: u64,
 }
 
+/// What a sandbox or a run writes, as it comes
+///
+/// With a WebSocket handshake the answer is a stream of text messages, each a `LogFrame`; without one it is one `LogFrame` a line. The last frame is `end`, with the
+/// outcome, once that is stored. Any number of readers may read, each at its own pace. A browser, which cannot set headers on a WebSocket, offers the subprotocols
+/// `mayfly.v1` and `mayfly.bearer.<token>`; the service answers with `mayfly.v1`. For the log of a run the scope `runs` will do.
+#[utoipa::path(
+    get,
+    path = "/v1/sandboxes/{id}/logs",
+    operation_id = "readLog",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:read"]), ("bearer" = ["runs"])),
+    params(
+        parameter::Id,
+        ("follow" = Option<bool>, Query, description = "Whether to stay until the end, or to stop at what is there.", extensions(("x-schema" = json!({ "default": true })))),
+        ("from" = Option<u64>, Query, description = "The sequence number to begin at.", extensions(("x-schema" = json!({ "default": 0 })))),
+    ),
+    responses(
+        (status = 101, description = "The stream begins, over WebSocket."),
+        (status = 200, description = "The frames, one a line.", body = Frame, content_type = "application/x-ndjson"),
+        refusal::NotFound,
+    ),
+)]
 pub(super) async fn read(
     State(app): State<Arc<App>>,
     caller: Caller,
@@ -163,13 +205,13 @@ fn json(next: &Followup) -> String {
     let frame = match next {
         Followup::Item(LogItem::Chunk { kind, seq, at_us: micros, data }) => {
             let text = std::str::from_utf8(data).ok();
-            Frame::Chunk {
+            Frame::Chunk(Chunk {
                 seq: *seq,
                 stream: if *kind == Stream::Stderr { "stderr" } else { "stdout" },
                 at: at_us(*micros).format(&Rfc3339).expect("the years that microseconds of u64 reach have four digits or are cut to such"),
                 data: text,
                 data_base64: text.is_none().then(|| BASE64.encode(data)),
-            }
+            })
         }
         Followup::Item(LogItem::Gap { from, to }) => Frame::Gap { gap: Gap { from: *from, to: *to } },
         Followup::End(outcome) => Frame::End { end: outcome },

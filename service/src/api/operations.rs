@@ -9,21 +9,51 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde::Serialize;
+use utoipa::ToSchema;
 
-use super::{App, OPENAPI, error::ApiError};
+use super::{
+    App,
+    contract::{self, refusal},
+    error::ApiError,
+};
 
-#[derive(Debug, Serialize)]
-pub(super) struct Status {
+/// That it answers.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Health)]
+pub(super) struct Alive {
+    #[schema(extensions(("x-schema" = json!({ "const": OK }))))]
     status: &'static str,
 }
 
-/// The process answers.
-pub(super) async fn health() -> Json<Status> {
-    Json(Status { status: "ok" })
+/// That sandboxes can be made.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Readiness)]
+pub(super) struct Ready {
+    #[schema(extensions(("x-schema" = json!({ "const": READY }))))]
+    status: &'static str,
 }
 
-/// Sandboxes can be made: Postgres and the keeper answer.
-pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Json<Status>, ApiError> {
+const OK: &str = "ok";
+const READY: &str = "ready";
+
+/// The process answers
+#[utoipa::path(get, path = "/healthz", operation_id = "health", tag = "operations", security(()), responses((status = 200, description = "It does.", body = Alive)))]
+pub(super) async fn health() -> Json<Alive> {
+    Json(Alive { status: OK })
+}
+
+/// Sandboxes can be made
+///
+/// Postgres and the keeper answer.
+#[utoipa::path(
+    get,
+    path = "/readyz",
+    operation_id = "ready",
+    tag = "operations",
+    security(()),
+    responses((status = 200, description = "They can.", body = Ready), refusal::Unavailable),
+)]
+pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Json<Ready>, ApiError> {
     app.store.ping().await?;
     if app.keeper.hello().is_none() {
         return Err(ApiError::KeeperUnavailable);
@@ -31,13 +61,49 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Json<Status>, A
     if !app.engine.is_ready() {
         return Err(ApiError::Busy("this node is drained, or its service is stopping".to_owned()));
     }
-    Ok(Json(Status { status: "ready" }))
+    Ok(Json(Ready { status: READY }))
 }
 
+/// This document
+#[utoipa::path(
+    get,
+    path = "/openapi.yaml",
+    operation_id = "contract",
+    tag = "operations",
+    security(()),
+    responses((status = 200, description = "The document.", body = serde_json::Value, content_type = "application/yaml")),
+)]
 pub(super) async fn openapi() -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, "application/yaml")], OPENAPI)
+    ([(header::CONTENT_TYPE, "application/yaml")], contract::openapi())
 }
 
+/// This document for people
+///
+/// A page that loads nothing from elsewhere.
+#[utoipa::path(
+    get,
+    path = "/docs",
+    operation_id = "docs",
+    tag = "operations",
+    security(()),
+    responses((status = 200, description = "The page.", body = String, content_type = "text/html")),
+)]
+pub(super) async fn docs() -> impl IntoResponse {
+    let page = contract::page();
+    ([(header::CONTENT_TYPE, "text/html; charset=utf-8"), (header::CONTENT_SECURITY_POLICY, &page.policy)], page.html.as_str())
+}
+
+/// Figures for Prometheus
+///
+/// On a listener of its own.
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    operation_id = "metrics",
+    tag = "operations",
+    security(()),
+    responses((status = 200, description = "Every series, in the text format.", body = String, content_type = "text/plain")),
+)]
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     app.metrics.jwks(&app.verifier.freshness());
     Ok(([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], app.metrics.text()?).into_response())

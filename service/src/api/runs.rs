@@ -13,6 +13,7 @@ use axum::{
 use super::{
     App,
     caller::{Caller, Creator},
+    contract::{parameter, refusal},
     error::ApiError,
     idempotency::Keyed,
     json, query,
@@ -29,6 +30,34 @@ const START_PATIENCE: Duration = Duration::from_secs(10);
 /// How long, when the service stops, the end of a run is waited for.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
+/// Run a program and wait for its end
+///
+/// Makes a sandbox, starts it, waits for its end up to `wait_ms`, and removes it. When the run outlasts the wait, the answer is 202 and the run goes on; ask
+/// for it at its `Location`. A client that goes away changes nothing. How the program ended, be it by a limit, is an `outcome`, not an error.
+#[utoipa::path(
+    post,
+    path = "/v1/runs",
+    operation_id = "createRun",
+    tag = "runs",
+    security(("bearer" = ["runs"])),
+    request_body(content = RunRequest, description = "At most 16 MiB.", examples(
+        ("hello" = (summary = "A command", value = json!({ "image": "busybox", "command": ["echo", "hello"] }))),
+        ("full" = (summary = "A program with files, input and limits", value = json!({
+            "image": "python",
+            "command": ["python3", "main.py"],
+            "files": [{ "path": "main.py", "content": "print(input())" }],
+            "stdin": "hello",
+            "limits": { "memory_bytes": 67_108_864, "wall_ms": 5000 },
+            "wait_ms": 10_000,
+        }))),
+    )),
+    responses(
+        (status = 200, description = "The run ended.", body = RunView),
+        (status = 202, description = "The run goes on, or waits for room.", body = RunView, headers(("Location" = String, description = "Where the run is found."))),
+        refusal::ImageNotFound,
+        refusal::QuotaExceeded,
+    ),
+)]
 pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator, keyed: Keyed, body: Body) -> Result<Response, ApiError> {
     caller.require(Scope::Runs)?;
     let (asked, wait_ms) = json::read::<RunRequest>(body).await?.parse()?;
@@ -86,6 +115,16 @@ async fn wait(app: &App, run: &mut Followed, patience: Duration) -> Option<Arc<F
     }
 }
 
+/// A run as it is now
+#[utoipa::path(
+    get,
+    path = "/v1/runs/{id}",
+    operation_id = "readRun",
+    tag = "runs",
+    security(("bearer" = ["runs"])),
+    params(parameter::Id),
+    responses((status = 200, description = "The run as it is now.", body = RunView), refusal::NotFound),
+)]
 pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<RunView>, ApiError> {
     caller.require(Scope::Runs)?;
     let run = app.engine.find(&caller.tenant, Kind::Run, query::id(&id)?).await?.ok_or(ApiError::NotFound)?;

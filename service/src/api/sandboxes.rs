@@ -11,11 +11,13 @@ use axum::{
 };
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
 use serde::Serialize;
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{
     App,
     caller::{Caller, Creator},
+    contract::{parameter, refusal},
     error::ApiError,
     idempotency::Keyed,
     json, query,
@@ -31,13 +33,39 @@ use crate::{
     token::Scope,
 };
 
-#[derive(Debug, Serialize)]
+/// Some of a tenant's sandboxes.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = SandboxPage)]
 pub(super) struct Page {
     items: Vec<SandboxView>,
     /// Null on the last page.
+    #[schema(required)]
     next_cursor: Option<String>,
 }
 
+/// Make and start a sandbox
+///
+/// Answers when the program runs, has failed to start, or waits for room: `state` says which. The sandbox stays, also after its end, until it is deleted.
+#[utoipa::path(
+    post,
+    path = "/v1/sandboxes",
+    operation_id = "createSandbox",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:write"])),
+    request_body(content = SandboxRequest, description = "At most 16 MiB.", example = json!({
+        "image": "busybox",
+        "name": "worker-1",
+        "command": ["sleep", "600"],
+        "labels": { "job": "nightly" },
+        "limits": { "memory_bytes": 67_108_864 },
+        "ttl_ms": 3_600_000,
+    })),
+    responses(
+        (status = 201, description = "The sandbox was made.", body = SandboxView, headers(("Location" = String, description = "Where the sandbox is found."))),
+        refusal::ImageNotFound,
+        refusal::QuotaExceeded,
+    ),
+)]
 pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator, keyed: Keyed, body: Body) -> Result<Response, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
     let asked = json::read::<SandboxRequest>(body).await?.parse()?;
@@ -64,6 +92,16 @@ pub(super) async fn view(app: &App, sandbox: Sandbox) -> Json<SandboxView> {
     Json(SandboxView::from(sandbox).at(position))
 }
 
+/// A sandbox as it is now
+#[utoipa::path(
+    get,
+    path = "/v1/sandboxes/{id}",
+    operation_id = "readSandbox",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:read"])),
+    params(parameter::Id),
+    responses((status = 200, description = "The sandbox as it is now.", body = SandboxView), refusal::NotFound),
+)]
 pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<SandboxView>, ApiError> {
     caller.require(Scope::SandboxesRead)?;
     let id = query::object(&app, &caller, &id).await?;
@@ -85,12 +123,41 @@ pub(super) async fn update(
     Ok(view(&app, sandbox).await)
 }
 
+/// End a sandbox and remove it
+///
+/// Whoever reads its log still gets the end.
+#[utoipa::path(
+    delete,
+    path = "/v1/sandboxes/{id}",
+    operation_id = "deleteSandbox",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:write"])),
+    params(parameter::Id),
+    responses((status = 204, description = "It is gone."), refusal::NotFound),
+)]
 pub(super) async fn delete(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
     let id = query::object(&app, &caller, &id).await?;
     if app.engine.delete(&caller.owner(), id).await? { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::NotFound) }
 }
 
+/// The tenant's sandboxes, newest first
+///
+/// Runs are not among them.
+#[utoipa::path(
+    get,
+    path = "/v1/sandboxes",
+    operation_id = "listSandboxes",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:read"])),
+    params(
+        parameter::Page,
+        ("state" = Option<Vec<SandboxState>>, Query, description = "Only those in one of these states."),
+        ("label" = Option<Vec<String>>, Query, description = "Only those with all of these labels, each as `key=value`.",
+            extensions(("x-schema" = json!({ "items": { "pattern": "^[A-Za-z0-9._/-]{1,63}=[^\\u0000]{0,256}$" } })))),
+    ),
+    responses((status = 200, description = "A page.", body = Page)),
+)]
 pub(super) async fn list(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Json<Page>, ApiError> {
     caller.require(Scope::SandboxesRead)?;
     let filter = filter(query::pairs(&uri)?)?;

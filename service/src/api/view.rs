@@ -9,92 +9,134 @@ use sandbox_core::{
 };
 use serde::Serialize;
 use time::OffsetDateTime;
+use utoipa::ToSchema;
 
 use crate::{
     engine::Output,
-    sandbox::{Capabilities, Kind, Limits, Outcome, Sandbox, SandboxId, Signal, State},
+    sandbox::{Capabilities, Encoding, Kind, Limits, Network, Outcome, Sandbox, SandboxId, Signal, State, TtySize, words},
 };
 
-#[derive(Debug, Serialize)]
+/// What was asked for, and the content that this named then.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ImageUsed)]
 pub(super) struct ImageView {
     reference: String,
+    #[schema(value_type = words::Digest)]
     digest: String,
 }
 
-/// Answer of the endpoints below `/v1/runs`.
-#[derive(Debug, Serialize)]
+/// A run as it is now.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Run)]
 pub(super) struct RunView {
+    #[schema(value_type = Uuid)]
     id: SandboxId,
     state: State,
-    /// How many are started up to this one; only while it waits, where one is shown.
+    /// How many would be started up to this one, itself included, if nobody came or went: those of its tenant before it, and of each other tenant as many as fall to
+    /// its weight meanwhile. An estimate. Only where `state` is `queued`, in answers about one run.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64, minimum = 1)]
     queue_position: Option<u64>,
     image: ImageView,
+    #[schema(value_type = words::Labels)]
     labels: BTreeMap<String, String>,
     #[serde(flatten)]
     output: Option<OutputView>,
+    #[schema(required)]
     outcome: Option<Outcome>,
+    /// What stands around the program; null before it runs, if it never did, and for those of older versions.
+    #[schema(required, value_type = Option<Vec<words::FenceName>>)]
     fences: Option<Vec<Fence>>,
     limits: Limits,
-    /// From one on; more where `retry` was asked for and used.
+    /// Which attempt this is; more than 1 only where `retry` was asked for and used.
+    #[schema(minimum = 1)]
     attempt: u32,
     #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
     created_at: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339::option")]
+    #[schema(required, value_type = Option<String>, format = DateTime)]
     started_at: Option<OffsetDateTime>,
     #[serde(with = "time::serde::rfc3339::option")]
+    #[schema(required, value_type = Option<String>, format = DateTime)]
     finished_at: Option<OffsetDateTime>,
 }
 
-/// Answer of the endpoints below `/v1/sandboxes`.
-#[derive(Debug, Serialize)]
+/// A sandbox as it is now.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Sandbox)]
 pub(super) struct SandboxView {
+    #[schema(value_type = Uuid)]
     id: SandboxId,
     kind: Kind,
     state: State,
+    /// As that of a run.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64, minimum = 1)]
     queue_position: Option<u64>,
+    #[schema(required)]
     name: Option<String>,
     image: ImageView,
+    /// Program and arguments in force.
+    #[schema(min_items = 1)]
     command: Vec<String>,
     workdir: String,
     user: String,
     capabilities: Capabilities,
+    #[schema(value_type = words::Isolation)]
     isolation: Isolation,
+    #[schema(value_type = words::Labels)]
     labels: BTreeMap<String, String>,
     limits: Limits,
+    #[schema(value_type = words::OutputPolicy)]
     output_policy: OutputPolicy,
+    #[schema(value_type = Network)]
     network: &'static str,
+    #[schema(required)]
     outcome: Option<Outcome>,
+    /// As those of a run.
+    #[schema(required, value_type = Option<Vec<words::FenceName>>)]
     fences: Option<Vec<Fence>>,
     #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
     created_at: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339::option")]
+    #[schema(required, value_type = Option<String>, format = DateTime)]
     started_at: Option<OffsetDateTime>,
     #[serde(with = "time::serde::rfc3339::option")]
+    #[schema(required, value_type = Option<String>, format = DateTime)]
     finished_at: Option<OffsetDateTime>,
     #[serde(with = "time::serde::rfc3339::option")]
+    #[schema(required, value_type = Option<String>, format = DateTime)]
     expires_at: Option<OffsetDateTime>,
     /// Counted from its creation, or from when this was changed.
+    #[schema(required)]
     ttl_ms: Option<u64>,
     /// How long it may do nothing.
+    #[schema(required)]
     idle_timeout_ms: Option<u64>,
     /// Whether it is removed when it has ended.
     auto_remove: bool,
     stdin_open: bool,
     /// The size of its terminal at its start, if it has one.
+    #[schema(required, value_type = Option<TtySize>)]
     tty: Option<WindowSize>,
     /// What it is told where nothing else is said, and how long it then has.
     stop_signal: Signal,
     stop_grace_ms: u64,
 }
 
-#[derive(Debug, Serialize)]
+/// What the program of a run wrote and was kept. There once the run ended.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = RunOutput)]
 struct OutputView {
     stdout: String,
+    #[schema(value_type = Encoding)]
     stdout_encoding: &'static str,
+    /// Kept bytes before `stdout` that this answer leaves out, since it shows the last 8 MiB, or since they are not kept any more.
     stdout_omitted_bytes: u64,
     stderr: String,
+    #[schema(value_type = Encoding)]
     stderr_encoding: &'static str,
     stderr_omitted_bytes: u64,
 }

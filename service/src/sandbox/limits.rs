@@ -2,21 +2,23 @@
 
 use sandbox_core::protocol::{IoLimits, Medium};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
-use super::{Kind, change::RequestedChange, request, request::Invalid};
+use super::{Kind, change::RequestedChange, request, request::Invalid, words};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
 const GIB: u64 = 1024 * MIB;
 
 /// The permitted values of one numeric field of a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Bound {
     /// The field's dotted path in the request.
     pub field: &'static str,
     pub unit: &'static str,
     pub min: u64,
-    /// `None`: absent means no such limit.
+    /// Null: absent means no such limit, or what the field's description says.
+    #[schema(required)]
     pub default: Option<u64>,
     pub max: u64,
 }
@@ -91,30 +93,60 @@ impl Bound {
 }
 
 /// Limits as a request names them; every one may be absent.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(
+    description = "Absent ones get their default, or the largest value that the caller's quotas permit if that is less. Out of range is an error, never clamped."
+)]
 pub struct RequestedLimits {
+    #[schema(extensions(("x-bound" = json!(MEMORY_BYTES))))]
     memory_bytes: Option<u64>,
+    /// Thousandths of a core.
+    #[schema(extensions(("x-bound" = json!(CPU_MILLIS))))]
     cpu_millis: Option<u64>,
+    /// Processes and threads at one time.
+    #[schema(extensions(("x-bound" = json!(PIDS))))]
     pids: Option<u64>,
+    /// Real time. Default of a run: 10000; of a sandbox: none.
+    #[schema(extensions(("x-bound" = json!(Bound { default: None, ..WALL_MS }))))]
     wall_ms: Option<u64>,
+    /// CPU time of all processes together. Absent, there is no such limit.
+    #[schema(extensions(("x-bound" = json!(CPU_MS))))]
     cpu_ms: Option<u64>,
+    /// Of stdout, and as many of stderr.
+    #[schema(extensions(("x-bound" = json!(OUTPUT_BYTES))))]
     output_bytes: Option<u64>,
+    /// Of the writable layer. Up to `memory_bytes` it is kept in memory, and what is in it counts as memory. A larger one is kept on the node's disk, with
+    /// its space set aside before the start, which then takes some 20 ms longer.
+    #[schema(extensions(("x-bound" = json!(DISK_BYTES))))]
     disk_bytes: Option<u64>,
+    /// Files, folders and links of the writable layer. On disk at most 16384, and one more for every 8 KiB.
+    #[schema(extensions(("x-bound" = json!(INODES))))]
     inodes: Option<u64>,
+    /// Descriptors of one process.
+    #[schema(extensions(("x-bound" = json!(OPEN_FILES))))]
     open_files: Option<u64>,
+    /// Of one file. Absent, it is `disk_bytes`.
+    #[schema(extensions(("x-bound" = json!(FILE_SIZE_BYTES))))]
     file_size_bytes: Option<u64>,
+    /// How fast it may read from the node's disks, and once more how fast it may write to them, in bytes a second; for each disk.
+    #[schema(extensions(("x-bound" = json!(IO_BYTES_PER_S))))]
     io_bytes_per_s: Option<u64>,
+    /// As `io_bytes_per_s`, in operations a second.
+    #[schema(extensions(("x-bound" = json!(IO_OPS_PER_S))))]
     io_ops_per_s: Option<u64>,
 }
 
 /// The limits in force. Holding them proves that every bound was checked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(description = "The limits in force.")]
 pub struct Limits {
     memory_bytes: u64,
     cpu_millis: u64,
     pids: u64,
+    #[schema(required)]
     wall_ms: Option<u64>,
+    #[schema(required)]
     cpu_ms: Option<u64>,
     output_bytes: u64,
     disk_bytes: u64,
@@ -122,10 +154,14 @@ pub struct Limits {
     open_files: u64,
     file_size_bytes: u64,
     #[serde(default = "io_bytes_per_s")]
+    #[schema(required)]
     io_bytes_per_s: u64,
     #[serde(default = "io_ops_per_s")]
+    #[schema(required)]
     io_ops_per_s: u64,
+    /// Where the writable layer is kept.
     #[serde(default = "in_memory")]
+    #[schema(required, value_type = words::Medium)]
     disk_medium: Medium,
 }
 

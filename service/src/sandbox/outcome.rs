@@ -8,29 +8,36 @@ use sandbox_core::{
 };
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
+use utoipa::ToSchema;
 
-use super::{Limits, State, limits::bytes_for_people, signal};
+use super::{Limits, State, limits::bytes_for_people, signal, words};
 use crate::clock::at_us;
 
-/// How the payload ended and what it used. The same object in every answer, event and log.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// How the program ended, with what it used. The same object in every answer, event and log.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Outcome {
     pub reason: Reason,
+    #[schema(required)]
     pub exit_code: Option<i32>,
     /// As in `SIGKILL`.
+    #[schema(required, pattern = "^SIG")]
     pub signal: Option<String>,
+    /// Every limit that was reached, whether or not it ended the program. `file_size` tells of the program itself, not of its children.
+    /// `open_files` is never told: the kernel keeps no count of opens that it refused, so only the process itself knows.
+    #[schema(value_type = Vec<words::LimitHit>)]
     pub limits_hit: Vec<Limit>,
     /// For people. May change.
     pub message: String,
     pub usage: Usage,
     pub truncated: Truncated,
     pub phases_ms: Phases,
-    /// `None`: it was never started.
+    /// Whether it was started in parts that were prepared ahead. Null if it never started.
+    #[schema(required, value_type = Option<words::Start>)]
     pub launch: Option<Start>,
 }
 
 /// Why it ended. A promise: new ones may come, none changes its meaning.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
     Exited,
@@ -48,43 +55,53 @@ pub enum Reason {
     InfraError,
 }
 
-/// What the payload used, by the kernel's counters.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// What the program used, by the kernel's counters.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Usage {
     pub wall_ms: u64,
     pub cpu_ms: u64,
     pub memory_peak_bytes: u64,
     pub pids_peak: u64,
+    /// Written, kept or not.
     pub stdout_bytes: u64,
     pub stderr_bytes: u64,
-    /// What reached the node's disks. Ends from before this was counted have none.
+    /// What was read from the node's disks; what was in memory already is not in it. 0 for ends from before this was counted.
     #[serde(default)]
+    #[schema(required)]
     pub io_read_bytes: u64,
+    /// What was written to the node's disks on its behalf, as far as the kernel knows for whom.
     #[serde(default)]
+    #[schema(required)]
     pub io_written_bytes: u64,
     #[serde(default)]
+    #[schema(required)]
     pub io_reads: u64,
     #[serde(default)]
+    #[schema(required)]
     pub io_writes: u64,
 }
 
-/// Whether the payload wrote more to a stream than was kept.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Whether the program wrote more to a stream than was kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Truncated {
     pub stdout: bool,
     pub stderr: bool,
 }
 
 /// Where the time went, in milliseconds.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Phases {
     /// From the request to the node's claim.
+    #[schema(minimum = 0)]
     pub queue: f64,
     /// Finding the image.
+    #[schema(minimum = 0)]
     pub image: f64,
-    /// From the keeper's receipt of the order to the payload's execve.
+    /// From the keeper's receipt of the order to the program's execve.
+    #[schema(minimum = 0)]
     pub launch: f64,
     /// From the request to the end.
+    #[schema(minimum = 0)]
     pub total: f64,
 }
 

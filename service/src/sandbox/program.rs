@@ -6,6 +6,7 @@ use oci_spec::image::ImageConfiguration;
 use sandbox_core::protocol::{Isolation, Stdin, WindowSize};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use utoipa::ToSchema;
 
 use super::{ImageId, Invalid, Limits, NewSandbox, SandboxId, Signal};
 
@@ -57,9 +58,11 @@ const fn container() -> Isolation {
     Isolation::Container
 }
 
-/// What user 0 of a sandbox may do there.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// What user 0 may do in the sandbox. `none`: no more than any other user. `root_image`: what images expect that are built to run as root — change owners,
+/// become other users, signal them (CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, NET_BIND_SERVICE, SETGID, SETUID), over the sandbox's own ids alone.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
+#[schema(default = "none")]
 pub enum Capabilities {
     /// Nothing that any other user may not.
     #[default]

@@ -3,9 +3,13 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Number, Value, json};
+use utoipa::{
+    PartialSchema, ToSchema,
+    openapi::{RefOr, Schema},
+};
 
-use super::{Bound, Invalid, Limits, RequestedLimits, bounds};
+use super::{Bound, Invalid, Limits, RequestedLimits, bounds, words};
 
 /// What the largest permitted value of a numeric field is called: this and the field's name without its path.
 const LARGEST: &str = "largest_";
@@ -30,11 +34,81 @@ const TENANT_ONLY: [&str; 2] = ["image_bytes", "volume_bytes"];
 
 /// Quotas that are lists of what may be asked for.
 const LISTS: [&str; 2] = ["networks", "isolations"];
+/// Names in one of them.
+const WORDS_MAX: usize = 16;
+/// In place of a value: as if it had never been set.
+const DEFAULT: &str = "default";
 
 /// Quotas by name. One that is absent, or null, is no limit; absent in what differs from others, it is theirs.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Quotas(BTreeMap<String, Value>);
+
+/// Quotas of a tenant as a request changes them, for the contract.
+#[derive(Debug)]
+pub enum QuotaChanges {}
+
+/// Those of a principal.
+#[derive(Debug)]
+pub enum PrincipalQuotaChanges {}
+
+impl PartialSchema for Quotas {
+    fn schema() -> RefOr<Schema> {
+        let description = "By name; null is no limit, and so is one that is absent. Those that begin with `largest_` bound the value of the field of that name in \
+                           `limits`, or `ttl_ms`.";
+        of_names(QuotaScope::Tenant, description, |kind| match kind {
+            Kind::Number => json!({ "type": ["integer", "null"], "minimum": 0, "maximum": NUMBER_MAX }),
+            Kind::List => json!({ "type": ["array", "null"], "items": { "type": "string" } }),
+        })
+    }
+}
+
+impl ToSchema for Quotas {}
+
+impl PartialSchema for QuotaChanges {
+    fn schema() -> RefOr<Schema> {
+        changes(QuotaScope::Tenant, "As `Quotas`; a quota that is `\"default\"` is taken out, and one that is absent stays as it is.")
+    }
+}
+
+impl ToSchema for QuotaChanges {}
+
+impl PartialSchema for PrincipalQuotaChanges {
+    fn schema() -> RefOr<Schema> {
+        changes(QuotaScope::Principal, "As `QuotaChanges`, without those that only a tenant has.")
+    }
+}
+
+impl ToSchema for PrincipalQuotaChanges {}
+
+fn changes(scope: QuotaScope, description: &str) -> RefOr<Schema> {
+    of_names(scope, description, |kind| match kind {
+        Kind::Number => json!({ "oneOf": [{ "type": ["integer", "null"], "minimum": 0, "maximum": NUMBER_MAX }, { "const": DEFAULT }] }),
+        Kind::List => {
+            json!({ "oneOf": [{ "type": ["array", "null"], "maxItems": WORDS_MAX, "items": { "type": "string" } }, { "const": DEFAULT }] })
+        }
+    })
+}
+
+/// An object with every quota that there is in this scope.
+fn of_names(scope: QuotaScope, description: &str, schema: impl Fn(Kind) -> Value) -> RefOr<Schema> {
+    let mut properties = Map::new();
+    let mut add = |name: &str, kind: Kind, description: &str| {
+        let mut schema = schema(kind);
+        schema["description"] = description.into();
+        properties.insert(name.to_owned(), schema);
+    };
+    for (name, counted) in COUNTED.into_iter().filter(|(name, _)| Kind::of(scope, name).is_some()) {
+        let whose = if TENANT_ONLY.contains(&name) { ". Only a tenant has this one." } else { "." };
+        add(name, Kind::Number, &format!("{}{}{whose}", counted[..1].to_uppercase(), &counted[1..]));
+    }
+    for bound in bounds().into_iter().filter(|bound| is_limited(bound)) {
+        add(&format!("{LARGEST}{}", leaf(bound.field)), Kind::Number, &format!("The largest `{}` that may be asked for.", bound.field));
+    }
+    add("networks", Kind::List, "Networks that may be asked for.");
+    add("isolations", Kind::List, "Classes of isolation that may be asked for.");
+    words::schema(json!({ "type": "object", "additionalProperties": false, "description": description, "properties": properties }))
+}
 
 /// What differs for whoever has no quotas of its own.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,7 +118,7 @@ pub struct DefaultQuotas {
 }
 
 /// Whose quotas.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum QuotaScope {
     Tenant,
@@ -89,14 +163,14 @@ impl Quotas {
         for (name, value) in given {
             let field = if field.is_empty() { name.clone() } else { format!("{field}.{name}") };
             let kind = Kind::of(scope, &name).ok_or_else(|| Invalid::new(&*field, "there is no such quota here"))?;
-            if value == "default" {
+            if value == DEFAULT {
                 self.0.remove(&name);
                 continue;
             }
             let is_sound = match (&value, kind) {
                 (Value::Null, _) => true,
-                (Value::Number(number), Kind::Number) => number.as_u64().is_some_and(|number| number <= NUMBER_MAX),
-                (Value::Array(words), Kind::List) => words.len() <= 16 && words.iter().all(Value::is_string),
+                (Value::Number(number), Kind::Number) => whole(number).is_some_and(|number| number <= NUMBER_MAX),
+                (Value::Array(words), Kind::List) => words.len() <= WORDS_MAX && words.iter().all(Value::is_string),
                 _ => false,
             };
             if !is_sound {
@@ -106,6 +180,7 @@ impl Quotas {
                 };
                 return Err(Invalid::new(field, format!("a quota is {wanted}, or \"default\"")));
             }
+            let value = value.as_number().and_then(whole).map_or(value, Value::from);
             self.0.insert(name, value);
         }
         Ok(())
@@ -142,6 +217,15 @@ impl Quotas {
     pub fn largest(&self, field: &str) -> Option<u64> {
         self.number(&format!("{LARGEST}{}", leaf(field)))
     }
+}
+
+/// The number, if it has no fraction and no sign, however it is written, as far as a double is exact.
+pub fn whole(number: &Number) -> Option<u64> {
+    let from_double = || {
+        let text = format!("{:.0}", number.as_f64().filter(|double| double.fract() == 0.0)?);
+        text.parse().ok().filter(|whole| *whole <= NUMBER_MAX)
+    };
+    number.as_u64().or_else(from_double)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

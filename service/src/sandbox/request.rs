@@ -8,8 +8,9 @@ use sandbox_core::{
     protocol::{Isolation, OutputPolicy, WindowSize},
 };
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
-use super::{Bound, Capabilities, Kind, Limits, RequestedLimits, SandboxId, Signal, SignalRequest, User};
+use super::{Bound, Capabilities, Kind, Limits, RequestedLimits, SandboxId, Signal, SignalRequest, User, words};
 
 /// How long `POST /v1/runs` waits for the end before it answers 202.
 pub const WAIT_MS: Bound = Bound { field: "wait_ms", unit: "milliseconds", min: 0, default: Some(30_000), max: 300_000 };
@@ -35,13 +36,20 @@ pub const LIST_LIMIT: Bound = Bound { field: "limit", unit: "entries", min: 1, d
 
 const STOP_GRACE_DEFAULT_MS: u64 = 10_000;
 const FILES_MAX: usize = 1024;
+const _: () = assert!(FILES_MAX == 1024, "the contract of `files` says so too, and takes nothing but a literal");
 /// `args` and `env` travel in one message with the rest of the description.
 const ARGS_ENV_BYTES_MAX: usize = 64 * 1024;
-const LABELS_MAX: usize = 64;
+pub(super) const LABELS_MAX: usize = 64;
 const LABEL_KEY_BYTES_MAX: usize = 63;
-const LABEL_VALUE_BYTES_MAX: usize = 256;
+pub(super) const LABEL_VALUE_BYTES_MAX: usize = 256;
 const REFERENCE_BYTES_MAX: usize = 256;
 const NAME_BYTES_MAX: usize = 63;
+
+/// For the contract: parts with slashes between, none of them `..`, the last neither that nor `.`.
+const FILE_PATTERN: &str = "^/*(([^/.\\u0000][^/\\u0000]*|\\.[^/.\\u0000][^/\\u0000]*|\\.\\.[^/\\u0000]+|\\.)/+)*([^/.\\u0000][^/\\u0000]*|\\.[^/.\\u0000][^/\\u0000]*|\\.\\.[^/\\u0000]+)$";
+/// For the contract: what [`User::parse`] takes, but for names that begin with a digit.
+const USER_PATTERN: &str = "^(|([A-Za-z._$-][A-Za-z0-9._$-]{0,63}|[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-4])\
+                            (:([A-Za-z._$-][A-Za-z0-9._$-]{0,63}|[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-4]))?)$";
 
 /// A field of a request that cannot be accepted, and what it may hold.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -65,76 +73,114 @@ impl Invalid {
 }
 
 /// Body of `POST /v1/runs`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RunRequest {
+    #[schema(value_type = words::Reference)]
     image: String,
     /// In place of the image's; an empty list: none. Without one, what the image has.
     entrypoint: Option<Vec<String>>,
     /// Arguments of the entry point; without one, program and arguments. Without a command here, the image's, if the entry point is the image's, too.
+    #[schema(value_type = Option<words::Command>)]
     command: Option<Vec<String>>,
+    /// Absolute path; absent, the image's. Made if it is missing.
+    #[schema(pattern = "^/[^\\u0000]*$", extensions(("x-schema" = json!({ "maxLength": PATH_BYTES_MAX }))))]
     workdir: Option<String>,
+    /// Whom to run as instead of the image's user: a name or a number, and a group behind a colon. Names are looked up in the image's own files.
+    /// A number alone brings the groups that the image gives it.
+    #[schema(extensions(("x-schema" = json!({ "pattern": USER_PATTERN }))))]
     user: Option<String>,
     #[serde(default)]
     capabilities: Capabilities,
     #[serde(default = "container")]
+    #[schema(value_type = words::Isolation)]
     isolation: Isolation,
+    /// Put into the sandbox before the start, as its user.
     #[serde(default)]
+    #[schema(max_items = 1024)]
     files: Vec<FileRequest>,
+    /// The program's standard input; absent, there is nothing to read.
     stdin: Option<String>,
     #[serde(default)]
     stdin_encoding: Encoding,
     #[serde(default)]
+    #[schema(value_type = words::Env)]
     env: BTreeMap<String, String>,
     #[serde(default)]
+    #[schema(value_type = words::Labels)]
     labels: BTreeMap<String, String>,
     #[serde(default)]
     limits: RequestedLimits,
     #[serde(default = "truncate")]
+    #[schema(value_type = words::OutputPolicy)]
     output_policy: OutputPolicy,
     #[serde(default)]
     network: Network,
     #[serde(default)]
     when_full: WhenFull,
+    /// How long to wait for the end, in milliseconds.
+    #[schema(extensions(("x-bound" = json!(WAIT_MS))))]
     wait_ms: Option<u64>,
+    /// How often the run is tried again, on another node if there is one, when this service failed it (`infra_error`). Never after any other outcome. A program whose
+    /// node died may then have run, in part, before.
+    #[schema(extensions(("x-bound" = json!(RETRY))))]
     retry: Option<u64>,
 }
 
 /// Body of `POST /v1/sandboxes`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SandboxRequest {
+    #[schema(value_type = words::Reference)]
     image: String,
+    /// Given once to a tenant.
+    #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
     name: Option<String>,
     /// In place of the image's; an empty list: none. Without one, what the image has.
     entrypoint: Option<Vec<String>>,
     /// Arguments of the entry point; without one, program and arguments. Without a command here, the image's, if the entry point is the image's, too.
+    #[schema(value_type = Option<words::Command>)]
     command: Option<Vec<String>>,
+    /// Absolute path; absent, the image's. Made if it is missing.
+    #[schema(pattern = "^/[^\\u0000]*$", extensions(("x-schema" = json!({ "maxLength": PATH_BYTES_MAX }))))]
     workdir: Option<String>,
+    /// Whom to run as instead of the image's user: a name or a number, and a group behind a colon. Names are looked up in the image's own files.
+    /// A number alone brings the groups that the image gives it.
+    #[schema(extensions(("x-schema" = json!({ "pattern": USER_PATTERN }))))]
     user: Option<String>,
     #[serde(default)]
     capabilities: Capabilities,
     #[serde(default = "container")]
+    #[schema(value_type = words::Isolation)]
     isolation: Isolation,
+    /// Put into the sandbox before the start, as its user.
     #[serde(default)]
+    #[schema(max_items = 1024)]
     files: Vec<FileRequest>,
+    /// The program's standard input; absent, there is nothing to read.
     stdin: Option<String>,
     #[serde(default)]
     stdin_encoding: Encoding,
     #[serde(default)]
+    #[schema(value_type = words::Env)]
     env: BTreeMap<String, String>,
     #[serde(default)]
+    #[schema(value_type = words::Labels)]
     labels: BTreeMap<String, String>,
     #[serde(default)]
     limits: RequestedLimits,
     #[serde(default = "truncate")]
+    #[schema(value_type = words::OutputPolicy)]
     output_policy: OutputPolicy,
     #[serde(default)]
     network: Network,
     #[serde(default)]
     when_full: WhenFull,
+    /// How long it lives from its creation, in milliseconds; absent, until its end or its deletion.
+    #[schema(extensions(("x-bound" = json!(TTL_MS))))]
     ttl_ms: Option<u64>,
     /// It is ended when it has written no output, was given no input and was asked for nothing inside for so long. Not while it is paused.
+    #[schema(extensions(("x-bound" = json!(IDLE_TIMEOUT_MS))))]
     idle_timeout_ms: Option<u64>,
     /// Remove it, with its log, when it has ended. How it ended is told by its event.
     #[serde(default)]
@@ -144,14 +190,17 @@ pub struct SandboxRequest {
     stdin_open: bool,
     /// Give it a terminal: `true`, or with its size.
     #[serde(default)]
+    #[schema(default = false)]
     tty: TtyRequest,
     /// Instead of the image's, or SIGTERM.
     stop_signal: Option<SignalRequest>,
+    /// How long it has after that signal before it is killed, in milliseconds.
+    #[schema(extensions(("x-bound" = json!(STOP_GRACE_MS))))]
     stop_grace_ms: Option<u64>,
 }
 
 /// Whether a program gets a terminal, and of which size.
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(untagged, expecting = "a terminal is true, false, or its size: {\"rows\": 24, \"columns\": 80}")]
 pub(super) enum TtyRequest {
     Wanted(bool),
@@ -159,10 +208,13 @@ pub(super) enum TtyRequest {
 }
 
 /// In characters.
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct TtySize {
+#[schema(as = TerminalSize)]
+pub struct TtySize {
+    #[schema(extensions(("x-bound" = json!(TTY_ROWS))))]
     rows: u64,
+    #[schema(extensions(("x-bound" = json!(TTY_COLUMNS))))]
     columns: u64,
 }
 
@@ -185,19 +237,26 @@ impl TtyRequest {
     }
 }
 
-#[derive(Debug, Deserialize)]
+/// A file to be put into a sandbox before its start.
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = NewFile)]
 struct FileRequest {
+    /// Absolute, or relative to the working folder; through no `..`. Missing folders are made.
+    #[schema(min_length = 1, extensions(("x-schema" = json!({ "maxLength": PATH_BYTES_MAX, "pattern": FILE_PATTERN }))))]
     path: String,
     content: String,
     #[serde(default)]
     encoding: Encoding,
+    /// Permission bits, octal.
+    #[schema(pattern = "^0?[0-7]{3}$", default = "0644")]
     mode: Option<String>,
 }
 
-/// How bytes stand in JSON.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-enum Encoding {
+/// How bytes stand in the text beside it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(default = "utf-8")]
+pub enum Encoding {
     #[default]
     #[serde(rename = "utf-8")]
     Utf8,
@@ -209,17 +268,20 @@ const fn container() -> Isolation {
     Isolation::Container
 }
 
-/// What of the network a sandbox reaches.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+/// What of the network it reaches. `none` is its own loopback alone.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
-enum Network {
+#[schema(default = "none")]
+pub enum Network {
     #[default]
     None,
 }
 
-/// What becomes of a request when there is no room now.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+/// What becomes of the request when there is no room now, or others wait: it waits its turn, or is refused with `no_capacity`. Room is shared by weight between
+/// tenants and evenly between a tenant's principals; what does not fit is passed over for a while, and then room is held free for it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
+#[schema(default = "queue")]
 pub enum WhenFull {
     /// It waits its turn.
     #[default]

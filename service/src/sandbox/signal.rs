@@ -1,6 +1,7 @@
 //! Signals by the names that people know them by (signal(7)).
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::Invalid;
 
@@ -13,12 +14,13 @@ const RTMIN: i32 = 34;
 const MAX: i32 = 64;
 
 /// A signal that can be sent. In rows and answers it stands by its name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(try_from = "String", into = "String")]
+#[schema(value_type = String)]
 pub struct Signal(i32);
 
 /// How a request names one: `"SIGTERM"`, `"TERM"`, `15`.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, ToSchema)]
 #[serde(untagged, expecting = "a signal is a name, as in SIGTERM, or a number")]
 pub enum SignalRequest {
     Number(i64),

@@ -1,6 +1,7 @@
 //! The life of a sandbox as a table of permitted steps.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Where a sandbox stands.
 ///
@@ -16,8 +17,9 @@ use serde::{Deserialize, Serialize};
 /// ```
 ///
 /// `failed`: the payload never started, or nobody knows what became of it. What is paused goes the same ways as what runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
+#[schema(description = "`failed`: the program never started, or its fate is unknown. Every other end is `exited`.")]
 pub enum State {
     Queued,
     Starting,

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use sqlx::{PgConnection, types::Json};
 use time::OffsetDateTime;
+use utoipa::ToSchema;
 
 use super::{NodeId, Store, StoreError, admission::day_of, events::Act, queue::CHANNEL, unsigned};
 use crate::sandbox::{Invalid, Owner, QuotaScope, Quotas, SandboxId, TenantId};
@@ -38,7 +39,8 @@ pub struct OfTenant {
 }
 
 /// What is used of the quotas that are counted.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, ToSchema)]
+#[schema(as = QuotaUse)]
 pub struct Used {
     pub sandboxes: u64,
     pub memory_bytes: u64,
@@ -48,9 +50,13 @@ pub struct Used {
     pub runs_per_day: u64,
     pub cpu_seconds_per_day: u64,
     pub log_bytes: u64,
+    /// A tenant's alone.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64)]
     pub image_bytes: Option<u64>,
+    /// A tenant's alone.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64)]
     pub volume_bytes: Option<u64>,
 }
 
