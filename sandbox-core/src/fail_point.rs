@@ -34,6 +34,16 @@ pub const STEPS: &[&str] = &[
     "keeper.control.noted",
     "keeper.control.frozen",
     "keeper.control.changed",
+    // An exec, from the request to the answer; its end: init has said so; the log has its last record; who waited knows.
+    "keeper.exec.received",
+    "keeper.exec.log_made",
+    "keeper.exec.recorded",
+    "keeper.exec.ordered",
+    "keeper.exec.started",
+    "keeper.exec.answered",
+    "keeper.exec.reported",
+    "keeper.exec.logged",
+    "keeper.exec.told",
     // What is taken apart after it.
     "keeper.remove.disk",
     "keeper.remove.group",

@@ -3,10 +3,12 @@
 //! It is a program of its own, started afresh for each sandbox, so its memory holds nothing of another one. Payloads cannot trace or
 //! signal it: it is not dumpable, runs as an id of its own, and the kernel shields PID 1 from signals of its own namespace.
 
+mod exec;
 pub mod guest;
 mod gvisor;
 mod payload;
 mod setup;
+pub(crate) mod terminal;
 mod tree;
 
 use std::{
@@ -20,6 +22,7 @@ use rustix::{
     time::{ClockId, clock_gettime},
 };
 
+use exec::Execs;
 use payload::Place;
 use tree::{Refused, Trees};
 
@@ -70,7 +73,7 @@ fn live(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<(), La
         Some(Order::Start(start)) => start,
         // Nothing ever runs here.
         Some(Order::Tree) => return visit(control, &tree, descriptors).step("working on files"),
-        Some(Order::Setup(_) | Order::Layer | Order::Kill | Order::Signal { .. }) | None => {
+        Some(Order::Setup(_) | Order::Layer | Order::Kill | Order::Signal { .. } | Order::Exec(_) | Order::KillExec { .. }) | None => {
             return Err(unexpected()).step("reading the orders");
         }
     };
@@ -80,8 +83,11 @@ fn live(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<(), La
     let pidfd = rustix::process::pidfd_open(pidfd, rustix::process::PidfdFlags::empty()).step("finding the payload")?;
     let started_cpu_us = own_cpu_us();
     let started = Report::Started { at_ns: payload.started_at_ns, own_cpu_us: started_cpu_us.saturating_sub(joined_at_us) };
-    transport::send(control.as_fd(), &started, &[pidfd.as_fd()]).step("reporting the start")?;
-    let (status, at_ns) = supervise(control, payload.pid, &tree, descriptors).step("supervising")?;
+    let brought: Vec<_> = [Some(pidfd.as_fd()), payload.terminal.as_ref().map(AsFd::as_fd)].into_iter().flatten().collect();
+    transport::send(control.as_fd(), &started, &brought).step("reporting the start")?;
+    drop(payload.terminal);
+    let mut execs = Execs::new(&start, payload.identity, Place::of(&setup, &tree), &tree);
+    let (status, at_ns) = supervise(control, payload.pid, &tree, descriptors, &mut execs).step("supervising")?;
     let space = rustix::fs::fstatfs(&tree.writable).step("reading the use of the writable layer")?;
     let ended = Report::Ended {
         status,
@@ -107,33 +113,25 @@ fn layer(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<Owned
 /// Waits until the payload has ended and everything else in the sandbox is dead too.
 ///
 /// What outlives the payload — daemons that left its session, processes stopped or traced — becomes init's child and is killed.
-fn supervise(control: &OwnedFd, payload: libc::pid_t, tree: &Tree, descriptors: &mut VecDeque<OwnedFd>) -> io::Result<(WaitStatus, u64)> {
+fn supervise(
+    control: &OwnedFd,
+    payload: libc::pid_t,
+    tree: &Tree,
+    descriptors: &mut VecDeque<OwnedFd>,
+    execs: &mut Execs<'_>,
+) -> io::Result<(WaitStatus, u64)> {
     let children = setup::child_signals()?;
     let mut trees = Trees::default();
     let mut ended = None;
     loop {
-        loop {
-            match sys::reap(-1, false) {
-                Ok(Some((pid, status))) if pid == payload => {
-                    ended = Some((status, monotonic_ns()));
-                    kill_all()?;
-                }
-                Ok(Some((pid, _))) => trees.reaped(pid),
-                Ok(None) => break,
-                Err(error) if error.raw_os_error() == Some(libc::ECHILD) => {
-                    return ended.ok_or_else(|| io::Error::other("the payload vanished"));
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        let mut ready = [PollFd::new(control, PollFlags::IN), PollFd::new(&children, PollFlags::IN)];
-        rustix::io::retry_on_intr(|| poll(&mut ready, None))?;
-        if !ready[1].revents().is_empty() {
-            while children.read_signal()?.is_some() {}
-        }
-        if !ready[0].revents().is_empty() {
+        // Before any child is reaped: who is to be killed with all that he started must still be found by his number.
+        while is_ordered(control)? {
             match receive(control, descriptors)? {
                 Some(Order::Kill) => kill_all()?,
+                Some(Order::Exec(order)) if ended.is_none() => execs.start(control, *order, std::mem::take(descriptors))?,
+                // Its end is that of the sandbox.
+                Some(Order::Exec(_)) => descriptors.clear(),
+                Some(Order::KillExec { number }) => execs.kill(number)?,
                 // When the payload is dead nobody is to be born any more.
                 Some(Order::Tree) if ended.is_some() => drop(descriptors.pop_back()),
                 Some(Order::Tree) => {
@@ -147,7 +145,37 @@ fn supervise(control: &OwnedFd, payload: libc::pid_t, tree: &Tree, descriptors: 
                 Some(Order::Setup(_) | Order::Layer | Order::Start(_) | Order::Signal { .. }) => return Err(unexpected()),
             }
         }
+        loop {
+            match sys::reap_with_cpu(-1, false) {
+                Ok(Some((pid, status, _))) if pid == payload => {
+                    ended = Some((status, monotonic_ns()));
+                    kill_all()?;
+                }
+                Ok(Some((pid, status, cpu_us))) => {
+                    trees.reaped(pid);
+                    execs.ended(control, pid, status, cpu_us)?;
+                }
+                Ok(None) => break,
+                Err(error) if error.raw_os_error() == Some(libc::ECHILD) => {
+                    return ended.ok_or_else(|| io::Error::other("the payload vanished"));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let mut ready = vec![PollFd::new(control, PollFlags::IN), PollFd::new(&children, PollFlags::IN)];
+        ready.extend(execs.starting().map(|socket| PollFd::from_borrowed_fd(socket, PollFlags::IN)));
+        rustix::io::retry_on_intr(|| poll(&mut ready, None))?;
+        drop(ready);
+        execs.listen(control)?;
+        while children.read_signal()?.is_some() {}
     }
+}
+
+/// Whether an order waits to be read, or the keeper is gone.
+fn is_ordered(control: &OwnedFd) -> io::Result<bool> {
+    let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut ready = [PollFd::new(control, PollFlags::IN)];
+    Ok(rustix::io::retry_on_intr(|| poll(&mut ready, Some(&now)))? > 0)
 }
 
 /// The life of an init that never has a payload: it has others work on files, until the keeper kills it.
@@ -178,7 +206,9 @@ fn visit(control: &OwnedFd, tree: &Tree, descriptors: &mut VecDeque<OwnedFd>) ->
                 Some(Order::Tree) => {}
                 Some(Order::Kill) => kill_all()?,
                 None => std::process::exit(1),
-                Some(Order::Setup(_) | Order::Layer | Order::Start(_) | Order::Signal { .. }) => return Err(unexpected()),
+                Some(Order::Setup(_) | Order::Layer | Order::Start(_) | Order::Signal { .. } | Order::Exec(_) | Order::KillExec { .. }) => {
+                    return Err(unexpected());
+                }
             }
         }
     }

@@ -11,6 +11,7 @@ mod connection;
 mod control;
 mod disk;
 mod end;
+mod exec;
 pub(crate) mod gvisor;
 mod launch;
 mod layer;
@@ -47,6 +48,7 @@ use rustix::{
 
 use commit::Commit;
 use connection::{Asker, Connection};
+use exec::Exec;
 use gvisor::Gvisor;
 use layer::Layers;
 use parked::Lot;
@@ -180,6 +182,7 @@ pub struct Keeper {
     connections: HashMap<u64, Connection>,
     commits: HashMap<u64, Commit>,
     sandboxes: HashMap<u64, Sandbox>,
+    execs: HashMap<u64, Exec>,
     records: Records,
     next_serial: u64,
     slots: Slots,
@@ -202,6 +205,7 @@ pub struct Keeper {
     cores: u64,
     /// How much may be prepared ahead at a time.
     ahead_max: usize,
+    execs_max: usize,
     buffer: Vec<u8>,
     shutdown: Option<Vec<Asker>>,
     trial: Option<Trial>,
@@ -220,6 +224,7 @@ struct Means {
     seccomp: Vec<(u16, u8, u8, u32)>,
     cores: u64,
     ahead_max: usize,
+    execs_max: usize,
     hello: Hello,
 }
 
@@ -242,7 +247,7 @@ fn go_on(options: &Options, description: RawFd) -> io::Result<()> {
 impl Means {
     /// `known`: the fences that this keeper has set up already, by the program before.
     fn load(options: &Options, tree: &Tree, known: Option<Fences>) -> io::Result<Self> {
-        let Room { sandboxes_max, ahead_max } = Room::make(tree)?;
+        let Room { sandboxes_max, ahead_max, execs_max } = Room::make(tree)?;
         let fences = known.map_or_else(|| claim::fences(options), Ok)?;
         let gvisor = Gvisor::open(options)?;
         let hello = Hello {
@@ -257,7 +262,7 @@ impl Means {
         };
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
         let seccomp = crate::seccomp::program().iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect();
-        Ok(Self { programs: build::Programs::load(options)?, gvisor, seccomp, cores, ahead_max, hello })
+        Ok(Self { programs: build::Programs::load(options)?, gvisor, seccomp, cores, ahead_max, execs_max, hello })
     }
 }
 
@@ -287,7 +292,7 @@ impl Keeper {
         let disks = Disks::open(&options.disks, crate::cgroup::discover().mode)?;
         let tree = Tree::open(&claim::name_of(number), claim::devices(options)?)?;
         let ranges = Ranges::new(claim::first_id(number), SANDBOXES_MAX);
-        let Means { programs, gvisor, seccomp, cores, ahead_max, hello } = Means::load(options, &tree, None)?;
+        let Means { programs, gvisor, seccomp, cores, ahead_max, execs_max, hello } = Means::load(options, &tree, None)?;
         claim::sweep_disks(&disks, &options.run, number)?;
         // Only now is everything dead that could write to a log.
         let mut records = Records::default();
@@ -307,6 +312,7 @@ impl Keeper {
             connections: HashMap::new(),
             commits: HashMap::new(),
             sandboxes: HashMap::new(),
+            execs: HashMap::new(),
             records,
             next_serial: 1,
             slots,
@@ -327,6 +333,7 @@ impl Keeper {
             hello,
             cores,
             ahead_max,
+            execs_max,
             buffer: vec![0; log::DATA_BYTES_MAX],
             shutdown: None,
             trial: None,
@@ -403,6 +410,10 @@ impl Keeper {
     /// Keeps what went wrong with one sandbox or client from the others: it is ended, the keeper goes on.
     fn contain(&mut self, source: Source, serial: u64, handled: io::Result<()>) -> io::Result<()> {
         let Err(error) = handled else { return Ok(()) };
+        let is_of_one = !matches!(source, Source::Listener | Source::Signals | Source::Timer | Source::Connection);
+        if is_of_one && self.execs.contains_key(&serial) {
+            return self.fail_exec(serial, &error);
+        }
         match source {
             Source::Listener | Source::Signals | Source::Timer => Err(error),
             Source::Commit => {
@@ -480,6 +491,7 @@ impl Keeper {
     fn is_done(&mut self) -> io::Result<bool> {
         let is_empty = self.lot.len() == 0
             && self.layers.is_empty()
+            && self.execs.is_empty()
             && self.sandboxes.values().all(|sandbox| sandbox.body.is_none() && sandbox.is_told);
         let Some(askers) = self.shutdown.take_if(|_| is_empty) else { return Ok(false) };
         self.slots.drain()?;

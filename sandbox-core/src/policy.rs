@@ -15,7 +15,7 @@ use crate::{
     fence::{Fence, FenceUnknown, Fences},
     keeper::{Weakening, gvisor},
     privileges,
-    protocol::{IoLimits, Launch, Medium, NewLimits, Supervision, init::User},
+    protocol::{Exec, IoLimits, Launch, Medium, NewLimits, Supervision, init::User},
 };
 
 /// A launch that was checked: everything in it is within the node's policy.
@@ -263,6 +263,20 @@ pub(crate) fn check_change(limits: &NewLimits, is_gvisor: bool) -> Result<(), Re
         return Err(Refused("the pids limit under gVisor is held by its kernel, which has it from the start".to_owned()));
     }
     io.map_or(Ok(()), check_io)
+}
+
+/// What a further process may be. Whether its sandbox takes one is not decided here.
+pub(crate) fn check_exec(exec: &Exec) -> Result<(), Refused> {
+    if exec.args.first().is_none_or(String::is_empty) {
+        return Err(missing("args"));
+    }
+    if exec.cwd.as_ref().is_some_and(|cwd| !cwd.starts_with('/')) {
+        return Err(Refused("cwd must be an absolute path".to_owned()));
+    }
+    if exec.env.iter().any(|line| line.split_once('=').is_none_or(|(name, _)| name.is_empty())) {
+        return Err(Refused("env must have lines of NAME=value".to_owned()));
+    }
+    Ok(())
 }
 
 fn missing(field: &str) -> Refused {

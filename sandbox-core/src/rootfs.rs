@@ -102,14 +102,14 @@ pub(crate) fn enter(layout: Layout<'_>, parts: Parts) -> Result<Tree, LaunchErro
     attach(&parts.base, open_folder(CWD, "base")?.as_fd()).step("attaching the base layer")?;
     let root = overlay(fences, label).step("mounting the overlay")?;
     if isolation == Isolation::Gvisor {
-        let proc = hull::enter(layout, &root)?;
-        return Ok(Tree { upper, image: parts.image, base: parts.base, writable, proc, of_runsc });
+        let (proc, terminals) = hull::enter(layout, &root)?;
+        return Ok(Tree { upper, image: parts.image, base: parts.base, writable, proc, terminals, of_runsc });
     }
     attach(&root, open_folder(CWD, "merged")?.as_fd()).step("attaching the overlay")?;
 
     let proc = mount_new("proc", &[], NOSUID_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC, None).step("mounting /proc")?;
     attach(&proc, open_folder(root.as_fd(), "proc")?.as_fd()).step("attaching /proc")?;
-    let dev = devices(root.as_fd(), id_base, shm_bytes, label)?;
+    let (dev, terminals) = devices(root.as_fd(), id_base, shm_bytes, label)?;
     if fences.has(Fence::MaskedProc) {
         restrict_proc(proc.as_fd(), dev.as_fd())?;
     }
@@ -118,7 +118,7 @@ pub(crate) fn enter(layout: Layout<'_>, parts: Parts) -> Result<Tree, LaunchErro
     }
 
     pivot(&root)?;
-    Ok(Tree { upper, image: parts.image, base: parts.base, writable, proc, of_runsc })
+    Ok(Tree { upper, image: parts.image, base: parts.base, writable, proc, terminals, of_runsc })
 }
 
 /// Makes `root`, which is attached somewhere, this process's root, and lets go of the one that it had.
@@ -143,6 +143,8 @@ pub(crate) struct Tree {
     pub(crate) of_runsc: u64,
     /// `/proc` itself, whatever an image or a payload puts in its way.
     pub(crate) proc: OwnedFd,
+    /// `/dev/pts`, in the same way.
+    pub(crate) terminals: OwnedFd,
 }
 
 /// Inodes of the writable layer that are ours and not the payload's: its root, the five folders, and what the overlay makes below `work`
@@ -172,8 +174,8 @@ fn overlay(fences: Fences, label: Option<&str>) -> rustix::io::Result<OwnedFd> {
     fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
-/// `/dev`: the six devices every program expects, terminals, shared memory. Read-only itself, so it can hold nothing else.
-fn devices(root: BorrowedFd<'_>, id_base: u32, shm_bytes: u64, label: Option<&str>) -> Result<OwnedFd, LaunchError> {
+/// `/dev`: the six devices every program expects, terminals, shared memory. Read-only itself, so it can hold nothing else. Returned with its `pts`.
+fn devices(root: BorrowedFd<'_>, id_base: u32, shm_bytes: u64, label: Option<&str>) -> Result<(OwnedFd, OwnedFd), LaunchError> {
     let noexec = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     let dev = tmpfs(&[("size", 64 * 1024), ("nr_inodes", 32), ("mode", 0o755)], noexec, label).step("mounting /dev")?;
     attach(&dev, open_folder(root, "dev")?.as_fd()).step("attaching /dev")?;
@@ -207,7 +209,7 @@ fn devices(root: BorrowedFd<'_>, id_base: u32, shm_bytes: u64, label: Option<&st
     attach(&shared, open_folder(dev.as_fd(), "shm")?.as_fd()).step("attaching /dev/shm")?;
     sys::set_mount_attributes(dev.as_fd(), MountAttributes { read_only: true, ..MountAttributes::default() })
         .step("making /dev read-only")?;
-    Ok(dev)
+    Ok((dev, terminals))
 }
 
 /// Files of proc(5) that tell about the host or reach it. The first are hidden behind `/dev/null`, the folders behind an

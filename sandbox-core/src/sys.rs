@@ -231,11 +231,19 @@ pub(crate) fn bring_loopback_up() -> io::Result<()> {
 /// Raw wait status of the child `pid` once it is dead, which is reaped; `None` while it lives. `pid` -1 stands for any child.
 /// An error of `ECHILD` says that there is no child at all.
 pub(crate) fn reap(pid: libc::pid_t, is_blocking: bool) -> io::Result<Option<(libc::pid_t, WaitStatus)>> {
+    let reaped = reap_with_cpu(pid, is_blocking)?;
+    Ok(reaped.map(|(pid, status, _)| (pid, status)))
+}
+
+/// [`reap`], and the CPU time that the child used, with that of the children it waited for, in microseconds.
+pub(crate) fn reap_with_cpu(pid: libc::pid_t, is_blocking: bool) -> io::Result<Option<(libc::pid_t, WaitStatus, u64)>> {
     let mut status = 0;
+    // SAFETY: rusage is integers, for which all zeroes is a value.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
     let options = libc::__WALL | if is_blocking { 0 } else { libc::WNOHANG };
     loop {
-        // SAFETY: the kernel writes one int to `status`, which outlives the call.
-        let rc = unsafe { libc::waitpid(pid, &raw mut status, options) };
+        // SAFETY: the kernel writes one int to `status` and one rusage to `usage`, which outlive the call.
+        let rc = unsafe { libc::wait4(pid, &raw mut status, options, &raw mut usage) };
         match rc {
             0 => return Ok(None),
             -1 => {
@@ -244,7 +252,7 @@ pub(crate) fn reap(pid: libc::pid_t, is_blocking: bool) -> io::Result<Option<(li
                     return Err(error);
                 }
             }
-            pid => return Ok(Some((pid, WaitStatus::from_raw(status)))),
+            pid => return Ok(Some((pid, WaitStatus::from_raw(status), microseconds(usage.ru_utime) + microseconds(usage.ru_stime)))),
         }
     }
 }
@@ -261,6 +269,10 @@ pub(crate) fn send_signal_to(pid: libc::pid_t, signal: i32) -> io::Result<()> {
     // SAFETY: takes numbers only.
     let rc = unsafe { libc::kill(pid, signal) };
     if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn microseconds(time: libc::timeval) -> u64 {
+    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000 + u64::try_from(time.tv_usec).unwrap_or(0)
 }
 
 /// Lowers a limit of the calling process (setrlimit(2)), both the soft and the hard one, and makes sure that the kernel took it.

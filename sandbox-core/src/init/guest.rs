@@ -100,7 +100,7 @@ fn live(socket: &OwnedFd) -> Result<(), LaunchError> {
     nix::unistd::sethostname(hostname).step("setting the host name")?;
     group.limit(start.pids).step("setting the pids limit")?;
     drop_privileges(capabilities)?;
-    let place = Place { capabilities, fences: Fences::everywhere(), label: None, tasks: Some(&group.tasks) };
+    let place = Place { capabilities, fences: Fences::everywhere(), label: None, tasks: Some(&group.tasks), terminals: None };
     let payload = payload::start(&start, &place, VecDeque::from(datagram.descriptors))?;
     say(Said::Started)?;
 

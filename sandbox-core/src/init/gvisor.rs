@@ -110,7 +110,7 @@ pub(super) fn live(
             }
             Event::Said(Said::Ended(status)) if processes.is_some() => break (status, monotonic_ns()),
             Event::Gone => return Err(guest.why_gone()),
-            Event::Order(Order::Setup(_) | Order::Layer | Order::Start(_) | Order::Tree)
+            Event::Order(Order::Setup(_) | Order::Layer | Order::Start(_) | Order::Exec(_) | Order::KillExec { .. } | Order::Tree)
             | Event::Said(Said::Ready | Said::Started | Said::Failed { .. } | Said::Ended(_)) => {
                 return Err(unexpected()).step("supervising gVisor");
             }

@@ -11,19 +11,26 @@ use std::{
 use nix::unistd::{Gid, Uid};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
 
-use super::{never, next, setup::own_attribute};
+use super::{
+    never, next,
+    setup::own_attribute,
+    terminal::{self, Said},
+};
 use crate::{
     error::{Kind, LaunchError, Step},
     fence::{Fence, Fences},
     files,
-    protocol::init::{Program, Setup, Start},
+    protocol::{
+        WindowSize,
+        init::{Program, Setup, Start},
+    },
     rootfs::Tree,
-    selinux, sys,
+    selinux, sys, transport,
 };
 
 mod user;
 
-use user::Identity;
+pub(super) use user::Identity;
 
 /// The payload, running.
 #[derive(Debug)]
@@ -31,6 +38,9 @@ pub(super) struct Payload {
     pub(super) pid: libc::pid_t,
     /// `CLOCK_MONOTONIC` when execve returned, in nanoseconds.
     pub(super) started_at_ns: u64,
+    pub(super) identity: Identity,
+    /// The master of its terminal, if it has one.
+    pub(super) terminal: Option<OwnedFd>,
 }
 
 /// What the payload is put into.
@@ -43,22 +53,42 @@ pub(super) struct Place<'a> {
     pub(super) label: Option<(&'a Tree, &'a str)>,
     /// The `tasks` file of a cgroup that the payload is to join: one of gVisor's kernel. The host's were joined by init.
     pub(super) tasks: Option<&'a File>,
+    /// Where terminals are made.
+    pub(super) terminals: Option<&'a OwnedFd>,
 }
 
 impl<'a> Place<'a> {
     /// The one that `setup` has made.
     pub(super) fn of(setup: &'a Setup, tree: &'a Tree) -> Self {
         let label = setup.labels.as_ref().map(|labels| (tree, labels.process.as_str()));
-        Self { capabilities: setup.payload_capabilities, fences: setup.fences, label, tasks: None }
+        Self { capabilities: setup.payload_capabilities, fences: setup.fences, label, tasks: None, terminals: Some(&tree.terminals) }
+    }
+
+    /// Has the next execve of this process change its SELinux domain, where there is one.
+    pub(super) fn label_next_exec(&self) -> Result<(), LaunchError> {
+        let Some((tree, label)) = self.label else { return Ok(()) };
+        let exec = own_attribute(tree, "exec")?;
+        selinux::label_next_exec(exec, label).step_on("setting the SELinux label", label)
     }
 }
 
 /// The descriptors that came with the order to start.
 #[derive(Debug)]
 struct Brought {
-    stdio: [OwnedFd; 3],
+    stdio: Stdio,
     files: Option<OwnedFd>,
     inherited: Vec<OwnedFd>,
+}
+
+/// The payload's standard streams.
+#[derive(Debug)]
+enum Stdio {
+    Given([OwnedFd; 3]),
+    /// A terminal of this size, made in the devpts; its master goes through the socket.
+    Terminal {
+        size: WindowSize,
+        to: OwnedFd,
+    },
 }
 
 /// The most of a program's name that is told when it cannot be started.
@@ -69,14 +99,24 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 
 /// Prepares the working folder and the files, then starts the program. When this returns, it runs.
 pub(super) fn start(start: &Start, place: &Place<'_>, mut descriptors: VecDeque<OwnedFd>) -> Result<Payload, LaunchError> {
-    let stdin =
-        if start.has_stdin { next(&mut descriptors, "stdin")? } else { File::open("/dev/null").step_on("opening", "/dev/null")?.into() };
-    let stdio = [stdin, next(&mut descriptors, "stdout")?, next(&mut descriptors, "stderr")?];
+    let (stdio, master) = match start.terminal {
+        None => {
+            let stdin = if start.has_stdin {
+                next(&mut descriptors, "stdin")?
+            } else {
+                File::open("/dev/null").step_on("opening", "/dev/null")?.into()
+            };
+            (Stdio::Given([stdin, next(&mut descriptors, "stdout")?, next(&mut descriptors, "stderr")?]), None)
+        }
+        Some(size) => {
+            let (master, to) = transport::Socket::pair().step("making a socket")?;
+            (Stdio::Terminal { size, to }, Some(master))
+        }
+    };
     let files = if start.has_files { Some(next(&mut descriptors, "files")?) } else { None };
     let brought = Brought { stdio, files, inherited: descriptors.drain(..).collect() };
     let identity = Identity::find(&start.user)?;
-    // As in a root image: capabilities are for its user 0.
-    let identity = Identity { capabilities: if identity.uid == 0 { place.capabilities } else { 0 }, ..identity };
+    let identity = identity.with_capabilities_of(place);
     let cwd = make_folder(&start.cwd, &identity)?;
     let exec = Exec::new(start, &identity)?;
 
@@ -100,7 +140,10 @@ pub(super) fn start(start: &Start, place: &Place<'_>, mut descriptors: VecDeque<
     let mut text = Vec::new();
     File::from(failed).read_to_end(&mut text).step("reading how execve went")?;
     if text.is_empty() {
-        return Ok(Payload { pid, started_at_ns });
+        // It runs, so it has said which it is.
+        let said = master.and_then(|master| master.recv::<Said>().ok().flatten());
+        let terminal = said.and_then(|datagram| datagram.descriptors.into_iter().next());
+        return Ok(Payload { pid, started_at_ns, identity, terminal });
     }
     let (kind, message): (Kind, String) = postcard::from_bytes(&text).map_err(io::Error::other).step("reading how execve went")?;
     Err(LaunchError { kind, step: "", target: String::new(), source: io::Error::other(message) })
@@ -122,13 +165,18 @@ fn become_payload(start: &Start, place: &Place<'_>, identity: &Identity, exec: &
         for (resource, value) in &start.rlimits {
             sys::set_rlimit(*resource, *value).step_on("setting a resource limit", resource)?;
         }
-        for (number, descriptor) in (0..).zip(&stdio) {
-            sys::place_at(descriptor.as_fd(), number).step("placing the standard streams")?;
+        match stdio {
+            Stdio::Given(stdio) => {
+                for (number, descriptor) in (0..).zip(&stdio) {
+                    sys::place_at(descriptor.as_fd(), number).step("placing the standard streams")?;
+                }
+            }
+            Stdio::Terminal { size, to } => {
+                let terminals = place.terminals.ok_or_else(super::unexpected).step("making a terminal")?;
+                terminal::take(terminals, size, to.as_fd())?;
+            }
         }
-        if let Some((tree, label)) = place.label {
-            let exec = own_attribute(tree, "exec")?;
-            selinux::label_next_exec(exec, label).step_on("setting the SELinux label", label)?;
-        }
+        place.label_next_exec()?;
         exec.run(&inherited, place)
     };
     match never_returns() {
@@ -160,7 +208,7 @@ fn open_safely(at: impl AsFd, path: &str, flags: OFlags, mode: Mode) -> rustix::
     }
 }
 
-fn open_folder(path: &str) -> rustix::io::Result<OwnedFd> {
+pub(super) fn open_folder(path: &str) -> rustix::io::Result<OwnedFd> {
     open_safely(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
@@ -219,7 +267,7 @@ fn write_files(stream: File) -> Result<(), LaunchError> {
 
 /// Everything for execve, allocated before the clone.
 #[derive(Debug)]
-struct Exec {
+pub(super) struct Exec {
     program: Program,
     /// Where the program may be, in the order of `PATH`.
     candidates: Vec<CString>,
@@ -228,7 +276,7 @@ struct Exec {
 }
 
 impl Exec {
-    fn new(start: &Start, identity: &Identity) -> Result<Self, LaunchError> {
+    pub(super) fn new(start: &Start, identity: &Identity) -> Result<Self, LaunchError> {
         let name = start.args.first().ok_or_else(|| never("starting the payload", "", "the command is empty"))?;
         let mut env = start.env.clone();
         let has = |name: &str, env: &[String]| env.iter().any(|line| line.split_once('=').is_some_and(|(n, _)| n == name));
@@ -256,7 +304,7 @@ impl Exec {
 
     /// execve(2) on the first candidate that exists. Errors are those of execvp(3): a program that may not be executed is reported, unless
     /// a later folder has one that may.
-    fn run(&self, inherited: &[OwnedFd], place: &Place<'_>) -> Result<std::convert::Infallible, LaunchError> {
+    pub(super) fn run(&self, inherited: &[OwnedFd], place: &Place<'_>) -> Result<std::convert::Infallible, LaunchError> {
         // The parent reads why only when this process has ended, so it must fit the pipe.
         let name: String = self.args.first().map(|name| name.to_string_lossy().chars().take(NAME_CHARS_MAX).collect()).unwrap_or_default();
         let parked = pass_on(inherited).step("passing on descriptors")?;
@@ -308,8 +356,13 @@ fn pass_on(inherited: &[OwnedFd]) -> io::Result<Vec<OwnedFd>> {
 }
 
 impl Identity {
+    /// As in a root image: capabilities are for its user 0.
+    pub(super) fn with_capabilities_of(self, place: &Place<'_>) -> Self {
+        Self { capabilities: if self.uid == 0 { place.capabilities } else { 0 }, ..self }
+    }
+
     /// Becomes this user, for good. A capability that is dropped here cannot come back at execve (`no_new_privs`).
-    fn assume(&self) -> Result<(), LaunchError> {
+    pub(super) fn assume(&self) -> Result<(), LaunchError> {
         let groups: Vec<Gid> = self.groups.iter().copied().map(Gid::from_raw).collect();
         nix::unistd::setgroups(&groups).step("setting the groups")?;
         let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));

@@ -2,18 +2,20 @@
 
 use std::{
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 use rustix::{
-    fs::Mode,
+    fs::{FileType, Mode, makedev},
     net::{AddressFamily, SocketFlags, SocketType, socket_with},
+    termios::{SpecialCodeIndex, tcgetattr, tcsetwinsize},
 };
 use serde::{Deserialize, Serialize};
 
 use super::{
     Keeper,
     connection::{Asker, failed, failed_at},
+    exec::output_of,
     monotonic_ns,
     records::State,
     requests::WAITERS_MAX,
@@ -27,9 +29,10 @@ use crate::{
     error::shortage,
     fail_point::reached,
     fence::Fence,
+    init::terminal,
     network, policy,
     protocol::{
-        Answer, FailureKind, Family, KillReason, NewLimits, Sample, SandboxId,
+        Answer, FailureKind, Family, KillReason, NewLimits, Sample, SandboxId, WindowSize,
         init::{Order, WaitStatus},
     },
     sys,
@@ -102,10 +105,11 @@ impl Keeper {
         match self.records.get(id) {
             None => Named::Nothing,
             Some(State::Ended(_)) => Named::Over,
-            Some(State::Alive(serial)) => match self.sandboxes.get(serial) {
-                Some(sandbox) if sandbox.ending.is_none() => Named::Alive(*serial),
-                _ => Named::Over,
-            },
+            Some(State::Alive(serial)) => {
+                let of_sandbox = self.sandboxes.get(serial).map(|sandbox| sandbox.ending.is_none());
+                let is_alive = of_sandbox.or_else(|| self.execs.get(serial).map(|exec| exec.ending.is_none()));
+                if is_alive == Some(true) { Named::Alive(*serial) } else { Named::Over }
+            }
         }
     }
 
@@ -133,8 +137,8 @@ impl Keeper {
             Named::Over => return Ok(Answer::Done),
             Named::Alive(serial) => serial,
         };
-        if self.sandboxes.get(&serial).is_some_and(|sandbox| sandbox.launched.is_none()) {
-            return Ok(failed(FailureKind::Busy, format!("sandbox {id} does not run yet")));
+        if !self.is_launched(serial) {
+            return Ok(failed(FailureKind::Busy, format!("{id} does not run yet")));
         }
         // The freezer of v1 keeps even this one for later.
         if signal == libc::SIGKILL {
@@ -154,13 +158,15 @@ impl Keeper {
             Named::Over => return Ok(Answer::Done),
             Named::Alive(serial) => serial,
         };
-        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(Answer::Done) };
-        if sandbox.launched.is_none() {
+        if !self.is_launched(serial) {
             // There is nobody yet who could heed a signal.
             self.decide(serial, Decision::Killed(reason))?;
             return Ok(Answer::Done);
         }
-        sandbox.stopping = Some(Stopping::note(sandbox.stopping, signal, reason));
+        let of_sandbox = self.sandboxes.get_mut(&serial).map(|sandbox| &mut sandbox.stopping);
+        if let Some(stopping) = of_sandbox.or_else(|| self.execs.get_mut(&serial).map(|exec| &mut exec.stopping)) {
+            *stopping = Some(Stopping::note(*stopping, signal, reason));
+        }
         reached("keeper.control.noted");
         self.timer.set(monotonic_ns().saturating_add(grace_ms.saturating_mul(1_000_000)), serial, Due::Grace)?;
         self.thaw(serial)?;
@@ -170,14 +176,23 @@ impl Keeper {
 
     /// The grace of a stop is over.
     pub(super) fn end_grace(&mut self, serial: u64) -> io::Result<()> {
-        match self.sandboxes.get(&serial).and_then(|sandbox| sandbox.stopping) {
+        let of_exec = || self.execs.get(&serial).and_then(|exec| exec.stopping);
+        match self.sandboxes.get(&serial).map_or_else(of_exec, |sandbox| sandbox.stopping) {
             Some(stopping) => self.decide(serial, Decision::Killed(stopping.reason)),
             None => Ok(()),
         }
     }
 
-    /// To the payload's first process. Under gVisor that is known to the kernel inside alone.
+    fn is_launched(&self, serial: u64) -> bool {
+        let of_sandbox = self.sandboxes.get(&serial).map(|sandbox| sandbox.launched.is_some());
+        of_sandbox.or_else(|| self.execs.get(&serial).map(|exec| exec.launched.is_some())).unwrap_or(false)
+    }
+
+    /// To the first process of a payload or an exec. Under gVisor that is known to the kernel inside alone.
     fn send_signal(&mut self, serial: u64, signal: i32) -> io::Result<()> {
+        if let Some(exec) = self.execs.get(&serial) {
+            return exec.process.as_ref().map_or(Ok(()), |process| signal_one(process, signal));
+        }
         let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
         let Some(body) = &sandbox.body else { return Ok(()) };
         if sandbox.processes.is_some() {
@@ -187,11 +202,7 @@ impl Keeper {
                 sent => sent,
             };
         }
-        let Some(payload) = &body.payload else { return Ok(()) };
-        match sys::send_signal(payload.as_fd(), signal) {
-            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
-            sent => sent,
-        }
+        body.payload.as_ref().map_or(Ok(()), |payload| signal_one(payload, signal))
     }
 
     /// Begins to freeze a sandbox. Answers when it stands still.
@@ -370,24 +381,89 @@ impl Keeper {
         }
     }
 
-    /// Lets go of that end.
+    /// Lets go of that end; at a terminal, types what says so.
     pub(super) fn end_input(&mut self, id: SandboxId) -> Answer {
-        match self.named(id) {
-            Named::Nothing => gone(format!("no sandbox {id}")),
-            Named::Over => Answer::Done,
-            Named::Alive(serial) => {
-                if let Some(sandbox) = self.sandboxes.get_mut(&serial) {
-                    sandbox.input = None;
+        let serial = match self.named(id) {
+            Named::Nothing => return gone(format!("no sandbox {id}")),
+            Named::Over => return Answer::Done,
+            Named::Alive(serial) => serial,
+        };
+        if let Some(terminal) = self.terminal_of(serial) {
+            return match end_typing(terminal) {
+                Ok(()) => Answer::Done,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    failed(FailureKind::Busy, "the terminal has input that was not read yet")
                 }
-                Answer::Done
-            }
+                Err(error) => failed_at("typing the end of the input", &error),
+            };
+        }
+        if let Some(sandbox) = self.sandboxes.get_mut(&serial) {
+            sandbox.input = None;
+        } else if let Some(exec) = self.execs.get_mut(&serial) {
+            exec.input = None;
+        }
+        Answer::Done
+    }
+
+    /// Tells the programs at a terminal how large it is.
+    pub(super) fn resize(&mut self, id: SandboxId, size: WindowSize) -> Answer {
+        let serial = match self.named(id) {
+            Named::Nothing => return gone(format!("no sandbox {id}")),
+            Named::Over => return Answer::Done,
+            Named::Alive(serial) => serial,
+        };
+        if !output_of(&mut self.sandboxes, &mut self.execs, serial).is_some_and(|output| output.is_terminal()) {
+            return failed(FailureKind::Refused, format!("{id} has no terminal"));
+        }
+        match self.terminal_of(serial).map(|terminal| tcsetwinsize(terminal, terminal::of(size))) {
+            None if self.is_launched(serial) => Answer::Done,
+            None => failed(FailureKind::Busy, format!("{id} does not run yet")),
+            Some(Ok(())) => Answer::Done,
+            Some(Err(error)) => failed_at("sizing the terminal", &error.into()),
         }
     }
 
-    fn input_of(&self, id: SandboxId) -> Option<&OwnedFd> {
-        let Named::Alive(serial) = self.named(id) else { return None };
-        self.sandboxes.get(&serial)?.input.as_ref()
+    /// The master of the terminal of a payload or an exec, while that stands.
+    fn terminal_of(&self, serial: u64) -> Option<BorrowedFd<'_>> {
+        let of_sandbox = self.sandboxes.get(&serial).map(|sandbox| &sandbox.output);
+        of_sandbox.or_else(|| self.execs.get(&serial).map(|exec| &exec.output))?.terminal()
     }
+
+    fn input_of(&self, id: SandboxId) -> Option<BorrowedFd<'_>> {
+        let Named::Alive(serial) = self.named(id) else { return None };
+        let pipe = match self.sandboxes.get(&serial) {
+            Some(sandbox) => sandbox.input.as_ref(),
+            None => self.execs.get(&serial)?.input.as_ref(),
+        };
+        self.terminal_of(serial).or(pipe.map(AsFd::as_fd))
+    }
+}
+
+/// It may be dead already.
+fn signal_one(process: &OwnedFd, signal: i32) -> io::Result<()> {
+    match sys::send_signal(process.as_fd(), signal) {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+        sent => sent,
+    }
+}
+
+/// What its user types at a terminal to end the input, as its programs have set it.
+fn end_typing(terminal: BorrowedFd<'_>) -> io::Result<()> {
+    let character = tcgetattr(terminal)?.special_codes[SpecialCodeIndex::VEOF];
+    rustix::io::write(terminal, &[character])?;
+    Ok(())
+}
+
+/// What an init says is a terminal's master, once that is sure: whatever else it were, reading it could block.
+pub(super) fn master_of(descriptor: OwnedFd) -> io::Result<OwnedFd> {
+    let stat = rustix::fs::fstat(&descriptor)?;
+    // `TTYAUX_MAJOR` and the number of `/dev/ptmx` (the kernel's admin-guide/devices.txt).
+    let is_master = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == makedev(5, 2);
+    if !is_master {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "an init gave something else for a terminal"));
+    }
+    rustix::io::ioctl_fionbio(&descriptor, true)?;
+    Ok(descriptor)
 }
 
 /// A pipe for what a process is to read: its end, and ours, which does not block.

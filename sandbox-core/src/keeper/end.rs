@@ -21,12 +21,19 @@ use crate::{
 /// The time between two attempts at a cgroup that cannot be removed.
 const REMOVE_AGAIN_AFTER_NS: u64 = 1_000_000_000;
 /// How long an ending waits for room in its log.
-const TELL_WITHIN_NS: u64 = 30_000_000_000;
+pub(super) const TELL_WITHIN_NS: u64 = 30_000_000_000;
 
 impl Keeper {
     /// The sandbox is over: reads the last output and the counters, notes the verdict, and answers. It is taken apart later.
     pub(super) fn end(&mut self, serial: u64, ended: Option<Ended>, failure: Option<Cause>) {
-        let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.ending.is_none()) else { return };
+        if self.sandboxes.get(&serial).is_none_or(|sandbox| sandbox.ending.is_some() || sandbox.body.is_none()) {
+            return;
+        }
+        if let Err(error) = self.unwatch_output(serial) {
+            warn(format_args!("what a payload wrote is still watched: {error}"));
+        }
+        self.end_execs_of(serial);
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return };
         let Some(body) = &sandbox.body else { return };
         for kind in [Kind::Stdout, Kind::Stderr] {
             // The ending says what is lost. How it ended is known all the same.
@@ -53,13 +60,17 @@ impl Keeper {
     /// Writes the ending to the log and tells it. If the disk has no room for it, or for what the payload wrote last, it waits a while for some.
     /// Then that output is given up, and the ending says so: how it ended is told as it was, or it would run again.
     pub(super) fn tell_end(&mut self, serial: u64) {
+        // Theirs come first; the last of them comes back here.
+        if self.has_execs(serial) {
+            return;
+        }
         let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| !sandbox.is_told) else { return };
         let Some(mut ending) = sandbox.ending.clone() else { return };
         // Before anybody is told: what was said must hold after a kill of the keeper, too.
         if let Err(error) = sandbox.output.finish(&ending) {
             let now_ns = monotonic_ns();
             let may_wait = is_no_room(&error) && now_ns < sandbox.tell_by_ns && self.shutdown.is_none();
-            if may_wait && self.timer.set(now_ns + sandbox.next_room_pause_ns(), serial, Due::Room).is_ok() {
+            if may_wait && self.timer.set(now_ns + sandbox.output.next_room_pause_ns(), serial, Due::Room).is_ok() {
                 return;
             }
             warn(format_args!("ending a log failed: {error}"));

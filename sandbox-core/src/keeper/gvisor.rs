@@ -66,6 +66,9 @@ pub(super) fn check(launch: &Launch, offered: &[Isolation], memory_bytes: u64) -
     if !offered.contains(&launch.isolation) {
         return Err("this node has no gVisor: its program runsc is not installed".to_owned());
     }
+    if launch.isolation == Isolation::Gvisor && launch.terminal.is_some() {
+        return Err("there are no terminals under gVisor".to_owned());
+    }
     if launch.isolation == Isolation::Gvisor && memory_bytes < MEMORY_BYTES_MIN {
         return Err(format!("memory.limit must be at least {MEMORY_BYTES_MIN} bytes under gVisor, whose kernel counts as well"));
     }

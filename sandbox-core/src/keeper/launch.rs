@@ -27,7 +27,6 @@ use crate::{
     error::at,
     fail_point::reached,
     fence::{Fence, Fences},
-    log::Kind,
     network,
     policy::Plan,
     privileges,
@@ -84,9 +83,6 @@ impl Keeper {
         if launch.isolation == Isolation::Gvisor {
             plan.limits.pids = gvisor::host_pids(pids);
         }
-        if launch.terminal.is_some() {
-            return Err(refused("this keeper gives out no terminals".to_owned()));
-        }
         let id = launch.id;
         if self.records.get(id).is_some() {
             return Err(refused(format!("sandbox {id} exists already")));
@@ -104,7 +100,9 @@ impl Keeper {
             return Err(refused("stdin must be a regular file or a pipe".to_owned()));
         }
         let files = next(launch.has_files, "the files")?;
-        let (stdin, input) = if launch.stdin == Stdin::Held {
+        let (stdin, input) = if launch.terminal.is_some() {
+            (None, None)
+        } else if launch.stdin == Stdin::Held {
             let (theirs, ours) = input_pipe().map_err(|error| Box::new(failed_at("making a pipe for the input", &error)))?;
             (Some(theirs), Some(ours))
         } else {
@@ -142,6 +140,7 @@ impl Keeper {
             pids,
             has_stdin: stdin.is_some(),
             has_files: files.is_some(),
+            terminal: launch.terminal,
         };
         Ok(Preparation {
             purpose: Purpose::Payload { id },
@@ -209,6 +208,7 @@ impl Keeper {
             pids: UNPACK_LIMITS.pids,
             has_stdin: false,
             has_files: false,
+            terminal: None,
         };
         let body = Preparation {
             purpose: Purpose::Unpack { image, folder, asker },
@@ -259,9 +259,8 @@ impl Keeper {
     /// Gives the payload to a sandbox that stands ready for it, or to a new one.
     fn spawn(&mut self, asked: Preparation, received_at_ns: u64) -> io::Result<()> {
         // First, because from the next line on there is something to clean up.
-        let pipes = output_pipe().and_then(|stdout| Ok((stdout, output_pipe()?)));
-        let ((stdout, stdout_end), (stderr, stderr_end)) = match pipes {
-            Ok(pipes) => pipes,
+        let (pipes, ends) = match asked.start.terminal.map_or_else(output_pipes, |_| Ok((None, Vec::new()))) {
+            Ok(made) => made,
             Err(error) => return self.give_up(&asked, BuildError::Host(error)),
         };
         let parked = asked.class().and_then(|class| self.lot.take(&class, received_at_ns));
@@ -306,8 +305,8 @@ impl Keeper {
             // Only its end is told.
             Purpose::Unpack { .. } | Purpose::Visit { .. } => None,
         };
-        let output = Output::new(sink, supervision.output_bytes, supervision.output_policy, stdout, stderr);
-        let descriptors = stdin.into_iter().chain([stdout_end, stderr_end]).chain(descriptors).collect();
+        let output = Output::new(sink, supervision.output_bytes, supervision.output_policy, pipes);
+        let descriptors = stdin.into_iter().chain(ends).chain(descriptors).collect();
         let sandbox = Sandbox {
             purpose,
             image: image_id,
@@ -333,7 +332,6 @@ impl Keeper {
             init_cpu_us: 0,
             ending: None,
             tell_by_ns: 0,
-            room_pause_ns: 0,
             is_told: false,
             launch_asker,
             waiters: Vec::new(),
@@ -385,6 +383,7 @@ impl Keeper {
             pids: shape.limits.pids,
             has_stdin: false,
             has_files: false,
+            terminal: None,
         };
         let asked = Preparation {
             purpose: Purpose::Visit { id, sent: 0, waiting: vec![socket] },
@@ -411,10 +410,7 @@ impl Keeper {
     fn watch_new(&mut self, serial: u64, received_at_ns: u64) -> io::Result<()> {
         self.timer.set(received_at_ns + START_WITHIN_NS, serial, Due::Start)?;
         let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
-        for (kind, source) in [(Kind::Stdout, Source::Stdout), (Kind::Stderr, Source::Stderr)] {
-            self.watch(sandbox.output.pipe(kind).expect("the pipes are new"), source, serial)?;
-        }
-        Ok(())
+        self.watch_output(serial, &sandbox.output)
     }
 
     /// Sets the limits and gives init, which waits, its payload.
@@ -501,13 +497,19 @@ impl Preparation {
 /// What the unpacker may use: it streams, so a little memory does; page cache that it fills is given back.
 const UNPACK_LIMITS: Limits = Limits { memory_bytes: 512 << 20, cpu_quota_us: 100_000, cpu_period_us: 100_000, pids: 4 };
 
-fn is_stream(descriptor: &OwnedFd) -> io::Result<bool> {
+pub(super) fn is_stream(descriptor: &OwnedFd) -> io::Result<bool> {
     let kind = FileType::from_raw_mode(rustix::fs::fstat(descriptor)?.st_mode);
     Ok(matches!(kind, FileType::RegularFile | FileType::Fifo))
 }
 
+/// Those for stdout and stderr: the reading ends, and the others.
+fn output_pipes() -> io::Result<(Option<(OwnedFd, OwnedFd)>, Vec<OwnedFd>)> {
+    let ((stdout, stdout_end), (stderr, stderr_end)) = (output_pipe()?, output_pipe()?);
+    Ok((Some((stdout, stderr)), vec![stdout_end, stderr_end]))
+}
+
 /// A pipe whose reading end, which is ours, does not block; the payload's does, as programs expect.
-fn output_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+pub(super) fn output_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
     rustix::io::ioctl_fionbio(&ours, true)?;
     // Programs open /dev/stdout and /dev/stderr, which is this pipe, as whatever user they are: for writing alone.

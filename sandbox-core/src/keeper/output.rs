@@ -46,6 +46,12 @@ pub(super) struct Output {
     /// Records that the disk had no room for, in order. While there are any, nothing more is read, and the payload waits in its write.
     #[serde(default)]
     held: VecDeque<Held>,
+    /// The pause before the next look for room in the log, in nanoseconds.
+    #[serde(default)]
+    room_pause_ns: u64,
+    /// Both streams are one terminal's, whose master is where the first one is read.
+    #[serde(default)]
+    is_terminal: bool,
 }
 
 /// A record that is not written yet.
@@ -82,6 +88,10 @@ pub(super) enum Pumped {
     Held,
 }
 
+/// The time between the first two looks for room on the disk of the logs, and the longest between any two.
+const ROOM_AGAIN_AFTER_NS: u64 = 50_000_000;
+const ROOM_AGAIN_AT_LEAST_EVERY_NS: u64 = 1_000_000_000;
+
 /// Reads of one stream before the others get their turn.
 const READS_PER_TURN: usize = 8;
 /// Reads that empty the largest pipe (`/proc/sys/fs/pipe-max-size`, 1 MiB), with room to spare.
@@ -102,10 +112,40 @@ impl Sink {
 }
 
 impl Output {
-    /// Reads from `stdout` and `stderr`, the reading ends of pipes, which must not block.
-    pub(super) fn new(sink: Sink, limit_bytes: u64, policy: OutputPolicy, stdout: OwnedFd, stderr: OwnedFd) -> Self {
-        let stream = |pipe| Stream { pipe: Some(pipe), written_bytes: 0, kept_bytes: 0, lost_bytes: 0 };
-        Self { sink, limit_bytes, policy, stdout: stream(stdout), stderr: stream(stderr), held: VecDeque::new() }
+    /// Reads from these reading ends of pipes, which must not block; or without them from a terminal, whose master comes later ([`Output::attach`]).
+    pub(super) fn new(sink: Sink, limit_bytes: u64, policy: OutputPolicy, pipes: Option<(OwnedFd, OwnedFd)>) -> Self {
+        let stream = |pipe| Stream { pipe, written_bytes: 0, kept_bytes: 0, lost_bytes: 0 };
+        let is_terminal = pipes.is_none();
+        let (stdout, stderr) = pipes.unzip();
+        let (stdout, stderr) = (stream(stdout), stream(stderr));
+        Self { sink, limit_bytes, policy, stdout, stderr, held: VecDeque::new(), room_pause_ns: 0, is_terminal }
+    }
+
+    /// Reads from this master of a terminal, which must not block. Nothing, if it is not one's.
+    pub(super) fn attach(&mut self, master: OwnedFd) {
+        if self.is_terminal {
+            self.stdout.pipe = Some(master);
+        }
+    }
+
+    /// The master, while the terminal stands.
+    pub(super) fn terminal(&self) -> Option<BorrowedFd<'_>> {
+        self.pipe(Kind::Stdout).filter(|_| self.is_terminal)
+    }
+
+    pub(super) fn is_terminal(&self) -> bool {
+        self.is_terminal
+    }
+
+    /// How long to wait before the next look for room in the log: longer each time, until there was some.
+    pub(super) fn next_room_pause_ns(&mut self) -> u64 {
+        self.room_pause_ns = (self.room_pause_ns * 2).clamp(ROOM_AGAIN_AFTER_NS, ROOM_AGAIN_AT_LEAST_EVERY_NS);
+        self.room_pause_ns
+    }
+
+    /// Reads nothing more from a stream whose writers have closed it. It must not be watched any more.
+    pub(super) fn close_stream(&mut self, kind: Kind) {
+        self.stream_mut(kind).pipe = None;
     }
 
     pub(super) fn pipe(&self, kind: Kind) -> Option<BorrowedFd<'_>> {
@@ -183,16 +223,15 @@ impl Output {
                 Err(error) => return Err(error),
             }
         }
+        self.room_pause_ns = 0;
         Ok(true)
     }
 
     fn read(&mut self, kind: Kind, buffer: &mut [u8], at_us: u64) -> io::Result<Pumped> {
         let Some(pipe) = &self.stream(kind).pipe else { return Ok(Pumped::Closed) };
         match rustix::io::retry_on_intr(|| rustix::io::read(pipe, &mut *buffer)) {
-            Ok(0) => {
-                self.stream_mut(kind).pipe = None;
-                Ok(Pumped::Closed)
-            }
+            // A terminal that nobody has open any more says so by an error.
+            Ok(0) | Err(rustix::io::Errno::IO) => Ok(Pumped::Closed),
             Ok(len) => self.keep(kind, &buffer[..len], at_us).map(|()| Pumped::More),
             Err(rustix::io::Errno::AGAIN) => Ok(Pumped::Empty),
             Err(error) => Err(error.into()),
@@ -313,7 +352,7 @@ mod tests {
         let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::NONBLOCK).unwrap();
         let ((stdout, stdout_writer), (stderr, stderr_writer)) = (pipe(), pipe());
         let sink = Sink::Memory { stdout: Vec::new(), stderr: Vec::new() };
-        (Output::new(sink, limit_bytes, policy, stdout, stderr), stdout_writer.into(), stderr_writer.into())
+        (Output::new(sink, limit_bytes, policy, Some((stdout, stderr))), stdout_writer.into(), stderr_writer.into())
     }
 
     #[test]

@@ -79,7 +79,7 @@ impl Keeper {
                 Ok(Some(datagram)) => {
                     let Call { tag, request } = datagram.message;
                     // Nobody waits for it any more: whoever comes after the one that asked gives it out again.
-                    if matches!(request, Request::Launch(_) | Request::Unpack { .. }) && connection.is_left() {
+                    if matches!(request, Request::Launch(_) | Request::Exec(_) | Request::Unpack { .. }) && connection.is_left() {
                         continue;
                     }
                     self.on_request(Asker { connection: serial, tag }, request, datagram.descriptors)?;
@@ -103,20 +103,25 @@ impl Keeper {
                 failed(FailureKind::Refused, format!("this keeper speaks version {VERSION} of its protocol, not {version}"))
             }
             Request::Hello { .. } => Answer::Hello(self.hello.clone()),
-            Request::Launch(_) | Request::Unpack { .. } if self.shutdown.is_some() => failed(FailureKind::Busy, "the keeper is stopping"),
+            Request::Launch(_) | Request::Exec(_) | Request::Unpack { .. } if self.shutdown.is_some() => {
+                failed(FailureKind::Busy, "the keeper is stopping")
+            }
             Request::Launch(launch) => return self.launch(asker, *launch, descriptors),
             Request::Unpack { image, layers, limits } => return self.unpack(asker, image, layers, limits, descriptors),
             Request::Wait { id } => match self.records.get(id) {
                 None => failed(FailureKind::Gone, format!("no sandbox {id}")),
                 Some(State::Ended(ending)) => Answer::Ended(ending.clone()),
-                Some(State::Alive(serial)) => match self.sandboxes.get_mut(serial) {
-                    None => failed(FailureKind::Gone, format!("no sandbox {id}")),
-                    Some(sandbox) if sandbox.waiters.len() >= WAITERS_MAX => failed(FailureKind::Busy, "too many wait for this sandbox"),
-                    Some(sandbox) => {
-                        sandbox.waiters.push(asker);
-                        return Ok(());
+                Some(State::Alive(serial)) => {
+                    let of_sandbox = self.sandboxes.get_mut(serial).map(|sandbox| &mut sandbox.waiters);
+                    match of_sandbox.or_else(|| self.execs.get_mut(serial).map(|exec| &mut exec.waiters)) {
+                        None => failed(FailureKind::Gone, format!("no sandbox {id}")),
+                        Some(waiters) if waiters.len() >= WAITERS_MAX => failed(FailureKind::Busy, "too many wait for this sandbox"),
+                        Some(waiters) => {
+                            waiters.push(asker);
+                            return Ok(());
+                        }
                     }
-                },
+                }
             },
             Request::Kill { id, reason } => match self.records.get(id) {
                 None => failed(FailureKind::Gone, format!("no sandbox {id}")),
@@ -160,7 +165,9 @@ impl Keeper {
                 return Ok(());
             }
             Request::EndInput { id } => self.end_input(id),
-            Request::Resize { .. } | Request::Exec(_) | Request::MakeVolume { .. } | Request::RemoveVolume { .. } | Request::Volumes => {
+            Request::Resize { id, size } => self.resize(id, size),
+            Request::Exec(exec) => return self.exec(asker, *exec, descriptors),
+            Request::MakeVolume { .. } | Request::RemoveVolume { .. } | Request::Volumes => {
                 failed(FailureKind::Refused, "this keeper does not do that")
             }
             Request::Tree { .. } if self.shutdown.is_some() => failed(FailureKind::Busy, "the keeper is stopping"),
@@ -244,6 +251,10 @@ impl Keeper {
             sandbox.waiters.retain(|asker| asker.connection != serial);
             sandbox.pausers.retain(|asker| asker.connection != serial);
             sandbox.launch_asker = sandbox.launch_asker.filter(|asker| asker.connection != serial);
+        }
+        for exec in self.execs.values_mut() {
+            exec.waiters.retain(|asker| asker.connection != serial);
+            exec.launch_asker = exec.launch_asker.filter(|asker| asker.connection != serial);
         }
     }
 }

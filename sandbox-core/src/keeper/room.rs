@@ -11,9 +11,14 @@ use crate::{
     protocol::{OutputPolicy, Supervision},
 };
 
-/// Descriptors of a sandbox besides its groups': two namespaces; init and its socket; two pipes and the log; a layer on disk, or the two of who makes it, and its second mount;
-/// before the payload starts, the four that it will have, and afterwards two fewer, of the payload and of the memory limit.
-const OF_SANDBOX: u64 = 14;
+/// Descriptors of a sandbox besides its groups': two namespaces; init and its socket; two pipes and the log; the writing end of its input; a layer on disk, or the
+/// two of who makes it, and its second mount; before the payload starts, the four that it will have, and afterwards two fewer, of the payload and of the memory limit.
+const OF_SANDBOX: u64 = 15;
+/// Of an exec: two pipes and the log; the process; the writing end of its input; the three that it will have, until init has them.
+const OF_EXEC: u64 = 8;
+/// Execs of one keeper at a time, and what part of the descriptors is theirs where there are few.
+const EXECS_MAX: u64 = 4096;
+const PART_OF_EXECS: u64 = 16;
 /// For connections, for what a message brings along, for files that are open for a moment, for the keeper's own.
 const RESERVE: u64 = 64 + 130 + 62;
 /// The most sandboxes, and parts of such, that are prepared ahead.
@@ -25,13 +30,15 @@ pub(super) struct Room {
     pub(super) sandboxes_max: u32,
     /// How many may be prepared ahead at a time, whole or in part.
     pub(super) ahead_max: usize,
+    /// How many execs there may be in all sandboxes together.
+    pub(super) execs_max: usize,
 }
 
 impl Room {
     /// Raises the limit of descriptors as far as it takes and this process may.
     pub(super) fn make(tree: &Tree) -> io::Result<Self> {
         let each = OF_SANDBOX + tree.hierarchies();
-        let wanted = RESERVE + (u64::from(SANDBOXES_MAX) + AHEAD_MAX) * each;
+        let wanted = RESERVE + (u64::from(SANDBOXES_MAX) + AHEAD_MAX) * each + EXECS_MAX * OF_EXEC;
         let found = getrlimit(Resource::Nofile);
         let hard = found.maximum.unwrap_or(u64::MAX);
         // Shells and init systems allow far fewer than this machine can have; more than the hard limit takes a capability (setrlimit(2)).
@@ -43,10 +50,19 @@ impl Room {
     }
 
     fn of(descriptors: u64, each: u64) -> Self {
-        let fitting = descriptors.saturating_sub(RESERVE) / each;
+        let descriptors = descriptors.saturating_sub(RESERVE);
+        // What sandboxes need at the most leaves the rest to execs.
+        let of_sandboxes = (u64::from(SANDBOXES_MAX) + AHEAD_MAX) * each;
+        let execs = descriptors.saturating_sub(of_sandboxes).max(descriptors / PART_OF_EXECS) / OF_EXEC;
+        let execs = execs.min(EXECS_MAX);
+        let fitting = (descriptors - execs * OF_EXEC) / each;
         let ahead = (fitting / 4).min(AHEAD_MAX);
         let sandboxes = (fitting - ahead).min(u64::from(SANDBOXES_MAX));
-        Self { sandboxes_max: u32::try_from(sandboxes).unwrap_or(SANDBOXES_MAX), ahead_max: usize::try_from(ahead).unwrap_or(0) }
+        Self {
+            sandboxes_max: u32::try_from(sandboxes).unwrap_or(SANDBOXES_MAX),
+            ahead_max: usize::try_from(ahead).unwrap_or(0),
+            execs_max: usize::try_from(execs).unwrap_or(0),
+        }
     }
 }
 
@@ -66,9 +82,14 @@ impl Keeper {
         if let Err(why) = self.check_number() {
             return Ok(Err(why));
         }
-        let own = match supervision.output_policy {
+        self.check_log_room(supervision.output_policy, supervision.output_bytes)
+    }
+
+    /// The same for the log of something that may write so much to each of its streams.
+    pub(super) fn check_log_room(&self, policy: OutputPolicy, output_bytes: u64) -> io::Result<Result<(), String>> {
+        let own = match policy {
             OutputPolicy::Discard => 0,
-            OutputPolicy::Truncate | OutputPolicy::Kill => supervision.output_bytes.saturating_mul(2),
+            OutputPolicy::Truncate | OutputPolicy::Kill => output_bytes.saturating_mul(2),
         };
         let space = disk::Space::of(self.logs_lock.as_fd())?;
         Ok(if space.leaves_enough(own) {
@@ -88,11 +109,12 @@ mod tests {
     fn what_all_sandboxes_can_have_open_is_within_the_limit() {
         for descriptors in [0, 256, 512, 1024, 20_000, 1 << 20] {
             let room = Room::of(descriptors, 19);
-            let taken = (u64::from(room.sandboxes_max) + room.ahead_max as u64) * 19;
+            let taken = (u64::from(room.sandboxes_max) + room.ahead_max as u64) * 19 + room.execs_max as u64 * OF_EXEC;
             assert!(taken == 0 || taken + RESERVE <= descriptors, "{descriptors}: {room:?}");
             assert!(room.sandboxes_max as usize >= room.ahead_max);
         }
         assert_eq!(Room::of(1 << 20, 19).sandboxes_max, SANDBOXES_MAX);
-        assert!(Room::of(1024, 19).sandboxes_max > 25);
+        assert!(Room::of(1024, 19).sandboxes_max > 25 && Room::of(1024, 19).execs_max >= 5);
+        assert_eq!(Room::of(1 << 20, 19).execs_max as u64, EXECS_MAX);
     }
 }

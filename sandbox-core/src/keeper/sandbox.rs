@@ -23,10 +23,6 @@ use crate::{
     transport::Socket,
 };
 
-/// The time between the first two looks for room on the disk of the logs, and the longest between any two.
-const ROOM_AGAIN_AFTER_NS: u64 = 50_000_000;
-const ROOM_AGAIN_AT_LEAST_EVERY_NS: u64 = 1_000_000_000;
-
 /// Whom a sandbox is for.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Purpose {
@@ -103,9 +99,6 @@ pub(super) struct Sandbox {
     pub(super) ending: Option<Ending>,
     /// `CLOCK_MONOTONIC` until which the ending may wait for room in the log before it is told, in nanoseconds.
     pub(super) tell_by_ns: u64,
-    /// The pause before the next look for room in the log, in nanoseconds.
-    #[serde(default)]
-    pub(super) room_pause_ns: u64,
     /// Whether the ending is in the record, and told.
     pub(super) is_told: bool,
     /// Connections do not outlive an upgrade.
@@ -268,12 +261,6 @@ impl Sandbox {
             stdout_truncated: is_truncated(Kind::Stdout),
             stderr_truncated: is_truncated(Kind::Stderr),
         }
-    }
-
-    /// How long to wait before the next look for room in the log: longer each time, until there was some.
-    pub(super) fn next_room_pause_ns(&mut self) -> u64 {
-        self.room_pause_ns = (self.room_pause_ns * 2).clamp(ROOM_AGAIN_AFTER_NS, ROOM_AGAIN_AT_LEAST_EVERY_NS);
-        self.room_pause_ns
     }
 
     /// Everybody who waits for the end.

@@ -2,14 +2,16 @@
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 use rustix::{event::epoll, process::pidfd_send_signal};
 
 use super::{
     Keeper, Source,
+    control::master_of,
     end::kill_init,
+    exec::{self, output_of},
     monotonic_ns,
     output::{Output, Pumped},
     sandbox::{self, Decision, Ended, Purpose},
@@ -37,9 +39,10 @@ const CPU_OVERSHOOT_NS: u64 = 8_000_000;
 impl Keeper {
     pub(super) fn on_report(&mut self, serial: u64) -> io::Result<()> {
         let Some(body) = self.body(serial) else { return Ok(()) };
+        let descriptors;
         let report = match body.init.control.recv::<Report>() {
             Ok(Some(datagram)) => {
-                body.payload = body.payload.take().or_else(|| datagram.descriptors.into_iter().next());
+                descriptors = datagram.descriptors;
                 datagram.message
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
@@ -81,12 +84,21 @@ impl Keeper {
                 self.end(serial, None, Some(cause));
                 self.kill_by_force(serial)
             }
-            Report::Started { at_ns, own_cpu_us } => self.on_started(serial, at_ns, own_cpu_us),
+            Report::Started { at_ns, own_cpu_us } => self.on_started(serial, at_ns, own_cpu_us, descriptors),
             Report::TreesOver { served } => self.visit_over(serial, served),
             Report::TreeRefused => {
                 if let Some(sandbox) = self.sandboxes.get_mut(&serial) {
                     sandbox.own_refusals += 1;
                 }
+                Ok(())
+            }
+            Report::ExecStarted { number, at_ns } => self.on_exec_started(serial, number, at_ns, descriptors),
+            Report::ExecFailed { number, kind, message } => {
+                self.on_exec_failed(serial, number, kind, message);
+                Ok(())
+            }
+            Report::ExecEnded { number, status, at_ns, cpu_us } => {
+                self.on_exec_ended(serial, number, exec::Ended { status, at_ns, cpu_us });
                 Ok(())
             }
             Report::Processes(processes) => {
@@ -105,7 +117,20 @@ impl Keeper {
         }
     }
 
-    pub(super) fn on_started(&mut self, serial: u64, at_ns: u64, own_cpu_us: u64) -> io::Result<()> {
+    pub(super) fn on_started(&mut self, serial: u64, at_ns: u64, own_cpu_us: u64, descriptors: Vec<OwnedFd>) -> io::Result<()> {
+        let mut descriptors = descriptors.into_iter();
+        let (payload, master) = (descriptors.next(), descriptors.next().map(master_of).transpose()?);
+        if let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.launched.is_none()) {
+            if let Some(body) = &mut sandbox.body {
+                body.payload = payload;
+            }
+            if let Some(master) = master {
+                sandbox.output.attach(master);
+            }
+        }
+        if let Some(master) = self.sandboxes.get(&serial).and_then(|sandbox| sandbox.output.terminal()) {
+            self.watch(master, Source::Stdout, serial)?;
+        }
         if let Some(payload) = self.sandboxes.get(&serial).and_then(|sandbox| sandbox.body.as_ref()?.payload.as_ref()) {
             self.watch(payload.as_fd(), Source::Payload, serial)?;
         }
@@ -144,13 +169,22 @@ impl Keeper {
 
     pub(super) fn on_output(&mut self, serial: u64, kind: Kind) -> io::Result<()> {
         // Both pipes may have been ready when the first of them was found to be too much.
-        let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| !sandbox.output.is_held()) else { return Ok(()) };
-        let pumped = sandbox.output.pump(kind, &mut self.buffer, unix_us());
-        let is_over_limit = sandbox.output.is_over_limit();
+        let Some(output) = output_of(&mut self.sandboxes, &mut self.execs, serial).filter(|output| !output.is_held()) else {
+            return Ok(());
+        };
+        let pumped = output.pump(kind, &mut self.buffer, unix_us());
+        let is_over_limit = output.is_over_limit();
         match pumped {
             Ok(Pumped::Held) => self.pause_output(serial)?,
-            Ok(Pumped::More | Pumped::Empty | Pumped::Closed) if sandbox.output.is_held() => self.pause_output(serial)?,
-            Ok(Pumped::More | Pumped::Empty | Pumped::Closed) => {}
+            Ok(Pumped::More | Pumped::Empty | Pumped::Closed) if output.is_held() => self.pause_output(serial)?,
+            Ok(Pumped::Closed) => {
+                // Before it is closed: a terminal that somebody else has, too, would be watched on.
+                match output.pipe(kind).map(|pipe| epoll::delete(&self.epoll, pipe)) {
+                    None | Some(Ok(()) | Err(rustix::io::Errno::NOENT)) => output.close_stream(kind),
+                    Some(Err(error)) => return Err(error.into()),
+                }
+            }
+            Ok(Pumped::More | Pumped::Empty) => {}
             Err(error) => return self.decide(serial, log_failed(&error)),
         }
         if is_over_limit { self.decide(serial, Decision::OutputLimit) } else { Ok(()) }
@@ -159,33 +193,32 @@ impl Keeper {
     /// Reads nothing more until the disk has room for what was read.
     fn pause_output(&mut self, serial: u64) -> io::Result<()> {
         warn(format_args!("writing a log waits for room on the disk"));
-        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
-        for pipe in [Kind::Stdout, Kind::Stderr].into_iter().filter_map(|kind| sandbox.output.pipe(kind)) {
-            match epoll::delete(&self.epoll, pipe) {
-                Ok(()) | Err(rustix::io::Errno::NOENT) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        self.timer.set(monotonic_ns() + sandbox.next_room_pause_ns(), serial, Due::Room)
+        self.unwatch_output(serial)?;
+        let Some(output) = output_of(&mut self.sandboxes, &mut self.execs, serial) else { return Ok(()) };
+        self.timer.set(monotonic_ns() + output.next_room_pause_ns(), serial, Due::Room)
     }
 
     /// Perhaps there is room now for what was read, or for the end.
-    fn look_for_room(&mut self, serial: u64) -> io::Result<()> {
-        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
-        if sandbox.ending.is_some() {
+    pub(super) fn look_for_room(&mut self, serial: u64) -> io::Result<()> {
+        if self.sandboxes.get(&serial).is_some_and(|sandbox| sandbox.ending.is_some()) {
             self.tell_end(serial);
             return Ok(());
         }
-        if !sandbox.output.is_held() {
+        if self.execs.get(&serial).is_some_and(|exec| exec.ending.is_some()) {
+            self.tell_exec_end(serial);
             return Ok(());
         }
-        match sandbox.output.write_held() {
-            Ok(true) => sandbox.room_pause_ns = 0,
-            Ok(false) => return self.timer.set(monotonic_ns() + sandbox.next_room_pause_ns(), serial, Due::Room),
+        let Some(output) = output_of(&mut self.sandboxes, &mut self.execs, serial).filter(|output| output.is_held()) else { return Ok(()) };
+        match output.write_held() {
+            Ok(true) => {}
+            Ok(false) => return self.timer.set(monotonic_ns() + output.next_room_pause_ns(), serial, Due::Room),
             Err(error) => return self.decide(serial, log_failed(&error)),
         }
-        let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
-        self.watch_output(serial, &sandbox.output)
+        let of_exec = || self.execs.get(&serial).map(|exec| &exec.output);
+        match self.sandboxes.get(&serial).map(|sandbox| &sandbox.output).or_else(of_exec) {
+            Some(output) => self.watch_output(serial, output),
+            None => Ok(()),
+        }
     }
 
     /// Watches the pipes that are still open.
@@ -222,6 +255,9 @@ impl Keeper {
     }
 
     pub(super) fn on_payload_death(&mut self, serial: u64) -> io::Result<()> {
+        if self.execs.contains_key(&serial) {
+            return self.on_exec_death(serial);
+        }
         // Its init is to see it, too.
         self.thaw(serial)?;
         let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
@@ -243,11 +279,14 @@ impl Keeper {
     }
 
     pub(super) fn on_due(&mut self, serial: u64, due: Due) -> io::Result<()> {
+        if self.execs.contains_key(&serial) {
+            return self.on_exec_due(serial, due);
+        }
         match due {
             Due::Remove => return self.clean_up(serial),
             Due::Trial => return self.give_up_trial(serial),
-            Due::Room => return self.look_for_room(serial),
             Due::Accept => return self.accept_again(),
+            Due::Room => return self.look_for_room(serial),
             Due::Grace => return self.end_grace(serial),
             Due::Freeze => return self.look_for_ice(serial),
             Due::Start | Due::Wall | Due::Cpu | Due::Oom | Due::Force => {}
@@ -307,6 +346,9 @@ impl Keeper {
 
     /// Notes why, then kills. The first reason stands.
     pub(super) fn decide(&mut self, serial: u64, decision: Decision) -> io::Result<()> {
+        if self.execs.contains_key(&serial) {
+            return self.decide_exec(serial, decision);
+        }
         let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
         if sandbox.ending.is_some() || sandbox.decision.is_some() {
             return Ok(());
@@ -362,6 +404,6 @@ impl Keeper {
     }
 }
 
-fn log_failed(error: &io::Error) -> Decision {
+pub(super) fn log_failed(error: &io::Error) -> Decision {
     Decision::LogFailed(error.raw_os_error().unwrap_or(libc::EIO))
 }

@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Keeper, Options, Source,
+    exec::Exec,
     layer::Layers,
     monotonic_ns,
     parked::Lot,
@@ -83,6 +84,7 @@ struct Given<'a> {
     stage: &'a PathBuf,
     deadlines: &'a BinaryHeap<Reverse<(u64, u64, Due)>>,
     sandboxes: &'a HashMap<u64, Sandbox>,
+    execs: &'a HashMap<u64, Exec>,
     records: &'a Records,
     next_serial: u64,
     slots: &'a Slots,
@@ -109,6 +111,8 @@ pub(super) struct Taken {
     pub(super) stage: PathBuf,
     pub(super) deadlines: BinaryHeap<Reverse<(u64, u64, Due)>>,
     pub(super) sandboxes: HashMap<u64, Sandbox>,
+    #[serde(default)]
+    pub(super) execs: HashMap<u64, Exec>,
     pub(super) records: Records,
     pub(super) next_serial: u64,
     pub(super) slots: Slots,
@@ -253,6 +257,7 @@ impl Keeper {
             stage: &self.stage,
             deadlines: self.timer.deadlines(),
             sandboxes: &self.sandboxes,
+            execs: &self.execs,
             records: &self.records,
             next_serial: self.next_serial,
             slots: &self.slots,
@@ -285,6 +290,7 @@ impl Keeper {
             stage,
             deadlines,
             sandboxes,
+            execs,
             records,
             next_serial,
             slots,
@@ -306,6 +312,7 @@ impl Keeper {
             // Who waits for one asks again; the process that keeps it goes on.
             commits: HashMap::new(),
             sandboxes,
+            execs,
             records,
             next_serial,
             slots,
@@ -326,6 +333,7 @@ impl Keeper {
             hello,
             cores: means.cores,
             ahead_max: means.ahead_max,
+            execs_max: means.execs_max,
             buffer: vec![0; log::DATA_BYTES_MAX],
             shutdown: None,
             trial: None,
@@ -336,6 +344,7 @@ impl Keeper {
         keeper.timer.take_over(deadlines)?;
         keeper.watch_own()?;
         keeper.sandboxes.iter().try_for_each(|(serial, sandbox)| keeper.watch_sandbox(*serial, sandbox))?;
+        keeper.execs.iter().try_for_each(|(serial, exec)| keeper.watch_exec_again(*serial, exec))?;
         keeper.lot.bodies().try_for_each(|(serial, body)| keeper.watch_body(serial, body))?;
         for (serial, disk) in keeper.layers.removing() {
             disk.socket().map_or(Ok(()), |socket| keeper.watch(socket, Source::Layer, serial))?;
@@ -354,7 +363,7 @@ impl Keeper {
 
     fn watch_sandbox(&self, serial: u64, sandbox: &Sandbox) -> io::Result<()> {
         // What waits for room is looked after by the timer.
-        if !sandbox.output.is_held() {
+        if sandbox.ending.is_none() && !sandbox.output.is_held() {
             self.watch_output(serial, &sandbox.output)?;
         }
         let Some(body) = &sandbox.body else { return Ok(()) };

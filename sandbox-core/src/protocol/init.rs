@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::Kind,
     fence::Fences,
-    protocol::{Isolation, Medium},
+    protocol::{Isolation, Medium, WindowSize},
     selinux::Labels,
 };
 
@@ -23,7 +23,7 @@ pub enum Order {
     Setup(Setup),
     /// The writable layer, if the setup says that it comes. Descriptor: a detached mount, with [`crate::rootfs::FOLDERS`] in it.
     Layer,
-    /// Start the payload. Descriptors: stdin if `has_stdin` (else it is the sandbox's `/dev/null`), stdout, stderr, the files if `has_files`, then those that the payload inherits from number 3 up;
+    /// Start the payload. Descriptors, but for the first three if it has a terminal: stdin if `has_stdin` (else it is the sandbox's `/dev/null`), stdout, stderr, the files if `has_files`, then those that the payload inherits from number 3 up;
     /// the last of them is its program if `program` is [`Program::Descriptor`].
     Start(Box<Start>),
     /// Kill everything but yourself and report.
@@ -32,6 +32,11 @@ pub enum Order {
     Signal { signal: i32 },
     /// Work on files, beside the payload or, if it comes before that, in its stead: as whoever speaks on this socket asks ([`crate::tree`]). Descriptor: the socket.
     Tree,
+    /// Start a further process. Descriptors, if it has no terminal: stdin if `has_stdin`, stdout, stderr. Answered by [`Report::ExecStarted`] or
+    /// [`Report::ExecFailed`], unless the payload has ended.
+    Exec(Box<Exec>),
+    /// Kill such a process and all that is in its session.
+    KillExec { number: u64 },
 }
 
 /// The sandbox, but for what it runs.
@@ -84,6 +89,21 @@ pub struct Start {
     pub pids: u64,
     pub has_stdin: bool,
     pub has_files: bool,
+    pub terminal: Option<WindowSize>,
+}
+
+/// A further process: the payload's start, but for what is said here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exec {
+    /// By which the reports name it.
+    pub number: u64,
+    pub args: Vec<String>,
+    /// `NAME=value`, over the payload's.
+    pub env: Vec<String>,
+    pub cwd: Option<String>,
+    pub user: Option<User>,
+    pub has_stdin: bool,
+    pub terminal: Option<WindowSize>,
 }
 
 /// Where the payload's program is.
@@ -113,7 +133,7 @@ pub enum Report {
     Ready,
     /// Nothing of the payload ever ran.
     Failed { kind: Kind, message: String },
-    /// The payload's execve returned. Descriptor: the payload, as of pidfd_open(2).
+    /// The payload's execve returned. Descriptors: the payload, as of pidfd_open(2), and its terminal's master if it has one.
     Started {
         /// `CLOCK_MONOTONIC`, in nanoseconds.
         at_ns: u64,
@@ -124,6 +144,23 @@ pub enum Report {
     TreesOver { served: u64 },
     /// The kernel refused a process that was to work on files: its counter of refusals is one higher for it, through no doing of the payload's.
     TreeRefused,
+    /// The execve of a further process returned. Descriptors as with [`Report::Started`].
+    ExecStarted {
+        number: u64,
+        /// `CLOCK_MONOTONIC`, in nanoseconds.
+        at_ns: u64,
+    },
+    /// It never ran, and is no more.
+    ExecFailed { number: u64, kind: Kind, message: String },
+    /// It has ended. What it started and did not wait for may live on.
+    ExecEnded {
+        number: u64,
+        status: WaitStatus,
+        /// `CLOCK_MONOTONIC`, in nanoseconds.
+        at_ns: u64,
+        /// Of itself and the children that it waited for, in microseconds.
+        cpu_us: u64,
+    },
     /// What gVisor's kernel says of its processes; the last one counts.
     Processes(Processes),
     /// The payload has ended and every other process but init is dead too.

@@ -39,8 +39,8 @@ pub(crate) const STATE: &str = "/run";
 const BYTES: u64 = 32 << 20;
 const INODES: u64 = 128;
 
-/// Builds it around `root`, the sandbox's tree that is attached nowhere yet, and makes it this process's root. Returns its `/proc`.
-pub(super) fn enter(layout: Layout<'_>, root: &OwnedFd) -> Result<OwnedFd, LaunchError> {
+/// Builds it around `root`, the sandbox's tree that is attached nowhere yet, and makes it this process's root. Returns its `/proc` and its `/dev/pts`.
+pub(super) fn enter(layout: Layout<'_>, root: &OwnedFd) -> Result<(OwnedFd, OwnedFd), LaunchError> {
     let Layout { id_base, shm_bytes, label, .. } = layout;
     let hull = tmpfs(&[("size", BYTES), ("nr_inodes", INODES), ("mode", 0o755)], NOSUID_NODEV, label).step("mounting gVisor's root")?;
     attach(&hull, open_folder(CWD, "merged")?.as_fd()).step("attaching gVisor's root")?;
@@ -53,10 +53,10 @@ pub(super) fn enter(layout: Layout<'_>, root: &OwnedFd) -> Result<OwnedFd, Launc
     // it sees a whole one already (mount_too_revealing of fs/namespace.c).
     let proc = mount_new("proc", &[], NOSUID_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC, None).step("mounting /proc")?;
     attach(&proc, open_folder(hull.as_fd(), "proc")?.as_fd()).step("attaching /proc")?;
-    devices(hull.as_fd(), id_base, shm_bytes, label)?;
+    let (_, terminals) = devices(hull.as_fd(), id_base, shm_bytes, label)?;
     attach(root, open_folder(hull.as_fd(), ROOT.trim_start_matches('/'))?.as_fd()).step("attaching the sandbox's tree")?;
     pivot(&hull)?;
-    Ok(proc)
+    Ok((proc, terminals))
 }
 
 /// Inodes of the writable layer that `runsc` takes: where the image has no `/sys`, it makes one, and holds it open when it is removed.

@@ -12,12 +12,13 @@ use std::{
 use rustix::process::{Resource, Rlimit};
 use sandbox_core::{
     client::Client,
-    protocol::{Answer, Cause, FailureKind, Request, SandboxId},
+    protocol::{Answer, Cause, Exec, FailureKind, KillReason, Request, SandboxId, Stdin},
     transport::Socket,
 };
 
 use crate::{
-    harness::{KEEPER, Node, Run, output, records, refusal_of, shell, wait},
+    exec::{begin, script},
+    harness::{KEEPER, Node, Run, kill, output, records, refusal_of, shell, wait},
     leaks::{Snapshot, children},
     upgrade::{until, upgrade, wait_across},
 };
@@ -108,6 +109,30 @@ fn output_waits_for_room_on_the_disk_and_none_is_lost() {
         let (stdout, _) = output(&log_of(&node, hog.id));
         assert_eq!(stdout.len() as u64, ending.usage.stdout_bytes);
     }
+}
+
+#[test]
+fn what_an_exec_wrote_waits_for_room_and_the_end_of_its_sandbox_waits_for_its_own() {
+    let node = with_small_disk("16m");
+    let mut client = node.client();
+    let run = shell("exec sleep 1000");
+    assert!(matches!(run.launch(&mut client), Answer::Launched(_)));
+    let exec = Exec { stdin: Stdin::Held, ..script(&run, "read line; seq 1 50000; sleep 1000") };
+    begin(&mut client, &exec);
+    let (_, input) = client.call_with(&Request::Input { id: exec.id }, &[]).unwrap();
+    let filler = fill(&node);
+    rustix::io::write(input.unwrap(), b"\n").unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    kill(&mut client, run.id);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(records(&mut client).iter().all(|record| !record.is_ended));
+    std::fs::remove_file(filler).unwrap();
+    let ended = Cause::Killed(KillReason::StoppedByUser);
+    assert_eq!(wait(&mut client, run.id).cause, ended);
+    let (stdout, _) = output(&log_of(&node, exec.id));
+    let ending = wait(&mut client, exec.id);
+    assert_eq!((ending.cause, ending.usage.stdout_bytes), (ended, stdout.len() as u64));
+    assert!(stdout.len() > 60_000 && numbers(50_000).starts_with(&stdout), "{}", stdout.len());
 }
 
 #[test]

@@ -17,20 +17,20 @@ use crate::{
 
 /// A user with all that the kernel and the environment need to know of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Identity {
-    pub(super) uid: u32,
-    pub(super) gid: u32,
-    pub(super) groups: Vec<u32>,
-    pub(super) home: String,
+pub(in crate::init) struct Identity {
+    pub(in crate::init) uid: u32,
+    pub(in crate::init) gid: u32,
+    pub(in crate::init) groups: Vec<u32>,
+    pub(in crate::init) home: String,
     /// As a bit mask; none unless the keeper says so.
-    pub(super) capabilities: u64,
+    pub(in crate::init) capabilities: u64,
 }
 
 /// The most bytes of a passwd or group file that are read.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 impl Identity {
-    pub(super) fn find(user: &User) -> Result<Self, LaunchError> {
+    pub(in crate::init) fn find(user: &User) -> Result<Self, LaunchError> {
         let passwd = read("/etc/passwd").step_on("reading", "/etc/passwd")?;
         let group = read("/etc/group").step_on("reading", "/etc/group")?;
         let found = Self::find_in(user, &passwd, &group)?;
