@@ -238,3 +238,168 @@ async fn settled_traces(service: &Service) -> usize {
     }
     last
 }
+
+/// A long-lived sandbox of a shell script, and where it is found.
+async fn sandbox(client: &Client, script: &str, more: Value) -> String {
+    let mut request = json!({ "image": "busybox", "command": ["sh", "-c", script] });
+    request.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let made = client.post("/v1/sandboxes", &request).await.expect(201);
+    format!("/v1/sandboxes/{}", made["id"].as_str().unwrap())
+}
+
+/// What it has written until now.
+async fn written(client: &Client, path: &str) -> String {
+    let id = path.rsplit('/').next().unwrap();
+    client.follow(id, "from=0&follow=false").await.collect().await.stdout_text()
+}
+
+const COUNTS: &str = "i=0; while :; do echo $i; i=$((i+1)); sleep 0.02; done";
+
+async fn assert_stands_still(client: &Client, path: &str) {
+    let before = written(client, path).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(before, written(client, path).await, "it goes on");
+}
+
+async fn assert_goes_on(client: &Client, path: &str) {
+    let before = written(client, path).await;
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+    while written(client, path).await == before {
+        assert!(tokio::time::Instant::now() < deadline, "it stands still");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Sends it to a service that kills itself at this step, and starts that again.
+async fn send_and_die(service: &mut Service, step: &str, method: reqwest::Method, path: &str, body: &Value) {
+    service.kill();
+    service.arm(&format!("{step}=return"));
+    service.start_again().unwrap();
+    client(service).request(method, path).json(body).send().await.expect_err("the service dies before it answers");
+    service.wait().unwrap();
+    service.arm("");
+    service.start_again().unwrap();
+}
+
+#[tokio::test]
+async fn a_paused_sandbox_stays_so_until_it_is_resumed_whoever_dies() {
+    let mut service = Service::start();
+    let path = sandbox(&client(&service), COUNTS, json!({})).await;
+    client(&service).post(&format!("{path}/pause"), &json!({})).await.expect(200);
+
+    service.kill();
+    service.start_again().unwrap();
+    let client = client(&service);
+    let found = client.get(&path).await.expect(200);
+    assert_eq!(found["state"], "paused");
+    assert_stands_still(&client, &path).await;
+
+    let resumed = client.post(&format!("{path}/resume"), &json!({})).await.expect(200);
+    assert_eq!(resumed["state"], "running");
+    assert_goes_on(&client, &path).await;
+}
+
+#[tokio::test]
+async fn a_pause_that_was_not_stored_is_taken_back_by_the_next_service() {
+    let mut service = Service::start();
+    let path = sandbox(&client(&service), COUNTS, json!({})).await;
+
+    send_and_die(&mut service, "service.pause.held", reqwest::Method::POST, &format!("{path}/pause"), &json!({})).await;
+
+    let client = client(&service);
+    assert_eq!(client.get(&path).await.expect(200)["state"], "running");
+    assert_goes_on(&client, &path).await;
+}
+
+#[tokio::test]
+async fn a_pause_that_was_stored_and_not_answered_holds() {
+    let mut service = Service::start();
+    let path = sandbox(&client(&service), COUNTS, json!({})).await;
+
+    send_and_die(&mut service, "service.pause.stored", reqwest::Method::POST, &format!("{path}/pause"), &json!({})).await;
+
+    let client = client(&service);
+    assert_eq!(client.get(&path).await.expect(200)["state"], "paused");
+    assert_stands_still(&client, &path).await;
+}
+
+/// Becomes larger than its first limit, when somebody has had the time to change that.
+fn grower() -> Value {
+    let program = "import time\nprint('up', flush=True)\ntime.sleep(4)\nx = bytearray(100 << 20)\nprint('fits')";
+    json!({ "image": "python", "command": ["python3", "-c", program], "limits": { "memory_bytes": 64 << 20, "disk_bytes": 1 << 20 } })
+}
+
+async fn grower_after(step: &str) -> Value {
+    let mut service = Service::start();
+    service.import("python").unwrap();
+    let made = client(&service).post("/v1/sandboxes", &grower()).await.expect(201);
+    let path = format!("/v1/sandboxes/{}", made["id"].as_str().unwrap());
+    let change = json!({ "limits": { "memory_bytes": 256 << 20 } });
+
+    send_and_die(&mut service, step, reqwest::Method::PATCH, &path, &change).await;
+
+    let waited = client(&service).get(&format!("{path}/wait?until=exited")).await.expect(200);
+    assert_eq!(waited["result"], "reached");
+    waited["sandbox"].clone()
+}
+
+#[tokio::test]
+async fn a_limit_that_was_raised_and_not_stored_is_lowered_by_the_next_service() {
+    let ended = grower_after("service.update.held").await;
+
+    assert_eq!(ended["limits"]["memory_bytes"], 64 << 20);
+    assert_reason(&ended, "oom_killed");
+}
+
+#[tokio::test]
+async fn a_limit_that_was_raised_and_stored_holds() {
+    let ended = grower_after("service.update.stored").await;
+
+    assert_eq!(ended["limits"]["memory_bytes"], 256 << 20);
+    assert_exit(&ended, 0);
+}
+
+#[tokio::test]
+async fn what_ends_a_sandbox_in_time_does_so_under_the_next_service_too() {
+    let mut service = Service::start();
+    let before = client(&service);
+    let expired = sandbox(&before, "sleep 1000", json!({})).await;
+    let idle = sandbox(&before, "sleep 1000", json!({ "idle_timeout_ms": 1000 })).await;
+    before.patch(&expired, &json!({ "ttl_ms": 1500 })).await.expect(200);
+
+    service.kill();
+    service.start_again().unwrap();
+
+    for (path, reason) in [(&expired, "expired"), (&idle, "idle_timeout")] {
+        let waited = client(&service).get(&format!("{path}/wait?until=exited")).await.expect(200);
+        assert_reason(&waited["sandbox"], reason);
+    }
+}
+
+#[tokio::test]
+async fn what_was_to_be_removed_at_its_end_is_removed_by_the_next_service() {
+    let mut service = Service::start();
+    service.kill();
+    service.arm("service.settle.told=return");
+    service.start_again().unwrap();
+    let path = sandbox(&client(&service), "sleep 0.5", json!({ "auto_remove": true })).await;
+    service.wait().unwrap();
+    service.arm("");
+    service.start_again().unwrap();
+
+    client(&service).get(&path).await.problem(404, "not_found");
+}
+
+#[tokio::test]
+async fn whoever_waits_hears_that_the_service_stops() {
+    let mut service = Service::start();
+    let client = client(&service);
+    let path = sandbox(&client, "sleep 1000", json!({})).await;
+    let waiting = tokio::spawn(async move { client.get(&format!("{path}/wait?until=exited&timeout_ms=60000")).await });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+
+    tokio::task::spawn_blocking(move || service.stop().unwrap()).await.unwrap();
+
+    let waited = waiting.await.unwrap().expect(200);
+    assert_eq!((&waited["result"], &waited["sandbox"]["state"]), (&json!("stopping"), &json!("running")));
+}
