@@ -17,7 +17,7 @@ say() { printf '%s\n' "$*" >&2; }
 reuse() {
     name=$1
     archive=$cache/$name.oci.tar
-    recipe=$({ uname -m; cat "$here/common.sh"; find "$here/$name" -type f -print0 | sort -z | xargs -0 cat; } | sha256sum | cut -d' ' -f1)
+    recipe=$({ uname -m; cat "$here"/*.sh; find "$here/$name" -type f -print0 | sort -z | xargs -0 cat; } | sha256sum | cut -d' ' -f1)
     if [[ -f $archive && -f $archive.recipe && $(<"$archive.recipe") == "$recipe" ]]; then
         say "image $name: already built ($(du -h "$archive" | cut -f1))"
         printf '%s\n' "$archive"

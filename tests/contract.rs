@@ -50,6 +50,55 @@ async fn every_operation_of_the_contract_exists() {
     assert!(missing.is_empty(), "{missing:#?}");
 }
 
+#[test]
+fn every_request_with_a_json_body_has_an_example_that_its_schema_permits() {
+    let examples = contract::examples();
+    let mut faults = Vec::new();
+    for operation in contract::operations() {
+        let has_json = !operation.definition()["requestBody"]["content"]["application/json"].is_null();
+        let place = format!("{}/{}/", operation.template.replace('/', "~1"), operation.method.to_lowercase());
+        if has_json && !examples.iter().any(|(schema, _)| schema.contains(&place)) {
+            faults.push(format!("{} {} has none", operation.method, operation.template));
+        }
+    }
+    for (schema, example) in &examples {
+        faults.extend(contract::check_example(schema, example).err().map(|error| format!("{error:#}")));
+    }
+
+    assert!(faults.is_empty(), "{faults:#?}");
+}
+
+#[tokio::test]
+async fn the_page_of_the_contract_is_shown_without_loading_anything() {
+    let service = shared();
+
+    let answer = reqwest::get(format!("{}/docs", service.place.url)).await.unwrap();
+
+    let policy = answer.headers()["content-security-policy"].to_str().unwrap().to_owned();
+    assert!(policy.starts_with("default-src 'none'; style-src 'sha256-"), "{policy}");
+    let page = answer.text().await.unwrap();
+    for operation in contract::operations() {
+        let id = operation.definition()["operationId"].as_str().unwrap();
+        assert!(page.contains(&format!("<article id=\"{id}\">")), "{id}");
+    }
+    assert!(!page.contains("<script") && !page.contains(" src=") && !page.contains("url("));
+}
+
+#[tokio::test]
+async fn a_zero_byte_is_nothing_that_can_be_asked_for() {
+    let service = shared();
+    let client = mayfly_tests::Client::of(&service.place, "zero-byte");
+    let admin = mayfly_tests::Client::admin(&service.place);
+
+    client.get("/v1/events?kind=%00").await.problem(422, "invalid_request");
+    client.get("/v1/events?principal=a%00b").await.problem(422, "invalid_request");
+    admin.get("/v1/admin/events?tenant=%00").await.problem(422, "invalid_request");
+    admin.get("/v1/admin/tenants/%00").await.problem(422, "invalid_request");
+    let quotas = json!({ "quotas": { "networks": ["\0"] } });
+    client.get("/v1/quota").await.expect(200);
+    admin.patch("/v1/admin/tenants/zero-byte", &quotas).await.problem(422, "invalid_request");
+}
+
 #[tokio::test]
 async fn every_operation_but_the_open_ones_wants_a_token() {
     let service = shared();

@@ -12,7 +12,7 @@ export SQLX_OFFLINE=true
 # The steps at which crash tests kill are in these programs, and in none that is installed.
 cargo build --workspace --all-targets --locked --features fail-points
 images/busybox/build.sh >/dev/null
-images/python/build.sh >/dev/null
+for image in python node gcc; do "images/$image/build.sh" >/dev/null; done
 
 # The other cgroup world, first: the summary of all other tests is what should stand last. Whoever named some tests did not ask for it.
 outcome=0

@@ -11,6 +11,7 @@ mod files;
 mod idempotency;
 pub mod images;
 pub mod json;
+mod languages;
 mod life;
 mod limits;
 mod logs;
@@ -46,7 +47,7 @@ use crate::{
     images::Images,
     metrics::Metrics,
     runtime::Keeper,
-    sandbox::{GRACE_MS, UNTIL_MS, WAIT_MS},
+    sandbox::{GRACE_MS, Languages, UNTIL_MS, WAIT_MS},
     store::Store,
     token::Verifier,
 };
@@ -68,6 +69,7 @@ pub struct App {
     pub clock: Clock,
     pub metrics: Arc<Metrics>,
     pub idempotency: Idempotency,
+    pub languages: Languages,
 }
 
 /// The whole API.
@@ -108,6 +110,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(sandboxes::read, sandboxes::delete))
         .routes(routes!(logs::read))
         .routes(routes!(limits::read))
+        .routes(routes!(languages::list))
         .routes(routes!(account::quota))
         .routes(routes!(account::usage))
         .routes(routes!(account::events))

@@ -24,7 +24,7 @@ use sandbox_core::{
 use serde::Deserialize;
 
 use crate::{
-    sandbox::{DefaultQuotas, QuotaScope, Quotas},
+    sandbox::{DefaultQuotas, Languages, QuotaScope, Quotas},
     token::Rules,
 };
 
@@ -65,6 +65,9 @@ pub struct Options {
     /// User that the service becomes when it is started as root [default: mayfly]
     #[arg(long, env = "MAYFLY_USER", value_name = "NAME")]
     pub user: Option<String>,
+    /// TOML file with languages for runs, beside those that are built in or in place of them; see `GET /v1/languages`
+    #[arg(long, env = "MAYFLY_LANGUAGES", value_name = "PATH")]
+    pub languages: Option<PathBuf>,
     /// The keeper's program [default: sandbox-keeper beside this program]
     #[arg(long, env = "MAYFLY_KEEPER_BIN", value_name = "PATH")]
     pub keeper_bin: Option<PathBuf>,
@@ -233,6 +236,7 @@ pub struct Settings {
     pub disk_reserve_percent: Option<u64>,
     pub node_lease: Duration,
     pub stop_grace: Duration,
+    pub languages: Languages,
     pub tenants: Tenants,
     pub quotas: DefaultQuotas,
     pub queue_max: u64,
@@ -256,6 +260,7 @@ impl Options {
         let data_dir = std::path::absolute(data_dir).with_context(|| format!("data-dir: {}", data_dir.display()))?;
         let keys = KeySettings::settle(&self, &file, &data_dir)?;
         let nearer = self.database_url.or(self.usual_database_url);
+        let languages = languages(self.languages.or(file.languages).as_deref())?;
         let database_connections = self.database_connections.or(file.database_connections).unwrap_or(16);
         within("database-connections", database_connections, CONNECTIONS_MIN, CONNECTIONS_MAX)?;
         let mount = given(self.selinux_mount_label).or(given(file.selinux_mount_label));
@@ -294,6 +299,7 @@ impl Options {
             disk_reserve_percent: percent("disk-reserve-percent", self.disk_reserve_percent.or(file.disk_reserve_percent))?,
             node_lease: seconds(within("node-lease-s", self.node_lease_s.or(file.node_lease_s).unwrap_or(15), 2, 3600)?),
             stop_grace: seconds(within("stop-grace-s", self.stop_grace_s.or(file.stop_grace_s).unwrap_or(10), 0, 3600)?),
+            languages,
             tenants: self.tenants.or(file.tenants).unwrap_or_default(),
             quotas: quotas(given(self.tenant_quotas).or(file.tenant_quotas), given(self.principal_quotas).or(file.principal_quotas))?,
             queue_max: self.queue_max.or(file.queue_max).unwrap_or(10_000),
@@ -331,6 +337,13 @@ fn given(text: Option<String>) -> Option<String> {
 }
 
 /// The built-in quotas with these over them.
+/// The languages that are built in, and those of this file.
+fn languages(file: Option<&Path>) -> anyhow::Result<Languages> {
+    let Some(path) = file else { return Languages::read(None) };
+    let text = fs::read_to_string(path).with_context(|| format!("languages: {}", path.display()))?;
+    Languages::read(Some(&text)).with_context(|| format!("languages: {}", path.display()))
+}
+
 fn quotas(tenant: Option<String>, principal: Option<String>) -> anyhow::Result<DefaultQuotas> {
     let parse = |name: &str, scope: QuotaScope, text: Option<String>| {
         let Some(text) = text else { return Ok(Quotas::default()) };

@@ -165,7 +165,11 @@ impl From<StoreError> for EngineError {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::NameTaken => Self::NameTaken,
-            StoreError::Unreached(_) | StoreError::Unavailable(_) | StoreError::Damaged(_) | StoreError::Other(_) => Self::Store(error),
+            StoreError::Unreached(_)
+            | StoreError::Unavailable(_)
+            | StoreError::ZeroByte
+            | StoreError::Damaged(_)
+            | StoreError::Other(_) => Self::Store(error),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The domain: what a sandbox is, what may be asked for it, what becomes of it. Pure.
 
 mod change;
+mod language;
 mod limits;
 mod log_tail;
 mod outcome;
@@ -14,6 +15,7 @@ pub mod words;
 use std::{collections::BTreeMap, fmt};
 
 pub use change::{Change, ChangeRequest, new_limits};
+pub use language::{Language, Languages};
 pub use limits::{Bound, Limits, RequestedLimits, bound_of, bounds};
 pub use log_tail::{LogTail, TailCollector};
 pub use outcome::{Finish, Outcome, Phases, Reason, Truncated, Usage};

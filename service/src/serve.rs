@@ -237,7 +237,17 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
     }
     let verifier = Verifier::new(keyring, settings.token_rules.clone());
     let idempotency = api::Idempotency::new(identity.node, settings.idempotency_retention);
-    let app = Arc::new(api::App { engine, store, keeper, verifier, images, clock, metrics: figures, idempotency });
+    let app = Arc::new(api::App {
+        engine,
+        store,
+        keeper,
+        verifier,
+        images,
+        clock,
+        metrics: figures,
+        idempotency,
+        languages: settings.languages.clone(),
+    });
     let stopping = CancellationToken::new();
     if let (None, Some(cluster)) = (&settings.database_url, helpers.cluster()) {
         let (cluster, store) = (cluster.clone(), app.store.clone());

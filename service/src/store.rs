@@ -48,6 +48,9 @@ pub enum StoreError {
     /// The tenant has a sandbox of this name.
     #[error("the name is taken")]
     NameTaken,
+    /// What was given has a zero byte, which no text of Postgres can hold, nor its `jsonb`. Nothing was done.
+    #[error("no text can hold a zero byte")]
+    ZeroByte,
     /// A row that no version of ours wrote. It stays so.
     #[error("a row is damaged: {0}")]
     Damaged(String),
@@ -115,6 +118,10 @@ impl From<sqlx::Error> for StoreError {
             && database.constraint() == Some("sandboxes_name")
         {
             return Self::NameTaken;
+        }
+        // 22021: a character that is none of its encoding's; 22P05: one that `jsonb` cannot hold.
+        if error.as_database_error().and_then(sqlx::error::DatabaseError::code).is_some_and(|code| code == "22021" || code == "22P05") {
+            return Self::ZeroByte;
         }
         Self::Other(error.into())
     }

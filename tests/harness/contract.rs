@@ -108,6 +108,29 @@ fn find(method: &str, path: &str) -> Option<Operation> {
     operations().into_iter().find(|o| o.method == method && fits(&o.template))
 }
 
+/// Every example of a request, with the place of the schema that it is to keep.
+#[must_use]
+pub fn examples() -> Vec<(String, Value)> {
+    let mut all = Vec::new();
+    for operation in operations() {
+        let (template, method) = (escape(&operation.template), operation.method.to_lowercase());
+        for (media_type, content) in operation.definition()["requestBody"]["content"].as_object().into_iter().flatten() {
+            let place = format!("#/paths/{template}/{method}/requestBody/content/{}/schema", escape(media_type));
+            let named = content["examples"].as_object().into_iter().flatten().map(|(_, example)| &example["value"]);
+            all.extend(content.get("example").into_iter().chain(named).map(|example| (place.clone(), example.clone())));
+        }
+    }
+    all
+}
+
+/// Whether an example is what its schema permits.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_example(schema: &str, example: &Value) -> Result<()> {
+    validate_value(schema, example)
+}
+
 /// Whether a frame of a log stream is one that the contract promises.
 ///
 /// # Errors

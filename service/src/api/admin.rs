@@ -446,7 +446,7 @@ async fn resume_principal(State(app): State<Arc<App>>, Admin(admin): Admin, path
     params(
         parameter::Page,
         OfTenant,
-        ("principal" = Option<String>, Query, description = "Only this principal's."),
+        ("principal" = Option<String>, Query, description = "Only this principal's.", extensions(("x-schema" = json!({ "pattern": "^[^\\u0000]*$" })))),
         ("kind" = Option<Kind>, Query, description = "Only of this kind."),
         ("state" = Option<Vec<SandboxState>>, Query, description = "Only those in one of these states."),
     ),

@@ -365,6 +365,7 @@ impl From<StoreError> for ApiError {
                 Self::DatabaseUnavailable
             }
             StoreError::NameTaken => Self::Conflict("the name is taken".to_owned()),
+            StoreError::ZeroByte => Self::Invalid(Invalid::new("", error.to_string())),
             StoreError::Damaged(_) => Self::Internal(error.into()),
             StoreError::Other(cause) => Self::Internal(cause),
         }

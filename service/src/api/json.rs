@@ -105,7 +105,7 @@ fn missing_field(detail: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sandbox::RunRequest;
+    use crate::sandbox::{Languages, RunRequest, SandboxRequest};
 
     fn fault(body: &str) -> Invalid {
         parse::<RunRequest>(body.as_bytes()).unwrap_err()
@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn a_missing_field_is_named() {
-        assert_eq!(fault("{}").field, "image");
+        assert_eq!(parse::<SandboxRequest>(b"{}").unwrap_err().field, "image");
         assert_eq!(fault(r#"{"image":"a","files":[{"path":"a"}]}"#).field, "files[0].content");
     }
 
@@ -136,7 +136,8 @@ mod tests {
     #[test]
     fn a_number_without_a_fraction_is_a_whole_one() {
         let parsed = |wait_ms: &str| {
-            parse::<RunRequest>(format!(r#"{{"image":"a","wait_ms":{wait_ms}}}"#).as_bytes()).map(|run| run.parse().unwrap().1)
+            parse::<RunRequest>(format!(r#"{{"image":"a","wait_ms":{wait_ms}}}"#).as_bytes())
+                .map(|run| run.parse(&Languages::read(None).unwrap()).unwrap().1)
         };
         assert_eq!(parsed("250.0").unwrap(), 250);
         assert_eq!(parsed("2.5e2").unwrap(), 250);

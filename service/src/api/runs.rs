@@ -42,6 +42,7 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
     security(("bearer" = ["runs"])),
     request_body(content = RunRequest, description = "At most 16 MiB.", examples(
         ("hello" = (summary = "A command", value = json!({ "image": "busybox", "command": ["echo", "hello"] }))),
+        ("language" = (summary = "A program's text in a language", value = json!({ "language": "python", "source": "print(input())", "stdin": "hello" }))),
         ("full" = (summary = "A program with files, input and limits", value = json!({
             "image": "python",
             "command": ["python3", "main.py"],
@@ -60,7 +61,7 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
 )]
 pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator, keyed: Keyed, body: Body) -> Result<Response, ApiError> {
     caller.require(Scope::Runs)?;
-    let (asked, wait_ms) = json::read::<RunRequest>(body).await?.parse()?;
+    let (asked, wait_ms) = json::read::<RunRequest>(body).await?.parse(&app.languages)?;
     let patience = Duration::from_millis(wait_ms);
     if let Some(id) = keyed.made {
         return go_on(&app, &caller.tenant, id, patience).await;

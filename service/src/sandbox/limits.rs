@@ -137,6 +137,27 @@ pub struct RequestedLimits {
     io_ops_per_s: Option<u64>,
 }
 
+impl RequestedLimits {
+    /// These, and the other's where these say nothing.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self {
+            memory_bytes: self.memory_bytes.or(other.memory_bytes),
+            cpu_millis: self.cpu_millis.or(other.cpu_millis),
+            pids: self.pids.or(other.pids),
+            wall_ms: self.wall_ms.or(other.wall_ms),
+            cpu_ms: self.cpu_ms.or(other.cpu_ms),
+            output_bytes: self.output_bytes.or(other.output_bytes),
+            disk_bytes: self.disk_bytes.or(other.disk_bytes),
+            inodes: self.inodes.or(other.inodes),
+            open_files: self.open_files.or(other.open_files),
+            file_size_bytes: self.file_size_bytes.or(other.file_size_bytes),
+            io_bytes_per_s: self.io_bytes_per_s.or(other.io_bytes_per_s),
+            io_ops_per_s: self.io_ops_per_s.or(other.io_ops_per_s),
+        }
+    }
+}
+
 /// The limits in force. Holding them proves that every bound was checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[schema(description = "The limits in force.")]

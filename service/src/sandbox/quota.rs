@@ -85,7 +85,7 @@ fn changes(scope: QuotaScope, description: &str) -> RefOr<Schema> {
     of_names(scope, description, |kind| match kind {
         Kind::Number => json!({ "oneOf": [{ "type": ["integer", "null"], "minimum": 0, "maximum": NUMBER_MAX }, { "const": DEFAULT }] }),
         Kind::List => {
-            json!({ "oneOf": [{ "type": ["array", "null"], "maxItems": WORDS_MAX, "items": { "type": "string" } }, { "const": DEFAULT }] })
+            json!({ "oneOf": [{ "type": ["array", "null"], "maxItems": WORDS_MAX, "items": { "type": "string", "pattern": "^[^\\u0000]*$" } }, { "const": DEFAULT }] })
         }
     })
 }

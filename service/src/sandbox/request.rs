@@ -7,10 +7,10 @@ use sandbox_core::{
     files::PATH_BYTES_MAX,
     protocol::{Isolation, OutputPolicy, WindowSize},
 };
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
-use super::{Bound, Capabilities, Kind, Limits, RequestedLimits, SandboxId, Signal, SignalRequest, User, words};
+use super::{Bound, Capabilities, Kind, Languages, Limits, RequestedLimits, SandboxId, Signal, SignalRequest, User, words};
 
 /// How long `POST /v1/runs` waits for the end before it answers 202.
 pub const WAIT_MS: Bound = Bound { field: "wait_ms", unit: "milliseconds", min: 0, default: Some(30_000), max: 300_000 };
@@ -76,8 +76,17 @@ impl Invalid {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RunRequest {
-    #[schema(value_type = words::Reference)]
-    image: String,
+    #[serde(default, deserialize_with = "given")]
+    #[schema(required = false, value_type = words::Reference)]
+    image: Option<String>,
+    /// One of `GET /v1/languages`, in place of an image and a command. With it comes `source`.
+    #[serde(default, deserialize_with = "given")]
+    #[schema(required = false, value_type = String)]
+    language: Option<String>,
+    /// A program's text in that language.
+    #[serde(default, deserialize_with = "given")]
+    #[schema(required = false, value_type = String)]
+    source: Option<String>,
     /// In place of the image's; an empty list: none. Without one, what the image has.
     entrypoint: Option<Vec<String>>,
     /// Arguments of the entry point; without one, program and arguments. Without a command here, the image's, if the entry point is the image's, too.
@@ -253,6 +262,20 @@ struct FileRequest {
     mode: Option<String>,
 }
 
+/// What is there is no null: an absent field is the way to say nothing.
+fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    String::deserialize(deserializer).map(Some)
+}
+
+/// What a run is made of: an image, or what its language says.
+struct Made {
+    image: ImageReference,
+    entrypoint: Option<Vec<String>>,
+    command: Option<Vec<String>>,
+    source: Option<File>,
+    limits: RequestedLimits,
+}
+
 /// How bytes stand in the text beside it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[schema(default = "utf-8")]
@@ -371,8 +394,18 @@ pub struct NewSandbox {
 
 impl RunRequest {
     /// The sandbox and how long to wait for its end, in milliseconds; or the first field that is wrong.
-    pub fn parse(self) -> Result<(NewSandbox, u64), Invalid> {
+    pub fn parse(self, languages: &Languages) -> Result<(NewSandbox, u64), Invalid> {
         let Network::None = self.network;
+        let asked = (entrypoint(self.entrypoint)?, command(self.command)?);
+        let Made { image, entrypoint, command, source, limits } = made(self.image, self.language, self.source, asked, languages)?;
+        let mut files = files(self.files)?;
+        if let Some(source) = source {
+            if let Some(at) = files.iter().position(|file| file.path == source.path) {
+                return Err(Invalid::new(format!("files[{at}].path"), "that is where the source text is put"));
+            }
+            files.push(source);
+        }
+        let requested = self.limits.or(limits);
         let wait_ms = match self.wait_ms {
             Some(ms) => WAIT_MS.check(ms)?,
             None => 30_000,
@@ -380,15 +413,15 @@ impl RunRequest {
         let retries = RETRY.check(self.retry.unwrap_or(0))?;
         let sandbox = NewSandbox {
             kind: Kind::Run,
-            image: ImageReference::parse("image", self.image)?,
+            image,
             name: None,
-            entrypoint: entrypoint(self.entrypoint)?,
-            command: command(self.command)?,
+            entrypoint,
+            command,
             workdir: workdir(self.workdir)?,
             user: self.user.map(|user| User::parse("user", &user)).transpose()?,
             capabilities: self.capabilities,
             isolation: self.isolation,
-            files: files(self.files)?,
+            files,
             stdin: stdin(self.stdin, self.stdin_encoding)?,
             stdin_open: false,
             terminal: None,
@@ -396,8 +429,8 @@ impl RunRequest {
             stop_grace_ms: STOP_GRACE_DEFAULT_MS,
             env: env(self.env)?,
             labels: labels(self.labels)?,
-            requested: self.limits,
-            limits: Limits::of(Kind::Run, self.limits)?,
+            requested,
+            limits: Limits::of(Kind::Run, requested)?,
             output_policy: self.output_policy,
             ttl_ms: None,
             idle_timeout_ms: None,
@@ -478,6 +511,45 @@ fn entrypoint(entrypoint: Option<Vec<String>>) -> Result<Option<Vec<String>>, In
         return Err(Invalid::new("entrypoint", "the first element names the program and cannot be empty"));
     }
     without_zeros("entrypoint", entrypoint)
+}
+
+fn made(
+    image: Option<String>,
+    language: Option<String>,
+    source: Option<String>,
+    (entrypoint, command): (Option<Vec<String>>, Option<Vec<String>>),
+    languages: &Languages,
+) -> Result<Made, Invalid> {
+    let (image, language) = match (image, language) {
+        (Some(_), Some(_)) => return Err(Invalid::new("language", "a run has an image or a language, not both")),
+        (None, None) => return Err(Invalid::new("image", "this field is missing, or `language` with `source` in its place")),
+        both => both,
+    };
+    if let Some(image) = image {
+        if source.is_some() {
+            return Err(Invalid::new("source", "only a run in a `language` has this; with an image it is one of `files`"));
+        }
+        let image = ImageReference::parse("image", image)?;
+        return Ok(Made { image, entrypoint, command, source: None, limits: RequestedLimits::default() });
+    }
+    let name = language.unwrap_or_default();
+    let language = languages
+        .get(&name)
+        .ok_or_else(|| Invalid::new("language", format!("there is no such language; there are {}", languages.names())))?;
+    let text = source.ok_or_else(|| Invalid::new("source", "this field is missing: the program's text"))?;
+    for (field, given) in [("entrypoint", &entrypoint), ("command", &command)] {
+        if given.is_some() {
+            return Err(Invalid::new(field, "a language has its own"));
+        }
+    }
+    Ok(Made {
+        image: ImageReference::parse("image", language.image.clone())?,
+        // The image's own would stand before it.
+        entrypoint: Some(vec![]),
+        command: Some(language.run.clone()),
+        source: Some(File { path: language.file.clone(), mode: 0o644, content: Content(text.into_bytes()) }),
+        limits: language.limits,
+    })
 }
 
 fn command(command: Option<Vec<String>>) -> Result<Option<Vec<String>>, Invalid> {

@@ -53,12 +53,17 @@ parameters! {
     ];
     /// Which events.
     EventParameters = [
-        query("kind", "Only of these kinds.", json!({ "type": "array", "items": { "type": "string" } })),
+        query("kind", "Only of these kinds.", json!({ "type": "array", "items": text() })),
         query("sandbox", "Only of this sandbox or run.", json!({ "type": "string", "format": "uuid" })),
-        query("principal", "Only what this principal did.", json!({ "type": "string" }))
+        query("principal", "Only what this principal did.", text())
     ];
     /// One tenant of all.
-    OfTenant = [query("tenant", "Only this tenant's.", json!({ "type": "string" }))];
+    OfTenant = [query("tenant", "Only this tenant's.", text())];
+}
+
+/// What Postgres can hold.
+fn text() -> Value {
+    json!({ "type": "string", "pattern": "^[^\\u0000]*$" })
 }
 
 fn hour() -> Value {

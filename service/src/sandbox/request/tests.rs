@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::*;
 
 fn run(body: Value) -> Result<(NewSandbox, u64), Invalid> {
-    serde_json::from_value::<RunRequest>(body).unwrap().parse()
+    serde_json::from_value::<RunRequest>(body).unwrap().parse(&Languages::read(None).unwrap())
 }
 
 #[test]
@@ -14,6 +14,27 @@ fn the_smallest_run_is_an_image() {
     assert_eq!(sandbox.image.as_str(), "python");
     assert_eq!(sandbox.output_policy, OutputPolicy::Truncate);
     assert_eq!(wait_ms, 30_000);
+}
+
+#[test]
+fn a_language_stands_for_image_file_and_command() {
+    let (sandbox, _) = run(json!({"language": "python", "source": "print(1)"})).unwrap();
+    assert_eq!(sandbox.image.as_str(), "python");
+    assert_eq!(sandbox.command, Some(vec!["python3".to_owned(), "main.py".to_owned()]));
+    assert_eq!(sandbox.files, [File { path: "main.py".into(), mode: 0o644, content: Content("print(1)".into()) }]);
+}
+
+#[test]
+fn what_does_not_go_with_a_language_is_named() {
+    let field = |body: Value| run(body).unwrap_err().field;
+    assert_eq!(field(json!({})), "image");
+    assert_eq!(field(json!({"image": "a", "language": "python", "source": ""})), "language");
+    assert_eq!(field(json!({"image": "a", "source": ""})), "source");
+    assert_eq!(field(json!({"language": "python"})), "source");
+    assert_eq!(field(json!({"language": "latin", "source": ""})), "language");
+    assert_eq!(field(json!({"language": "python", "source": "", "command": ["x"]})), "command");
+    assert_eq!(field(json!({"language": "python", "source": "", "files": [{"path": "main.py", "content": ""}]})), "files[0].path");
+    assert!(serde_json::from_value::<RunRequest>(json!({"image": null, "language": "python", "source": ""})).is_err());
 }
 
 #[test]
