@@ -40,6 +40,8 @@ for_test() {
     need pgrep procps
     need runsc runsc
     need systemd-analyze systemd
+    need python3 python3
+    python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 }
 for_vm() {
     for_build
@@ -97,13 +99,25 @@ cargo_deny() {
     CARGO_TARGET_DIR=$(mktemp -d) cargo install cargo-deny --locked --quiet
 }
 
+# The fuzzer of the API, in an environment of its own beside what is built; renewed when what is pinned changes.
+fuzzer() {
+    local folder=${CARGO_TARGET_DIR:-target}/schemathesis
+    cmp -s tools/fuzz-requirements.txt "$folder/installed.txt" && return 0
+    say "installing schemathesis"
+    rm -rf "$folder"
+    mkdir -p "${folder%/*}"
+    python3 -m venv "$folder"
+    "$folder/bin/pip" install --quiet --disable-pip-version-check --requirement tools/fuzz-requirements.txt >&2
+    cp tools/fuzz-requirements.txt "$folder/installed.txt"
+}
+
 rust
 case ${1:-} in
 build) for_build; install_packages ;;
 images) for_images; install_packages ;;
 run) for_run; install_packages; service_user ;;
 check) for_check; install_packages; cargo_deny ;;
-test) for_test; install_packages; service_user ;;
+test) for_test; install_packages; service_user; fuzzer ;;
 vm) for_vm; install_packages ;;
 bench) for_bench; install_packages; service_user ;;
 *) fail "usage: setup.sh build|images|run|check|test|vm|bench" ;;
