@@ -23,7 +23,16 @@ struct Made {
 }
 
 /// Operations on a sandbox that are for one that runs; for all others it has ended.
-const OF_WHAT_RUNS: [&str; 3] = ["/v1/sandboxes/{id}/kill", "/v1/sandboxes/{id}/pause", "/v1/sandboxes/{id}/resume"];
+const OF_WHAT_RUNS: [&str; 7] = [
+    "/v1/sandboxes/{id}/kill",
+    "/v1/sandboxes/{id}/pause",
+    "/v1/sandboxes/{id}/resume",
+    FILE,
+    "/v1/sandboxes/{id}/archive",
+    "/v1/sandboxes/{id}/diff",
+    "/v1/sandboxes/{id}/top",
+];
+const FILE: &str = "/v1/sandboxes/{id}/files/{path}";
 
 /// Makes what the last parameter of this part of a path names. `before` are the ids in front of it, `template` is the whole path.
 async fn make(owner: &Client, part: &str, before: &[Made], template: &str) -> Made {
@@ -39,6 +48,12 @@ async fn make(owner: &Client, part: &str, before: &[Made], template: &str) -> Ma
             let made = uuid(owner.post("/v1/sandboxes", &program).await.expect(201));
             owner.until(&format!("/v1/sandboxes/{}", made.id), |sandbox| sandbox["state"] == "exited").await;
             made
+        }
+        (FILE, [sandbox]) => {
+            let file = Made { id: mark(owner), absent: format!("tenant-{}", uuid::Uuid::new_v4().simple()) };
+            let path = format!("/v1/sandboxes/{}/files/{}", sandbox.id, file.id);
+            owner.send(owner.request(Method::PUT, &path).body("text"), "PUT", &path).await.expect(200);
+            file
         }
         ("/v1/images/{reference}", []) => {
             let (name, absent) = (uuid::Uuid::new_v4(), uuid::Uuid::new_v4());
@@ -88,10 +103,17 @@ async fn paths(owner: &Client, operation: &Operation) -> (String, String) {
 /// Sends the operation's method with the body that the document gives as an example, or an empty object.
 async fn send(client: &Client, operation: &Operation, path: &str) -> Answer {
     let method: Method = operation.method.parse().unwrap();
-    let mut request = client.request(method, path);
+    // What a POST to a file is to do stands in the query. A new name is good for the file and for what there is none of.
+    let query = if operation.template == FILE && method == Method::POST { "?rename=/renamed" } else { "" };
+    let mut request = client.request(method, &format!("{path}{query}"));
     if let Some(content) = operation.definition()["requestBody"]["content"].as_object() {
         let (media_type, media) = content.iter().next().unwrap();
-        request = request.header("content-type", media_type).body(media.get("example").unwrap_or(&json!({})).to_string());
+        request = request.header("content-type", media_type);
+        request = match media_type.as_str() {
+            // The end of an archive is two blocks of zeros (tar(5)): this one is empty.
+            "application/x-tar" => request.body(vec![0; 1024]),
+            _ => request.body(media.get("example").unwrap_or(&json!({})).to_string()),
+        };
     }
     client.send(request, &operation.method, path).await
 }

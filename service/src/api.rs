@@ -29,7 +29,6 @@ use axum::{
     Router,
     http::{StatusCode, header},
     middleware,
-    routing::{delete, get, patch, post},
 };
 pub use contract::openapi;
 use error::ApiError;
@@ -96,18 +95,16 @@ pub fn router(app: Arc<App>, door: &DoorSettings) -> Router {
 
 /// Every operation, each with what it says of itself.
 fn routes() -> OpenApiRouter<Arc<App>> {
-    let waiting = OpenApiRouter::new().routes(routes!(runs::create));
-    let stopping = OpenApiRouter::new().route("/v1/sandboxes/{id}/stop", post(life::stop));
-    let lasting = OpenApiRouter::new().route("/v1/sandboxes/{id}/wait", get(life::wait));
+    let waiting = timed(OpenApiRouter::new().routes(routes!(runs::create)), Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE)
+        .merge(timed(OpenApiRouter::new().routes(routes!(life::stop)), STOP_DEADLINE))
+        .merge(timed(OpenApiRouter::new().routes(routes!(life::wait)), Duration::from_millis(UNTIL_MS.max) + QUICK_DEADLINE));
     let quick = OpenApiRouter::new()
-        .routes(routes!(runs::read))
-        .route("/v1/runs/{id}", delete(runs::cancel))
-        .route("/v1/sandboxes/{id}", patch(sandboxes::update))
-        .route("/v1/sandboxes/{id}/kill", post(life::kill))
-        .route("/v1/sandboxes/{id}/pause", post(life::pause))
-        .route("/v1/sandboxes/{id}/resume", post(life::resume))
+        .routes(routes!(runs::read, runs::cancel))
         .routes(routes!(sandboxes::create, sandboxes::list))
-        .routes(routes!(sandboxes::read, sandboxes::delete))
+        .routes(routes!(sandboxes::read, sandboxes::update, sandboxes::delete))
+        .routes(routes!(life::kill))
+        .routes(routes!(life::pause))
+        .routes(routes!(life::resume))
         .routes(routes!(logs::read))
         .routes(routes!(limits::read))
         .routes(routes!(languages::list))
@@ -121,12 +118,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(operations::openapi))
         .routes(routes!(operations::docs));
     // An import lasts as long as its archive; it keeps its own bounds.
-    timed(waiting, Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE)
-        .merge(timed(stopping, STOP_DEADLINE))
-        .merge(timed(lasting, Duration::from_millis(UNTIL_MS.max) + QUICK_DEADLINE))
-        .merge(timed(quick, QUICK_DEADLINE))
-        .merge(images::router())
-        .merge(files::router())
+    waiting.merge(timed(quick, QUICK_DEADLINE)).merge(images::router()).merge(files::router())
 }
 
 /// Ends what takes longer, and has the contract say so.

@@ -25,7 +25,7 @@ pub use quota::{
 };
 pub use request::{
     Content, EVICT_AFTER_MS, Encoding, File, GRACE_MS, IDLE_TIMEOUT_MS, ImageReference, Invalid, LIST_LIMIT, LabelFault, Network,
-    NewSandbox, RETRY, RunRequest, STOP_GRACE_MS, SandboxRequest, TTL_MS, TtySize, UNTIL_MS, WAIT_MS, WhenFull, check_label, check_name,
+    NewSandbox, RETRY, RunRequest, STOP_GRACE_MS, SandboxRequest, TTL_MS, UNTIL_MS, WAIT_MS, WhenFull, check_label, check_name,
     check_name_prefix,
 };
 pub use sandbox_core::protocol::{ImageId, SandboxId};

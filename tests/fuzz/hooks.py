@@ -32,6 +32,14 @@ def before_call(context, case, kwargs):
     # The log of what does not end has no end either.
     if operation == "readLog" and (case.query or {}).get("follow") in (None, True, "true"):
         case.query = {**(case.query or {}), "follow": "false"}
+    # How long to wait is the caller's choice; a fuzzer's time is short.
+    if operation == "waitForSandbox" and str((case.query or {}).get("timeout_ms", 0)).isdigit():
+        case.query = {**(case.query or {}), "timeout_ms": "50"}
+    if operation == "stopSandbox" and is_valid and isinstance(case.body, dict) and "grace_ms" in case.body:
+        case.body["grace_ms"] = 50
+    # Exactly one of the two, which JSON Schema cannot say of parameters.
+    if operation == "changeFile" and is_valid:
+        case.query = {**{name: value for name, value in (case.query or {}).items() if name not in ("rename", "exclusive")}, "mkdir": "true"}
     if operation in ("createRun", "createSandbox") and isinstance(case.body, dict):
         creation(case.body, is_valid)
 
@@ -43,8 +51,9 @@ def creation(body, is_valid):
     # Which languages there are is the operator's choice, so no schema lists them.
     if is_valid and "language" in body:
         body["language"] = "bash"
-    if is_valid and "wait_ms" in body:
-        body["wait_ms"] = 50
+    for wait in ("wait_ms", "stop_grace_ms"):
+        if is_valid and wait in body:
+            body[wait] = 50
     # Limits that bound each other: inodes on disk, and the memory that another kernel needs.
     limits = body.get("limits")
     if is_valid and isinstance(limits, dict):

@@ -103,9 +103,18 @@ pub fn check(method: &str, path: &str, status: u16, content_type: &str, body: &s
 fn find(method: &str, path: &str) -> Option<Operation> {
     let fits = |template: &str| {
         let (want, have): (Vec<_>, Vec<_>) = (template.split('/').collect(), path.split('/').collect());
-        want.len() == have.len() && want.iter().zip(&have).all(|(w, h)| w == h || (w.starts_with('{') && !h.is_empty()))
+        let same = |(w, h): (&&str, &&str)| w == h || (w.starts_with('{') && !h.is_empty());
+        // The last of these may hold slashes, and that of a file may be empty.
+        let rest = ["{path}", "{reference}"].contains(want.last().unwrap_or(&""));
+        match want.len().checked_sub(1) {
+            Some(last) if rest => have.len() >= last && want.iter().take(last).zip(&have).all(same),
+            Some(_) | None => want.len() == have.len() && want.iter().zip(&have).all(same),
+        }
     };
-    operations().into_iter().find(|o| o.method == method && fits(&o.template))
+    let mut fitting: Vec<_> = operations().into_iter().filter(|o| o.method == method && fits(&o.template)).collect();
+    // The one that says most of the path.
+    fitting.sort_by_key(|o| (o.template.ends_with("{path}") || o.template.ends_with("{reference}"), o.template.matches('{').count()));
+    fitting.into_iter().next()
 }
 
 /// Every example of a request, with the place of the schema that it is to keep.

@@ -95,13 +95,13 @@ pub enum Code {
     WrongState,
     IdempotencyKeyReused,
     IdempotencyKeyInUse,
-    PayloadTooLarge,
     FileNotFound,
     FileExists,
     FileDenied,
     FileUnfit,
     DiskFull,
     RangeNotSatisfiable,
+    PayloadTooLarge,
     HeadersTooLarge,
     Timeout,
     InvalidRequest,
@@ -137,7 +137,9 @@ pub(super) struct Problem {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Bound)]
     bound: Option<&'static Bound>,
+    /// Of what has another state than the request needs.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = State)]
     state: Option<State>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     quota: Option<QuotaView>,

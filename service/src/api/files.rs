@@ -13,10 +13,19 @@ use axum::{
     routing::get,
 };
 use sandbox_core::tree::{Ask, Entry, Existing, Fault, FaultKind, Link, Owner, PAGE_ENTRIES_MAX, Reply, Span, TreePath};
-use utoipa_axum::router::OpenApiRouter;
-use view::{ArchiveView, ChangeView, DiffView, EntryView, PageView, ProcessView, TopView};
+use utoipa_axum::{router::OpenApiRouter, routes};
+use view::{ArchiveView, ChangeView, DiffView, EntryView, FileAnswer, PageView, ProcessView, TopView};
 
-use super::{App, caller::Caller, error::ApiError, query};
+use super::{
+    App,
+    caller::Caller,
+    contract::{
+        parameter::{self, INNER_PATH, NewEntry},
+        refusal,
+    },
+    error::ApiError,
+    query,
+};
 use crate::{
     runtime::{Content, GiveError, Tree, TreeError},
     sandbox::{Invalid, SandboxId},
@@ -30,18 +39,19 @@ const ARCHIVE_ENTRIES_MAX: u64 = 1_000_000;
 const CHANGES_MAX: usize = 10_000;
 const PROCESSES_MAX: usize = 5000;
 /// The largest id of a sandbox's own.
-const ID_MAX: u32 = 65_534;
+pub(super) const ID_MAX: u32 = 65_534;
 
 /// They last as long as what they carry. That has bounds of its own: the body's, and those of whoever works in the sandbox.
 pub(super) fn router() -> OpenApiRouter<Arc<App>> {
-    let files = || get(read).put(write).delete(remove).post(change);
+    let root = || get(read).put(write).delete(remove).post(change);
     OpenApiRouter::new()
-        .route("/v1/sandboxes/{id}/files", files())
-        .route("/v1/sandboxes/{id}/files/", files())
-        .route("/v1/sandboxes/{id}/files/{*path}", files())
-        .route("/v1/sandboxes/{id}/archive", get(pack).put(unpack))
-        .route("/v1/sandboxes/{id}/diff", get(diff))
-        .route("/v1/sandboxes/{id}/top", get(top))
+        .routes(routes!(read, write, remove, change))
+        // The same, of the root: the rest of a path is never empty to axum.
+        .route("/v1/sandboxes/{id}/files", root())
+        .route("/v1/sandboxes/{id}/files/", root())
+        .routes(routes!(pack, unpack))
+        .routes(routes!(diff))
+        .routes(routes!(top))
 }
 
 /// What a URL names: a sandbox, and the path behind the name of the resource.
@@ -171,7 +181,40 @@ async fn files(app: &App, caller: &Caller, id: SandboxId) -> Result<Tree, ApiErr
     app.engine.files(&caller.tenant, id).await?.ok_or(ApiError::NotFound)
 }
 
-/// The content of a file, or with `list` the entries of a folder, or with `stat` what there is of one.
+/// Read a file, or list a folder
+///
+/// The content of a file, or a part of it with `Range: bytes=…`; with `list` the entries of a folder, by name; with `stat` what there is of a file, folder or link. `HEAD`
+/// tells of a file without its content. As the sandbox's own root sees it: no link leads out of it. Of stopped sandboxes too, as long as their layer is there.
+#[utoipa::path(
+    get,
+    path = "/v1/sandboxes/{id}/files/{*path}",
+    operation_id = "readFile",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:read"])),
+    params(
+        parameter::File,
+        ("list" = Option<bool>, Query, description = "The entries of a folder."),
+        ("stat" = Option<bool>, Query, description = "What there is of it; links are not followed."),
+        ("cursor" = Option<String>, Query, description = "Of a list: the `next_cursor` of the page before."),
+        ("limit" = Option<u32>, Query, description = "Of a list: the most entries of the page.",
+            extensions(("x-schema" = json!({ "minimum": 1, "maximum": PAGE_ENTRIES_MAX, "default": PAGE_ENTRIES_MAX })))),
+    ),
+    responses(
+        (status = 200, description = "The content of a file, or what `list` and `stat` ask for.",
+            content((serde_json::Value = "application/octet-stream"), (FileAnswer = "application/json")),
+            headers(
+                ("ETag" = String, description = "Of a file: changes with it."),
+                ("Last-Modified" = String, description = "Of a file."),
+                ("Accept-Ranges" = String, description = "Of a file: `bytes`."),
+            )),
+        (status = 206, description = "A part of a file.", content((serde_json::Value = "application/octet-stream")),
+            headers(("Content-Range" = String, description = "Which part, and of how many bytes."))),
+        refusal::FileNotFound,
+        refusal::Conflict,
+        refusal::RangeNotSatisfiable,
+        refusal::PayloadTooLarge,
+    ),
+)]
 async fn read(State(app): State<Arc<App>>, caller: Caller, method: Method, uri: Uri, headers: HeaderMap) -> Result<Response, ApiError> {
     caller.require(Scope::SandboxesRead)?;
     let Target { id, path } = Target::of(&uri)?;
@@ -263,7 +306,28 @@ fn body(content: Content) -> Body {
     }))
 }
 
-/// A new content for a file.
+/// Write a file
+///
+/// Missing folders are made. What was there is replaced at once when all has come; whoever has it open keeps the old content.
+#[utoipa::path(
+    put,
+    path = "/v1/sandboxes/{id}/files/{*path}",
+    operation_id = "writeFile",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:write"])),
+    params(
+        parameter::File,
+        NewEntry,
+        ("exclusive" = Option<bool>, Query, description = "Refuse with `file_exists` if there is something of that name."),
+    ),
+    request_body(description = "The content.", content(("application/octet-stream"))),
+    responses(
+        (status = 200, description = "The file as it is now.", body = EntryView),
+        refusal::FileNotFound,
+        refusal::Conflict,
+        refusal::DiskFull,
+    ),
+)]
 async fn write(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Body) -> Result<Json<EntryView>, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
     let Target { id, path } = Target::of(&uri)?;
@@ -276,6 +340,25 @@ async fn write(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Body
     }
 }
 
+/// Remove a file or a folder
+#[utoipa::path(
+    delete,
+    path = "/v1/sandboxes/{id}/files/{*path}",
+    operation_id = "deleteFile",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:write"])),
+    params(
+        parameter::File,
+        ("recursive" = Option<bool>, Query, description = "A folder with all that is in it; else only an empty one."),
+    ),
+    responses(
+        (status = 204, description = "It is gone."),
+        refusal::FileNotFound,
+        refusal::Conflict,
+        refusal::PayloadTooLarge,
+        refusal::DiskFull,
+    ),
+)]
 async fn remove(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<StatusCode, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
     let Target { id, path } = Target::of(&uri)?;
@@ -285,7 +368,30 @@ async fn remove(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// A new folder, or a new name.
+/// Make a folder, or rename
+///
+/// One of `mkdir` and `rename` says which.
+#[utoipa::path(
+    post,
+    path = "/v1/sandboxes/{id}/files/{*path}",
+    operation_id = "changeFile",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:write"])),
+    params(
+        parameter::File,
+        NewEntry,
+        ("mkdir" = Option<bool>, Query, description = "Make this folder."),
+        ("parents" = Option<bool>, Query, description = "With missing ones above it; then it may be there already.", extensions(("x-schema" = json!({ "default": true })))),
+        ("rename" = Option<String>, Query, description = "Where it goes, from the sandbox's root on.", extensions(("x-schema" = json!({ "pattern": INNER_PATH })))),
+        ("exclusive" = Option<bool>, Query, description = "Of a rename: refuse with `file_exists` if there is something of that name."),
+    ),
+    responses(
+        (status = 200, description = "It has its new name.", body = EntryView),
+        (status = 201, description = "The folder is there.", body = EntryView),
+        refusal::FileNotFound,
+        refusal::DiskFull,
+    ),
+)]
 async fn change(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Response, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
     let Target { id, path } = Target::of(&uri)?;
@@ -302,7 +408,24 @@ async fn change(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result
     Ok((status, Json(EntryView::from(entry))).into_response())
 }
 
-/// A file or a folder with all that is in it, as tar.
+/// A file or a folder with all that is in it, as tar
+#[utoipa::path(
+    get,
+    path = "/v1/sandboxes/{id}/archive",
+    operation_id = "readArchive",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:read"])),
+    params(
+        parameter::Id,
+        ("path" = Option<String>, Query, description = "What is packed, from the root on.", extensions(("x-schema" = json!({ "pattern": INNER_PATH, "default": "/" })))),
+    ),
+    responses(
+        (status = 200, description = "The archive; it breaks off if something goes wrong.", content((serde_json::Value = "application/x-tar"))),
+        refusal::FileNotFound,
+        refusal::Conflict,
+        refusal::PayloadTooLarge,
+    ),
+)]
 async fn pack(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Response, ApiError> {
     caller.require(Scope::SandboxesRead)?;
     let id = Target::of(&uri)?.id;
@@ -313,7 +436,27 @@ async fn pack(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<R
     Ok(([(header::CONTENT_TYPE, "application/x-tar")], body(content)).into_response())
 }
 
-/// What a tar holds, into a folder.
+/// What a tar holds, into a folder
+///
+/// Nothing of it leads out of the folder.
+#[utoipa::path(
+    put,
+    path = "/v1/sandboxes/{id}/archive",
+    operation_id = "writeArchive",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:write"])),
+    params(
+        parameter::Id,
+        ("path" = Option<String>, Query, description = "The folder, from the root on.", extensions(("x-schema" = json!({ "pattern": INNER_PATH, "default": "/" })))),
+    ),
+    request_body(description = "A tar archive.", content(("application/x-tar"))),
+    responses(
+        (status = 200, description = "It is there.", body = ArchiveView),
+        refusal::FileNotFound,
+        refusal::Conflict,
+        refusal::DiskFull,
+    ),
+)]
 async fn unpack(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Body) -> Result<Json<ArchiveView>, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
     let id = Target::of(&uri)?.id;
@@ -326,7 +469,21 @@ async fn unpack(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Bod
     }
 }
 
-/// What differs from the image.
+/// What differs from the image
+#[utoipa::path(
+    get,
+    path = "/v1/sandboxes/{id}/diff",
+    operation_id = "readDiff",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:read"])),
+    params(parameter::Id),
+    responses(
+        (status = 200, description = "The differences.", body = DiffView),
+        refusal::FileNotFound,
+        refusal::Conflict,
+        refusal::PayloadTooLarge,
+    ),
+)]
 async fn diff(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Json<DiffView>, ApiError> {
     caller.require(Scope::SandboxesRead)?;
     let id = Target::of(&uri)?.id;
@@ -335,7 +492,21 @@ async fn diff(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<J
     Ok(Json(DiffView { items: changes.into_iter().map(ChangeView::from).collect(), truncated: is_truncated }))
 }
 
-/// The payload's processes.
+/// The program's processes
+#[utoipa::path(
+    get,
+    path = "/v1/sandboxes/{id}/top",
+    operation_id = "readProcesses",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:read"])),
+    params(parameter::Id),
+    responses(
+        (status = 200, description = "The processes.", body = TopView),
+        refusal::FileNotFound,
+        refusal::Conflict,
+        refusal::PayloadTooLarge,
+    ),
+)]
 async fn top(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Json<TopView>, ApiError> {
     caller.require(Scope::SandboxesRead)?;
     let id = Target::of(&uri)?.id;

@@ -9,46 +9,73 @@ use axum::{
     http::Uri,
 };
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
-use super::{App, caller::Caller, error::ApiError, json, query, sandboxes::view, view::SandboxView};
+use super::{
+    App,
+    caller::Caller,
+    contract::{parameter, refusal},
+    error::ApiError,
+    json, query,
+    sandboxes::view,
+    view::SandboxView,
+};
 use crate::{
     engine::{Until, Waited},
-    sandbox::{GRACE_MS, Invalid, Sandbox, Signal, SignalRequest, UNTIL_MS},
+    sandbox::{GRACE_MS, Invalid, Sandbox, Signal, SignalRequest, UNTIL_MS, words},
     token::Scope,
 };
 
 /// Body of `POST /v1/sandboxes/{id}/stop`. May be absent.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct StopRequest {
     /// Instead of the sandbox's own `stop_signal`.
+    #[schema(value_type = Option<words::SignalGiven>)]
     signal: Option<SignalRequest>,
     /// How long it has after the signal before it is killed, instead of the sandbox's own `stop_grace_ms`.
+    #[schema(extensions(("x-bound" = json!(GRACE_MS))))]
     grace_ms: Option<u64>,
 }
 
 /// Body of `POST /v1/sandboxes/{id}/kill`. May be absent.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct KillRequest {
     /// By name or by number. SIGKILL, which is the default, ends the sandbox; any other goes to its first process alone.
+    #[schema(value_type = Option<words::SignalGiven>)]
     signal: Option<SignalRequest>,
 }
 
 /// Body of operations that need nothing to be said. May be absent.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Nothing {}
 
 /// How a waiting ended.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = WaitResult)]
 pub(super) struct WaitView {
     /// `reached`: it is so. `timed_out`: not yet. `ended`: it has ended, or is gone, and will not be so. `stopping`: this service stops; ask again.
     result: Waited,
     /// As it was seen last; null: it is gone, and nobody saw how it ended.
+    #[schema(required)]
     sandbox: Option<SandboxView>,
 }
 
+/// Ask a sandbox to end
+///
+/// It is told its stop signal, and killed when its grace is over. Answers when it has ended.
+#[utoipa::path(
+    post,
+    path = "/v1/sandboxes/{id}/stop",
+    operation_id = "stopSandbox",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:write"])),
+    params(parameter::Named),
+    request_body(content = Option<StopRequest>, example = json!({ "signal": "SIGTERM", "grace_ms": 5000 })),
+    responses((status = 200, description = "The sandbox as it is now.", body = SandboxView), refusal::NotFound),
+)]
 pub(super) async fn stop(
     State(app): State<Arc<App>>,
     caller: Caller,
@@ -63,6 +90,17 @@ pub(super) async fn stop(
     answer(&app, app.engine.stop_sandbox(caller.owner(), id, signal, grace).await?).await
 }
 
+/// Send a signal
+#[utoipa::path(
+    post,
+    path = "/v1/sandboxes/{id}/kill",
+    operation_id = "killSandbox",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:write"])),
+    params(parameter::Named),
+    request_body(content = Option<KillRequest>, example = json!({ "signal": "SIGUSR1" })),
+    responses((status = 200, description = "The sandbox as it is now.", body = SandboxView), refusal::NotFound),
+)]
 pub(super) async fn kill(
     State(app): State<Arc<App>>,
     caller: Caller,
@@ -76,6 +114,19 @@ pub(super) async fn kill(
     answer(&app, app.engine.signal(caller.owner(), id, signal).await?).await
 }
 
+/// Let a sandbox stand still
+///
+/// Its time goes on; it uses no CPU.
+#[utoipa::path(
+    post,
+    path = "/v1/sandboxes/{id}/pause",
+    operation_id = "pauseSandbox",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:write"])),
+    params(parameter::Named),
+    request_body(content = Option<Nothing>, example = json!({})),
+    responses((status = 200, description = "The sandbox as it is now.", body = SandboxView), refusal::NotFound),
+)]
 pub(super) async fn pause(
     State(app): State<Arc<App>>,
     caller: Caller,
@@ -85,6 +136,17 @@ pub(super) async fn pause(
     set_paused(&app, &caller, &id, body, true).await
 }
 
+/// Let a sandbox go on
+#[utoipa::path(
+    post,
+    path = "/v1/sandboxes/{id}/resume",
+    operation_id = "resumeSandbox",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:write"])),
+    params(parameter::Named),
+    request_body(content = Option<Nothing>, example = json!({})),
+    responses((status = 200, description = "The sandbox as it is now.", body = SandboxView), refusal::NotFound),
+)]
 pub(super) async fn resume(
     State(app): State<Arc<App>>,
     caller: Caller,
@@ -105,6 +167,23 @@ async fn answer(app: &App, sandbox: Option<Sandbox>) -> Result<Json<SandboxView>
     Ok(view(app, sandbox.ok_or(ApiError::NotFound)?).await)
 }
 
+/// Wait for a sandbox
+///
+/// Until it is so, or will not be so any more, or the time is over.
+#[utoipa::path(
+    get,
+    path = "/v1/sandboxes/{id}/wait",
+    operation_id = "waitForSandbox",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:read"])),
+    params(
+        parameter::Named,
+        ("until" = Option<String>, Query, description = "What is waited for.",
+            extensions(("x-schema" = json!({ "enum": ["running", "paused", "exited", "removed"], "default": "exited" })))),
+        ("timeout_ms" = Option<u64>, Query, description = "For how long, in milliseconds.", extensions(("x-bound" = json!(UNTIL_MS)))),
+    ),
+    responses((status = 200, description = "How the waiting ended.", body = WaitView), refusal::NotFound),
+)]
 pub(super) async fn wait(
     State(app): State<Arc<App>>,
     caller: Caller,

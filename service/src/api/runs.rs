@@ -132,7 +132,18 @@ pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): 
     view(&app, run).await
 }
 
-/// Ends it, if it has not ended; answers with how it ended.
+/// End a run
+///
+/// If it has not ended. Answers with how it ended.
+#[utoipa::path(
+    delete,
+    path = "/v1/runs/{id}",
+    operation_id = "cancelRun",
+    tag = "runs",
+    security(("bearer" = ["runs"])),
+    params(parameter::Id),
+    responses((status = 200, description = "The run as it is now.", body = RunView), refusal::NotFound),
+)]
 pub(super) async fn cancel(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<RunView>, ApiError> {
     caller.require(Scope::Runs)?;
     let run = app.engine.cancel(caller.owner(), query::id(&id)?).await?.ok_or(ApiError::NotFound)?;

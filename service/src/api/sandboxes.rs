@@ -27,7 +27,7 @@ use crate::{
     engine::START_PATIENCE,
     sandbox::{
         ChangeRequest, ImageReference, Invalid, Kind, LIST_LIMIT, LabelFault, Sandbox, SandboxId, SandboxRequest, State as SandboxState,
-        TenantId, check_label, check_name_prefix,
+        TenantId, check_label, check_name_prefix, words,
     },
     store::{Filter, Order},
     token::Scope,
@@ -99,7 +99,7 @@ pub(super) async fn view(app: &App, sandbox: Sandbox) -> Json<SandboxView> {
     operation_id = "readSandbox",
     tag = "sandboxes",
     security(("bearer" = ["sandboxes:read"])),
-    params(parameter::Id),
+    params(parameter::Named),
     responses((status = 200, description = "The sandbox as it is now.", body = SandboxView), refusal::NotFound),
 )]
 pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<SandboxView>, ApiError> {
@@ -109,7 +109,19 @@ pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): 
     Ok(view(&app, sandbox).await)
 }
 
-/// Changes what can be changed while it is there.
+/// Change a sandbox while it is there
+///
+/// What is absent stays as it is. New limits hold at once.
+#[utoipa::path(
+    patch,
+    path = "/v1/sandboxes/{id}",
+    operation_id = "changeSandbox",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:write"])),
+    params(parameter::Named),
+    request_body(content = ChangeRequest, example = json!({ "labels": { "job": null, "stage": "done" } })),
+    responses((status = 200, description = "The sandbox as it is now.", body = SandboxView), refusal::NotFound, refusal::Conflict, refusal::QuotaExceeded),
+)]
 pub(super) async fn update(
     State(app): State<Arc<App>>,
     caller: Caller,
@@ -132,7 +144,7 @@ pub(super) async fn update(
     operation_id = "deleteSandbox",
     tag = "sandboxes",
     security(("bearer" = ["sandboxes:write"])),
-    params(parameter::Id),
+    params(parameter::Named),
     responses((status = 204, description = "It is gone."), refusal::NotFound),
 )]
 pub(super) async fn delete(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
@@ -153,8 +165,8 @@ pub(super) async fn delete(State(app): State<Arc<App>>, caller: Caller, Path(id)
     params(
         parameter::Page,
         ("state" = Option<Vec<SandboxState>>, Query, description = "Only those in one of these states."),
-        ("label" = Option<Vec<String>>, Query, description = "Only those with all of these labels, each as `key=value`.",
-            extensions(("x-schema" = json!({ "items": { "pattern": "^[A-Za-z0-9._/-]{1,63}=[^\\u0000]{0,256}$" } })))),
+        ("image" = Option<words::Reference>, Query, description = "Only those of this image."),
+        parameter::SandboxFilter,
     ),
     responses((status = 200, description = "A page.", body = Page)),
 )]

@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 
 use crate::{
     engine::Output,
-    sandbox::{Capabilities, Encoding, Kind, Limits, Network, Outcome, Sandbox, SandboxId, Signal, State, TtySize, words},
+    sandbox::{Capabilities, Encoding, Kind, Limits, Network, Outcome, Sandbox, SandboxId, Signal, State, words},
 };
 
 /// What was asked for, and the content that this named then.
@@ -119,9 +119,10 @@ pub(super) struct SandboxView {
     auto_remove: bool,
     stdin_open: bool,
     /// The size of its terminal at its start, if it has one.
-    #[schema(required, value_type = Option<TtySize>)]
+    #[schema(required, value_type = Option<words::TerminalSize>)]
     tty: Option<WindowSize>,
     /// What it is told where nothing else is said, and how long it then has.
+    #[schema(value_type = String, pattern = "^SIG")]
     stop_signal: Signal,
     stop_grace_ms: u64,
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use tokio::time::Instant;
+use utoipa::ToSchema;
 
 use super::{Engine, EngineError, Progress};
 use crate::sandbox::{Kind, Sandbox, SandboxId, State, TenantId};
@@ -21,7 +22,7 @@ pub enum Until {
 }
 
 /// How the waiting ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Waited {
     /// It is so.

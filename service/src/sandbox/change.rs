@@ -6,33 +6,40 @@ use sandbox_core::protocol::NewLimits;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use time::OffsetDateTime;
+use utoipa::ToSchema;
 
-use super::{IDLE_TIMEOUT_MS, Invalid, Limits, Sandbox, TTL_MS, check_name, request::check_labels};
+use super::{Bound, IDLE_TIMEOUT_MS, Invalid, Limits, Sandbox, TTL_MS, bound_of, check_name, request::check_labels, words};
 
 /// Body of `PATCH /v1/sandboxes/{id}`. What is absent stays as it is.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = SandboxChange)]
 pub struct ChangeRequest {
     /// Null takes the name from it.
     #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<String>, required = false, pattern = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
     name: Option<Option<String>>,
     /// A label whose value is null is taken out.
+    #[schema(value_type = Option<words::LabelChanges>)]
     labels: Option<BTreeMap<String, Option<String>>>,
     #[serde(default)]
     labels_policy: LabelsPolicy,
     /// From now on; null: for good.
     #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<u64>, required = false, extensions(("x-bound" = json!(TTL_MS))))]
     ttl_ms: Option<Option<u64>>,
     /// Null: it may do nothing for as long as it likes.
     #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<u64>, required = false, extensions(("x-bound" = json!(IDLE_TIMEOUT_MS))))]
     idle_timeout_ms: Option<Option<u64>>,
     #[serde(default)]
     limits: RequestedChange,
 }
 
 /// What becomes of labels that are not named.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
+#[schema(default = "merge")]
 enum LabelsPolicy {
     /// They stay.
     #[default]
@@ -42,23 +49,36 @@ enum LabelsPolicy {
 }
 
 /// The limits that can be changed while it runs.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = LimitChanges)]
 pub(super) struct RequestedChange {
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(extensions(("x-bound" = json!(bounded("memory_bytes")))))]
     pub(super) memory_bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(extensions(("x-bound" = json!(bounded("cpu_millis")))))]
     pub(super) cpu_millis: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(extensions(("x-bound" = json!(bounded("pids")))))]
     pub(super) pids: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(extensions(("x-bound" = json!(bounded("wall_ms")))))]
     pub(super) wall_ms: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(extensions(("x-bound" = json!(bounded("cpu_ms")))))]
     pub(super) cpu_ms: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(extensions(("x-bound" = json!(bounded("io_bytes_per_s")))))]
     pub(super) io_bytes_per_s: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(extensions(("x-bound" = json!(bounded("io_ops_per_s")))))]
     pub(super) io_ops_per_s: Option<u64>,
+}
+
+/// The bound of a limit, for the contract: what is absent stays as it is.
+fn bounded(limit: &str) -> Option<Bound> {
+    bound_of(&format!("limits.{limit}")).map(|bound| Bound { default: None, ..*bound })
 }
 
 /// A change whose every field was checked.

@@ -88,6 +88,7 @@ pub struct RunRequest {
     #[schema(required = false, value_type = String)]
     source: Option<String>,
     /// In place of the image's; an empty list: none. Without one, what the image has.
+    #[schema(value_type = Option<words::Entrypoint>)]
     entrypoint: Option<Vec<String>>,
     /// Arguments of the entry point; without one, program and arguments. Without a command here, the image's, if the entry point is the image's, too.
     #[schema(value_type = Option<words::Command>)]
@@ -146,6 +147,7 @@ pub struct SandboxRequest {
     #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
     name: Option<String>,
     /// In place of the image's; an empty list: none. Without one, what the image has.
+    #[schema(value_type = Option<words::Entrypoint>)]
     entrypoint: Option<Vec<String>>,
     /// Arguments of the entry point; without one, program and arguments. Without a command here, the image's, if the entry point is the image's, too.
     #[schema(value_type = Option<words::Command>)]
@@ -199,9 +201,9 @@ pub struct SandboxRequest {
     stdin_open: bool,
     /// Give it a terminal: `true`, or with its size.
     #[serde(default)]
-    #[schema(default = false)]
     tty: TtyRequest,
     /// Instead of the image's, or SIGTERM.
+    #[schema(value_type = Option<words::SignalGiven>)]
     stop_signal: Option<SignalRequest>,
     /// How long it has after that signal before it is killed, in milliseconds.
     #[schema(extensions(("x-bound" = json!(STOP_GRACE_MS))))]
@@ -210,6 +212,7 @@ pub struct SandboxRequest {
 
 /// Whether a program gets a terminal, and of which size.
 #[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[schema(as = Terminal)]
 #[serde(untagged, expecting = "a terminal is true, false, or its size: {\"rows\": 24, \"columns\": 80}")]
 pub(super) enum TtyRequest {
     Wanted(bool),
@@ -219,11 +222,11 @@ pub(super) enum TtyRequest {
 /// In characters.
 #[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-#[schema(as = TerminalSize)]
-pub struct TtySize {
-    #[schema(extensions(("x-bound" = json!(TTY_ROWS))))]
+#[schema(as = TerminalAsked)]
+pub(super) struct TtySize {
+    #[schema(extensions(("x-bound" = json!(Bound { default: None, ..TTY_ROWS }))))]
     rows: u64,
-    #[schema(extensions(("x-bound" = json!(TTY_COLUMNS))))]
+    #[schema(extensions(("x-bound" = json!(Bound { default: None, ..TTY_COLUMNS }))))]
     columns: u64,
 }
 

@@ -1,7 +1,6 @@
 //! Signals by the names that people know them by (signal(7)).
 
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
 use super::Invalid;
 
@@ -14,13 +13,12 @@ const RTMIN: i32 = 34;
 const MAX: i32 = 64;
 
 /// A signal that can be sent. In rows and answers it stands by its name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-#[schema(value_type = String)]
 pub struct Signal(i32);
 
 /// How a request names one: `"SIGTERM"`, `"TERM"`, `15`.
-#[derive(Debug, Clone, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(untagged, expecting = "a signal is a name, as in SIGTERM, or a number")]
 pub enum SignalRequest {
     Number(i64),
@@ -56,6 +54,11 @@ impl Signal {
 
 fn digits(text: &str) -> Option<i64> {
     (text.len() <= 2 && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse().ok()).flatten()
+}
+
+/// What names a signal in a request, for the contract.
+pub(super) fn pattern() -> String {
+    format!("^((SIG)?({}|RTMIN(\\+([0-9]|[12][0-9]|30))?)|[1-9]|[1-5][0-9]|6[0-4])$", NAMES.join("|"))
 }
 
 impl SignalRequest {

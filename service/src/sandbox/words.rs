@@ -56,6 +56,36 @@ described! {
         "prefixItems": [{ "type": "string", "minLength": 1, "pattern": "^[^\\u0000]*$" }],
         "items": { "type": "string", "pattern": "^[^\\u0000]*$" },
     });
+    /// In place of the image's entry point; an empty list: none.
+    Entrypoint = json!({
+        "type": "array",
+        "prefixItems": [{ "type": "string", "minLength": 1, "pattern": "^[^\\u0000]*$" }],
+        "items": { "type": "string", "pattern": "^[^\\u0000]*$" },
+    });
+    /// What is to become of labels: null takes one out.
+    LabelChanges = json!({
+        "type": "object",
+        "maxProperties": LABELS_MAX,
+        "propertyNames": { "type": "string", "pattern": "^[A-Za-z0-9._/-]{1,63}$" },
+        "additionalProperties": { "type": ["string", "null"], "maxLength": LABEL_VALUE_BYTES_MAX, "pattern": "^[^\\u0000]*$" },
+    });
+    /// A signal by its name, as in `SIGTERM`, `TERM` or `SIGRTMIN+1`, or by its number.
+    SignalGiven = json!({
+        "oneOf": [
+            { "type": "integer", "minimum": 1, "maximum": 64 },
+            { "type": "string", "pattern": super::signal::pattern() },
+        ],
+    });
+    /// The size of a terminal, in characters.
+    TerminalSize = json!({
+        "type": "object",
+        "required": ["rows", "columns"],
+        "properties": { "rows": { "type": "integer", "minimum": 1, "maximum": 65535 }, "columns": { "type": "integer", "minimum": 1, "maximum": 65535 } },
+    });
+    /// What an entry of a folder is.
+    EntryType = json!({ "type": "string", "enum": ["file", "folder", "link", "fifo", "socket", "device"] });
+    /// How something differs from the image.
+    ChangeType = json!({ "type": "string", "enum": ["added", "changed", "deleted"] });
     /// Variables over those of the image.
     Env = json!({ "type": "object", "propertyNames": { "type": "string", "pattern": "^[^=\\u0000]+$" }, "additionalProperties": { "type": "string", "pattern": "^[^\\u0000]*$" } });
     /// The caller's own marks.

@@ -101,7 +101,13 @@ fn settle_operation(path: &str, method: &str, operation: &mut Mapping) {
     let has_parameters = operation.contains_key("parameters");
     let has_body = method == "post" || operation.contains_key("requestBody");
     if let Some(body) = operation.get_mut("requestBody").and_then(Value::as_mapping_mut) {
-        body.insert("required".into(), true.into());
+        body.entry("required".into()).or_insert(true.into());
+        // One that may be absent is not null for that.
+        for (_, content) in body.get_mut("content").and_then(Value::as_mapping_mut).into_iter().flatten() {
+            if let Some(one) = content.get("schema").and_then(nullable).cloned() {
+                content["schema"] = one;
+            }
+        }
     }
     for parameter in operation.get_mut("parameters").and_then(Value::as_sequence_mut).into_iter().flatten() {
         settle_parameter(parameter);

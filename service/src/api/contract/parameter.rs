@@ -9,6 +9,7 @@ use utoipa::{
     },
 };
 
+use super::super::files::ID_MAX;
 use crate::sandbox::{Bound, LIST_LIMIT, words};
 
 macro_rules! parameters {
@@ -26,8 +27,15 @@ macro_rules! parameters {
 }
 
 parameters! {
-    /// The id of a sandbox or run.
+    /// The id of a run, or of a sandbox where a name will not do.
     Id = [path("id", "What is no id names nothing, and is not found.")];
+    /// The id of a sandbox, or its name.
+    Named = [path("id", "Its id, or its name. What is neither names nothing, and is not found.")];
+    /// A sandbox, and a file or folder in it.
+    File = [
+        path("id", "What is no id names nothing, and is not found."),
+        named("path", "From the sandbox's root on, its bytes percent-encoded; it may be empty, which is the root. Through no `..`.", INNER_PATH)
+    ];
     /// The name of a tenant.
     Tenant = [path("tenant", "What names no tenant is not found.")];
     /// The names of a tenant and of one of its principals.
@@ -40,6 +48,26 @@ parameters! {
     Page = [
         query("limit", "The most entries of the page.", bounded(&LIST_LIMIT)),
         query("cursor", "The `next_cursor` of the page before.", json!({ "type": "string" }))
+    ];
+    /// Which of the tenant's sandboxes, in which order.
+    SandboxFilter = [
+        query("order", "By creation.", json!({ "type": "string", "enum": ["newest_first", "oldest_first"], "default": "newest_first" })),
+        query(
+            "label",
+            "Only those with all of these labels, each as `key=value`, or as `key` for whatever value.",
+            json!({ "type": "array", "items": { "type": "string", "pattern": "^[A-Za-z0-9._/-]{1,63}(=[^\\u0000]{0,256})?$" } })
+        ),
+        query("name", "Only those whose name begins so.", json!({ "type": "string", "pattern": "^[A-Za-z0-9._-]{1,63}$" })),
+        query("created_after", "Only those made after this.", at()),
+        query("created_before", "Only those made before this.", at()),
+        query("finished_after", "Only those that ended after this.", at()),
+        query("finished_before", "Only those that ended before this.", at())
+    ];
+    /// Whose a new file or folder is to be, and what may be done with it.
+    NewEntry = [
+        query("mode", "Permission bits, octal. Absent: as what was there, or 0644, and 0755 of a folder.", json!({ "type": "string", "pattern": "^[0-7]{3,4}$" })),
+        query("uid", "Its owner. Absent: as what was there, or as that of `gid`.", json!({ "type": "integer", "minimum": 0, "maximum": ID_MAX })),
+        query("gid", "Its group. Absent: that of `uid`.", json!({ "type": "integer", "minimum": 0, "maximum": ID_MAX }))
     ];
     /// Which usage, and by what it is told apart.
     UsageParameters = [
@@ -64,6 +92,15 @@ parameters! {
 /// What Postgres can hold.
 fn text() -> Value {
     json!({ "type": "string", "pattern": "^[^\\u0000]*$" })
+}
+
+/// What may stand in the place of a path inside a sandbox.
+pub(in crate::api) const INNER_PATH: &str =
+    "^/*(([^/.\\u0000][^/\\u0000]{0,60}|\\.[^/.\\u0000][^/\\u0000]{0,60}|\\.\\.[^/\\u0000]{1,60})(/+|$))*$";
+
+/// An instant.
+fn at() -> Value {
+    json!({ "type": "string", "format": "date-time" })
 }
 
 fn hour() -> Value {

@@ -24,6 +24,16 @@ macro_rules! refusals {
 refusals! {
     /// There is no such thing, or it is another tenant's.
     NotFound = "404";
+    /// There is no such sandbox, or no such file in it.
+    FileNotFound = "404";
+    /// Not as things are. A POST may always answer so.
+    Conflict = "409";
+    /// Beyond what there is of the file.
+    RangeNotSatisfiable = "416";
+    /// The sandbox's layer is full.
+    DiskFull = "507";
+    /// The body is larger than allowed: only where it is not the body of the request that is too large.
+    PayloadTooLarge = "413";
     /// There is no image of that name.
     ImageNotFound = "404";
     /// More than the tenant or the principal may have.

@@ -7,39 +7,61 @@ use base64::{
 use sandbox_core::tree::{Change, ChangeKind, Entry, EntryKind, Process};
 use serde::Serialize;
 use time::{OffsetDateTime, format_description::BorrowedFormatItem, macros::format_description};
+use utoipa::ToSchema;
+
+use crate::sandbox::words;
 
 /// A file, folder or whatever else has a name.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = FileEntry)]
 pub(super) struct EntryView {
     /// In its folder. Bytes that are no UTF-8 are replaced, and `name_base64` has all of them.
     name: String,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = String)]
     name_base64: Option<String>,
+    #[schema(value_type = words::EntryType)]
     r#type: &'static str,
     size_bytes: u64,
     /// Four octal digits.
+    #[schema(pattern = "^[0-7]{4}$")]
     mode: String,
     uid: u32,
     gid: u32,
     #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
     modified_at: OffsetDateTime,
     /// Where a symbolic link leads, as it says.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = String)]
     target: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = String)]
     target_base64: Option<String>,
 }
 
 /// Entries of a folder in the order of their names as bytes.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = FilePage)]
 pub(super) struct PageView {
     items: Vec<EntryView>,
     /// Null on the last page.
+    #[schema(required)]
     next_cursor: Option<String>,
 }
 
+/// What `list` and `stat` are answered with.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "the one or the other is sent; the contract names both")]
+pub(super) enum FileAnswer {
+    Page(PageView),
+    Entry(EntryView),
+}
+
 /// What came of an archive.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ArchiveResult)]
 pub(super) struct ArchiveView {
     pub(super) entries: u64,
     /// Of content.
@@ -47,15 +69,20 @@ pub(super) struct ArchiveView {
 }
 
 /// A difference to the image.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = FileChange)]
 pub(super) struct ChangeView {
     path: String,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = String)]
     path_base64: Option<String>,
+    #[schema(value_type = words::ChangeType)]
     kind: &'static str,
 }
 
-#[derive(Debug, Serialize)]
+/// All differences to the image, in the order of their paths.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = FileChanges)]
 pub(super) struct DiffView {
     pub(super) items: Vec<ChangeView>,
     /// Whether there are more.
@@ -63,7 +90,8 @@ pub(super) struct DiffView {
 }
 
 /// A process, as the sandbox's own `/proc` has it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Process)]
 pub(super) struct ProcessView {
     /// Inside the sandbox, where 1 is ours.
     pid: u32,
@@ -78,7 +106,9 @@ pub(super) struct ProcessView {
     command: Vec<String>,
 }
 
-#[derive(Debug, Serialize)]
+/// Processes, the first of the sandbox first.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Processes)]
 pub(super) struct TopView {
     pub(super) items: Vec<ProcessView>,
 }
