@@ -30,7 +30,7 @@ use crate::{
     log::{self, Kind},
     policy,
     protocol::{
-        self, Answer, Cause, Ending, FailureKind, Launched, Limit, SandboxId, Start, Stdin, Usage,
+        self, Answer, Cause, Ending, FailureKind, KillReason, Launched, Limit, SandboxId, Start, Stdin, Usage,
         init::{self, Order, User, WaitStatus},
     },
 };
@@ -93,7 +93,7 @@ struct Parts {
 
 impl Exec {
     /// The final word. In order: it never started; it wrote too much; it took too long; somebody ended it; its sandbox ended; it ended by itself.
-    fn judge(&self, ended: Option<Ended>, failure: Option<Cause>, of_sandbox: Option<Decision>, now_ns: u64) -> Ending {
+    fn judge(&self, ended: Option<Ended>, failure: Option<Cause>, of_sandbox: Option<KillReason>, now_ns: u64) -> Ending {
         let killed = WaitStatus::Signaled { signal: libc::SIGKILL };
         let status = ended.map_or(killed, |ended| ended.status);
         let is_killed = status == killed;
@@ -114,7 +114,7 @@ impl Exec {
             (_, Some(Decision::Killed(reason)), _) if is_killed => Cause::Killed(reason),
             (_, Some(Decision::WallTimeout), _) if is_killed => Cause::WallTimeout,
             _ if let Some(stopping) = self.stopping.filter(|stopping| stopping.ended(status)) => Cause::Killed(stopping.reason),
-            (_, _, Some(Decision::Killed(reason))) if is_killed => Cause::Killed(reason),
+            (_, _, Some(reason)) if is_killed => Cause::Killed(reason),
             _ => match status {
                 WaitStatus::Exited { code } => Cause::Exited { code },
                 WaitStatus::Signaled { signal } => Cause::Signaled { signal },
@@ -479,13 +479,22 @@ impl Keeper {
         };
         let left: Vec<(u64, bool)> = self.execs.iter().filter_map(alive).collect();
         for (serial, is_started) in left {
-            let of_sandbox = self.sandboxes.get(&sandbox).and_then(|sandbox| sandbox.decision);
-            let failure = match of_sandbox {
+            let failure = match self.why_ended(sandbox) {
                 _ if is_started => None,
-                Some(Decision::Killed(reason)) => Some(Cause::Killed(reason)),
-                _ => Some(Cause::StartFailed { message: "the sandbox ended before the process started".to_owned() }),
+                Some(reason) => Some(Cause::Killed(reason)),
+                None => Some(Cause::StartFailed { message: "the sandbox ended before the process started".to_owned() }),
             };
             self.end_exec(serial, None, failure);
+        }
+    }
+
+    /// Who had a sandbox ended, if somebody did: what is killed in it then is killed for that.
+    fn why_ended(&self, sandbox: u64) -> Option<KillReason> {
+        let sandbox = self.sandboxes.get(&sandbox)?;
+        match sandbox.decision {
+            Some(Decision::Killed(reason)) => Some(reason),
+            Some(_) => None,
+            None => sandbox.stopping.map(|stopping| stopping.reason),
         }
     }
 
@@ -507,8 +516,10 @@ impl Keeper {
             warn(format_args!("a process that has ended is still watched: {error}"));
         }
         exec.input = None;
-        let of_sandbox = self.sandboxes.get(&exec.sandbox).and_then(|sandbox| sandbox.decision);
+        let sandbox = exec.sandbox;
+        let of_sandbox = self.why_ended(sandbox);
         let now_ns = monotonic_ns();
+        let Some(exec) = self.execs.get_mut(&serial) else { return };
         let mut ending = exec.judge(ended, failure, of_sandbox, now_ns);
         log::bound_ending(&mut ending);
         exec.ending = Some(ending);

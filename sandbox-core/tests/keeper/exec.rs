@@ -329,8 +329,10 @@ fn an_exec_is_signalled_stopped_and_killed_by_itself() {
 fn an_exec_ends_with_its_sandbox_and_its_ending_is_there_before() {
     let mut client = node().client();
     type Ask = fn(&mut Client, SandboxId);
-    let ends: [(&str, Ask, Cause); 3] = [
+    let stop = |client: &mut Client, id| done(client, &Request::Stop { id, signal: 15, grace_ms: 60_000, reason: KillReason::Expired });
+    let ends: [(&str, Ask, Cause); 4] = [
         ("sleep 1000", kill, Cause::Killed(KillReason::StoppedByUser)),
+        ("exec sleep 1000", stop, Cause::Killed(KillReason::Expired)),
         (
             "trap 'exit 0' TERM; while :; do sleep 0.01; done",
             |client, id| done(client, &Request::Signal { id, signal: 15 }),
