@@ -42,7 +42,9 @@ async fn make(owner: &Client, part: &str, before: &[Made], template: &str) -> Ma
         ("/v1/runs/{id}", []) => uuid(owner.run(&program).await),
         ("/v1/sandboxes/{id}", []) if OF_WHAT_RUNS.contains(&template) => {
             let lasting = json!({ "image": "busybox", "command": ["sleep", "60"], "labels": { "mark": mark(owner) } });
-            uuid(owner.post("/v1/sandboxes", &lasting).await.expect(201))
+            let made = uuid(owner.post("/v1/sandboxes", &lasting).await.expect(201));
+            owner.until(&format!("/v1/sandboxes/{}", made.id), |sandbox| sandbox["state"] == "running").await;
+            made
         }
         ("/v1/sandboxes/{id}", []) => {
             let made = uuid(owner.post("/v1/sandboxes", &program).await.expect(201));
