@@ -44,10 +44,18 @@ def before_call(context, case, kwargs):
         creation(case.body, is_valid)
 
 
+@schemathesis.serializer("application/x-tar")
+def tar(context, value):
+    return value if isinstance(value, bytes) else str(value).encode()
+
+
 def creation(body, is_valid):
     """Has a sandbox be one that this machine can have, and that is not waited for."""
     if isinstance(body.get("image"), str) and len(body["image"]) % 4:
         body["image"] = IMAGE
+    # Without an entry point a command is needed, where the image has none.
+    if is_valid and body.get("entrypoint") == []:
+        body.pop("entrypoint")
     # Which languages there are is the operator's choice, so no schema lists them.
     if is_valid and "language" in body:
         body["language"] = "bash"
@@ -56,6 +64,9 @@ def creation(body, is_valid):
             body[wait] = 50
     # Limits that bound each other: inodes on disk, and the memory that another kernel needs.
     limits = body.get("limits")
+    # The files of a sandbox under gVisor cannot be worked on, whatever the request; those of a run nobody asks for.
+    if is_valid and "wait_ms" not in body and body.get("isolation") == "gvisor":
+        body["isolation"] = "container"
     if is_valid and isinstance(limits, dict):
         limits.pop("inodes", None)
         if body.get("isolation") == "gvisor":

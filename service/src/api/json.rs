@@ -47,6 +47,10 @@ pub(super) async fn bytes(mut body: Body) -> Result<Vec<u8>, ApiError> {
 
 /// What the bytes say. To JSON Schema, and to clients that know one kind of number, 10.0 is a whole number too.
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Invalid> {
+    // A list would do for serde, too: of the fields' values in their order.
+    if bytes.trim_ascii_start().starts_with(b"[") {
+        return Err(Invalid::new("", "the body is a list, and must be an object"));
+    }
     parse_strictly(bytes).or_else(|fault| {
         let mut value: Value = serde_json::from_slice(bytes).map_err(|_| fault.clone())?;
         if !make_whole(&mut value) {
@@ -131,6 +135,11 @@ mod tests {
         assert_eq!(error.bound.map(|bound| bound.min), Some(1));
         assert_eq!(fault(r#"{"image":"a","limits":{"cpu_millis":"many"}}"#).field, "limits.cpu_millis");
         assert_eq!(fault(r#"{"image":"a","command":"x"}"#).field, "command");
+    }
+
+    #[test]
+    fn a_list_of_values_is_no_object() {
+        assert_eq!(fault(" [\"a\"]").detail, "the body is a list, and must be an object");
     }
 
     #[test]

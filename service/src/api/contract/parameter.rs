@@ -34,7 +34,7 @@ parameters! {
     /// A sandbox, and a file or folder in it.
     File = [
         path("id", "What is no id names nothing, and is not found."),
-        named("path", "From the sandbox's root on, its bytes percent-encoded; it may be empty, which is the root. Through no `..`.", INNER_PATH)
+        named("path", "From the sandbox's root on, its bytes percent-encoded. It may hold slashes, and be empty, which is the root. Through no `..`.", "^[^\\u0000]+$")
     ];
     /// The name of a tenant.
     Tenant = [path("tenant", "What names no tenant is not found.")];
