@@ -190,3 +190,132 @@ async fn another_tenants_log_is_not_found() {
 
     assert!(format!("{refused:#}").contains("404"), "{refused:#}");
 }
+
+/// An answer in a form of the caller's choice, as text.
+async fn read_as(client: &Client, path: &str, accept: &str) -> (u16, String, String) {
+    let answer = client.request(reqwest::Method::GET, path).header("accept", accept).send().await.unwrap();
+    let kind = answer.headers()["content-type"].to_str().unwrap().to_owned();
+    (answer.status().as_u16(), kind, answer.text().await.unwrap())
+}
+
+#[tokio::test]
+async fn the_last_lines_are_to_be_had_and_what_follows_them() {
+    let client = shared().client();
+    let run = client.shell("printf 'one\\ntwo\\n'; sleep 0.1; printf 'three\\nfo'; sleep 0.1; printf 'ur\\n'").await;
+    let id = run["id"].as_str().unwrap();
+
+    let two = client.follow(id, "tail=2").await.collect().await;
+    let none = client.follow(id, "tail=0").await.collect().await;
+    let all = client.follow(id, "tail=100000").await.collect().await;
+
+    assert_eq!(two.stdout_text(), "three\nfour\n");
+    assert_eq!(none.stdout_text(), "");
+    assert_eq!(all.stdout_text(), "one\ntwo\nthree\nfour\n");
+    assert!([&two, &none, &all].iter().all(|frames| frames.gaps.is_empty() && frames.end.is_some()));
+}
+
+#[tokio::test]
+async fn lines_that_are_written_later_follow_the_last_ones() {
+    let client = shared().client();
+    let id = sandbox(&client, "echo a; echo b; sleep 1; echo c").await;
+    client.follow(&id, "from=0").await.next().await;
+
+    let frames = client.follow(&id, "tail=1").await.collect().await;
+
+    assert_eq!(frames.stdout_text(), "b\nc\n");
+    assert_eq!(client.delete(&format!("/v1/sandboxes/{id}")).await.status, 204);
+}
+
+#[tokio::test]
+async fn one_stream_alone_is_shown_without_gaps() {
+    let client = shared().client();
+    let run = client.shell("for i in 1 2 3; do echo out $i; echo err $i >&2; sleep 0.05; done").await;
+    let id = run["id"].as_str().unwrap();
+
+    let out = client.follow(id, "stream=stdout").await.collect().await;
+    let err = client.follow(id, "stream=stderr&tail=1").await.collect().await;
+
+    assert_eq!((out.stdout_text().as_str(), out.stderr.as_slice()), ("out 1\nout 2\nout 3\n", &[][..]));
+    assert_eq!((err.stdout.as_slice(), err.stderr.as_slice()), (&[][..], &b"err 3\n"[..]));
+    assert_eq!((out.gaps, err.gaps), (vec![], vec![]));
+}
+
+#[tokio::test]
+async fn nothing_is_shown_that_was_written_before_the_time_asked_for() {
+    let client = shared().client();
+    let run = client.shell("echo early; sleep 0.3; echo late").await;
+    let id = run["id"].as_str().unwrap();
+    let frames: Vec<Value> = {
+        let mut socket = client.follow(id, "from=0").await;
+        let mut all = Vec::new();
+        while let Some(frame) = socket.next().await {
+            all.push(frame);
+        }
+        all
+    };
+    let late = frames.iter().find(|frame| frame["data"] == "late\n").unwrap()["at"].as_str().unwrap();
+
+    let since = client.follow(id, &format!("since={late}")).await.collect().await;
+
+    assert_eq!(since.stdout_text(), "late\n");
+}
+
+#[tokio::test]
+async fn a_log_is_plain_text_with_times_if_so_asked() {
+    let client = shared().client();
+    let run = client.shell("printf 'a\\nb\\n\\377'; sleep 0.1; echo c >&2").await;
+    let path = format!("/v1/sandboxes/{}/logs", run["id"].as_str().unwrap());
+
+    let plain = client.request(reqwest::Method::GET, &path).header("accept", "text/plain").send().await.unwrap();
+    let bytes = plain.bytes().await.unwrap();
+    let (status, kind, timed) = read_as(&client, &format!("{path}?timestamps=true&stream=stderr"), "text/plain").await;
+
+    assert_eq!(&bytes[..], b"a\nb\n\xffc\n");
+    assert_eq!((status, kind.as_str()), (200, "text/plain"));
+    let (time, text) = timed.split_once(' ').unwrap();
+    assert!(text == "c\n" && time.ends_with('Z') && time.starts_with("20"), "{timed}");
+}
+
+#[tokio::test]
+async fn a_browser_goes_on_by_its_last_event_and_stops_at_the_end() {
+    let client = shared().client();
+    let run = client.shell("echo a; sleep 0.1; echo b").await;
+    let path = format!("/v1/sandboxes/{}/logs", run["id"].as_str().unwrap());
+    let (status, kind, all) = read_as(&client, &path, "text/event-stream").await;
+    let events: Vec<(&str, Value)> = all
+        .split_terminator("\n\n")
+        .map(|event| {
+            let (id, data) = event.split_once('\n').unwrap();
+            (id.strip_prefix("id: ").unwrap(), serde_json::from_str(data.strip_prefix("data: ").unwrap()).unwrap())
+        })
+        .collect();
+    let again =
+        |seen: &str| client.request(reqwest::Method::GET, &path).header("accept", "text/event-stream").header("last-event-id", seen).send();
+
+    let rest = again(events[0].0).await.unwrap().text().await.unwrap();
+    let over = again("end").await.unwrap().status().as_u16();
+
+    assert_eq!((status, kind.as_str()), (200, "text/event-stream"));
+    assert_eq!((events[0].1["data"].as_str(), events[2].0), (Some("a\n"), "end"));
+    assert_eq!(events[2].1["end"], run["outcome"]);
+    assert_eq!(rest, all.split_once("\n\n").unwrap().1);
+    assert_eq!(over, 204);
+}
+
+#[tokio::test]
+async fn what_cannot_be_asked_of_a_log_is_named() {
+    let client = shared().client();
+    let run = client.shell("true").await;
+    let path = format!("/v1/sandboxes/{}/logs", run["id"].as_str().unwrap());
+    for (query, field) in [
+        ("from=x", "from"),
+        ("tail=-1", "tail"),
+        ("tail=100001", "tail"),
+        ("since=now", "since"),
+        ("stream=both", "stream"),
+        ("follow=maybe", "follow"),
+        ("colour=red", "colour"),
+    ] {
+        assert_eq!(client.get(&format!("{path}?{query}")).await.problem(422, "invalid_request")["field"], field);
+    }
+}

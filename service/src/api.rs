@@ -18,17 +18,21 @@ mod logs;
 mod nodes;
 mod observe;
 mod operations;
+pub mod ports;
 pub mod query;
 mod runs;
 mod sandboxes;
+mod stats;
+mod stream;
 mod view;
 
-use std::{sync::Arc, time::Duration};
+use std::{any::Any, sync::Arc, time::Duration};
 
 use axum::{
     Router,
     http::{StatusCode, header},
     middleware,
+    response::{IntoResponse as _, Response},
 };
 pub use contract::openapi;
 use error::ApiError;
@@ -76,10 +80,12 @@ pub fn router(app: Arc<App>, door: &DoorSettings) -> Router {
     let (routes, _described) = routes().split_for_parts();
     let routes = routes.fallback(async || ApiError::NotFound);
     let mut routes = routes
-        .layer(CatchPanicLayer::custom(|_panic| axum::response::IntoResponse::into_response(ApiError::panicked())))
+        .layer(contained())
         // Around every operation, that of panics included: what one leaves behind is known to nobody else.
         .layer(middleware::from_fn_with_state(Arc::clone(&app), idempotency::once))
         .layer(middleware::from_fn_with_state(door.body_deadline, bounds::bound_body))
+        // What goes into a sandbox is neither read nor kept, and is as slow as its ends like.
+        .merge(ports::router().layer(contained()))
         .layer(middleware::from_fn(bounds::bound_head))
         .layer(middleware::from_fn_with_state(Arc::clone(&app), observe::observe))
         .layer(SetSensitiveRequestHeadersLayer::new([header::AUTHORIZATION, header::SEC_WEBSOCKET_PROTOCOL]));
@@ -91,6 +97,11 @@ pub fn router(app: Arc<App>, door: &DoorSettings) -> Router {
         routes = routes.layer(cors);
     }
     routes.with_state(app)
+}
+
+/// A panic ends one request.
+fn contained() -> CatchPanicLayer<fn(Box<dyn Any + Send>) -> Response> {
+    CatchPanicLayer::custom(|_panic| ApiError::panicked().into_response())
 }
 
 /// Every operation, each with what it says of itself.
@@ -106,6 +117,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(life::pause))
         .routes(routes!(life::resume))
         .routes(routes!(logs::read))
+        .routes(routes!(stats::read))
         .routes(routes!(limits::read))
         .routes(routes!(languages::list))
         .routes(routes!(account::quota))

@@ -30,7 +30,7 @@ use std::{
 pub use crate::sandbox::Owner;
 use anyhow::Context as _;
 use capacity::{Capacity, Room};
-pub use follow::{Followed, Followup, LogStream};
+pub use follow::{Followed, Followup, LogQuery, LogStream};
 use lease::{Identity, Tenure};
 pub use live::{Finished, Progress};
 use live::{Live, Registry};

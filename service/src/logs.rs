@@ -1,5 +1,6 @@
 //! The log files of sandboxes, as the keeper writes them: reading, and hearing of more.
 
+mod lines;
 mod reader;
 
 use std::{
@@ -13,6 +14,8 @@ use std::{
 use anyhow::Context as _;
 use futures_util::StreamExt as _;
 use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask, Watches};
+use lines::LineFinder;
+pub use lines::{Beginning, Wanted};
 pub use reader::{LogItem, LogReader};
 use sandbox_core::log;
 use time::OffsetDateTime;
@@ -94,6 +97,21 @@ impl Logs {
         Some(modified.into())
     }
 
+    /// Where the last lines of what is wanted begin, as the log is now; `None` if there is no file.
+    pub async fn last_lines(&self, id: SandboxId, lines: usize, wanted: Wanted) -> io::Result<Option<Beginning>> {
+        let file = match File::open(self.path(id)) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let find = move || {
+            let mut finder = LineFinder::new(lines, wanted);
+            each_record(file, |record| finder.push(record))?;
+            Ok(Some(finder.finish()))
+        };
+        tokio::task::spawn_blocking(find).await.map_err(io::Error::other)?
+    }
+
     /// Reads the log from sequence number `from` on; `None` if there is no file.
     pub fn open(&self, id: SandboxId, from: u64) -> io::Result<Option<LogReader>> {
         let path = self.path(id);
@@ -162,20 +180,33 @@ async fn tell_readers(mut events: inotify::EventStream<Vec<u8>>, watched: Arc<Wa
     }
 }
 
-fn tail(mut file: File, stream_bytes: usize) -> io::Result<LogTail> {
+/// [`Logs::last_lines`] of what is left of a log.
+pub fn last_lines_of(tail: &LogTail, lines: usize, wanted: Wanted) -> Beginning {
+    let mut finder = LineFinder::new(lines, wanted);
+    tail.records().for_each(|record| finder.push(record));
+    finder.finish()
+}
+
+fn tail(file: File, stream_bytes: usize) -> io::Result<LogTail> {
     let mut collector = TailCollector::new(stream_bytes);
+    each_record(file, |record| collector.push(record))?;
+    Ok(collector.finish())
+}
+
+/// Reads a file to its end, as it is now.
+fn each_record(mut file: File, mut take: impl FnMut(log::Record<'_>)) -> io::Result<()> {
     let mut bytes = Vec::new();
     loop {
         let read = file.by_ref().take(CHUNK_BYTES as u64).read_to_end(&mut bytes)?;
         let mut rest = bytes.as_slice();
         while let Some((record, behind)) = log::parse(rest).map_err(io::Error::other)? {
-            collector.push(record);
+            take(record);
             rest = behind;
         }
         let parsed = bytes.len() - rest.len();
         bytes.drain(..parsed);
         if read == 0 {
-            return Ok(collector.finish());
+            return Ok(());
         }
     }
 }

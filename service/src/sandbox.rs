@@ -24,9 +24,9 @@ pub use quota::{
     DefaultQuotas, Exceeded, PrincipalQuotaChanges, QuotaChanges, QuotaScope, Quotas, asked, bound_within, defaults_within, whole,
 };
 pub use request::{
-    Content, EVICT_AFTER_MS, Encoding, File, GRACE_MS, IDLE_TIMEOUT_MS, ImageReference, Invalid, LIST_LIMIT, LabelFault, Network,
-    NewSandbox, RETRY, RunRequest, STOP_GRACE_MS, SandboxRequest, TTL_MS, UNTIL_MS, WAIT_MS, WhenFull, check_label, check_name,
-    check_name_prefix,
+    Content, EVICT_AFTER_MS, Encoding, File, GRACE_MS, IDLE_TIMEOUT_MS, INTERVAL_MS, ImageReference, Invalid, LIST_LIMIT, LabelFault,
+    Network, NewSandbox, RETRY, RunRequest, STOP_GRACE_MS, SandboxRequest, TAIL_LINES, TTL_MS, UNTIL_MS, WAIT_MS, WhenFull,
+    check_label, check_name, check_name_prefix,
 };
 pub use sandbox_core::protocol::{ImageId, SandboxId};
 use sandbox_core::{fence::Fences, protocol::OutputPolicy};

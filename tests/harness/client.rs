@@ -197,6 +197,18 @@ impl Client {
         stream::open(&url, self.token.as_deref()).await.unwrap_or_else(|e| panic!("{url}: {e:#}"))
     }
 
+    /// Attaches to `path`, as in `/v1/sandboxes/{id}/attach`.
+    pub async fn attach(&self, path: &str) -> Socket {
+        let url = format!("{}{path}", self.place.url);
+        stream::open(&url, self.token.as_deref()).await.unwrap_or_else(|e| panic!("{url}: {e:#}"))
+    }
+
+    /// A long-lived sandbox of the `busybox` image that runs this script.
+    pub async fn sandbox(&self, script: &str) -> String {
+        let made = self.post("/v1/sandboxes", &json!({ "image": "busybox", "command": ["sh", "-c", script] })).await.expect(201);
+        made["id"].as_str().expect("an id").to_owned()
+    }
+
     /// The whole log of a sandbox or run, to its end.
     pub async fn log(&self, id: &str) -> Frames {
         self.follow(id, "from=0").await.collect().await

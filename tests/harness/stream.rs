@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use base64::{Engine, prelude::BASE64_STANDARD};
-use futures_util::StreamExt;
+use futures_util::{SinkExt, StreamExt};
 use serde_json::Value;
 use tokio::net::TcpStream;
 use tokio_tungstenite::{
@@ -56,6 +56,61 @@ impl Socket {
         }
     }
 
+    /// Sends a text message.
+    ///
+    /// # Errors
+    /// The service is gone.
+    pub async fn send(&mut self, frame: &Value) -> Result<()> {
+        Ok(self.0.send(Message::text(frame.to_string())).await?)
+    }
+
+    /// Sends whatever message.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub async fn send_message(&mut self, message: Message) -> Result<()> {
+        Ok(self.0.send(message).await?)
+    }
+
+    /// The next message, whatever it is, but for signs of life. Panics if nothing comes for a minute.
+    pub async fn next_message(&mut self) -> Option<Message> {
+        loop {
+            let message = tokio::time::timeout(FRAME_DEADLINE, self.0.next()).await.expect("a message within a minute");
+            match message?.ok()? {
+                Message::Ping(_) | Message::Pong(_) => {}
+                message => return Some(message),
+            }
+        }
+    }
+
+    /// Reads on until the service closes, and says with which code and words.
+    pub async fn closed(&mut self) -> Option<(u16, String)> {
+        loop {
+            if let Message::Close(frame) = self.next_message().await? {
+                return frame.map(|frame| (frame.code.into(), frame.reason.to_string()));
+            }
+        }
+    }
+
+    /// The frames of an attached stream up to the first for which `is_it` says yes, with that one.
+    pub async fn until(&mut self, is_it: impl Fn(&Attached) -> bool) -> Attached {
+        let mut seen = Attached::default();
+        while !is_it(&seen) {
+            let frame = self.next().await.unwrap_or_else(|| panic!("the stream ended before: {seen:?}"));
+            seen.add(&frame);
+        }
+        seen
+    }
+
+    /// Reads an attached stream to its end.
+    pub async fn collect_attached(mut self) -> Attached {
+        let mut seen = Attached::default();
+        while let Some(frame) = self.next().await {
+            seen.add(&frame);
+        }
+        seen
+    }
+
     /// Reads to the end of the stream.
     pub async fn collect(mut self) -> Frames {
         let mut frames = Frames::default();
@@ -63,6 +118,37 @@ impl Socket {
             frames.add(&frame);
         }
         frames
+    }
+}
+
+/// What an attached stream said, put together.
+#[derive(Debug, Default, Clone, PartialEq)]
+pub struct Attached {
+    pub log: Frames,
+    /// Of the input.
+    pub written_bytes: Option<u64>,
+    pub errors: Vec<Value>,
+}
+
+impl Attached {
+    /// Adds one frame; panics if it breaks what is promised.
+    pub fn add(&mut self, frame: &Value) {
+        if let Some(taken) = frame.get("stdin") {
+            let written = taken["written_bytes"].as_u64().unwrap_or_else(|| panic!("no number in {frame}"));
+            assert!(self.log.end.is_none() && self.written_bytes.is_none_or(|before| before < written), "{frame} after {self:?}");
+            self.written_bytes = Some(written);
+        } else if let Some(error) = frame.get("error") {
+            assert!(error["code"].is_string() && error["message"].is_string(), "{frame}");
+            self.errors.push(error.clone());
+        } else {
+            self.log.add(frame);
+        }
+    }
+
+    /// The codes of what was not done.
+    #[must_use]
+    pub fn codes(&self) -> Vec<&str> {
+        self.errors.iter().filter_map(|error| error["code"].as_str()).collect()
     }
 }
 

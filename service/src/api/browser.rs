@@ -15,7 +15,14 @@ pub(super) fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
     let layer = CorsLayer::new()
         .allow_origin(origins.to_vec())
         .allow_methods([Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::PATCH, Method::DELETE])
-        .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE, header::ACCEPT, header("idempotency-key"), header("x-request-id")])
+        .allow_headers([
+            header::AUTHORIZATION,
+            header::CONTENT_TYPE,
+            header::ACCEPT,
+            header("idempotency-key"),
+            header("last-event-id"),
+            header("x-request-id"),
+        ])
         .expose_headers([
             header::LOCATION,
             header::RETRY_AFTER,

@@ -17,7 +17,7 @@ use crate::{
 /// The subprotocol that the service speaks over WebSocket.
 pub(super) const SUBPROTOCOL: &str = "mayfly.v1";
 /// What a browser, which cannot set headers on a WebSocket, puts before its token among the subprotocols.
-const TOKEN_SUBPROTOCOL: &str = "mayfly.bearer.";
+pub(super) const TOKEN_SUBPROTOCOL: &str = "mayfly.bearer.";
 
 /// A verified caller.
 #[derive(Debug, Clone)]

@@ -12,6 +12,7 @@ use utoipa::{
     openapi::{RefOr, Schema},
 };
 
+use super::ports::PortFault;
 use crate::{
     engine::EngineError,
     runtime::CallError,
@@ -70,6 +71,9 @@ pub enum ApiError {
     /// There is no room now.
     #[error("{0}")]
     Busy(String),
+    /// Nothing came back from inside a sandbox.
+    #[error(transparent)]
+    Port(#[from] PortFault),
     #[error("the database is not available")]
     DatabaseUnavailable,
     #[error("the keeper of this node is not available")]
@@ -110,6 +114,9 @@ pub enum Code {
     Suspended,
     UnknownTenant,
     NoCapacity,
+    PortClosed,
+    PortBroken,
+    PortTimeout,
     DatabaseUnavailable,
     KeeperUnavailable,
     Internal,
@@ -202,6 +209,9 @@ impl ApiError {
             Self::Suspended => (StatusCode::FORBIDDEN, Code::Suspended, "Suspended"),
             Self::UnknownTenant => (StatusCode::FORBIDDEN, Code::UnknownTenant, "Unknown tenant"),
             Self::NoCapacity(_) | Self::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::NoCapacity, "No capacity"),
+            Self::Port(PortFault::Closed(_)) => (StatusCode::BAD_GATEWAY, Code::PortClosed, "Nothing listens"),
+            Self::Port(PortFault::Broken { .. }) => (StatusCode::BAD_GATEWAY, Code::PortBroken, "Not an answer"),
+            Self::Port(PortFault::Late(_)) => (StatusCode::GATEWAY_TIMEOUT, Code::PortTimeout, "No answer in time"),
             Self::DatabaseUnavailable => (StatusCode::SERVICE_UNAVAILABLE, Code::DatabaseUnavailable, "Database unavailable"),
             Self::KeeperUnavailable => (StatusCode::SERVICE_UNAVAILABLE, Code::KeeperUnavailable, "Keeper unavailable"),
             Self::Timeout => (StatusCode::GATEWAY_TIMEOUT, Code::Timeout, "Timeout"),
@@ -218,6 +228,7 @@ impl ApiError {
             | Self::KeeperUnavailable
             | Self::SlowBody
             | Self::Timeout
+            | Self::Port(PortFault::Closed(_) | PortFault::Late(_))
             | Self::Internal(_) => true,
             Self::QuotaExceeded(exceeded) => exceeded.retry_after_s.is_some(),
             Self::Unauthenticated(_)
@@ -235,6 +246,7 @@ impl ApiError {
             | Self::RangeNotSatisfiable(_)
             | Self::HeadTooLarge(_)
             | Self::Invalid(_)
+            | Self::Port(PortFault::Broken { .. })
             | Self::NoCapacity(_) => false,
         }
     }

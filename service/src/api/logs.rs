@@ -1,57 +1,63 @@
-//! `/v1/sandboxes/{id}/logs`: output as it comes, by WebSocket or as lines of JSON.
+//! `/v1/sandboxes/{id}/logs`: output as it comes.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, sync::Arc};
 
 use axum::{
     body::{Body, Bytes},
-    extract::{
-        Path, State, WebSocketUpgrade,
-        ws::{CloseFrame, Message, WebSocket, rejection::WebSocketUpgradeRejection},
-    },
-    http::{HeaderMap, Uri, header},
+    extract::{Path, State, WebSocketUpgrade, ws::rejection::WebSocketUpgradeRejection},
+    http::{HeaderMap, StatusCode, Uri, header},
     response::{IntoResponse as _, Response},
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use futures_util::{SinkExt as _, StreamExt as _, stream::SplitSink};
 use sandbox_core::log::Kind as Stream;
 use serde::Serialize;
-use time::format_description::well_known::Rfc3339;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use utoipa::ToSchema;
 
 use super::{
     App,
-    caller::{Caller, SUBPROTOCOL},
+    caller::Caller,
     contract::{parameter, refusal},
     error::ApiError,
     query,
+    stream::{self, END_ID, EVENTS, Form, Frame, Frames, LINES},
 };
 use crate::{
     clock::at_us,
-    engine::{EngineError, Followup, LogStream},
+    engine::{Followup, LogQuery, LogStream},
     logs::LogItem,
-    sandbox::{Invalid, Kind, Outcome, words::StreamName},
+    sandbox::{Invalid, Kind, Outcome, TAIL_LINES, words::StreamName},
     token::Scope,
 };
 
-/// Between two signs of life to a reader for whom nothing comes.
-const PING_PERIOD: Duration = Duration::from_secs(20);
-/// A reader has nothing to say.
-const READER_MESSAGE_BYTES_MAX: usize = 4096;
-/// Codes of RFC 6455, section 7.4.1.
-const CLOSE_NORMAL: u16 = 1000;
-const CLOSE_INTERNAL: u16 = 1011;
+const TEXT: &str = "text/plain";
 
 /// One piece of a log.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
-#[schema(as = LogFrame)]
-enum Frame<'a> {
-    Chunk(Chunk<'a>),
+pub(super) enum LogFrame<'a> {
+    /// What was written at one time, as text or, if it is none, as base64.
+    #[schema(title = "Chunk")]
+    Chunk {
+        /// Rises by one with each chunk of the log; `from` begins here.
+        seq: u64,
+        #[schema(value_type = StreamName)]
+        stream: &'static str,
+        /// When it was read from the program.
+        #[schema(format = DateTime)]
+        at: String,
+        /// The bytes, where they are UTF-8.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schema(value_type = String)]
+        data: Option<&'a str>,
+        /// The bytes, where they are not.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schema(value_type = String, content_encoding = "base64")]
+        data_base64: Option<String>,
+    },
     /// These pieces cannot be had any more.
     #[schema(title = "Gap")]
-    Gap {
-        gap: Gap,
-    },
+    Gap { gap: Gap },
     /// The last.
     #[schema(title = "End")]
     End {
@@ -60,50 +66,45 @@ enum Frame<'a> {
     },
 }
 
-/// What was written at one time, as text or, if it is none, as base64.
-#[derive(Debug, Serialize, ToSchema)]
-#[schema(as = LogChunk)]
-struct Chunk<'a> {
-    seq: u64,
-    #[schema(value_type = StreamName)]
-    stream: &'static str,
-    #[schema(format = DateTime)]
-    at: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = String)]
-    data: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = String, content_encoding = "base64")]
-    data_base64: Option<String>,
-}
-
-/// From the first piece that is missing to the one after the last.
+/// From the first piece that is missing to the last.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = LogGap)]
-struct Gap {
+pub(super) struct Gap {
     from: u64,
     to: u64,
 }
 
+/// What a reader asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Asked {
+    pub(super) query: LogQuery,
+    has_timestamps: bool,
+}
+
 /// What a sandbox or a run writes, as it comes
 ///
-/// With a WebSocket handshake the answer is a stream of text messages, each a `LogFrame`; without one it is one `LogFrame` a line. The last frame is `end`, with the
-/// outcome, once that is stored. Any number of readers may read, each at its own pace. A browser, which cannot set headers on a WebSocket, offers the subprotocols
-/// `mayfly.v1` and `mayfly.bearer.<token>`; the service answers with `mayfly.v1`. For the log of a run the scope `runs` will do.
+/// By WebSocket, each message a `LogFrame`; without a handshake in the form that `Accept` likes best: one `LogFrame` a line (`application/x-ndjson`, also where nothing else
+/// will do), as server-sent events, or the bytes themselves as plain text, which holds neither gaps nor the end. The last frame is `end`, with the outcome, once that is stored.
+/// Where nothing comes for 20 seconds there is a sign of life: a ping, an empty line, a comment. Any number of readers may read, each at its own pace.
+///
+/// The id of an event is its sequence number, and a reader that comes again with `Last-Event-ID` goes on behind it; after `end` it is answered 204, which has browsers
+/// come no more. A browser, which cannot set headers on a WebSocket, offers the subprotocols `mayfly.v1` and `mayfly.bearer.<token>`; the service answers with `mayfly.v1`.
+/// For the log of a run the scope `runs` will do.
 #[utoipa::path(
     get,
     path = "/v1/sandboxes/{id}/logs",
     operation_id = "readLog",
     tag = "sandboxes",
     security(("bearer" = ["sandboxes:read"]), ("bearer" = ["runs"])),
-    params(
-        parameter::Id,
-        ("follow" = Option<bool>, Query, description = "Whether to stay until the end, or to stop at what is there.", extensions(("x-schema" = json!({ "default": true })))),
-        ("from" = Option<u64>, Query, description = "The sequence number to begin at.", extensions(("x-schema" = json!({ "default": 0 })))),
-    ),
+    params(parameter::Id, parameter::LogParameters, parameter::LastEventId),
     responses(
         (status = 101, description = "The stream begins, over WebSocket."),
-        (status = 200, description = "The frames, one a line.", body = Frame, content_type = "application/x-ndjson"),
+        (status = 200, description = "The frames, in the form that was asked for.", content(
+            (LogFrame = "application/x-ndjson"),
+            (String = "text/event-stream"),
+            (String = "text/plain"),
+        )),
+        (status = 204, description = "The end was seen before."),
         refusal::NotFound,
     ),
 )]
@@ -118,105 +119,134 @@ pub(super) async fn read(
     if !caller.scopes.allow(Scope::Runs) {
         caller.require(Scope::SandboxesRead)?;
     }
-    let (from, is_following) = asked(query::pairs(&uri)?)?;
-    let sandbox = app.engine.find_any(&caller.tenant, query::id(&id)?).await?.ok_or(ApiError::NotFound)?;
+    let asked = asked(query::pairs(&uri)?)?;
+    let sandbox = app.engine.find_any(&caller.tenant, query::object(&app, &caller, &id).await?).await?.ok_or(ApiError::NotFound)?;
     if sandbox.kind == Kind::Sandbox {
         caller.require(Scope::SandboxesRead)?;
     }
-    let log = app.engine.read_log(&sandbox, from, is_following);
-    if !headers.contains_key(header::UPGRADE) {
-        return Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], lines(log)).into_response());
-    }
-    let upgrade = upgrade.map_err(|error| Invalid::new("", format!("this is no WebSocket handshake: {error}")))?;
-    let bounded = upgrade.max_message_size(READER_MESSAGE_BYTES_MAX).max_frame_size(READER_MESSAGE_BYTES_MAX);
-    Ok(bounded.protocols([SUBPROTOCOL]).on_upgrade(|socket| serve(socket, log)))
+    respond(asked, &headers, upgrade, |query| app.engine.read_log(&sandbox, query))
 }
 
-fn asked(pairs: Vec<(String, String)>) -> Result<(u64, bool), ApiError> {
-    let (mut from, mut is_following) = (0, true);
+/// The log in the form that the headers ask for.
+pub(super) fn respond(
+    mut asked: Asked,
+    headers: &HeaderMap,
+    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
+    open: impl FnOnce(LogQuery) -> LogStream,
+) -> Result<Response, ApiError> {
+    if let Some(seen) = stream::last_event_id(headers) {
+        if seen == END_ID {
+            // What has browsers come again no more.
+            return Ok(StatusCode::NO_CONTENT.into_response());
+        }
+        let seen: u64 = query::value("Last-Event-ID", seen)?;
+        (asked.query.wanted.from, asked.query.last_lines) = (seen.saturating_add(1), None);
+    }
+    if !headers.contains_key(header::UPGRADE) && stream::preferred(headers, &[LINES, EVENTS, TEXT]) == Some(TEXT) {
+        let log = open(asked.query);
+        return Ok(([(header::CONTENT_TYPE, TEXT)], text(log, asked.has_timestamps)).into_response());
+    }
+    let form = Form::asked(headers, upgrade)?;
+    Ok(form.respond(frames(open(asked.query))))
+}
+
+pub(super) fn asked(pairs: Vec<(String, String)>) -> Result<Asked, ApiError> {
+    let mut query = LogQuery { is_following: true, ..LogQuery::default() };
+    let mut has_timestamps = false;
     for (name, text) in pairs {
         match name.as_str() {
-            "from" => from = query::value("from", &text)?,
-            "follow" => is_following = query::value("follow", &text)?,
+            "from" => query.wanted.from = query::value("from", &text)?,
+            "follow" => query.is_following = query::value("follow", &text)?,
+            "timestamps" => has_timestamps = query::value("timestamps", &text)?,
+            "tail" => {
+                let lines = query::value::<u64>("tail", &text)
+                    .map_err(|_| Invalid { bound: Some(&TAIL_LINES), ..Invalid::new("tail", "not a number") })?;
+                query.last_lines = Some(usize::try_from(TAIL_LINES.check(lines)?).unwrap_or(usize::MAX));
+            }
+            "since" => {
+                let at = OffsetDateTime::parse(&text, &Rfc3339)
+                    .map_err(|_| Invalid::new("since", "not a time of RFC 3339, as in 2026-01-02T03:04:05Z"))?;
+                query.wanted.since_us = u64::try_from(at.unix_timestamp_nanos() / 1000).unwrap_or(0);
+            }
+            "stream" => {
+                query.wanted.stream = Some(match text.as_str() {
+                    "stdout" => Stream::Stdout,
+                    "stderr" => Stream::Stderr,
+                    _ => return Err(Invalid::new("stream", "a stream is stdout or stderr").into()),
+                });
+            }
             _ => return Err(query::unknown(&name)),
         }
     }
-    Ok((from, is_following))
+    Ok(Asked { query, has_timestamps })
 }
 
-/// One JSON document a line. A failure in the middle ends the lines without an `end`.
-fn lines(log: LogStream) -> Body {
-    Body::from_stream(futures_util::stream::unfold(log, async |mut log| {
-        let next = next(&mut log).await?;
-        let mut line = json(&next);
-        line.push('\n');
-        Some((Ok::<_, Infallible>(Bytes::from(line)), log))
+pub(super) fn frames(log: LogStream) -> Frames {
+    Box::pin(futures_util::stream::unfold(log, async |mut log| {
+        let next = log.next().await.transpose()?;
+        Some((next.map(|next| frame(&next)), log))
     }))
 }
 
-async fn next(log: &mut LogStream) -> Option<Followup> {
-    log.next().await.unwrap_or_else(|error| {
-        tracing::warn!(%error, "following a log failed");
-        None
-    })
-}
-
-/// Sends until the end, or until the reader goes away.
-async fn serve(socket: WebSocket, log: LogStream) {
-    let (mut sender, mut receiver) = socket.split();
-    // What a reader sends is of no interest, but must be read: pings, and the close.
-    let listen = async { while let Some(Ok(_)) = receiver.next().await {} };
-    tokio::select! {
-        sent = send_all(&mut sender, log) => {
-            let (code, reason) = match sent {
-                Ok(()) => (CLOSE_NORMAL, ""),
-                Err(Stopped::ReaderGone) => return,
-                Err(Stopped::Failed(error)) => {
-                    tracing::warn!(%error, "following a log failed");
-                    (CLOSE_INTERNAL, "the log cannot be read")
-                }
-            };
-            // A reader that is gone already has no use for it.
-            drop(sender.send(Message::Close(Some(CloseFrame { code, reason: reason.into() }))).await);
+/// The bytes of both streams as they came. A failure in the middle ends them.
+fn text(log: LogStream, has_timestamps: bool) -> Body {
+    let lines = Lines { is_within: !has_timestamps };
+    Body::from_stream(futures_util::stream::unfold((log, lines), move |(mut log, mut lines)| async move {
+        loop {
+            let next = log.next().await.unwrap_or_else(|error| {
+                tracing::warn!(%error, "following a log failed");
+                None
+            })?;
+            let Followup::Item(LogItem::Chunk { at_us, data, .. }) = next else { continue };
+            let bytes = if has_timestamps { lines.stamped(at_us, &data) } else { data };
+            return Some((Ok::<_, Infallible>(Bytes::from(bytes)), (log, lines)));
         }
-        () = listen => {}
+    }))
+}
+
+/// Where a text stands between its lines.
+struct Lines {
+    is_within: bool,
+}
+
+impl Lines {
+    /// These bytes, each line of them with its time before it.
+    fn stamped(&mut self, micros: u64, data: &[u8]) -> Vec<u8> {
+        let stamp = time_of(micros);
+        let mut text = Vec::with_capacity(data.len() + stamp.len() + 1);
+        for line in data.split_inclusive(|byte| *byte == b'\n') {
+            if !self.is_within {
+                text.extend_from_slice(stamp.as_bytes());
+                text.push(b' ');
+            }
+            text.extend_from_slice(line);
+            self.is_within = !line.ends_with(b"\n");
+        }
+        text
     }
 }
 
-/// Why sending stopped before the end.
-enum Stopped {
-    ReaderGone,
-    Failed(EngineError),
+fn time_of(micros: u64) -> String {
+    at_us(micros).format(&Rfc3339).expect("the years that microseconds of u64 reach have four digits or are cut to such")
 }
 
-async fn send_all(sender: &mut SplitSink<WebSocket, Message>, mut log: LogStream) -> Result<(), Stopped> {
-    loop {
-        let message = match tokio::time::timeout(PING_PERIOD, log.next()).await {
-            Ok(Ok(Some(next))) => Message::Text(json(&next).into()),
-            Ok(Ok(None)) => return Ok(()),
-            Ok(Err(error)) => return Err(Stopped::Failed(error)),
-            Err(_nothing_came) => Message::Ping(Bytes::new()),
-        };
-        sender.send(message).await.map_err(|_| Stopped::ReaderGone)?;
-    }
-}
-
-fn json(next: &Followup) -> String {
-    let frame = match next {
-        Followup::Item(LogItem::Chunk { kind, seq, at_us: micros, data }) => {
+pub(super) fn frame(next: &Followup) -> Frame {
+    let (frame, id) = match next {
+        Followup::Item(LogItem::Chunk { kind, seq, at_us, data }) => {
             let text = std::str::from_utf8(data).ok();
-            Frame::Chunk(Chunk {
+            let frame = LogFrame::Chunk {
                 seq: *seq,
                 stream: if *kind == Stream::Stderr { "stderr" } else { "stdout" },
-                at: at_us(*micros).format(&Rfc3339).expect("the years that microseconds of u64 reach have four digits or are cut to such"),
+                at: time_of(*at_us),
                 data: text,
                 data_base64: text.is_none().then(|| BASE64.encode(data)),
-            })
+            };
+            (frame, seq.to_string())
         }
-        Followup::Item(LogItem::Gap { from, to }) => Frame::Gap { gap: Gap { from: *from, to: *to } },
-        Followup::End(outcome) => Frame::End { end: outcome },
+        Followup::Item(LogItem::Gap { from, to }) => (LogFrame::Gap { gap: Gap { from: *from, to: *to } }, to.to_string()),
+        Followup::End(outcome) => (LogFrame::End { end: outcome }, END_ID.to_owned()),
     };
-    serde_json::to_string(&frame).expect("a frame holds nothing that JSON cannot")
+    Frame { json: serde_json::to_string(&frame).expect("a frame holds nothing that JSON cannot"), id: Some(id) }
 }
 
 #[cfg(test)]
@@ -226,7 +256,44 @@ mod tests {
     use super::*;
 
     fn frame(item: LogItem) -> Value {
-        serde_json::from_str(&json(&Followup::Item(item))).unwrap()
+        serde_json::from_str(&super::frame(&Followup::Item(item)).json).unwrap()
+    }
+
+    fn parsed(query: &str) -> Result<Asked, ApiError> {
+        asked(query::pairs(&format!("/v1/sandboxes/x/logs?{query}").parse().unwrap())?)
+    }
+
+    #[test]
+    fn all_that_can_be_asked_adds_up() {
+        let Asked { query, has_timestamps } =
+            parsed("from=3&follow=false&tail=7&since=1970-01-01T00:00:01Z&stream=stderr&timestamps=true").unwrap();
+        assert_eq!((query.wanted.from, query.wanted.since_us, query.wanted.stream), (3, 1_000_000, Some(Stream::Stderr)));
+        assert_eq!((query.last_lines, query.is_following, has_timestamps), (Some(7), false, true));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (query, name) in [
+            ("from=-1", "from"),
+            ("follow=1", "follow"),
+            ("tail=x", "tail"),
+            ("tail=100001", "tail"),
+            ("since=yesterday", "since"),
+            ("stream=stdin", "stream"),
+            ("timestamps=", "timestamps"),
+            ("lines=1", "lines"),
+        ] {
+            let Err(ApiError::Invalid(invalid)) = parsed(query) else { panic!("{query}") };
+            assert_eq!(invalid.field, name);
+        }
+    }
+
+    #[test]
+    fn each_line_is_stamped_once_however_it_is_cut() {
+        let mut lines = Lines { is_within: false };
+        let mut all = lines.stamped(1_000_000, b"a\nb");
+        all.extend(lines.stamped(2_000_000, b"b\n\xff"));
+        assert_eq!(all, b"1970-01-01T00:00:01Z a\n1970-01-01T00:00:01Z bb\n1970-01-01T00:00:02Z \xff");
     }
 
     #[test]

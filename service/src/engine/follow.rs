@@ -6,7 +6,7 @@ use tokio::{sync::watch, time::Instant};
 
 use super::{Engine, EngineError, Finished, Progress, live::Live};
 use crate::{
-    logs::{LogItem, LogReader},
+    logs::{Beginning, LogItem, LogReader, Wanted, last_lines_of},
     sandbox::{Outcome, Sandbox, SandboxId, TenantId},
 };
 
@@ -52,16 +52,29 @@ pub enum Followup {
     End(Box<Outcome>),
 }
 
-/// The log of one sandbox, from a sequence number on.
+/// What a reader wants of a log.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LogQuery {
+    pub wanted: Wanted,
+    /// Of what there is when the reading begins, no more than so many lines.
+    pub last_lines: Option<usize>,
+    /// To the end, or as far as it is written.
+    pub is_following: bool,
+}
+
+/// The log of one sandbox, as far as it is wanted.
 #[derive(Debug)]
 pub struct LogStream {
     engine: Arc<Engine>,
     tenant: TenantId,
     id: SandboxId,
+    query: LogQuery,
+    /// The sequence number to go on at.
     from: u64,
+    /// Of a chunk that is wanted in part: from which byte on.
+    begins_within: Option<Beginning>,
     /// The attempt whose log is read: each writes its own, from the beginning.
     claims: u64,
-    is_following: bool,
     progress: Option<watch::Receiver<Progress>>,
     reader: Option<LogReader>,
     ready: VecDeque<Followup>,
@@ -96,15 +109,16 @@ impl Engine {
         }
     }
 
-    /// The log of this sandbox from a sequence number on: with `is_following` to its end, else what there is now.
-    pub fn read_log(self: &Arc<Self>, sandbox: &Sandbox, from: u64, is_following: bool) -> LogStream {
+    /// What is wanted of the log of this sandbox.
+    pub fn read_log(self: &Arc<Self>, sandbox: &Sandbox, query: LogQuery) -> LogStream {
         LogStream {
             engine: Arc::clone(self),
             tenant: sandbox.tenant.clone(),
             id: sandbox.id,
-            from,
+            query,
+            from: query.wanted.from,
+            begins_within: None,
             claims: self.live.get(sandbox.id).map_or(sandbox.claims, |live| live.sandbox.claims),
-            is_following,
             progress: self.live.get(sandbox.id).map(|live| live.subscribe()),
             reader: None,
             ready: VecDeque::new(),
@@ -157,7 +171,8 @@ impl LogStream {
         {
             // One that is claimed for the first time had none before.
             if self.claims > 0 {
-                (self.reader, self.from) = (None, 0);
+                (self.reader, self.from, self.begins_within) = (None, 0, None);
+                self.query.wanted.from = 0;
             }
             self.claims = live.sandbox.claims;
         }
@@ -183,34 +198,74 @@ impl LogStream {
     }
 
     const fn idle(&self) -> Idle {
-        if self.is_following { Idle::Wait } else { Idle::Over }
+        if self.query.is_following { Idle::Wait } else { Idle::Over }
     }
 
     /// Takes in what the log has now.
     async fn fill(&mut self, has_ended: bool) -> Result<(), EngineError> {
         if self.reader.is_none() {
+            if let Some(lines) = self.query.last_lines {
+                let found = self.engine.logs.last_lines(self.id, lines, self.wanted()).await;
+                if let Some(beginning) = found.map_err(|error| self.unreadable(error))? {
+                    self.begin_at(beginning);
+                }
+            }
             self.reader = self.engine.logs.open(self.id, self.from).map_err(|error| self.unreadable(error))?;
         }
-        let items = match &mut self.reader {
-            Some(reader) => {
-                let read = reader.read().await;
-                let items = read.map_err(|error| self.unreadable(error))?;
-                self.from = self.reader.as_ref().map_or(self.from, LogReader::next_seq);
-                items
-            }
-            // The whole log is gone with its file; what is stored beside the outcome is left.
-            None if has_ended => {
-                let stored = self.engine.store.find_log(self.id).await?;
-                let items = stored.map(|stored| LogItem::of_tail(&stored.tail, self.from)).unwrap_or_default();
-                if let Some(LogItem::Chunk { seq, .. }) = items.last() {
-                    self.from = seq + 1;
+        loop {
+            let items = match &mut self.reader {
+                Some(reader) => {
+                    let read = reader.read().await;
+                    let items = read.map_err(|error| self.unreadable(error))?;
+                    self.from = self.reader.as_ref().map_or(self.from, LogReader::next_seq);
+                    items
                 }
-                items
+                // The whole log is gone with its file; what is stored beside the outcome is left.
+                None if has_ended => self.stored().await?,
+                None => vec![],
+            };
+            let is_all = items.is_empty();
+            let wanted: Vec<_> = items.into_iter().filter_map(|item| self.cut(item)).map(Followup::Item).collect();
+            self.ready.extend(wanted);
+            // What was read and is not wanted says nothing of what follows it.
+            if is_all || !self.ready.is_empty() {
+                return Ok(());
             }
-            None => vec![],
-        };
-        self.ready.extend(items.into_iter().map(Followup::Item));
-        Ok(())
+        }
+    }
+
+    async fn stored(&mut self) -> Result<Vec<LogItem>, EngineError> {
+        let stored = self.engine.store.find_log(self.id).await?;
+        let Some(stored) = stored else { return Ok(vec![]) };
+        if let Some(lines) = self.query.last_lines {
+            self.begin_at(last_lines_of(&stored.tail, lines, self.wanted()));
+        }
+        let items = LogItem::of_tail(&stored.tail, self.from);
+        if let Some(LogItem::Chunk { seq, .. }) = items.last() {
+            self.from = seq + 1;
+        }
+        Ok(items)
+    }
+
+    fn wanted(&self) -> Wanted {
+        Wanted { from: self.from, ..self.query.wanted }
+    }
+
+    /// Only of what was there at first: all that comes is shown.
+    fn begin_at(&mut self, beginning: Beginning) {
+        (self.query.last_lines, self.from, self.begins_within) = (None, beginning.seq, Some(beginning));
+    }
+
+    /// What is wanted of it.
+    fn cut(&self, item: LogItem) -> Option<LogItem> {
+        let LogItem::Chunk { kind, seq, at_us, mut data } = item else { return Some(item) };
+        if !self.query.wanted.holds(kind, seq, at_us) {
+            return None;
+        }
+        if let Some(beginning) = self.begins_within.filter(|beginning| beginning.seq == seq) {
+            data.drain(..beginning.byte.min(data.len()));
+        }
+        Some(LogItem::Chunk { kind, seq, at_us, data })
     }
 
     fn unreadable(&self, error: io::Error) -> EngineError {

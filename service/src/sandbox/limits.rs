@@ -42,7 +42,7 @@ const IO_OPS_PER_S: Bound =
     Bound { field: "limits.io_ops_per_s", unit: "operations a second", min: 10, default: Some(20_000), max: 10_000_000 };
 
 /// Every bound that a request is held to.
-pub fn bounds() -> [&'static Bound; 22] {
+pub fn bounds() -> [&'static Bound; 24] {
     [
         &MEMORY_BYTES,
         &CPU_MILLIS,
@@ -66,6 +66,8 @@ pub fn bounds() -> [&'static Bound; 22] {
         &request::TTY_COLUMNS,
         &request::UNTIL_MS,
         &request::LIST_LIMIT,
+        &request::TAIL_LINES,
+        &request::INTERVAL_MS,
     ]
 }
 

@@ -33,6 +33,10 @@ pub(super) const TTY_COLUMNS: Bound = Bound { field: "tty.columns", unit: "chara
 pub const EVICT_AFTER_MS: Bound = Bound { field: "evict_after_ms", unit: "milliseconds", min: 0, default: None, max: 604_800_000 };
 /// How many entries a page of a list has.
 pub const LIST_LIMIT: Bound = Bound { field: "limit", unit: "entries", min: 1, default: Some(50), max: 200 };
+/// How many lines of a log are asked for at its end.
+pub const TAIL_LINES: Bound = Bound { field: "tail", unit: "lines", min: 0, default: None, max: 100_000 };
+/// Between two samples of what a sandbox uses.
+pub const INTERVAL_MS: Bound = Bound { field: "interval_ms", unit: "milliseconds", min: 100, default: Some(1000), max: 60_000 };
 
 const STOP_GRACE_DEFAULT_MS: u64 = 10_000;
 const FILES_MAX: usize = 1024;

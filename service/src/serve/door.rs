@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::SocketAddr,
     pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll},
@@ -9,11 +10,8 @@ use std::{
 };
 
 use axum::Router;
-use hyper::server::conn::http1;
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    service::TowerToHyperService,
-};
+use hyper::{Request, body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -22,6 +20,9 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tower::Service as _;
+
+use crate::api::ports::Peer;
 
 /// What is read of a head before it is refused unheard. The API itself refuses smaller ones, with a problem that says so.
 const HEAD_BYTES_MAX: usize = 256 * 1024;
@@ -60,12 +61,12 @@ async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> Counted {
     let permit = Arc::clone(room).acquire_owned().await.expect("the semaphore is never closed");
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok((stream, address)) => {
                 // An answer of two packets would otherwise wait for the client's delayed acknowledgement, 40 ms.
                 if let Err(error) = stream.set_nodelay(true) {
                     tracing::debug!(%error, "a connection without TCP_NODELAY");
                 }
-                return Counted { stream, _permit: permit };
+                return Counted { stream, address, _permit: permit };
             }
             Err(error) if is_the_clients(&error) => tracing::debug!(%error, "a client went away before it was accepted"),
             Err(error) => {
@@ -81,25 +82,31 @@ fn is_the_clients(error: &io::Error) -> bool {
 }
 
 async fn attend(counted: Counted, tls: Option<TlsAcceptor>, router: Router, head_deadline: Duration, stopping: CancellationToken) {
-    let Some(tls) = tls else { return talk(counted, router, head_deadline, stopping).await };
+    let peer = Peer { address: counted.address, has_tls: tls.is_some() };
+    let Some(tls) = tls else { return talk(counted, router, peer, head_deadline, stopping).await };
     let handshake = tokio::select! {
         shaken = timeout(head_deadline, tls.accept(counted)) => shaken,
         () = stopping.cancelled() => return,
     };
     match handshake {
-        Ok(Ok(stream)) => talk(stream, router, head_deadline, stopping).await,
+        Ok(Ok(stream)) => talk(stream, router, peer, head_deadline, stopping).await,
         Ok(Err(error)) => tracing::debug!(%error, "a handshake failed"),
         Err(_) => tracing::debug!("a handshake took too long"),
     }
 }
 
-async fn talk<S>(stream: S, router: Router, head_deadline: Duration, stopping: CancellationToken)
+async fn talk<S>(stream: S, router: Router, peer: Peer, head_deadline: Duration, stopping: CancellationToken)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(head_deadline).max_buf_size(HEAD_BYTES_MAX);
-    let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)).with_upgrades();
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(peer);
+        // A router is always ready.
+        router.clone().call(request)
+    });
+    let connection = http.serve_connection(TokioIo::new(stream), service).with_upgrades();
     let mut connection = pin!(connection);
     let served = tokio::select! {
         served = &mut connection => served,
@@ -117,6 +124,7 @@ where
 #[derive(Debug)]
 struct Counted {
     stream: TcpStream,
+    address: SocketAddr,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -150,8 +158,6 @@ impl AsyncWrite for Counted {
 
 #[cfg(test)]
 mod tests {
-    use std::net::SocketAddr;
-
     use axum::routing::get;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},

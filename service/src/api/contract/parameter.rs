@@ -10,7 +10,7 @@ use utoipa::{
 };
 
 use super::super::files::ID_MAX;
-use crate::sandbox::{Bound, LIST_LIMIT, words};
+use crate::sandbox::{Bound, INTERVAL_MS, LIST_LIMIT, TAIL_LINES, words};
 
 macro_rules! parameters {
     ($($(#[doc = $doc:literal])+ $name:ident = [$($parameter:expr),+];)+) => {$(
@@ -29,6 +29,27 @@ macro_rules! parameters {
 parameters! {
     /// The id of a run, or of a sandbox where a name will not do.
     Id = [path("id", "What is no id names nothing, and is not found.")];
+    /// The ids of a sandbox and of one of its execs.
+    Exec = [
+        path("id", "What is no id and no name names nothing, and is not found."),
+        path("eid", "What is no id names nothing, and is not found.")
+    ];
+    /// What of a log is wanted.
+    LogParameters = [
+        query("follow", "Whether to stay until the end, or to stop at what is there.", json!({ "type": "boolean", "default": true })),
+        query("from", "The sequence number to begin at.", json!({ "type": "integer", "minimum": 0, "default": 0 })),
+        query("tail", "Of what is there, only so many lines of both streams together, the last; all that is written later follows them.", bounded(&TAIL_LINES)),
+        query("since", "Only what was written at this time or later.", json!({ "type": "string", "format": "date-time" })),
+        query("stream", "Only this stream.", json!({ "type": "string", "enum": ["stdout", "stderr"] })),
+        query("timestamps", "In plain text, the time before each line. All other forms have it anyway.", json!({ "type": "boolean", "default": false }))
+    ];
+    /// What a reader of events has seen last.
+    LastEventId = [header("Last-Event-ID", "The id of the last event that was seen: the log goes on behind it.", json!({ "type": "string", "pattern": "^(end|[0-9]{1,19})$" }))];
+    /// How samples are taken.
+    StatsParameters = [
+        query("stream", "Whether samples go on coming. Without it, where a WebSocket is asked for, or `Accept` names a form of streams.", json!({ "type": "boolean" })),
+        query("interval_ms", "Between two samples of a stream.", bounded(&INTERVAL_MS))
+    ];
     /// The id of a sandbox, or its name.
     Named = [path("id", "Its id, or its name. What is neither names nothing, and is not found.")];
     /// A sandbox, and a file or folder in it.
@@ -128,6 +149,17 @@ pub(in crate::api) fn query(name: &str, description: &str, schema: Value) -> Par
     ParameterBuilder::new()
         .name(name)
         .parameter_in(ParameterIn::Query)
+        .required(Required::False)
+        .description(Some(description))
+        .schema(Some(words::schema(schema)))
+        .build()
+}
+
+/// A header, which may be absent.
+pub(in crate::api) fn header(name: &str, description: &str, schema: Value) -> Parameter {
+    ParameterBuilder::new()
+        .name(name)
+        .parameter_in(ParameterIn::Header)
         .required(Required::False)
         .description(Some(description))
         .schema(Some(words::schema(schema)))
