@@ -2,11 +2,13 @@
 
 mod account;
 mod admin;
+mod attach;
 mod bounds;
 mod browser;
 pub mod caller;
 mod contract;
 pub mod error;
+mod execs;
 mod files;
 mod idempotency;
 pub mod images;
@@ -106,7 +108,8 @@ fn contained() -> CatchPanicLayer<fn(Box<dyn Any + Send>) -> Response> {
 
 /// Every operation, each with what it says of itself.
 fn routes() -> OpenApiRouter<Arc<App>> {
-    let waiting = timed(OpenApiRouter::new().routes(routes!(runs::create)), Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE)
+    let waiting = OpenApiRouter::new().routes(routes!(runs::create)).routes(routes!(execs::create, execs::list));
+    let waiting = timed(waiting, Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE)
         .merge(timed(OpenApiRouter::new().routes(routes!(life::stop)), STOP_DEADLINE))
         .merge(timed(OpenApiRouter::new().routes(routes!(life::wait)), Duration::from_millis(UNTIL_MS.max) + QUICK_DEADLINE));
     let quick = OpenApiRouter::new()
@@ -118,6 +121,12 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(life::resume))
         .routes(routes!(logs::read))
         .routes(routes!(stats::read))
+        .routes(routes!(attach::sandbox))
+        .routes(routes!(execs::read))
+        .routes(routes!(execs::attach))
+        .routes(routes!(execs::kill))
+        .routes(routes!(execs::log))
+        .routes(routes!(execs::resize))
         .routes(routes!(limits::read))
         .routes(routes!(languages::list))
         .routes(routes!(account::quota))

@@ -3,6 +3,7 @@
 mod admit;
 mod capacity;
 mod carry;
+mod exec;
 mod fair;
 mod files;
 mod follow;
@@ -14,6 +15,7 @@ mod pressure;
 mod queue;
 mod recovery;
 mod settle;
+mod stdin;
 mod update;
 mod upkeep;
 mod wait;
@@ -30,6 +32,7 @@ use std::{
 pub use crate::sandbox::Owner;
 use anyhow::Context as _;
 use capacity::{Capacity, Room};
+pub use exec::{ExecFinished, ExecProgress, FollowedExec};
 pub use follow::{Followed, Followup, LogQuery, LogStream};
 use lease::{Identity, Tenure};
 pub use live::{Finished, Progress};
@@ -37,6 +40,7 @@ use live::{Live, Registry};
 use pressure::Pressure;
 pub use pressure::Reserves;
 use sandbox_core::{fail_point, protocol::KillReason};
+pub use stdin::{InputFault, OpenInput};
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -107,6 +111,8 @@ pub struct Engine {
     does_keeper_return: bool,
     capacity: Arc<Capacity>,
     live: Registry,
+    execs: exec::Execs,
+    inputs: stdin::Inputs,
     /// Wakes the scheduler.
     wake: Arc<Notify>,
     /// Wakes who renews the lease: what is wanted of this node has changed.
@@ -208,6 +214,8 @@ impl Engine {
             logs: Logs::new(&logs_dir)?,
             capacity: Capacity::new(total, Arc::clone(&metrics), freed),
             live: Registry::new(Arc::clone(&metrics)),
+            execs: exec::Execs::default(),
+            inputs: stdin::Inputs::default(),
             store,
             keeper,
             clock,
@@ -314,8 +322,12 @@ impl Engine {
         let mut is_told = false;
         for _ in 0..ATTEMPTS {
             let act = Act { actor: Some(owner), at: self.clock.now(), data: serde_json::json!({}) };
+            let exec_logs = self.store.exec_logs_of(id).await?;
             if let Some(deleted) = self.store.delete(tenant, id, &act).await? {
                 self.live.remove(id);
+                for exec in exec_logs {
+                    tokio::spawn(Arc::clone(self).forget_log(exec));
+                }
                 fail_point::reached("service.delete.stored");
                 if deleted.has_log_file {
                     tokio::spawn(Arc::clone(self).forget_log(id));
@@ -414,6 +426,7 @@ impl Engine {
             for live in all {
                 Followed::new(live).until(|progress| matches!(progress, Progress::Ended(_) | Progress::Gone | Progress::Queued)).await;
             }
+            self.execs_ended().await;
         };
         if tokio::time::timeout(deadline, ended).await.is_err() {
             tracing::warn!("not every sandbox ended in time; the next start settles the rest");

@@ -1,6 +1,7 @@
 //! The domain: what a sandbox is, what may be asked for it, what becomes of it. Pure.
 
 mod change;
+mod exec;
 mod language;
 mod limits;
 mod log_tail;
@@ -15,6 +16,7 @@ pub mod words;
 use std::{collections::BTreeMap, fmt};
 
 pub use change::{Change, ChangeRequest, new_limits};
+pub use exec::{EXECS_MAX, Exec, ExecPlan, ExecRequest, ExecState, NewExec, SizeRequest};
 pub use language::{Language, Languages};
 pub use limits::{Bound, Limits, RequestedLimits, bound_of, bounds};
 pub use log_tail::{LogTail, TailCollector};
@@ -25,8 +27,8 @@ pub use quota::{
 };
 pub use request::{
     Content, EVICT_AFTER_MS, Encoding, File, GRACE_MS, IDLE_TIMEOUT_MS, INTERVAL_MS, ImageReference, Invalid, LIST_LIMIT, LabelFault,
-    Network, NewSandbox, RETRY, RunRequest, STOP_GRACE_MS, SandboxRequest, TAIL_LINES, TTL_MS, UNTIL_MS, WAIT_MS, WhenFull,
-    check_label, check_name, check_name_prefix,
+    Network, NewSandbox, RETRY, RunRequest, STOP_GRACE_MS, SandboxRequest, TAIL_LINES, TTL_MS, UNTIL_MS, WAIT_MS, WhenFull, check_label,
+    check_name, check_name_prefix,
 };
 pub use sandbox_core::protocol::{ImageId, SandboxId};
 use sandbox_core::{fence::Fences, protocol::OutputPolicy};

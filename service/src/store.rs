@@ -2,6 +2,7 @@
 
 mod admission;
 mod events;
+mod execs;
 mod health;
 mod idempotency;
 mod images;
@@ -17,6 +18,7 @@ use std::{sync::Arc, time::Duration};
 
 pub use admission::{Admission, Admitted};
 pub use events::{Act, EventFilter, Told};
+pub use execs::{ExecAdmitted, ExecEnded};
 pub use idempotency::{Fingerprint, HeldKey, Kept, KeyName, KeyState, Taking};
 pub use images::{Image, NewImage, Recorded};
 pub use life::Changing;

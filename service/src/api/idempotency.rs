@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tracing::Instrument as _;
 use uuid::Uuid;
 
-use super::{App, QUICK_DEADLINE, STOP_DEADLINE, caller::Caller, error::ApiError, json, observe, runs, sandboxes};
+use super::{App, QUICK_DEADLINE, STOP_DEADLINE, caller::Caller, error::ApiError, execs, json, observe, runs, sandboxes};
 use crate::{
     sandbox::{Invalid, SandboxId, WAIT_MS},
     store::{Fingerprint, HeldKey, Kept, KeyName, KeyState, NodeId, StoreError, Taking},
@@ -33,6 +33,8 @@ use crate::{
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENCY_REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 const KEY_BYTES_MAX: usize = 255;
+/// The route by which execs are made.
+const EXECS: &str = "/v1/sandboxes/{id}/execs";
 
 /// The largest body that is kept of an answer that can be told again from its sandbox, and of one that cannot.
 const TOLD_BYTES_MAX: usize = 64 * 1024;
@@ -114,16 +116,16 @@ impl Route {
     /// How long it may take.
     fn deadline(&self) -> Duration {
         match self.0.as_str() {
-            "/v1/runs" => Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE,
+            "/v1/runs" | EXECS => Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE,
             "/v1/sandboxes/{id}/stop" => STOP_DEADLINE,
             _ if self.is_streamed() => IMPORT_DEADLINE,
             _ => QUICK_DEADLINE,
         }
     }
 
-    /// Whether it makes sandboxes, of which its answers can be told again.
+    /// Whether it makes sandboxes or execs, of which its answers can be told again.
     fn makes_sandboxes(&self) -> bool {
-        matches!(self.0.as_str(), "/v1/runs" | "/v1/sandboxes")
+        matches!(self.0.as_str(), "/v1/runs" | "/v1/sandboxes" | EXECS)
     }
 }
 
@@ -349,6 +351,7 @@ impl Keying {
         let Kept { status, content_type, location, body, made } = kept;
         let mut response = match (body, made) {
             (Some(body), _) => Body::from(body).into_response(),
+            (None, Some(id)) if self.route.0.as_str() == EXECS => execs::told_again(&self.app, &name.owner.tenant, id).await?,
             (None, Some(id)) if self.route.scope() == Scope::Runs => runs::told_again(&self.app, &name.owner.tenant, id).await?,
             (None, Some(id)) => sandboxes::told_again(&self.app, &name.owner.tenant, id).await?,
             (None, None) => return Err(ApiError::Internal(anyhow::anyhow!("an answer was kept without its body"))),

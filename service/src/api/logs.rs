@@ -96,7 +96,7 @@ pub(super) struct Asked {
     operation_id = "readLog",
     tag = "sandboxes",
     security(("bearer" = ["sandboxes:read"]), ("bearer" = ["runs"])),
-    params(parameter::Id, parameter::LogParameters, parameter::LastEventId),
+    params(parameter::Named, parameter::LogParameters, parameter::LastEventId),
     responses(
         (status = 101, description = "The stream begins, over WebSocket."),
         (status = 200, description = "The frames, in the form that was asked for.", content(

@@ -122,7 +122,7 @@ pub(super) enum StatsFrame {
     operation_id = "readStats",
     tag = "sandboxes",
     security(("bearer" = ["sandboxes:read"])),
-    params(parameter::Id, parameter::StatsParameters),
+    params(parameter::Named, parameter::StatsParameters),
     responses(
         (status = 101, description = "The stream begins, over WebSocket."),
         (status = 200, description = "A sample, or samples.", content(
@@ -131,7 +131,7 @@ pub(super) enum StatsFrame {
             (String = "text/event-stream"),
         )),
         refusal::NotFound,
-        refusal::WrongState,
+        refusal::Conflict,
     ),
 )]
 pub(super) async fn read(

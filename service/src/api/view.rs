@@ -130,7 +130,7 @@ pub(super) struct SandboxView {
 /// What the program of a run wrote and was kept. There once the run ended.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = RunOutput)]
-struct OutputView {
+pub(super) struct OutputView {
     stdout: String,
     #[schema(value_type = Encoding)]
     stdout_encoding: &'static str,

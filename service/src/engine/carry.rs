@@ -339,7 +339,7 @@ impl Engine {
     }
 
     /// An end of which nothing but the cause is known.
-    fn ending(&self, cause: Cause) -> Box<Ending> {
+    pub(super) fn ending(&self, cause: Cause) -> Box<Ending> {
         Box::new(Ending {
             cause,
             launched: None,

@@ -4,10 +4,10 @@ use std::{collections::VecDeque, io, sync::Arc, time::Duration};
 
 use tokio::{sync::watch, time::Instant};
 
-use super::{Engine, EngineError, Finished, Progress, live::Live};
+use super::{Engine, EngineError, ExecProgress, Finished, Progress, live::Live};
 use crate::{
     logs::{Beginning, LogItem, LogReader, Wanted, last_lines_of},
-    sandbox::{Outcome, Sandbox, SandboxId, TenantId},
+    sandbox::{Exec, Outcome, Sandbox, SandboxId, TenantId},
 };
 
 /// A sandbox of this process, watched.
@@ -75,7 +75,7 @@ pub struct LogStream {
     begins_within: Option<Beginning>,
     /// The attempt whose log is read: each writes its own, from the beginning.
     claims: u64,
-    progress: Option<watch::Receiver<Progress>>,
+    source: Source,
     reader: Option<LogReader>,
     ready: VecDeque<Followup>,
     is_over: bool,
@@ -119,12 +119,36 @@ impl Engine {
             from: query.wanted.from,
             begins_within: None,
             claims: self.live.get(sandbox.id).map_or(sandbox.claims, |live| live.sandbox.claims),
-            progress: self.live.get(sandbox.id).map(|live| live.subscribe()),
+            source: Source::Sandbox(self.live.get(sandbox.id).map(|live| live.subscribe())),
             reader: None,
             ready: VecDeque::new(),
             is_over: false,
         }
     }
+
+    /// What is wanted of the log of this exec.
+    pub fn read_exec_log(self: &Arc<Self>, exec: &Exec, query: LogQuery) -> LogStream {
+        LogStream {
+            engine: Arc::clone(self),
+            tenant: exec.tenant.clone(),
+            id: exec.id,
+            query,
+            from: query.wanted.from,
+            begins_within: None,
+            claims: 0,
+            source: Source::Exec(self.execs.get(exec.id).map(|live| live.subscribe())),
+            reader: None,
+            ready: VecDeque::new(),
+            is_over: false,
+        }
+    }
+}
+
+/// Whose log it is, and how to hear of its end; with `None` from its row alone.
+#[derive(Debug)]
+enum Source {
+    Sandbox(Option<watch::Receiver<Progress>>),
+    Exec(Option<watch::Receiver<ExecProgress>>),
 }
 
 /// What to do when there is nothing to show.
@@ -179,22 +203,31 @@ impl LogStream {
     }
 
     async fn look(&mut self) -> Result<Idle, EngineError> {
-        let progress = self.progress.as_mut().map(|progress| progress.borrow_and_update().clone());
-        match progress {
-            Some(Progress::Ended(finished)) => {
-                Ok(finished.sandbox.outcome.clone().map_or(Idle::Over, |outcome| Idle::Ended(outcome.into())))
-            }
-            Some(Progress::Gone) => Ok(Idle::Over),
-            Some(Progress::Queued | Progress::Starting | Progress::Running(_) | Progress::Paused(_)) => Ok(self.idle()),
-            None => {
+        let ended = match &mut self.source {
+            Source::Sandbox(Some(progress)) => match progress.borrow_and_update().clone() {
+                Progress::Ended(finished) => Some(finished.sandbox.outcome.clone()),
+                Progress::Gone => Some(None),
+                Progress::Queued | Progress::Starting | Progress::Running(_) | Progress::Paused(_) => None,
+            },
+            Source::Exec(Some(progress)) => match progress.borrow_and_update().clone() {
+                ExecProgress::Ended(finished) => Some(finished.exec.outcome.clone()),
+                ExecProgress::Gone => Some(None),
+                ExecProgress::Starting | ExecProgress::Running(_) => None,
+            },
+            Source::Sandbox(None) => {
                 let sandbox = self.engine.store.find(&self.tenant, self.id).await?;
-                Ok(match sandbox.map(|sandbox| sandbox.outcome) {
-                    None => Idle::Over,
-                    Some(Some(outcome)) => Idle::Ended(outcome.into()),
-                    Some(None) => self.idle(),
-                })
+                sandbox.map_or(Some(None), |sandbox| sandbox.outcome.map(Some))
             }
-        }
+            Source::Exec(None) => {
+                let exec = self.engine.store.find_exec_anywhere(&self.tenant, self.id).await?;
+                exec.map_or(Some(None), |exec| exec.outcome.map(Some))
+            }
+        };
+        Ok(match ended {
+            Some(Some(outcome)) => Idle::Ended(outcome.into()),
+            Some(None) => Idle::Over,
+            None => self.idle(),
+        })
     }
 
     const fn idle(&self) -> Idle {
@@ -235,7 +268,10 @@ impl LogStream {
     }
 
     async fn stored(&mut self) -> Result<Vec<LogItem>, EngineError> {
-        let stored = self.engine.store.find_log(self.id).await?;
+        let stored = match self.source {
+            Source::Sandbox(_) => self.engine.store.find_log(self.id).await?,
+            Source::Exec(_) => self.engine.store.find_exec_log(self.id).await?,
+        };
         let Some(stored) = stored else { return Ok(vec![]) };
         if let Some(lines) = self.query.last_lines {
             self.begin_at(last_lines_of(&stored.tail, lines, self.wanted()));
@@ -278,6 +314,7 @@ impl LogStream {
         /// Between two looks at a sandbox that this process does not follow, or that has no file yet.
         const LOOK: Duration = Duration::from_secs(1);
         let has_file = self.reader.is_some();
+        let is_followed = !matches!(self.source, Source::Sandbox(None) | Source::Exec(None));
         let has_read_all = self.reader.as_ref().is_some_and(LogReader::has_ended);
         let written = async {
             match &mut self.reader {
@@ -286,10 +323,17 @@ impl LogStream {
             }
         };
         let moved = async {
-            match &mut self.progress {
-                Some(progress) if has_file => drop(progress.changed().await),
-                Some(progress) => drop(tokio::time::timeout(LOOK, progress.changed()).await),
-                None => tokio::time::sleep(LOOK).await,
+            let news = async {
+                match &mut self.source {
+                    Source::Sandbox(Some(progress)) => drop(progress.changed().await),
+                    Source::Exec(Some(progress)) => drop(progress.changed().await),
+                    Source::Sandbox(None) | Source::Exec(None) => std::future::pending().await,
+                }
+            };
+            if has_file && is_followed {
+                news.await;
+            } else {
+                drop(tokio::time::timeout(LOOK, news).await);
             }
         };
         tokio::select! {

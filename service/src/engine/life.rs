@@ -310,9 +310,13 @@ impl Engine {
     /// Removes one that has ended, as its creator wished.
     pub(super) async fn remove_ended(self: &Arc<Self>, tenant: &TenantId, id: SandboxId) {
         let act = Act { actor: None, at: self.clock.now(), data: json!({}) };
+        let exec_logs = self.store.exec_logs_of(id).await.unwrap_or_default();
         match self.store.delete(tenant, id, &act).await {
-            Ok(Some(deleted)) if deleted.has_log_file => drop(tokio::spawn(Arc::clone(self).forget_log(id))),
-            Ok(_) => {}
+            Ok(Some(deleted)) => {
+                let own = deleted.has_log_file.then_some(id);
+                exec_logs.into_iter().chain(own).for_each(|log| drop(tokio::spawn(Arc::clone(self).forget_log(log))));
+            }
+            Ok(None) => {}
             Err(error) => tracing::warn!(sandbox.id = %id, %error, "it is not removed yet"),
         }
     }

@@ -27,8 +27,11 @@ impl Engine {
         let rows = self.store.live_of(self.node).await.context("reading this node's sandboxes failed")?;
         let records = self.keeper.list().await.context("asking the keeper for its sandboxes failed")?;
         fail_point::reached("service.recover.listed");
-        let leftover = self.take_over(rows, records).await;
+        let mut leftover = self.take_over(rows, records).await;
         fail_point::reached("service.recover.taken");
+        self.take_over_execs(None).await.context("reading this node's execs failed")?;
+        let execs = self.sort_out_execs(&leftover).await?;
+        leftover.retain(|id| !execs.contains(id));
         let kept: HashSet<SandboxId> = self.store.kept_logs(self.node, None).await?.into_iter().collect();
         if let Err(error) = self.remove_overdue().await {
             tracing::warn!(%error, "what was to be removed at its end may be left; the next look removes it");
@@ -65,7 +68,8 @@ impl Engine {
     /// Not those of the sandboxes in `others`.
     async fn drop_stray_logs(self: &Arc<Self>, others: &[SandboxId]) -> anyhow::Result<()> {
         let written = self.logs.list().context("looking for logs failed")?;
-        let needed: HashSet<SandboxId> = self.store.with_log(&written).await?.into_iter().collect();
+        let mut needed: HashSet<SandboxId> = self.store.with_log(&written).await?.into_iter().collect();
+        needed.extend(self.store.execs_among(&written, true).await?);
         for id in written.into_iter().filter(|id| !needed.contains(id) && !others.contains(id)) {
             tokio::spawn(Arc::clone(self).forget_log(id));
         }
@@ -87,6 +91,7 @@ impl Engine {
             self.take_over(strays, records).await;
         }
         self.settle_unreadable().await?;
+        self.recover_stray_execs().await?;
         self.drop_unfollowed().await
     }
 
@@ -95,7 +100,10 @@ impl Engine {
         // In this order: what is begun meanwhile is in none of the first two.
         let records = self.keeper.list().await?;
         let live: HashSet<SandboxId> = self.store.live_of(self.node).await?.into_iter().map(|row| row.id).collect();
-        for id in records.into_iter().map(|record| record.id).filter(|id| !live.contains(id) && self.live.get(*id).is_none()) {
+        let mut unfollowed: Vec<SandboxId> = records.into_iter().map(|record| record.id).collect();
+        unfollowed.retain(|id| !live.contains(id) && self.live.get(*id).is_none() && self.execs.get(*id).is_none());
+        let execs = self.sort_out_execs(&unfollowed).await?;
+        for id in unfollowed.into_iter().filter(|id| !execs.contains(id)) {
             match self.store.find_log(id).await? {
                 Some(stored) if stored.has_file => self.forget_record(id).await,
                 Some(_) => drop(tokio::spawn(Arc::clone(self).drop_leftover(id))),

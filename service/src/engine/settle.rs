@@ -240,7 +240,7 @@ impl Engine {
     }
 
     /// The end of its log; `None` if that stays unreadable.
-    async fn read_tail(&self, id: SandboxId) -> Option<LogTail> {
+    pub(super) async fn read_tail(&self, id: SandboxId) -> Option<LogTail> {
         let mut pause = RETRY_MIN;
         for _ in 0..READ_ATTEMPTS {
             match self.logs.tail(id, LogTail::STORED_BYTES).await {

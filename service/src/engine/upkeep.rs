@@ -31,6 +31,9 @@ impl Engine {
             if let Err(error) = self.drop_overdue_logs().await {
                 tracing::warn!(%error, "dropping old logs failed");
             }
+            if let Err(error) = self.drop_overdue_exec_logs().await {
+                tracing::warn!(%error, "dropping old logs of execs failed");
+            }
             if let Err(error) = self.recover_strays().await {
                 tracing::warn!(error = format!("{error:#}"), "looking for sandboxes that nobody follows failed");
             }
@@ -58,6 +61,16 @@ impl Engine {
         self.store.drop_kept_logs(&dropped).await
     }
 
+    async fn drop_overdue_exec_logs(&self) -> Result<(), StoreError> {
+        let mut dropped = Vec::new();
+        for id in self.store.overdue_exec_logs(self.node, self.clock.now() - self.tenancy.retention).await? {
+            if self.forget(id).await {
+                dropped.push(id);
+            }
+        }
+        self.store.drop_exec_logs(&dropped).await
+    }
+
     async fn drop_old_rows(&self) -> Result<(), StoreError> {
         let now = self.clock.now();
         let (ended, told) = (now - self.tenancy.retention, now - self.tenancy.event_retention);
@@ -69,6 +82,7 @@ impl Engine {
         let done = [
             in_batches(|| self.store.roll_up_usage(beginning_of_hour(now - ROLL_UP_AFTER), BATCH)).await,
             in_batches(|| self.store.prune_sandboxes(ended, BATCH)).await,
+            in_batches(|| self.store.prune_execs(ended, BATCH)).await,
             in_batches(|| self.store.prune_events(told, BATCH)).await,
             in_batches(|| self.store.prune_keys(now, BATCH)).await,
             in_batches(|| self.store.forget_principals(now, BATCH)).await,

@@ -41,6 +41,10 @@ const IO_BYTES_PER_S: Bound =
 const IO_OPS_PER_S: Bound =
     Bound { field: "limits.io_ops_per_s", unit: "operations a second", min: 10, default: Some(20_000), max: 10_000_000 };
 
+/// Of an exec; without a value it has none of its own.
+pub(super) const EXEC_WALL_MS: Bound = Bound { default: None, ..WALL_MS };
+pub(super) const EXEC_OUTPUT_BYTES: Bound = OUTPUT_BYTES;
+
 /// Every bound that a request is held to.
 pub fn bounds() -> [&'static Bound; 24] {
     [
@@ -243,6 +247,12 @@ impl Limits {
         self.io_bytes_per_s = IO_BYTES_PER_S.check_or(asked.io_bytes_per_s, self.io_bytes_per_s)?;
         self.io_ops_per_s = IO_OPS_PER_S.check_or(asked.io_ops_per_s, self.io_ops_per_s)?;
         Ok(self)
+    }
+
+    /// What holds an exec: its own where it has some, and its sandbox's.
+    #[must_use]
+    pub const fn of_exec(&self, wall_ms: Option<u64>, output_bytes: u64) -> Self {
+        Self { wall_ms, output_bytes, cpu_ms: None, ..*self }
     }
 
     pub const fn memory_bytes(&self) -> u64 {

@@ -17,8 +17,8 @@ const LARGEST: &str = "largest_";
 /// Every number that a postgres `bigint` and a JSON reader with doubles both hold exactly.
 const NUMBER_MAX: u64 = (1 << 53) - 1;
 
-/// Quotas by number that are counted, with what they count. Those from `image_bytes` on are a tenant's alone.
-const COUNTED: [(&str, &str); 10] = [
+/// Quotas by number that are counted, with what they count. Those from `execs` on are a tenant's alone.
+const COUNTED: [(&str, &str); 11] = [
     ("sandboxes", "sandboxes and runs that have not ended"),
     ("memory_bytes", "bytes of their memory limits together"),
     ("cpu_millis", "thousandths of a core of their CPU limits together"),
@@ -27,10 +27,11 @@ const COUNTED: [(&str, &str); 10] = [
     ("runs_per_day", "sandboxes and runs made in a day of UTC"),
     ("cpu_seconds_per_day", "seconds of CPU time used in a day of UTC"),
     ("log_bytes", "bytes of kept output"),
+    ("execs", "processes in one sandbox that were started in it and have not ended"),
     ("image_bytes", "bytes of imported images"),
     ("volume_bytes", "bytes of volumes"),
 ];
-const TENANT_ONLY: [&str; 2] = ["image_bytes", "volume_bytes"];
+const TENANT_ONLY: [&str; 3] = ["execs", "image_bytes", "volume_bytes"];
 
 /// Quotas that are lists of what may be asked for.
 const LISTS: [&str; 2] = ["networks", "isolations"];

@@ -42,7 +42,7 @@ const STOP_GRACE_DEFAULT_MS: u64 = 10_000;
 const FILES_MAX: usize = 1024;
 const _: () = assert!(FILES_MAX == 1024, "the contract of `files` says so too, and takes nothing but a literal");
 /// `args` and `env` travel in one message with the rest of the description.
-const ARGS_ENV_BYTES_MAX: usize = 64 * 1024;
+pub(super) const ARGS_ENV_BYTES_MAX: usize = 64 * 1024;
 pub(super) const LABELS_MAX: usize = 64;
 const LABEL_KEY_BYTES_MAX: usize = 63;
 pub(super) const LABEL_VALUE_BYTES_MAX: usize = 256;
@@ -52,7 +52,7 @@ const NAME_BYTES_MAX: usize = 63;
 /// For the contract: parts with slashes between, none of them `..`, the last neither that nor `.`.
 const FILE_PATTERN: &str = "^/*(([^/.\\u0000][^/\\u0000]*|\\.[^/.\\u0000][^/\\u0000]*|\\.\\.[^/\\u0000]+|\\.)/+)*([^/.\\u0000][^/\\u0000]*|\\.[^/.\\u0000][^/\\u0000]*|\\.\\.[^/\\u0000]+)$";
 /// For the contract: what [`User::parse`] takes, but for names that begin with a digit.
-const USER_PATTERN: &str = "^(|([A-Za-z._$-][A-Za-z0-9._$-]{0,63}|[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-4])\
+pub(super) const USER_PATTERN: &str = "^(|([A-Za-z._$-][A-Za-z0-9._$-]{0,63}|[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-4])\
                             (:([A-Za-z._$-][A-Za-z0-9._$-]{0,63}|[0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-4]))?)$";
 
 /// A field of a request that cannot be accepted, and what it may hold.
@@ -242,7 +242,7 @@ impl Default for TtyRequest {
 
 impl TtyRequest {
     /// The terminal's size, if there is to be one.
-    fn parse(self) -> Result<Option<WindowSize>, Invalid> {
+    pub(super) fn parse(self) -> Result<Option<WindowSize>, Invalid> {
         let size = |rows, columns| Some(WindowSize { rows, columns });
         let narrow = |bound: &'static Bound, value| bound.check(value).map(|value| u16::try_from(value).unwrap_or(u16::MAX));
         match self {
@@ -319,7 +319,7 @@ pub enum WhenFull {
     Refuse,
 }
 
-const fn truncate() -> OutputPolicy {
+pub(super) const fn truncate() -> OutputPolicy {
     OutputPolicy::Truncate
 }
 
@@ -559,7 +559,7 @@ fn made(
     })
 }
 
-fn command(command: Option<Vec<String>>) -> Result<Option<Vec<String>>, Invalid> {
+pub(super) fn command(command: Option<Vec<String>>) -> Result<Option<Vec<String>>, Invalid> {
     if command.as_ref().is_some_and(|args| args.first().is_none_or(String::is_empty)) {
         return Err(Invalid::new("command", "the first element names the program and cannot be empty"));
     }
@@ -573,17 +573,17 @@ fn without_zeros(field: &str, args: Option<Vec<String>>) -> Result<Option<Vec<St
     }
 }
 
-fn workdir(workdir: Option<String>) -> Result<Option<String>, Invalid> {
+pub(super) fn workdir(workdir: Option<String>) -> Result<Option<String>, Invalid> {
     let Some(path) = workdir else { return Ok(None) };
     let is_sound = path.starts_with('/') && path.len() <= PATH_BYTES_MAX && !path.contains('\0');
     is_sound.then_some(Some(path)).ok_or_else(|| Invalid::new("workdir", "a working folder is an absolute path of at most 4095 bytes"))
 }
 
-fn stdin(stdin: Option<String>, encoding: Encoding) -> Result<Option<Content>, Invalid> {
+pub(super) fn stdin(stdin: Option<String>, encoding: Encoding) -> Result<Option<Content>, Invalid> {
     stdin.map(|text| encoding.decode(text).map_err(|detail| Invalid::new("stdin", detail))).transpose()
 }
 
-fn env(env: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Invalid> {
+pub(super) fn env(env: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Invalid> {
     for (key, value) in &env {
         if key.is_empty() || key.contains(['=', '\0']) {
             return Err(Invalid::new("env", "the name of a variable is not empty and holds neither = nor a zero byte"));

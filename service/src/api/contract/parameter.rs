@@ -31,7 +31,7 @@ parameters! {
     Id = [path("id", "What is no id names nothing, and is not found.")];
     /// The ids of a sandbox and of one of its execs.
     Exec = [
-        path("id", "What is no id and no name names nothing, and is not found."),
+        path("id", "Its id, or its name. What is neither names nothing, and is not found."),
         path("eid", "What is no id names nothing, and is not found.")
     ];
     /// What of a log is wanted.

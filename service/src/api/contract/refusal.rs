@@ -36,8 +36,6 @@ refusals! {
     PayloadTooLarge = "413";
     /// There is no image of that name.
     ImageNotFound = "404";
-    /// It is in a state in which that cannot be done.
-    WrongState = "409";
     /// More than the tenant or the principal may have.
     QuotaExceeded = "429";
     /// Not now: only where no token is asked for, since all others may answer so.
