@@ -218,7 +218,7 @@ fn a_paused_sandbox_leaves_nothing_when_its_keeper_is_killed() {
 fn a_sample_tells_what_is_used_now() {
     let mut client = node().client();
     let run = shell(
-        "dd if=/dev/zero of=/dev/shm/held bs=1M count=20 2>/dev/null; i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; sleep 100 & echo ready; sleep 100",
+        "dd if=/dev/zero of=/dev/shm/held bs=1M count=20 2>/dev/null; i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; sleep 100 & sleep 100 & echo ready; wait",
     );
     start_ready(node(), &mut client, &run);
     let used = sample(&mut client, run.id);

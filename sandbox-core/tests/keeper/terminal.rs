@@ -81,10 +81,10 @@ fn a_terminal_that_is_resized_says_so() {
     let run = at_terminal("trap 'busybox stty size; exit 5' WINCH; echo ready; while :; do sleep 0.01; done");
     start(&mut client, &run);
     wait_for_text(&node().log_path(run.id), "ready");
-    done(&mut client, &Request::Resize { id: run.id, size: WindowSize { rows: 1, columns: 300 } });
+    done(&mut client, &Request::Resize { id: run.id, size: WindowSize { rows: 10, columns: 300 } });
     assert_eq!(wait(&mut client, run.id).cause, Cause::Exited { code: 5 });
     let (said, _) = output(&node().log_path(run.id));
-    assert!(said.ends_with("1 300\r\n"), "{said:?}");
+    assert!(said.ends_with("10 300\r\n"), "{said:?}");
     done(&mut client, &Request::Forget { id: run.id });
 
     let without = shell("sleep 100");
