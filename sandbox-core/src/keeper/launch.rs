@@ -502,8 +502,10 @@ pub(super) fn is_stream(descriptor: &OwnedFd) -> io::Result<bool> {
     Ok(matches!(kind, FileType::RegularFile | FileType::Fifo))
 }
 
-/// Those for stdout and stderr: the reading ends, and the others.
-fn output_pipes() -> io::Result<(Option<(OwnedFd, OwnedFd)>, Vec<OwnedFd>)> {
+/// What is read of stdout and stderr, unless a terminal comes in their stead, and the ends that go in.
+type Pipes = (Option<(OwnedFd, OwnedFd)>, Vec<OwnedFd>);
+
+fn output_pipes() -> io::Result<Pipes> {
     let ((stdout, stdout_end), (stderr, stderr_end)) = (output_pipe()?, output_pipe()?);
     Ok((Some((stdout, stderr)), vec![stdout_end, stderr_end]))
 }
