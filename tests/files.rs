@@ -1,4 +1,5 @@
 //! The inside of a sandbox over HTTP: its files, archives of them, what it has changed, what runs in it.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::time::Duration;
 
@@ -330,6 +331,21 @@ async fn reading_takes_one_scope_and_writing_another() {
     problem(reader.post("/tmp/y?mkdir").await, 403, "forbidden").await;
     problem(writer.get("/files/tmp/x").await, 403, "forbidden").await;
     assert_eq!(writer.put("/tmp/x", "y").await.status(), 200);
+}
+
+#[tokio::test]
+async fn a_sandbox_is_found_by_its_name_and_not_while_it_is_paused() {
+    let inside = Inside::new("echo x > /tmp/x").await;
+    let name = format!("files-{}", inside.id);
+    inside.client.patch(&inside.at(""), &json!({ "name": name })).await.expect(200);
+    let named = Inside { client: inside.client.clone(), id: name };
+
+    assert_eq!(named.content("/tmp/x").await, b"x\n");
+    inside.client.post(&inside.at("/pause"), &json!({})).await.expect(200);
+    let refused = problem(named.get("/files/tmp/x").await, 409, "wrong_state").await;
+    assert_eq!(refused["state"], "paused");
+    inside.client.post(&inside.at("/resume"), &json!({})).await.expect(200);
+    assert_eq!(named.content("/tmp/x").await, b"x\n");
 }
 
 #[tokio::test]

@@ -61,10 +61,8 @@ impl Files {
     pub(crate) fn open(node: &Node, id: SandboxId) -> Result<Self, Answer> {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        match node.client().call(&Request::Tree { id }, &[theirs.as_fd()]).unwrap() {
-            Answer::Done => Ok(Self(ours)),
-            other => Err(other),
-        }
+        let answer = node.client().call(&Request::Tree { id }, &[theirs.as_fd()]).unwrap();
+        if answer == Answer::Done { Ok(Self(ours)) } else { Err(answer) }
     }
 
     fn send(&mut self, ask: Ask) {
@@ -77,10 +75,7 @@ impl Files {
 
     fn ask(&mut self, ask: Ask) -> Result<Reply, Fault> {
         self.send(ask);
-        match self.reply() {
-            Reply::Failed(fault) => Err(fault),
-            reply => Ok(reply),
-        }
+        done(self.reply())
     }
 
     pub(crate) fn read(&mut self, path: &str, span: Span) -> Result<Vec<u8>, Fault> {
@@ -136,10 +131,7 @@ impl Files {
         self.send(Ask::Unpack { path: at(path), bytes_max: 1 << 20, entries_max: 100 });
         drop(ContentWriter(&mut self.0).write_all(archive));
         drop(self.0.write_all(&0_u32.to_le_bytes()));
-        match self.reply() {
-            Reply::Failed(fault) => Err(fault),
-            reply => Ok(reply),
-        }
+        done(self.reply())
     }
 
     pub(crate) fn changes(&mut self) -> Vec<(String, ChangeKind)> {
@@ -159,6 +151,10 @@ impl Files {
 
 fn at(path: &str) -> TreePath {
     TreePath::parse(path.as_bytes()).unwrap()
+}
+
+fn done(reply: Reply) -> Result<Reply, Fault> {
+    if let Reply::Failed(fault) = reply { Err(fault) } else { Ok(reply) }
 }
 
 #[expect(clippy::wildcard_enum_match_arm, reason = "whatever else it is, it is none")]
@@ -617,6 +613,19 @@ fn it_ends_with_the_sandbox() {
     assert!(matches!(&answer, Answer::Failed(failure) if failure.kind == FailureKind::Gone), "{answer:?}");
     client.call(&Request::Forget { id: run.id }, &[]).unwrap();
     assert!(matches!(Files::open(node(), run.id).err(), Some(Answer::Failed(failure)) if failure.kind == FailureKind::Gone));
+}
+
+#[test]
+fn one_that_is_paused_is_left_alone_until_it_goes_on() {
+    let sandbox = running("");
+    let id = sandbox.id;
+    assert_eq!(node().client().call(&Request::Pause { id }, &[]).unwrap(), Answer::Done);
+
+    let refused = Files::open(node(), id).err();
+
+    assert!(matches!(&refused, Some(Answer::Failed(failure)) if failure.kind == FailureKind::Busy), "{refused:?}");
+    assert_eq!(node().client().call(&Request::Resume { id }, &[]).unwrap(), Answer::Done);
+    Files::of(&sandbox).stat("/").unwrap();
 }
 
 #[test]

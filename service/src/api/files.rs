@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use axum::{
     Json,
-    body::Body,
+    body::{Body, BodyDataStream},
     extract::State,
     http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header},
     response::{IntoResponse as _, Response},
     routing::get,
 };
+use futures_util::StreamExt as _;
 use sandbox_core::tree::{Ask, Entry, Existing, Fault, FaultKind, Link, Owner, PAGE_ENTRIES_MAX, Reply, Span, TreePath};
 use utoipa_axum::{router::OpenApiRouter, routes};
 use view::{ArchiveView, ChangeView, DiffView, EntryView, FileAnswer, PageView, ProcessView, TopView};
@@ -24,11 +25,11 @@ use super::{
         refusal,
     },
     error::ApiError,
-    query,
+    json, query,
 };
 use crate::{
     runtime::{Content, GiveError, Tree, TreeError},
-    sandbox::{Invalid, SandboxId},
+    sandbox::Invalid,
     token::Scope,
 };
 
@@ -56,7 +57,8 @@ pub(super) fn router() -> OpenApiRouter<Arc<App>> {
 
 /// What a URL names: a sandbox, and the path behind the name of the resource.
 struct Target {
-    id: SandboxId,
+    /// By id or by name.
+    sandbox: String,
     path: TreePath,
 }
 
@@ -65,10 +67,10 @@ impl Target {
     fn of(uri: &Uri) -> Result<Self, ApiError> {
         let rest = uri.path().strip_prefix("/v1/sandboxes/").ok_or(ApiError::NotFound)?;
         let mut parts = rest.splitn(3, '/');
-        let id = decoded(parts.next().unwrap_or_default()).and_then(|id| String::from_utf8(id).ok()).ok_or(ApiError::NotFound)?;
+        let sandbox = decoded(parts.next().unwrap_or_default()).and_then(|text| String::from_utf8(text).ok()).ok_or(ApiError::NotFound)?;
         let path =
             decoded(parts.nth(1).unwrap_or_default()).ok_or_else(|| Invalid::new("path", "a % must be followed by two hex digits"))?;
-        Ok(Self { id: query::id(&id)?, path: self::path("path", &path)? })
+        Ok(Self { sandbox, path: self::path("path", &path)? })
     }
 }
 
@@ -177,7 +179,8 @@ fn owner(name: &str, text: &str) -> Result<u32, ApiError> {
 }
 
 /// Somebody who works on the files of the caller's sandbox.
-async fn files(app: &App, caller: &Caller, id: SandboxId) -> Result<Tree, ApiError> {
+async fn files(app: &App, caller: &Caller, sandbox: &str) -> Result<Tree, ApiError> {
+    let id = query::object(app, caller, sandbox).await?;
     app.engine.files(&caller.tenant, id).await?.ok_or(ApiError::NotFound)
 }
 
@@ -217,9 +220,9 @@ async fn files(app: &App, caller: &Caller, id: SandboxId) -> Result<Tree, ApiErr
 )]
 async fn read(State(app): State<Arc<App>>, caller: Caller, method: Method, uri: Uri, headers: HeaderMap) -> Result<Response, ApiError> {
     caller.require(Scope::SandboxesRead)?;
-    let Target { id, path } = Target::of(&uri)?;
+    let Target { sandbox, path } = Target::of(&uri)?;
     let wish = Wish::of(&uri, &["list", "stat", "cursor", "limit"])?;
-    let mut tree = files(&app, &caller, id).await?;
+    let mut tree = files(&app, &caller, &sandbox).await?;
     if wish.is_list {
         let ask = Ask::List { path, after: wish.cursor, max: wish.limit.unwrap_or(PAGE_ENTRIES_MAX) };
         let Reply::Page { entries, is_more } = tree.ask(ask).await? else { return Err(nonsense()) };
@@ -329,15 +332,30 @@ fn body(content: Content) -> Body {
     ),
 )]
 async fn write(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Body) -> Result<Json<EntryView>, ApiError> {
-    caller.require(Scope::SandboxesWrite)?;
-    let Target { id, path } = Target::of(&uri)?;
-    let wish = Wish::of(&uri, &["mode", "uid", "gid", "exclusive"])?;
-    let tree = files(&app, &caller, id).await?;
-    let ask = Ask::Write { path, mode: wish.mode, owner: wish.owner(), existing: wish.existing() };
-    match tree.give(ask, body.into_data_stream()).await? {
-        Reply::Entry(entry) => Ok(Json(entry.into())),
-        _other => Err(nonsense()),
+    let mut content = body.into_data_stream();
+    let written = async {
+        caller.require(Scope::SandboxesWrite)?;
+        let Target { sandbox, path } = Target::of(&uri)?;
+        let wish = Wish::of(&uri, &["mode", "uid", "gid", "exclusive"])?;
+        let tree = files(&app, &caller, &sandbox).await?;
+        let ask = Ask::Write { path, mode: wish.mode, owner: wish.owner(), existing: wish.existing() };
+        let Reply::Entry(entry) = tree.give(ask, &mut content).await? else { return Err(nonsense()) };
+        Ok(Json(entry.into()))
+    };
+    let written = written.await;
+    heard(written, &mut content).await
+}
+
+/// Has a client hear that it is refused: one that is still sending would not, so what it sends is read, up to a point.
+async fn heard<T>(done: Result<T, ApiError>, content: &mut BodyDataStream) -> Result<T, ApiError> {
+    let mut left = json::DRAIN_BYTES_MAX;
+    while done.is_err()
+        && left > 0
+        && let Some(Ok(bytes)) = content.next().await
+    {
+        left = left.saturating_sub(bytes.len());
     }
+    done
 }
 
 /// Remove a file or a folder
@@ -361,9 +379,9 @@ async fn write(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Body
 )]
 async fn remove(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<StatusCode, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
-    let Target { id, path } = Target::of(&uri)?;
+    let Target { sandbox, path } = Target::of(&uri)?;
     let wish = Wish::of(&uri, &["recursive"])?;
-    let mut tree = files(&app, &caller, id).await?;
+    let mut tree = files(&app, &caller, &sandbox).await?;
     tree.ask(Ask::Remove { path, is_recursive: wish.is_recursive }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -394,7 +412,7 @@ async fn remove(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result
 )]
 async fn change(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Response, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
-    let Target { id, path } = Target::of(&uri)?;
+    let Target { sandbox, path } = Target::of(&uri)?;
     let mut wish = Wish::of(&uri, &["mkdir", "parents", "mode", "uid", "gid", "rename", "exclusive"])?;
     let (ask, status) = match (wish.is_folder, wish.rename.take()) {
         (true, None) => {
@@ -404,7 +422,7 @@ async fn change(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result
         (false, Some(to)) => (Ask::Rename { from: path, to, existing: wish.existing() }, StatusCode::OK),
         (true, Some(_)) | (false, None) => return Err(Invalid::new("", "one of mkdir and rename says what is to be done").into()),
     };
-    let entry = files(&app, &caller, id).await?.entry(ask).await?;
+    let entry = files(&app, &caller, &sandbox).await?.entry(ask).await?;
     Ok((status, Json(EntryView::from(entry))).into_response())
 }
 
@@ -428,9 +446,9 @@ async fn change(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result
 )]
 async fn pack(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Response, ApiError> {
     caller.require(Scope::SandboxesRead)?;
-    let id = Target::of(&uri)?.id;
+    let sandbox = Target::of(&uri)?.sandbox;
     let path = Wish::of(&uri, &["path"])?.path.unwrap_or_default();
-    let tree = files(&app, &caller, id).await?;
+    let tree = files(&app, &caller, &sandbox).await?;
     let length = |reply: &Reply| (*reply == Reply::Archive).then_some(ARCHIVE_BYTES_MAX);
     let (_, content) = tree.content(Ask::Pack { path, bytes_max: ARCHIVE_BYTES_MAX }, length).await?;
     Ok(([(header::CONTENT_TYPE, "application/x-tar")], body(content)).into_response())
@@ -458,15 +476,18 @@ async fn pack(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<R
     ),
 )]
 async fn unpack(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Body) -> Result<Json<ArchiveView>, ApiError> {
-    caller.require(Scope::SandboxesWrite)?;
-    let id = Target::of(&uri)?.id;
-    let path = Wish::of(&uri, &["path"])?.path.unwrap_or_default();
-    let tree = files(&app, &caller, id).await?;
-    let ask = Ask::Unpack { path, bytes_max: ARCHIVE_BYTES_MAX, entries_max: ARCHIVE_ENTRIES_MAX };
-    match tree.give(ask, body.into_data_stream()).await? {
-        Reply::Unpacked { entries, bytes } => Ok(Json(ArchiveView { entries, bytes })),
-        _other => Err(nonsense()),
-    }
+    let mut content = body.into_data_stream();
+    let unpacked = async {
+        caller.require(Scope::SandboxesWrite)?;
+        let sandbox = Target::of(&uri)?.sandbox;
+        let path = Wish::of(&uri, &["path"])?.path.unwrap_or_default();
+        let tree = files(&app, &caller, &sandbox).await?;
+        let ask = Ask::Unpack { path, bytes_max: ARCHIVE_BYTES_MAX, entries_max: ARCHIVE_ENTRIES_MAX };
+        let Reply::Unpacked { entries, bytes } = tree.give(ask, &mut content).await? else { return Err(nonsense()) };
+        Ok(Json(ArchiveView { entries, bytes }))
+    };
+    let unpacked = unpacked.await;
+    heard(unpacked, &mut content).await
 }
 
 /// What differs from the image
@@ -486,9 +507,9 @@ async fn unpack(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Bod
 )]
 async fn diff(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Json<DiffView>, ApiError> {
     caller.require(Scope::SandboxesRead)?;
-    let id = Target::of(&uri)?.id;
+    let sandbox = Target::of(&uri)?.sandbox;
     Wish::of(&uri, &[])?;
-    let (changes, is_truncated) = files(&app, &caller, id).await?.changes(CHANGES_MAX).await?;
+    let (changes, is_truncated) = files(&app, &caller, &sandbox).await?.changes(CHANGES_MAX).await?;
     Ok(Json(DiffView { items: changes.into_iter().map(ChangeView::from).collect(), truncated: is_truncated }))
 }
 
@@ -509,9 +530,9 @@ async fn diff(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<J
 )]
 async fn top(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Json<TopView>, ApiError> {
     caller.require(Scope::SandboxesRead)?;
-    let id = Target::of(&uri)?.id;
+    let sandbox = Target::of(&uri)?.sandbox;
     Wish::of(&uri, &[])?;
-    let processes = files(&app, &caller, id).await?.processes(PROCESSES_MAX).await?;
+    let processes = files(&app, &caller, &sandbox).await?.processes(PROCESSES_MAX).await?;
     Ok(Json(TopView { items: processes.into_iter().map(ProcessView::from).collect() }))
 }
 
@@ -586,7 +607,6 @@ mod tests {
         {
             assert_eq!(field_of(target(path)), "path", "{path}");
         }
-        assert!(matches!(Target::of(&"/v1/sandboxes/nonsense/files/a".parse().unwrap()), Err(ApiError::NotFound)));
     }
 
     #[test]

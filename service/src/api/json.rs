@@ -11,7 +11,7 @@ use crate::sandbox::{Invalid, bound_of, whole};
 /// The largest body of a request that is JSON.
 const BODY_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// How much of a body that is too large is read all the same: a client that is still sending would not hear the answer.
-const DRAIN_BYTES_MAX: usize = 64 * 1024 * 1024;
+pub(super) const DRAIN_BYTES_MAX: usize = 64 * 1024 * 1024;
 
 /// Reads a whole body and what it says. The error names the field by its dotted path, and its bound where it has one.
 pub async fn read<T: DeserializeOwned>(body: Body) -> Result<T, ApiError> {

@@ -22,7 +22,10 @@ impl Engine {
         }
         let (tree, socket) = Tree::pair().map_err(|error| EngineError::Busy(format!("this node has no socket for that: {error}")))?;
         match self.keeper.tree(id, socket).await {
-            Ok(()) => Ok(Some(tree)),
+            Ok(()) => {
+                self.touch(id);
+                Ok(Some(tree))
+            }
             Err(CallError::Lost) => Err(EngineError::KeeperUnavailable),
             Err(CallError::Failed(failure)) => match failure.kind {
                 FailureKind::Gone => self.gone(tenant, id).await,

@@ -57,10 +57,8 @@ impl Tree {
 
     /// Asks what is answered by an [`Entry`].
     pub async fn entry(&mut self, ask: Ask) -> Result<Entry, TreeError> {
-        match self.ask(ask).await? {
-            Reply::Entry(entry) => Ok(entry),
-            other => Err(unexpected(&other)),
-        }
+        let reply = self.ask(ask).await?;
+        if let Reply::Entry(entry) = reply { Ok(entry) } else { Err(unexpected(&reply)) }
     }
 
     /// Asks for content. The first answer, and what follows it: `length` says of the answer how much that can be, `None` that it is no such answer.
@@ -93,16 +91,13 @@ impl Tree {
         self.send(Ask::Changes).await?;
         let mut all = Vec::new();
         loop {
-            match self.reply().await? {
-                Reply::Changes { changes, is_more } => {
-                    all.extend(changes);
-                    if all.len() > max || !is_more {
-                        let is_cut = all.len() > max;
-                        all.truncate(max);
-                        return Ok((all, is_cut));
-                    }
-                }
-                other => return Err(unexpected(&other)),
+            let reply = self.reply().await?;
+            let Reply::Changes { changes, is_more } = reply else { return Err(unexpected(&reply)) };
+            all.extend(changes);
+            if all.len() > max || !is_more {
+                let is_cut = all.len() > max;
+                all.truncate(max);
+                return Ok((all, is_cut));
             }
         }
     }
@@ -112,15 +107,12 @@ impl Tree {
         self.send(Ask::Processes).await?;
         let mut all = Vec::new();
         loop {
-            match self.reply().await? {
-                Reply::Processes { processes, is_more } => {
-                    all.extend(processes);
-                    if all.len() >= max || !is_more {
-                        all.truncate(max);
-                        return Ok(all);
-                    }
-                }
-                other => return Err(unexpected(&other)),
+            let reply = self.reply().await?;
+            let Reply::Processes { processes, is_more } = reply else { return Err(unexpected(&reply)) };
+            all.extend(processes);
+            if all.len() >= max || !is_more {
+                all.truncate(max);
+                return Ok(all);
             }
         }
     }
@@ -199,10 +191,8 @@ async fn read_reply(from: &mut (impl AsyncRead + Unpin)) -> Result<Reply, TreeEr
     from.read_exact(&mut length).await?;
     let mut bytes = vec![0; tree::frame_bytes(length)?];
     from.read_exact(&mut bytes).await?;
-    match tree::parse::<Reply>(&bytes)? {
-        Reply::Failed(fault) => Err(fault.into()),
-        reply => Ok(reply),
-    }
+    let reply = tree::parse::<Reply>(&bytes)?;
+    if let Reply::Failed(fault) = reply { Err(fault.into()) } else { Ok(reply) }
 }
 
 async fn within<T>(patience: Duration, answer: impl Future<Output = Result<T, TreeError>>) -> Result<T, TreeError> {

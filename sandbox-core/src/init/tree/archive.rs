@@ -177,15 +177,9 @@ fn unpack_fault(error: &UnpackError) -> Fault {
     }
 }
 
-/// With the entry's name before it.
+/// With the entry's name before it. What is no system call's is the archive's own, or its end.
 fn as_fault(source: &io::Error, before: String) -> Fault {
-    let Fault { kind, message } = match source.kind() {
-        // Of no system call: the archive's own, or its end.
-        io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof | io::ErrorKind::Other if source.raw_os_error().is_none() => {
-            Fault { kind: FaultKind::Refused, message: source.to_string() }
-        }
-        _ => io_fault(source),
-    };
-    let kind = if kind == FaultKind::Failed && source.raw_os_error().is_none() { FaultKind::Refused } else { kind };
+    let Fault { kind, message } = io_fault(source);
+    let kind = if source.raw_os_error().is_none() { FaultKind::Refused } else { kind };
     Fault { kind, message: before + &message }
 }
