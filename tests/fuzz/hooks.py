@@ -40,6 +40,9 @@ def before_call(context, case, kwargs):
     # Exactly one of the two, which JSON Schema cannot say of parameters.
     if operation == "changeFile" and is_valid:
         case.query = {**{name: value for name, value in (case.query or {}).items() if name not in ("rename", "exclusive")}, "mkdir": "true"}
+    # The files of a sandbox under gVisor cannot be worked on, whatever the request; those of a run nobody asks for.
+    if operation == "createSandbox" and is_valid and isinstance(case.body, dict) and case.body.get("isolation") == "gvisor":
+        case.body["isolation"] = "container"
     if operation in ("createRun", "createSandbox") and isinstance(case.body, dict):
         creation(case.body, is_valid)
 
@@ -64,9 +67,6 @@ def creation(body, is_valid):
             body[wait] = 50
     # Limits that bound each other: inodes on disk, and the memory that another kernel needs.
     limits = body.get("limits")
-    # The files of a sandbox under gVisor cannot be worked on, whatever the request; those of a run nobody asks for.
-    if is_valid and "wait_ms" not in body and body.get("isolation") == "gvisor":
-        body["isolation"] = "container"
     if is_valid and isinstance(limits, dict):
         limits.pop("inodes", None)
         if body.get("isolation") == "gvisor":
