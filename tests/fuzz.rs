@@ -50,7 +50,7 @@ async fn no_request_finds_an_answer_that_the_contract_does_not_promise() {
 /// Tries the whole contract; `None`: it did not end in time.
 fn fuzz(place: &Place, tenant: &str, token: &str, said: &Path) -> Option<ExitStatus> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz");
-    let output = File::create(said).unwrap();
+    let output = File::create(said).expect("a file can be made");
     let mut child = Command::new(schemathesis())
         .args([
             "--config-file",
@@ -68,18 +68,18 @@ fn fuzz(place: &Place, tenant: &str, token: &str, said: &Path) -> Option<ExitSta
         .env("MAYFLY_TOKEN", token)
         .env("MAYFLY_FUZZ_TENANT", tenant)
         .current_dir(here)
-        .stdout(output.try_clone().unwrap())
+        .stdout(output.try_clone().expect("a descriptor is free"))
         .stderr(output)
         .spawn()
         .expect("schemathesis is installed: tools/setup.sh test");
     let ends_at = Instant::now() + DEADLINE;
     loop {
-        if let Some(status) = child.try_wait().unwrap() {
+        if let Some(status) = child.try_wait().expect("it is a child of ours") {
             return Some(status);
         }
         if Instant::now() > ends_at {
-            child.kill().unwrap();
-            child.wait().unwrap();
+            child.kill().expect("it is a child of ours");
+            child.wait().expect("it is a child of ours");
             return None;
         }
         std::thread::sleep(Duration::from_millis(200));

@@ -78,7 +78,7 @@ impl Socket {
             let message = tokio::time::timeout(FRAME_DEADLINE, self.0.next()).await.expect("a message within a minute");
             match message?.ok()? {
                 Message::Ping(_) | Message::Pong(_) => {}
-                message => return Some(message),
+                message @ (Message::Text(_) | Message::Binary(_) | Message::Close(_) | Message::Frame(_)) => return Some(message),
             }
         }
     }

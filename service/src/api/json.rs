@@ -68,8 +68,8 @@ fn make_whole(value: &mut Value) -> bool {
             *number = whole.into();
             true
         }
-        Value::Array(all) => all.iter_mut().fold(false, |is_changed, one| make_whole(one) || is_changed),
-        Value::Object(members) => members.values_mut().fold(false, |is_changed, member| make_whole(member) || is_changed),
+        Value::Array(all) => all.iter_mut().map(make_whole).filter(|is_changed| *is_changed).count() > 0,
+        Value::Object(members) => members.values_mut().map(make_whole).filter(|is_changed| *is_changed).count() > 0,
         Value::Null | Value::Bool(_) | Value::String(_) => false,
     }
 }

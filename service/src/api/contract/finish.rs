@@ -18,7 +18,7 @@ pub(super) fn finished(described: &OpenApi, frame: &str) -> Value {
     let described = yaml_serde::to_value(described).expect("what utoipa makes is YAML");
     let mut document: Value = yaml_serde::from_str(frame).expect("the frame is YAML: a test reads it");
     let (mut paths, schemas) = (described["paths"].clone(), described["components"]["schemas"].clone());
-    each_operation(&mut paths, |path, method, operation| settle_operation(path, method, operation));
+    each_operation(&mut paths, settle_operation);
     under(&mut document, "paths", unstarred(paths));
     let components = document.get_mut("components").expect("the frame has components");
     under(components, "schemas", schemas);

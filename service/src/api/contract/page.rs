@@ -163,9 +163,9 @@ fn kind(schema: &Value) -> String {
             return sequence(&schema[choice]).map(one_of).collect::<Vec<_>>().join(" or ");
         }
     }
-    let mut words = match &schema["type"] {
-        Value::Sequence(kinds) => kinds.iter().map(text).collect::<Vec<_>>().join(" or "),
-        one => text(one),
+    let mut words = match schema["type"].as_sequence() {
+        Some(kinds) => kinds.iter().map(text).collect::<Vec<_>>().join(" or "),
+        None => text(&schema["type"]),
     };
     if let Some(items) = schema.get("items") {
         add(&mut words, format_args!(" of {}", kind(items)));

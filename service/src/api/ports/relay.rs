@@ -135,7 +135,12 @@ mod tests {
     fn activity() -> (Activity, Arc<AtomicU32>) {
         let told = Arc::new(AtomicU32::new(0));
         let counter = Arc::clone(&told);
-        (Activity::new(Duration::from_secs(60), move || drop(counter.fetch_add(1, Ordering::Relaxed))), told)
+        (
+            Activity::new(Duration::from_secs(60), move || {
+                counter.fetch_add(1, Ordering::Relaxed);
+            }),
+            told,
+        )
     }
 
     #[tokio::test]

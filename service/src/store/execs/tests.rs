@@ -61,7 +61,7 @@ async fn an_exec_reads_back_as_it_was_admitted_and_is_its_tenants_alone(pool: Pg
     assert_eq!(store.admit_exec(&exec, &NO_QUOTAS(), None).await.unwrap(), ExecAdmitted::Yes);
 
     assert_eq!(store.find_exec(&sandbox.tenant, sandbox.id, exec.id).await.unwrap(), Some(exec.clone()));
-    assert_eq!(store.live_execs_of(lease.node).await.unwrap(), [exec.clone()]);
+    assert_eq!(store.live_execs_of(lease.node).await.unwrap(), std::slice::from_ref(&exec));
     assert_eq!(store.find_exec(&TenantId::proven("other".into()), sandbox.id, exec.id).await.unwrap(), None);
     assert_eq!(store.list_execs(&sandbox.tenant, sandbox.id, Some(exec.id), 9).await.unwrap(), []);
 }
