@@ -49,7 +49,9 @@ async fn make(owner: &Client, part: &str, before: &[Made], template: &str) -> Ma
     match (part, before) {
         ("/v1/runs/{id}", []) => uuid(owner.run(&program).await),
         ("/v1/sandboxes/{id}", []) if OF_WHAT_RUNS.contains(&template) => {
-            let lasting = json!({ "image": "busybox", "command": ["sleep", "60"], "labels": { "mark": mark(owner) } });
+            // Small: as many are there at one time as there are operations.
+            let limits = json!({ "memory_bytes": 16 << 20, "cpu_millis": 20 });
+            let lasting = json!({ "image": "busybox", "command": ["sleep", "60"], "labels": { "mark": mark(owner) }, "limits": limits });
             let made = uuid(owner.post("/v1/sandboxes", &lasting).await.expect(201));
             owner.until(&format!("/v1/sandboxes/{}", made.id), |sandbox| sandbox["state"] == "running").await;
             made

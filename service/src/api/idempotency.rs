@@ -318,7 +318,7 @@ impl Keying {
             made: None,
         };
         // An image that is not here may be imported.
-        let is_passing = self.route.makes_sandboxes() && parts.status == StatusCode::NOT_FOUND;
+        let is_passing = self.route.makes_sandboxes() && self.route.0.as_str() != EXECS && parts.status == StatusCode::NOT_FOUND;
         let is_kept = !is_retryable && !is_passing && is_kept(parts.status) && (can_be_told_again || body.len() <= KEPT_BYTES_MAX);
         let mut response = Response::from_parts(parts, Body::from(body));
         observe::mark_as_told(&mut response);
