@@ -8,6 +8,7 @@ mod browser;
 pub mod caller;
 mod contract;
 pub mod error;
+mod events;
 mod execs;
 mod files;
 mod idempotency;
@@ -51,6 +52,7 @@ use crate::{
     engine::Engine,
     images::Images,
     metrics::Metrics,
+    outbox::Outbox,
     runtime::Keeper,
     sandbox::{GRACE_MS, Languages, UNTIL_MS, WAIT_MS},
     store::Store,
@@ -75,6 +77,7 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     pub idempotency: Idempotency,
     pub languages: Languages,
+    pub outbox: Arc<Outbox>,
 }
 
 /// The whole API.
@@ -131,7 +134,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(languages::list))
         .routes(routes!(account::quota))
         .routes(routes!(account::usage))
-        .routes(routes!(account::events))
+        .routes(routes!(events::read))
         .merge(admin::router())
         .merge(nodes::router())
         .routes(routes!(operations::health))

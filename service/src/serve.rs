@@ -37,6 +37,7 @@ use crate::{
     engine::{self, Engine, Reserves, Tenancy},
     images::Images,
     metrics::Metrics,
+    outbox::Outbox,
     postgres::Cluster,
     runtime::Keeper,
     store::{NodeId, Store},
@@ -75,7 +76,8 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
     hold_signals(settings.door.tls.is_some())?;
 
     let helpers = Helpers::start(&settings, keeper, cluster, &account)?;
-    let served = serve_unprivileged(&settings, &account, is_root, doors, Identity { node, keys: &keys }, &helpers);
+    let served =
+        serve_unprivileged(&settings, &account, is_root, doors, Identity { node, keys: &keys }, &helpers);
     let stopped = match &served {
         Ok(_) => helpers.stop(),
         Err(_) => helpers.stop_started(),
@@ -237,18 +239,9 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
     }
     let verifier = Verifier::new(keyring, settings.token_rules.clone());
     let idempotency = api::Idempotency::new(identity.node, settings.idempotency_retention);
-    let app = Arc::new(api::App {
-        engine,
-        store,
-        keeper,
-        verifier,
-        images,
-        clock,
-        metrics: figures,
-        idempotency,
-        languages: settings.languages.clone(),
-    });
     let stopping = CancellationToken::new();
+    let outbox = Outbox::start(store.clone(), stopping.clone());
+    let app = Arc::new(api::App { engine, store, keeper, verifier, images, clock, metrics: figures, idempotency, languages: settings.languages.clone(), outbox });
     if let (None, Some(cluster)) = (&settings.database_url, helpers.cluster()) {
         let (cluster, store) = (cluster.clone(), app.store.clone());
         tokio::spawn(revive::keep_running(cluster, settings.database_connections, store, stopping.clone()));

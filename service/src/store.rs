@@ -1,6 +1,7 @@
 //! Everything that must outlive a process: the only module that knows SQL.
 
 mod admission;
+mod ears;
 mod events;
 mod execs;
 mod health;
@@ -17,14 +18,15 @@ mod usage;
 use std::{sync::Arc, time::Duration};
 
 pub use admission::{Admission, Admitted};
-pub use events::{Act, EventFilter, Told};
+pub use ears::Ears;
+pub use events::{Act, EventFilter, Followed as FollowedEvents, News, Position, Told};
 pub use execs::{ExecAdmitted, ExecEnded};
 pub use idempotency::{Fingerprint, HeldKey, Kept, KeyName, KeyState, Taking};
 pub use images::{Image, NewImage, Recorded};
 pub use life::Changing;
 pub use nodes::{Abandoned, Capacity as NodeCapacity, Hold, Lease, Node, NodeId, Orders, Renewed, Renewer};
 use pool::Pool;
-pub use queue::{Candidate, Input, QueueListener, Return};
+pub use queue::{Candidate, Input, Return};
 #[cfg(test)]
 pub(crate) use sandboxes::tests::sandbox as sandbox_for_tests;
 pub use sandboxes::{Deleted, Ended, Everyones, Filter, Held, LogKept, Order, StoredLog, Whereabouts, Writer};
@@ -81,7 +83,7 @@ impl Store {
         sqlx::migrate!("../migrations").run(&mut connection).await?;
         // Its end is all the same to us.
         drop(connection.close().await);
-        Ok(())
+        Ok(self.renumber_restored_events().await?)
     }
 
     /// Returns as soon as Postgres is known to be away, with the reason.

@@ -1,24 +1,23 @@
-//! `/v1/quota`, `/v1/usage`, `/v1/events`: what a caller may have, has used, and what happened.
+//! `/v1/quota`, `/v1/usage`: what a caller may have, and has used.
 
 use std::sync::Arc;
 
 use axum::{Json, extract::State, http::Uri};
-use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
 use serde::Serialize;
-use serde_json::{Number, Value};
+use serde_json::Number;
 use time::{Date, Duration, OffsetDateTime, format_description::well_known::Rfc3339};
 use utoipa::ToSchema;
 
 use super::{
     App,
     caller::Caller,
-    contract::parameter::{self, EventParameters, UsageParameters},
+    contract::parameter::UsageParameters,
     error::ApiError,
     query,
 };
 use crate::{
     sandbox::{Invalid, Kind, LIST_LIMIT, QuotaScope, Quotas, TenantId},
-    store::{Account, EventFilter, GroupBy, TimeUnit, Told, UsageLine, UsageQuery, Used, Who},
+    store::{Account, GroupBy, TimeUnit, UsageLine, UsageQuery, Used, Who},
     token::Scope,
 };
 
@@ -91,47 +90,6 @@ struct LineView {
     /// Kept.
     log_bytes: u64,
     network_bytes: u64,
-}
-
-/// Some of what happened.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct EventPage {
-    items: Vec<EventView>,
-    /// Null on the last page.
-    #[schema(required)]
-    next_cursor: Option<String>,
-}
-
-/// Who did what to which object.
-#[derive(Debug, Serialize, ToSchema)]
-#[schema(as = Event)]
-struct EventView {
-    id: String,
-    /// As in `sandbox.created`, `sandbox.killed`, `sandbox.ended`, `sandbox.deleted`, `image.imported`, `image.removed`, `tenant.created`, `tenant.changed`,
-    /// `tenant.suspended`, `tenant.resumed`, `principal.changed`, `principal.suspended`, `principal.resumed`; new ones may come.
-    #[schema(pattern = "^[a-z]+\\.[a-z_]+$")]
-    kind: String,
-    /// Whom it concerns. Null: all.
-    #[schema(required, value_type = Option<String>)]
-    tenant: Option<TenantId>,
-    /// As in `sandbox/0190b5a4-…` or `image/python:3`.
-    object: String,
-    /// Who did it. Null: the service itself or, for a tenant's own list, an operator.
-    #[schema(required)]
-    actor: Option<ActorView>,
-    #[serde(with = "time::serde::rfc3339")]
-    #[schema(value_type = String, format = DateTime)]
-    at: OffsetDateTime,
-    #[schema(value_type = Object)]
-    data: Value,
-}
-
-/// A principal of a tenant.
-#[derive(Debug, Serialize, ToSchema)]
-#[schema(as = Actor)]
-struct ActorView {
-    tenant: String,
-    principal: String,
 }
 
 pub(super) async fn of(app: &App, caller: &Caller) -> Result<Accounts, ApiError> {
@@ -270,77 +228,10 @@ fn hour(name: &str, text: &str) -> Result<OffsetDateTime, ApiError> {
         .ok_or_else(|| Invalid::new(name, "a whole hour as in 2030-01-31T15:00:00Z, or a day of UTC as in 2030-01-31").into())
 }
 
-/// What happened in the tenant, newest first
-#[utoipa::path(
-    get,
-    path = "/v1/events",
-    operation_id = "listEvents",
-    tag = "account",
-    security(("bearer" = ["sandboxes:read"])),
-    params(parameter::Page, EventParameters),
-    responses((status = 200, description = "A page.", body = EventPage)),
-)]
-pub(super) async fn events(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Json<EventPage>, ApiError> {
-    caller.require(Scope::SandboxesRead)?;
-    let pairs = query::pairs(&uri)?;
-    if let Some((name, _)) = pairs.iter().find(|(name, _)| name == "tenant") {
-        return Err(query::unknown(name));
-    }
-    let filter = event_filter(pairs, Some(caller.tenant.clone()))?;
-    events_of(&app, filter, Some(&caller.tenant)).await
-}
-
-/// A page of events as `reader` may see them; `None`: an administrator.
-pub(super) async fn events_of(app: &App, filter: EventFilter, reader: Option<&TenantId>) -> Result<Json<EventPage>, ApiError> {
-    let mut items = app.store.list_events(&EventFilter { limit: filter.limit + 1, ..filter.clone() }).await?;
-    let limit = usize::try_from(filter.limit).unwrap_or(usize::MAX);
-    let has_more = items.len() > limit;
-    items.truncate(limit);
-    let next_cursor = if has_more { items.last().map(|last| BASE64.encode(last.id.to_be_bytes())) } else { None };
-    Ok(Json(EventPage { items: items.into_iter().map(|told| EventView::new(told, reader)).collect(), next_cursor }))
-}
-
-pub(super) fn event_filter(pairs: Vec<(String, String)>, tenant: Option<TenantId>) -> Result<EventFilter, ApiError> {
-    let mut filter = EventFilter { tenant, limit: 50, ..EventFilter::default() };
-    for (name, text) in pairs {
-        match name.as_str() {
-            "limit" => filter.limit = list_limit(&text)?,
-            "cursor" => {
-                let bytes = BASE64.decode(&text).ok().and_then(|bytes| bytes.try_into().ok());
-                let cursor = bytes.map(u64::from_be_bytes).ok_or_else(|| Invalid::new("cursor", "not a cursor that a page gave"))?;
-                filter.before = Some(cursor);
-            }
-            "kind" => filter.kinds.push(text),
-            "sandbox" => filter.sandbox = Some(query::value("sandbox", &text)?),
-            "principal" => filter.principal = Some(text),
-            "tenant" => filter.tenant = Some(TenantId::proven(text)),
-            _ => return Err(query::unknown(&name)),
-        }
-    }
-    Ok(filter)
-}
-
 pub(super) fn list_limit(text: &str) -> Result<u32, ApiError> {
     let limit =
         query::value::<u64>("limit", text).map_err(|_| Invalid { bound: Some(&LIST_LIMIT), ..Invalid::new("limit", "not a number") })?;
     Ok(u32::try_from(LIST_LIMIT.check(limit)?).unwrap_or(u32::MAX))
-}
-
-impl EventView {
-    /// A tenant does not learn the names of others: what an operator or the service did has no actor there.
-    fn new(told: Told, reader: Option<&TenantId>) -> Self {
-        let is_known = |tenant: &String| reader.is_none_or(|reader| reader.as_str() == tenant);
-        let actor = told.actor_tenant.filter(is_known).zip(told.actor);
-        Self {
-            id: told.id.to_string(),
-            kind: told.kind,
-            tenant: told.tenant,
-            object: told.object,
-            actor: actor.map(|(tenant, principal)| ActorView { tenant, principal }),
-            at: told.at,
-            data: told.data,
-        }
-    }
 }
 
 impl From<UsageLine> for LineView {

@@ -17,13 +17,14 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     App,
-    account::{self, EventPage, UsageView},
+    account::{self, UsageView},
     caller::Caller,
     contract::{
         parameter::{self, EventParameters, OfTenant, UsageParameters},
         refusal,
     },
     error::ApiError,
+    events::{self, EventPage},
     json, query, sandboxes,
     view::SandboxView,
 };
@@ -47,7 +48,7 @@ pub(super) fn router() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(resume_principal))
         .routes(routes!(list_sandboxes))
         .routes(routes!(usage))
-        .routes(routes!(events))
+        .routes(routes!(list_events))
 }
 
 /// A caller whose token has the scope `admin`.
@@ -509,8 +510,8 @@ async fn usage(State(app): State<Arc<App>>, _admin: Admin, uri: Uri) -> Result<J
     params(parameter::Page, EventParameters, OfTenant),
     responses((status = 200, description = "A page.", body = EventPage)),
 )]
-async fn events(State(app): State<Arc<App>>, _admin: Admin, uri: Uri) -> Result<Json<EventPage>, ApiError> {
-    account::events_of(&app, account::event_filter(query::pairs(&uri)?, None)?, None).await
+async fn list_events(State(app): State<Arc<App>>, _admin: Admin, uri: Uri) -> Result<Json<EventPage>, ApiError> {
+    events::page(&app, events::filter(query::pairs(&uri)?, None)?, None).await
 }
 
 /// Of the form that tokens have.

@@ -16,7 +16,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use super::{Engine, capacity::Room, fair::Head};
 use crate::{
     sandbox::{Finish, Phases, SandboxId},
-    store::{Candidate, QueueListener, StoreError, Writer},
+    store::{Candidate, Ears, StoreError, Writer},
 };
 
 /// Between two looks that nobody asked for: a message can be lost, a time to live can be over.
@@ -58,7 +58,7 @@ impl Engine {
                 tracing::warn!(%error, "looking at the queue failed");
             }
             if listener.is_none() {
-                listener = self.store.listen_to_queue().await.ok();
+                listener = self.store.listen().await.ok();
             }
             tokio::select! {
                 () = self.stopping.cancelled() => return,
@@ -243,7 +243,7 @@ impl Lines {
     }
 }
 
-async fn heard(listener: &mut Option<QueueListener>) {
+async fn heard(listener: &mut Option<Ears>) {
     match listener {
         Some(listener) => listener.heard().await,
         None => std::future::pending().await,

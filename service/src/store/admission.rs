@@ -232,6 +232,7 @@ impl Store {
         )
         .fetch_one(&self.pool)
         .await?;
+        self.told();
         Ok(match row.verdict.as_str() {
             "added" => Admitted::Yes { weight: row.weight.and_then(|weight| u32::try_from(weight).ok()).unwrap_or(1) },
             "behind" => Admitted::Behind,

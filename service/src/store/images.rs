@@ -184,7 +184,8 @@ impl Store {
             actor as _,
         )
         .fetch_optional(&self.pool)
-        .await?
+        .await
+        .inspect(|_| self.told())?
         .map(Row::read)
         .transpose()
     }

@@ -17,7 +17,7 @@ use sqlx::{
     pool::PoolConnection,
     postgres::{PgConnectOptions, PgPoolOptions, PgQueryResult, PgRow, PgStatement, PgTypeInfo},
 };
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 
 use super::{StoreError, health::Health};
 
@@ -44,6 +44,16 @@ pub(super) struct Pool {
 struct Gate {
     health: Arc<Health>,
     waiting: Semaphore,
+    /// Rung when events were written.
+    bell: Notify,
+    /// Rung when it was heard that events were written somewhere.
+    came: Notify,
+}
+
+impl Gate {
+    fn new(health: Arc<Health>, waiting: usize) -> Self {
+        Self { health, waiting: Semaphore::new(waiting), bell: Notify::new(), came: Notify::new() }
+    }
 }
 
 /// Marks errors of statements that were not sent.
@@ -86,9 +96,19 @@ impl Pool {
             .after_connect(|connection, _| Box::pin(async move { connection.execute(SERVER_SETTINGS).await.map(drop) }))
             .connect_with(options)
             .await?;
-        let waiting = Semaphore::new(WAITING_PER_CONNECTION * usize::try_from(connections).unwrap_or(1));
+        let waiting = WAITING_PER_CONNECTION * usize::try_from(connections).unwrap_or(1);
         tokio::spawn(Arc::clone(&health).watch(inner.clone()));
-        Ok(Self { inner, gate: Arc::new(Gate { health, waiting }) })
+        Ok(Self { inner, gate: Arc::new(Gate::new(health, waiting)) })
+    }
+
+    /// Rung when events were written, heard by who tells the other nodes.
+    pub(super) fn bell(&self) -> &Notify {
+        &self.gate.bell
+    }
+
+    /// Rung when it was heard that events were written, on whichever node.
+    pub(super) fn came(&self) -> &Notify {
+        &self.gate.came
     }
 
     pub(super) fn health(&self) -> &Health {
@@ -97,7 +117,7 @@ impl Pool {
 
     /// A connection. An error says that nothing was sent.
     pub(super) async fn acquire(&self) -> Result<PoolConnection<Postgres>, sqlx::Error> {
-        let Gate { health, waiting } = &*self.gate;
+        let Gate { health, waiting, bell: _, came: _ } = &*self.gate;
         let _place = waiting.try_acquire().map_err(|_| NotSent::Crowded)?;
         tokio::select! {
             biased;
@@ -113,7 +133,7 @@ impl Pool {
         let mut connection = InUse(Some(self.acquire().await?));
         let begun = tokio::time::timeout(STATEMENT_DEADLINE, connection.get().execute("begin")).await;
         self.heard(begun.unwrap_or_else(|_late| Err(late())))?;
-        Ok(Transaction { connection })
+        Ok(Transaction { connection, gate: Arc::clone(&self.gate) })
     }
 
     /// Waits for a whole transaction no longer than for a statement: then it is given up, and may have been done or not.
@@ -151,11 +171,15 @@ impl Pool {
 /// A transaction; sqlx's own gives its connection back to the pool when it is given up, see [`InUse`].
 pub(super) struct Transaction {
     connection: InUse,
+    gate: Arc<Gate>,
 }
 
 impl Transaction {
     pub(super) async fn commit(mut self) -> Result<(), sqlx::Error> {
-        self.end("commit").await
+        self.end("commit").await?;
+        // Most tell of something, and a look too many costs little.
+        self.gate.bell.notify_one();
+        Ok(())
     }
 
     /// As by being dropped, but the connection is used again.
@@ -225,7 +249,7 @@ impl Deref for Pool {
 impl From<PgPool> for Pool {
     /// One that nobody watches.
     fn from(inner: PgPool) -> Self {
-        Self { inner, gate: Arc::new(Gate { health: Arc::new(Health::new()), waiting: Semaphore::new(1000) }) }
+        Self { inner, gate: Arc::new(Gate::new(Arc::new(Health::new()), 1000)) }
     }
 }
 
@@ -276,7 +300,7 @@ mod tests {
 
     async fn of_one(pool: &PgPool, waiting: usize) -> Pool {
         let inner = PgPoolOptions::new().max_connections(1).connect_with((*pool.connect_options()).clone()).await.unwrap();
-        Pool { inner, gate: Arc::new(Gate { health: Arc::new(Health::new()), waiting: Semaphore::new(waiting) }) }
+        Pool { inner, gate: Arc::new(Gate::new(Arc::new(Health::new()), waiting)) }
     }
 
     #[sqlx::test(migrations = false)]

@@ -1,10 +1,8 @@
 //! The queue: rows of `sandboxes` that wait for room on a node, with what they will be given in `inputs`.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::fmt;
 
-use sqlx::postgres::PgListener;
 use time::OffsetDateTime;
-use tokio::{sync::Notify, task::JoinHandle};
 
 use super::{
     Hold, Lease, NodeId, Store, StoreError, bigint,
@@ -231,6 +229,7 @@ impl Store {
         )
         .fetch_optional(&self.pool)
         .await?;
+        self.told();
         Ok(again.is_some())
     }
 
@@ -239,64 +238,12 @@ impl Store {
         let rows = select_sandboxes!("state = 'queued' and expires_at <= $1", now).fetch_all(&self.pool).await?;
         Ok(readable(rows))
     }
-
-    /// Hears of work that others put into the queue. A hint only: a message can be lost, so poll as well.
-    pub async fn listen_to_queue(&self) -> Result<QueueListener, StoreError> {
-        let listener = self.pool.in_time(self.listener()).await?;
-        let came = Arc::new(Notify::new());
-        let ears = tokio::spawn(listen(self.clone(), listener, Arc::clone(&came)));
-        Ok(QueueListener { came, ears })
-    }
-
-    async fn listener(&self) -> Result<PgListener, StoreError> {
-        let mut listener = PgListener::connect_with(&self.pool).await?;
-        listener.listen(CHANNEL).await?;
-        Ok(listener)
-    }
-}
-
-/// Ears on the queue.
-#[derive(Debug)]
-pub struct QueueListener {
-    came: Arc<Notify>,
-    ears: JoinHandle<()>,
-}
-
-impl QueueListener {
-    /// Returns when something may have come. A lost connection counts as such, and is made again by itself.
-    pub async fn heard(&mut self) {
-        self.came.notified().await;
-    }
-}
-
-impl Drop for QueueListener {
-    fn drop(&mut self) {
-        self.ears.abort();
-    }
-}
-
-/// Listens for good, in a task of its own: a listener that is given up in the middle of connecting leaves a connection in the pool on which
-/// messages come that no statement expects.
-async fn listen(store: Store, mut listener: PgListener, came: Arc<Notify>) {
-    /// Between two attempts to reach a database that is away.
-    const RETRY: Duration = Duration::from_secs(1);
-    loop {
-        let heard = listener.try_recv().await;
-        came.notify_one();
-        let Err(error) = heard else { continue };
-        tracing::debug!(%error, "listening to the queue failed");
-        listener = loop {
-            tokio::time::sleep(RETRY).await;
-            match store.listener().await {
-                Ok(listener) => break listener,
-                Err(error) => tracing::debug!(%error, "listening to the queue failed"),
-            }
-        };
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use sqlx::PgPool;
 
     use super::{super::sandboxes::tests::*, *};
@@ -367,7 +314,7 @@ mod tests {
     #[sqlx::test(migrations = "../migrations")]
     async fn a_listener_hears_of_new_work(pool: PgPool) {
         let (store, _lease) = store_with_node(pool).await;
-        let mut listener = store.listen_to_queue().await.unwrap();
+        let mut listener = store.listen().await.unwrap();
         enqueue(&store, &queued("acme")).await;
         tokio::time::timeout(Duration::from_secs(5), listener.heard()).await.unwrap();
     }

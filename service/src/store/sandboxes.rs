@@ -445,6 +445,7 @@ impl Store {
         )
         .fetch_one(&self.pool)
         .await?;
+        self.told();
         Ok(count == 1)
     }
 
@@ -519,6 +520,7 @@ impl Store {
         )
         .fetch_optional(&self.pool)
         .await?;
+        self.told();
         row.map(|row| Ok(Deleted { state: state_of(&row.state)?, has_log_file: row.has_log_file })).transpose()
     }
 

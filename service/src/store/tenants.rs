@@ -185,6 +185,7 @@ impl Store {
         )
         .execute(&self.pool)
         .await?;
+        self.told();
         Ok(())
     }
 
