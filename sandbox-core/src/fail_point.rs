@@ -59,6 +59,8 @@ pub const STEPS: &[&str] = &[
     "keeper.upgrade.accepted",
     "keeper.upgrade.described",
     "keeper.upgrade.taken_over",
+    // A webhook answered, and nobody has noted it yet.
+    "service.webhook.sent",
     // An admission: the row is there, claimed or queued; one that waited is claimed.
     "service.admit.claimed",
     "service.admit.queued",

@@ -28,6 +28,7 @@ mod sandboxes;
 mod stats;
 mod stream;
 mod view;
+mod webhooks;
 
 use std::{any::Any, sync::Arc, time::Duration};
 
@@ -46,6 +47,8 @@ use tower_http::{
 };
 use utoipa_axum::{router::OpenApiRouter, routes};
 
+pub(crate) use webhooks::webhook_body;
+
 use crate::{
     clock::Clock,
     config::DoorSettings,
@@ -57,6 +60,7 @@ use crate::{
     sandbox::{GRACE_MS, Languages, UNTIL_MS, WAIT_MS},
     store::Store,
     token::Verifier,
+    webhooks::Webhooks,
 };
 
 /// From a request's head to its answer's head, body included, where nothing is waited for.
@@ -78,6 +82,7 @@ pub struct App {
     pub idempotency: Idempotency,
     pub languages: Languages,
     pub outbox: Arc<Outbox>,
+    pub webhooks: Arc<Webhooks>,
 }
 
 /// The whole API.
@@ -137,6 +142,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(events::read))
         .merge(admin::router())
         .merge(nodes::router())
+        .merge(webhooks::router())
         .routes(routes!(operations::health))
         .routes(routes!(operations::ready))
         .routes(routes!(operations::openapi))

@@ -3,6 +3,7 @@
 mod account;
 mod door;
 mod keys;
+mod webhooks;
 
 use std::{
     fs,
@@ -184,6 +185,27 @@ pub struct Options {
     /// Hours for which the answer to a request with an `Idempotency-Key` is kept, 1 to 720 [default: 24]
     #[arg(long, env = "MAYFLY_IDEMPOTENCY_RETENTION_HOURS", value_name = "HOURS")]
     pub idempotency_retention_hours: Option<u32>,
+    /// File with the key that the secrets of webhooks are made of, at least 32 bytes, the same on every node [default: webhook-key in the data folder, made as needed]
+    #[arg(long, env = "MAYFLY_WEBHOOK_KEY_FILE", value_name = "PATH")]
+    pub webhook_key_file: Option<PathBuf>,
+    /// Network, as in `10.1.0.0/16`, that is not public and that webhooks may lead into all the same; several with commas between [default: none]
+    #[arg(long, env = "MAYFLY_WEBHOOK_ALLOW", value_name = "CIDR", value_delimiter = ',')]
+    pub webhook_allow: Option<Vec<String>>,
+    /// Whether webhooks may be plain HTTP [default: false]
+    #[arg(long, env = "MAYFLY_WEBHOOK_HTTP", value_name = "BOOL")]
+    pub webhook_http: Option<bool>,
+    /// PEM file with authorities that may vouch for the targets of webhooks, beside the system's
+    #[arg(long, env = "MAYFLY_WEBHOOK_CA_FILE", value_name = "PATH")]
+    pub webhook_ca_file: Option<PathBuf>,
+    /// Seconds from the first attempt at a delivery to the second, 1 to 3600; each pause is twice the one before, up to six hours [default: 5]
+    #[arg(long, env = "MAYFLY_WEBHOOK_RETRY_S", value_name = "SECONDS")]
+    pub webhook_retry_s: Option<u32>,
+    /// Hours for which a delivery is tried, 1 to 168 [default: 72]
+    #[arg(long, env = "MAYFLY_WEBHOOK_RETRY_HOURS", value_name = "HOURS")]
+    pub webhook_retry_hours: Option<u32>,
+    /// Hours for which every attempt must fail before a webhook is made inactive, 1 to 720 [default: 120]
+    #[arg(long, env = "MAYFLY_WEBHOOK_DISABLE_HOURS", value_name = "HOURS")]
+    pub webhook_disable_hours: Option<u32>,
     /// How log lines on stderr look [default: text]
     #[arg(long, env = "MAYFLY_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -243,6 +265,7 @@ pub struct Settings {
     pub retention: Duration,
     pub event_retention: Duration,
     pub idempotency_retention: Duration,
+    pub webhooks: crate::webhooks::Settings,
     pub log_format: LogFormat,
 }
 
@@ -259,6 +282,7 @@ impl Options {
         let data_dir = self.data_dir.as_ref().or(file.data_dir.as_ref()).map_or(Path::new("/var/lib/mayfly"), PathBuf::as_path);
         let data_dir = std::path::absolute(data_dir).with_context(|| format!("data-dir: {}", data_dir.display()))?;
         let keys = KeySettings::settle(&self, &file, &data_dir)?;
+        let webhooks = webhooks::settle(&self, &file, &data_dir)?;
         let nearer = self.database_url.or(self.usual_database_url);
         let languages = languages(self.languages.or(file.languages).as_deref())?;
         let database_connections = self.database_connections.or(file.database_connections).unwrap_or(16);
@@ -311,6 +335,7 @@ impl Options {
                 1,
                 720,
             )?),
+            webhooks,
             log_format: self.log_format.or(file.log_format).unwrap_or_default(),
         })
     }

@@ -28,6 +28,7 @@ pub struct Metrics {
     keeper_reconnects: IntCounter,
     jwks_age_seconds: GaugeVec,
     jwks_loads: IntCounterVec,
+    webhook_attempts: IntCounterVec,
 }
 
 impl Metrics {
@@ -84,6 +85,7 @@ impl Metrics {
             keeper_reconnects,
             jwks_age_seconds,
             jwks_loads: counters("mayfly_jwks_loads_total", "Attempts to load the keys for tokens", &["source", "result"])?,
+            webhook_attempts: counters("mayfly_webhook_attempts_total", "Attempts at deliveries to webhooks", &["result"])?,
             registry,
         })
     }
@@ -123,6 +125,11 @@ impl Metrics {
     /// The connection to the keeper was made again so often in this process's life.
     pub(crate) fn keeper_reconnects(&self, count: u64) {
         self.keeper_reconnects.inc_by(count.saturating_sub(self.keeper_reconnects.get()));
+    }
+
+    /// A webhook took what it was sent, or did not.
+    pub(crate) fn webhook_attempt(&self, is_taken: bool) {
+        self.webhook_attempts.with_label_values(&[if is_taken { "delivered" } else { "failed" }]).inc();
     }
 
     /// The sets of keys for tokens are so old, and were loaded so often in this process's life.

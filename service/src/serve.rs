@@ -42,6 +42,7 @@ use crate::{
     runtime::Keeper,
     store::{NodeId, Store},
     token::{Key, Keyring, Secret, Verifier},
+    webhooks::{SigningKey, Webhooks},
 };
 
 /// How long sandboxes have to end when they are told to.
@@ -71,13 +72,14 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
     folders::prepare(folder, &account, is_root)?;
     let _alone = folders::lock(folder)?;
     let keys = keys(&settings, is_root.then_some(&account))?;
+    let webhook_key = webhook_key(&settings, is_root.then_some(&account))?;
     let node = node::id(folder, is_root.then_some(&account))?;
     raise_descriptor_limit();
     hold_signals(settings.door.tls.is_some())?;
 
     let helpers = Helpers::start(&settings, keeper, cluster, &account)?;
     let served =
-        serve_unprivileged(&settings, &account, is_root, doors, Identity { node, keys: &keys }, &helpers);
+        serve_unprivileged(&settings, &account, is_root, doors, Identity { node, keys: &keys, webhook_key: &webhook_key }, &helpers);
     let stopped = match &served {
         Ok(_) => helpers.stop(),
         Err(_) => helpers.stop_started(),
@@ -96,6 +98,8 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
 struct Identity<'a> {
     node: NodeId,
     keys: &'a [Key],
+    /// What the secrets of webhooks are made of.
+    webhook_key: &'a SigningKey,
 }
 
 /// Where requests come in.
@@ -181,6 +185,7 @@ async fn serve(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
             drop(tokio::time::timeout(LAST_ANSWERS, api).await);
         }
     }
+    drop(tokio::time::timeout(CLOSE, app.webhooks.close()).await);
     metrics.abort();
     if tokio::time::timeout(CLOSE, app.store.close()).await.is_err() {
         tracing::warn!("a connection to the database is still in use");
@@ -241,7 +246,16 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
     let idempotency = api::Idempotency::new(identity.node, settings.idempotency_retention);
     let stopping = CancellationToken::new();
     let outbox = Outbox::start(store.clone(), stopping.clone());
-    let app = Arc::new(api::App { engine, store, keeper, verifier, images, clock, metrics: figures, idempotency, languages: settings.languages.clone(), outbox });
+    let webhooks = Webhooks::start(
+        settings.webhooks.clone(),
+        identity.webhook_key.clone(),
+        store.clone(),
+        &outbox,
+        clock.clone(),
+        Arc::clone(&figures),
+        api::webhook_body,
+    )?;
+    let app = Arc::new(api::App { engine, store, keeper, verifier, images, clock, metrics: figures, idempotency, languages: settings.languages.clone(), outbox, webhooks });
     if let (None, Some(cluster)) = (&settings.database_url, helpers.cluster()) {
         let (cluster, store) = (cluster.clone(), app.store.clone());
         tokio::spawn(revive::keep_running(cluster, settings.database_connections, store, stopping.clone()));
@@ -337,6 +351,16 @@ fn keys(settings: &Settings, owner: Option<&Account>) -> anyhow::Result<Vec<Key>
         tracing::info!("no key for tokens is configured: made one in {}", path.display());
     }
     settings.keys.fixed()
+}
+
+/// The key that is configured, or the data folder's own, which is made at the first start.
+fn webhook_key(settings: &Settings, owner: Option<&Account>) -> anyhow::Result<SigningKey> {
+    let path = &settings.webhooks.key_file;
+    if path.parent() == Some(&settings.data_dir) {
+        // One that is there already is read like any other.
+        Secret::create(path, owner.map(|account| (account.uid, account.gid)))?;
+    }
+    SigningKey::read(path)
 }
 
 fn start_log(format: LogFormat) {

@@ -1,6 +1,7 @@
 //! Everything that must outlive a process: the only module that knows SQL.
 
 mod admission;
+mod deliveries;
 mod ears;
 mod events;
 mod execs;
@@ -14,10 +15,12 @@ mod queue;
 mod sandboxes;
 mod tenants;
 mod usage;
+mod webhooks;
 
 use std::{sync::Arc, time::Duration};
 
 pub use admission::{Admission, Admitted};
+pub use deliveries::{Attempt, Busy, Claimed, Delivery, DeliveryFilter, DeliveryState, Redelivery};
 pub use ears::Ears;
 pub use events::{Act, EventFilter, Followed as FollowedEvents, News, Position, Told};
 pub use execs::{ExecAdmitted, ExecEnded};
@@ -33,6 +36,7 @@ pub use sandboxes::{Deleted, Ended, Everyones, Filter, Held, LogKept, Order, Sto
 use sqlx::{Connection as _, PgConnection, postgres::PgConnectOptions};
 pub use tenants::{Account, Change, OfTenant, Standing, Suspension, Used, Who};
 pub use usage::{GroupBy, TimeUnit, UsageLine, UsageQuery};
+pub use webhooks::{Created as CreatedWebhook, NewWebhook, Rotation, Webhook, WebhookChange};
 
 /// Postgres, with a bounded number of connections, and of those who wait for one.
 #[derive(Debug, Clone)]

@@ -156,6 +156,7 @@ pub struct Service {
     log_filter: String,
     /// At which steps it kills itself, in the words of `sandbox_core::fail_point`.
     fail_points: String,
+    environment: Vec<(String, String)>,
     child: Option<Child>,
     place: Place,
     /// `None`: it serves other tests, which hold their own shares of the machine.
@@ -217,8 +218,16 @@ impl Service {
             busybox_root: PathBuf::new(),
         };
         let args = args.iter().map(|&a| a.to_owned()).collect();
-        let mut service =
-            Self { folder, args, log_filter: "info,sqlx=warn".to_owned(), fail_points: String::new(), child: None, place, _load: load };
+        let mut service = Self {
+            folder,
+            args,
+            log_filter: "info,sqlx=warn".to_owned(),
+            fail_points: String::new(),
+            environment: Vec::new(),
+            child: None,
+            place,
+            _load: load,
+        };
         service.start_again()?;
         Ok(service)
     }
@@ -236,6 +245,7 @@ impl Service {
             .args(&self.args)
             .env("RUST_LOG", &self.log_filter)
             .env("MAYFLY_FAIL_POINTS", &self.fail_points)
+            .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
@@ -267,6 +277,16 @@ impl Service {
     /// Has its next starts say this, too, after `serve`.
     pub fn add_arguments(&mut self, args: &[&str]) {
         self.args.extend(args.iter().map(|&arg| arg.to_owned()));
+    }
+
+    /// Has its next starts say this, instead of what was said, after `serve`.
+    pub fn set_arguments(&mut self, args: &[&str]) {
+        self.args = args.iter().map(|&arg| arg.to_owned()).collect();
+    }
+
+    /// Has its next starts have this in their environment.
+    pub fn set_environment(&mut self, name: &str, value: &str) {
+        self.environment.push((name.to_owned(), value.to_owned()));
     }
 
     /// Whether its process runs.

@@ -10,7 +10,7 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use serde_json::{Value, json};
 
 /// All that a tenant may do.
-pub const TENANT_SCOPES: &str = "runs sandboxes:read sandboxes:write images:read images:write volumes metrics:read";
+pub const TENANT_SCOPES: &str = "runs sandboxes:read sandboxes:write images:read images:write volumes webhooks metrics:read";
 
 /// Seconds since 1970, as tokens have them.
 #[must_use]

@@ -304,6 +304,11 @@ impl EventView {
             cursor: cursor(told.position),
         }
     }
+
+    /// The same without what is particular to its kind.
+    pub(super) fn without_data(self) -> Self {
+        Self { data: Value::Object(serde_json::Map::new()), ..self }
+    }
 }
 
 #[cfg(test)]

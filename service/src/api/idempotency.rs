@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tracing::Instrument as _;
 use uuid::Uuid;
 
-use super::{App, QUICK_DEADLINE, STOP_DEADLINE, caller::Caller, error::ApiError, execs, json, observe, runs, sandboxes};
+use super::{App, QUICK_DEADLINE, STOP_DEADLINE, caller::Caller, error::ApiError, execs, json, observe, runs, sandboxes, webhooks};
 use crate::{
     sandbox::{Invalid, SandboxId, WAIT_MS},
     store::{Fingerprint, HeldKey, Kept, KeyName, KeyState, NodeId, StoreError, Taking},
@@ -61,6 +61,11 @@ impl Idempotency {
     /// Keeps answers for this long. What an earlier process of this node left is taken over.
     pub fn new(node: NodeId, retention: Duration) -> Self {
         Self { node, process: Uuid::new_v4(), retention, at_work: AtWork::default() }
+    }
+
+    /// For how long a key is known.
+    pub(super) const fn retention(&self) -> Duration {
+        self.retention
     }
 }
 
@@ -104,6 +109,7 @@ impl Route {
             () if below("/v1/sandboxes") => Scope::SandboxesWrite,
             () if below("/v1/images") => Scope::ImagesWrite,
             () if below("/v1/volumes") => Scope::Volumes,
+            () if below("/v1/webhooks") => Scope::Webhooks,
             () => Scope::Admin,
         }
     }
@@ -121,6 +127,16 @@ impl Route {
             _ if self.is_streamed() => IMPORT_DEADLINE,
             _ => QUICK_DEADLINE,
         }
+    }
+
+    /// Whether its answers hold what must not be kept.
+    fn has_secret(&self) -> bool {
+        webhooks::WITH_SECRET.contains(&self.0.as_str())
+    }
+
+    /// What is kept of the body of an answer.
+    fn kept(&self, body: &[u8]) -> Vec<u8> {
+        if self.has_secret() { webhooks::without_secret(body) } else { body.to_vec() }
     }
 
     /// Whether it makes sandboxes or execs, of which its answers can be told again.
@@ -314,7 +330,7 @@ impl Keying {
             status: parts.status.as_u16(),
             content_type: text(header::CONTENT_TYPE),
             location: text(header::LOCATION),
-            body: (!can_be_told_again || body.len() <= TOLD_BYTES_MAX).then(|| body.to_vec()),
+            body: (!can_be_told_again || body.len() <= TOLD_BYTES_MAX).then(|| self.route.kept(&body)),
             made: None,
         };
         // An image that is not here may be imported.
@@ -350,6 +366,7 @@ impl Keying {
     async fn replay(&self, name: &KeyName, kept: Kept) -> Result<Response, ApiError> {
         let Kept { status, content_type, location, body, made } = kept;
         let mut response = match (body, made) {
+            (Some(body), _) if self.route.has_secret() => Body::from(webhooks::with_secret(&self.app, body)).into_response(),
             (Some(body), _) => Body::from(body).into_response(),
             (None, Some(id)) if self.route.0.as_str() == EXECS => execs::told_again(&self.app, &name.owner.tenant, id).await?,
             (None, Some(id)) if self.route.scope() == Scope::Runs => runs::told_again(&self.app, &name.owner.tenant, id).await?,

@@ -19,8 +19,8 @@ pub(super) struct Arguments {
     /// The user inside the tenant
     #[arg(long)]
     sub: String,
-    /// What it allows, with blanks between: runs, sandboxes:read, sandboxes:write, images:read, images:write, volumes, metrics:read, admin (all of them)
-    #[arg(long, default_value = "runs sandboxes:read sandboxes:write images:read images:write volumes metrics:read")]
+    /// What it allows, with blanks between: runs, sandboxes:read, sandboxes:write, images:read, images:write, volumes, webhooks, metrics:read, admin (all of them)
+    #[arg(long, default_value = "runs sandboxes:read sandboxes:write images:read images:write volumes webhooks metrics:read")]
     scope: Scopes,
     /// How long it is good: a number with s, m, h or d
     #[arg(long, default_value = "1h", value_parser = parse_ttl)]

@@ -19,6 +19,8 @@ const BATCH: u32 = 500;
 const BATCHES: u32 = 40;
 /// How long a line of the ledger stands for itself: whatever is of the present hour may still get company.
 const ROLL_UP_AFTER: Duration = Duration::from_secs(2 * 3600);
+/// How long deliveries to webhooks are kept after their end.
+const DELIVERY_RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
 
 impl Engine {
     /// Keeps house until the engine stops.
@@ -86,6 +88,8 @@ impl Engine {
             in_batches(|| self.store.prune_events(told, BATCH)).await,
             in_batches(|| self.store.prune_keys(now, BATCH)).await,
             in_batches(|| self.store.forget_principals(now, BATCH)).await,
+            in_batches(|| self.store.give_up_deliveries(now, BATCH)).await,
+            in_batches(|| self.store.prune_deliveries(now - DELIVERY_RETENTION, BATCH)).await,
         ];
         done.into_iter().collect()
     }

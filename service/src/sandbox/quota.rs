@@ -18,7 +18,7 @@ const LARGEST: &str = "largest_";
 const NUMBER_MAX: u64 = (1 << 53) - 1;
 
 /// Quotas by number that are counted, with what they count. Those from `execs` on are a tenant's alone.
-const COUNTED: [(&str, &str); 11] = [
+const COUNTED: [(&str, &str); 12] = [
     ("sandboxes", "sandboxes and runs that have not ended"),
     ("memory_bytes", "bytes of their memory limits together"),
     ("cpu_millis", "thousandths of a core of their CPU limits together"),
@@ -30,8 +30,9 @@ const COUNTED: [(&str, &str); 11] = [
     ("execs", "processes in one sandbox that were started in it and have not ended"),
     ("image_bytes", "bytes of imported images"),
     ("volume_bytes", "bytes of volumes"),
+    ("webhooks", "webhooks"),
 ];
-const TENANT_ONLY: [&str; 3] = ["execs", "image_bytes", "volume_bytes"];
+const TENANT_ONLY: [&str; 4] = ["execs", "image_bytes", "volume_bytes", "webhooks"];
 
 /// Quotas that are lists of what may be asked for.
 const LISTS: [&str; 2] = ["networks", "isolations"];
@@ -142,8 +143,14 @@ pub struct Exceeded {
 impl Default for DefaultQuotas {
     fn default() -> Self {
         const GIB: u64 = 1 << 30;
-        let tenant =
-            [("sandboxes", 1000), ("queued", 1000), ("log_bytes", 10 * GIB), ("image_bytes", 32 * GIB), ("volume_bytes", 32 * GIB)];
+        let tenant = [
+            ("sandboxes", 1000),
+            ("queued", 1000),
+            ("log_bytes", 10 * GIB),
+            ("image_bytes", 32 * GIB),
+            ("volume_bytes", 32 * GIB),
+            ("webhooks", 16),
+        ];
         Self {
             tenant: Quotas(tenant.into_iter().map(|(name, number)| (name.to_owned(), number.into())).collect()),
             principal: Quotas::default(),

@@ -28,6 +28,9 @@ const FOLDERS: [(&str, Owner, u32); 5] = [
     ("postgres", Owner::Service, 0o700),
 ];
 
+/// The files in it.
+const FILES: [&str; 3] = ["jwt-secret", "node-id", "webhook-key"];
+
 /// Others may pass through, to nothing that is open to them; the service may look around but make nothing.
 const DATA_MODE: u32 = 0o751;
 
@@ -72,8 +75,7 @@ fn is_ours(data_dir: &Path) -> anyhow::Result<bool> {
         Err(error) => return Err(error).with_context(|| data_dir.display().to_string()),
     };
     let names: Vec<_> = entries.map(|entry| entry.map(|entry| entry.file_name())).collect::<io::Result<_>>()?;
-    let is_known =
-        |name: &std::ffi::OsString| FOLDERS.iter().any(|(folder, _, _)| name == folder) || name == "jwt-secret" || name == "node-id";
+    let is_known = |name: &std::ffi::OsString| FOLDERS.iter().any(|(folder, _, _)| name == folder) || FILES.iter().any(|file| name == file);
     Ok(names.iter().all(|name| name == "lost+found") || names.iter().any(is_known))
 }
 

@@ -15,11 +15,14 @@ pub enum Scope {
     MetricsRead = 1 << 6,
     /// Everything, and what concerns all tenants.
     Admin = 1 << 7,
+    Webhooks = 1 << 8,
 }
 
 /// A word that is no scope of ours.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no scope: there are runs, sandboxes:read, sandboxes:write, images:read, images:write, volumes, metrics:read and admin")]
+#[error(
+    "{0:?} is no scope: there are runs, sandboxes:read, sandboxes:write, images:read, images:write, volumes, webhooks, metrics:read and admin"
+)]
 pub struct UnknownScope(String);
 
 /// A set of scopes.
@@ -27,13 +30,14 @@ pub struct UnknownScope(String);
 pub struct Scopes(u16);
 
 impl Scope {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Runs,
         Self::SandboxesRead,
         Self::SandboxesWrite,
         Self::ImagesRead,
         Self::ImagesWrite,
         Self::Volumes,
+        Self::Webhooks,
         Self::MetricsRead,
         Self::Admin,
     ];
@@ -47,6 +51,7 @@ impl Scope {
             Self::ImagesRead => "images:read",
             Self::ImagesWrite => "images:write",
             Self::Volumes => "volumes",
+            Self::Webhooks => "webhooks",
             Self::MetricsRead => "metrics:read",
             Self::Admin => "admin",
         }

@@ -51,7 +51,8 @@ impl Secret {
         }
     }
 
-    pub(super) fn as_bytes(&self) -> &[u8] {
+    /// What is signed with.
+    pub(crate) fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 }
