@@ -212,6 +212,28 @@ async fn every_node_tells_of_what_happens_on_any() {
 }
 
 #[tokio::test]
+async fn a_reader_that_comes_too_late_hears_that_it_missed_something() {
+    let database = Database::start();
+    let service = Service::start_with(&["--database-url", &database.url]).unwrap();
+    let (client, admin, name) = tenant(service.place()).await;
+    make(&admin, &name, 1).await;
+    let first = client.get("/v1/events").await.expect(200)["items"][1]["cursor"].as_str().unwrap().to_owned();
+    make(&admin, &name, 2).await;
+    let here = async |cursor: &str| {
+        let mut lines = open(&client, "application/x-ndjson", &format!("follow=false&cursor={cursor}")).await;
+        lines.frame().await.unwrap()
+    };
+    let before = here(&first).await;
+
+    // As pruning does it.
+    database.ask("with gone as (delete from events where data @> '{\"weight\": 1}' returning xact, id) update events_pruned set xact = gone.xact, id = gone.id from gone");
+
+    assert!(before["heartbeat"].is_object(), "{before}");
+    assert!(here(&first).await["gap"]["cursor"].is_string());
+    assert!(here("oldest").await["heartbeat"].is_object());
+}
+
+#[tokio::test]
 async fn a_tenant_hears_of_itself_alone() {
     let service = shared();
     let ((client, admin, name), (_, _, other)) = (tenant(&service.place).await, tenant(&service.place).await);

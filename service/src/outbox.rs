@@ -61,6 +61,8 @@ pub struct EventStream {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Next {
     Event(Box<Told>),
+    /// What was between the beginning and this position is not kept any more.
+    Gap(Position),
     /// Nothing came; everything up to here was said.
     Nothing(Position),
 }
@@ -117,13 +119,11 @@ impl Outbox {
                 seen = None;
                 continue;
             }
-            match self.store.event_news(seen.unwrap_or(Position::OLDEST)).await {
-                Ok(mut news) => {
+            match self.news_behind(seen).await {
+                Ok(news) => {
                     if news.is_held_up {
                         pause = POLL_HELD_UP;
                     }
-                    // Who subscribed since the last look may have missed anything.
-                    news.are_tenants_cut |= seen.is_none();
                     seen = Some(news.horizon);
                     if news.are_tenants_cut || !news.tenants.is_empty() {
                         // Nobody may be left to hear it.
@@ -132,6 +132,14 @@ impl Outbox {
                 }
                 Err(error) => tracing::debug!(%error, "looking for events failed"),
             }
+        }
+    }
+
+    /// Without a position: whoever subscribed before the first look may have missed anything, and what that was is not looked for in all that there is.
+    async fn news_behind(&self, seen: Option<Position>) -> Result<News, StoreError> {
+        match seen {
+            Some(seen) => self.store.event_news(seen).await,
+            None => Ok(News { horizon: self.store.event_horizon().await?, tenants: Vec::new(), are_tenants_cut: true, is_held_up: true }),
         }
     }
 }
@@ -167,7 +175,15 @@ impl EventStream {
     async fn look(&mut self) -> Result<Option<Next>, StoreError> {
         match self.beginning {
             Some(Beginning::Now) => self.at = self.outbox.store.event_horizon().await?,
-            Some(Beginning::Behind(position)) => self.at = position,
+            Some(Beginning::Behind(position)) => {
+                self.at = position;
+                let kept = self.outbox.store.kept_events().await?;
+                // Who asks for the oldest asks for what there is.
+                if position != Position::OLDEST && position < kept {
+                    (self.at, self.beginning) = (kept, None);
+                    return Ok(Some(Next::Gap(kept)));
+                }
+            }
             None if self.is_behind => {
                 let followed = self.outbox.store.follow_events(&self.tenant, self.at, BATCH).await?;
                 (self.at, self.is_behind) = (followed.next, followed.is_cut);

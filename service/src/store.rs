@@ -85,9 +85,10 @@ impl Store {
         // By a connection of its own, which has no deadline: a migration takes as long as its tables are large.
         let mut connection = PgConnection::connect_with(&self.pool.connect_options()).await?;
         sqlx::migrate!("../migrations").run(&mut connection).await?;
+        events::renumber_restored(&mut connection).await?;
         // Its end is all the same to us.
         drop(connection.close().await);
-        Ok(self.renumber_restored_events().await?)
+        Ok(())
     }
 
     /// Returns as soon as Postgres is known to be away, with the reason.

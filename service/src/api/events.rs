@@ -76,10 +76,20 @@ struct ActorView {
 #[serde(untagged)]
 enum Frame {
     Event(Box<EventView>),
+    /// The first of a stream that goes on from so long ago that not all since is kept.
+    Gap {
+        gap: Gap,
+    },
     /// The first of a stream, the last, and one whenever nothing comes for a while.
     Heartbeat {
         heartbeat: Heartbeat,
     },
+}
+
+#[derive(Debug, Serialize)]
+struct Gap {
+    /// Events up to here are missing.
+    cursor: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -241,6 +251,8 @@ fn line(frame: &Frame) -> String {
 fn server_sent(frame: &Frame) -> String {
     match frame {
         Frame::Event(event) => format!("id: {}\ndata: {}\n\n", event.cursor, json(frame)),
+        // Under a name, so that who only waits for events does not take it for one.
+        Frame::Gap { gap } => format!("id: {}\nevent: gap\ndata: {}\n\n", gap.cursor, json(frame)),
         Frame::Heartbeat { heartbeat } => format!(": nothing came\nid: {}\n\n", heartbeat.cursor),
     }
 }
@@ -283,6 +295,7 @@ impl Frame {
     fn new(next: Next, events: &EventStream) -> Self {
         match next {
             Next::Event(told) => Self::Event(Box::new(EventView::new(*told, Some(events.tenant())))),
+            Next::Gap(at) => Self::Gap { gap: Gap { cursor: cursor(at) } },
             Next::Nothing(at) => Self::Heartbeat { heartbeat: Heartbeat { cursor: cursor(at) } },
         }
     }

@@ -7,7 +7,7 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{Act, Position, Store, StoreError, Told, damaged, events, unsigned, webhooks::disabled_data};
+use super::{Act, Position, Store, StoreError, Told, damaged, events, pool::Transaction, unsigned, webhooks::disabled_data};
 use crate::sandbox::TenantId;
 
 /// Events of which deliveries are made in one transaction.
@@ -157,7 +157,7 @@ impl Row {
 
 impl Store {
     /// Makes deliveries of the events that came, for the webhooks that want them: of each event once, whichever node does it. Answers how many
-    /// events it looked at; 0: there are none, or another node is at it.
+    /// events it looked at; 0: there are none that anybody may want, or another node is at it.
     pub async fn make_deliveries(
         &self,
         now: OffsetDateTime,
@@ -187,6 +187,10 @@ impl Store {
             transaction.rollback().await?;
             return Ok(0);
         };
+        let is_anybody_there = sqlx::query_scalar!(r#"select exists (select 1 from webhooks where is_active) as "is!""#);
+        if !is_anybody_there.fetch_one(&mut *transaction).await? {
+            return pass_over(transaction, position.xact, horizon).await;
+        }
         let wanted = sqlx::query!(
             r#"select webhooks.id as webhook, webhooks.tenant, events.xact, events.id, kind,
                 coalesce(object, 'sandbox/' || sandbox, '') as "object!", actor_tenant, actor, at, data
@@ -525,6 +529,21 @@ impl Store {
         );
         Ok(gone.execute(&self.pool).await?.rows_affected())
     }
+}
+
+/// Goes on behind everything that nobody wants, now and then: whoever comes later has no use for it, and should not have to wait until it is looked at.
+async fn pass_over(mut transaction: Transaction, done: i64, horizon: i64) -> Result<usize, StoreError> {
+    /// Transactions: a look at this many events takes no time.
+    const FAR: i64 = 5000;
+    if horizon - done < FAR {
+        transaction.rollback().await?;
+        return Ok(0);
+    }
+    sqlx::query!("update webhook_position set xact = $1, id = 0, id_max = (select coalesce(max(id), 0) from events)", horizon)
+        .execute(&mut *transaction)
+        .await?;
+    transaction.commit().await?;
+    Ok(0)
 }
 
 /// Answers whether that made its webhook inactive.

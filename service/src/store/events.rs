@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::Value;
-use sqlx::PgConnection;
+use sqlx::{Connection as _, PgConnection};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -233,30 +233,6 @@ impl Store {
         self.pool.came().notified().await;
     }
 
-    /// Makes what was written in another cluster, which this database was restored from, older than all that is written here: numbers of
-    /// transactions begin anew there, those of events do not.
-    pub(super) async fn renumber_restored_events(&self) -> Result<(), StoreError> {
-        let mut transaction = self.pool.begin().await?;
-        let found = sqlx::query!(
-            "update events set xact = 0
-            where xact > 0 and exists (select 1 from events where xact >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint)"
-        );
-        let count = found.execute(&mut *transaction).await?.rows_affected();
-        sqlx::query!(
-            "update webhook_position set xact = 0, id = id_max where xact > pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
-        )
-        .execute(&mut *transaction)
-        .await?;
-        sqlx::query!("update webhooks set xact = 0 where xact > pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
-            .execute(&mut *transaction)
-            .await?;
-        transaction.commit().await?;
-        if count > 0 {
-            tracing::info!(count, "the database was restored from another cluster: its events are older than all new ones now");
-        }
-        Ok(())
-    }
-
     /// Tells of something that is not done in a transaction.
     pub async fn tell_of_sandbox(&self, tenant: &TenantId, id: SandboxId, kind: &str, act: &Act<'_>) -> Result<(), StoreError> {
         let (actor_tenant, actor) = act.names();
@@ -278,19 +254,32 @@ impl Store {
 
     /// Removes the oldest events from before this time. Answers how many.
     pub async fn prune_events(&self, before: OffsetDateTime, limit: u32) -> Result<u64, StoreError> {
-        let gone = sqlx::query!(
-            "delete from events using (
-                select id from events where at < $1 and id <= (select min(id) + 2 * $2::bigint from events)
-                order by id limit $2
-                for update skip locked
-            ) as old
-            where events.id = old.id",
+        let gone = sqlx::query_scalar!(
+            r#"with gone as (
+                delete from events using (
+                    select id from events where at < $1 and id <= (select min(id) + 2 * $2::bigint from events)
+                    order by id limit $2
+                    for update skip locked
+                ) as old
+                where events.id = old.id
+                returning events.xact, events.id
+            ), last as (
+                select xact, id from gone order by xact desc, id desc limit 1
+            ), noted as (
+                update events_pruned set xact = last.xact, id = last.id from last
+                where (events_pruned.xact, events_pruned.id) < (last.xact, last.id)
+            )
+            select count(*) as "count!" from gone"#,
             before,
             i64::from(limit),
-        )
-        .execute(&self.pool)
-        .await?;
-        Ok(gone.rows_affected())
+        );
+        Ok(unsigned(gone.fetch_one(&self.pool).await?))
+    }
+
+    /// Behind which position all events are kept still.
+    pub async fn kept_events(&self) -> Result<Position, StoreError> {
+        let row = sqlx::query!("select xact, id from events_pruned").fetch_one(&self.pool).await?;
+        Ok(Position { xact: unsigned(row.xact), id: unsigned(row.id) })
     }
 }
 
@@ -321,6 +310,31 @@ impl Act<'_> {
     pub(super) fn names(&self) -> (Option<&str>, Option<&str>) {
         (self.actor.map(|actor| actor.tenant.as_str()), self.actor.map(|actor| actor.principal.as_str()))
     }
+}
+
+/// Makes what was written in another cluster, which this database was restored from, older than all that is written here: numbers of
+/// transactions begin anew there, those of events do not.
+pub(super) async fn renumber_restored(connection: &mut PgConnection) -> Result<(), StoreError> {
+    let mut transaction = connection.begin().await?;
+    let found = sqlx::query!(
+        "update events set xact = 0
+        where xact > 0 and exists (select 1 from events where xact >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint)"
+    );
+    let count = found.execute(&mut *transaction).await?.rows_affected();
+    sqlx::query!("update events_pruned set xact = 0 where xact > pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
+        .execute(&mut *transaction)
+        .await?;
+    sqlx::query!("update webhook_position set xact = 0, id = id_max where xact > pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
+        .execute(&mut *transaction)
+        .await?;
+    sqlx::query!("update webhooks set xact = 0 where xact > pg_snapshot_xmax(pg_current_snapshot())::text::bigint")
+        .execute(&mut *transaction)
+        .await?;
+    transaction.commit().await?;
+    if count > 0 {
+        tracing::info!(count, "the database was restored from another cluster: its events are older than all new ones now");
+    }
+    Ok(())
 }
 
 pub(super) async fn tell(
@@ -432,7 +446,7 @@ mod tests {
         let last = store.list_events(&EventFilter { limit: 1, ..EventFilter::default() }).await.unwrap()[0].position;
         sqlx::query("update webhook_position set xact = $1, id_max = 7").bind(far).execute(&pool).await.unwrap();
 
-        store.renumber_restored_events().await.unwrap();
+        renumber_restored(&mut pool.acquire().await.unwrap()).await.unwrap();
         add(&pool, "new").await;
 
         let (all, _) = follow(&store, Position::OLDEST, 2).await;
@@ -440,6 +454,19 @@ mod tests {
         assert_eq!((all, later), (vec!["old".to_owned(), "new".to_owned()], vec!["new".to_owned()]));
         let position: (i64, i64) = sqlx::query_as("select xact, id from webhook_position").fetch_one(&pool).await.unwrap();
         assert_eq!(position, (0, 7));
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn how_far_events_were_dropped_is_known(pool: PgPool) {
+        let store = Store { pool: pool.clone().into() };
+        for number in 0..4 {
+            add(&pool, &number.to_string()).await;
+        }
+        assert_eq!(store.kept_events().await.unwrap(), Position::OLDEST);
+        let listed = store.list_events(&EventFilter { limit: 4, ..EventFilter::default() }).await.unwrap();
+        sqlx::query("update events set at = 'epoch' where object in ('0', '1')").execute(&pool).await.unwrap();
+        assert_eq!(store.prune_events(OffsetDateTime::UNIX_EPOCH + Duration::from_secs(1), 100).await.unwrap(), 2);
+        assert_eq!(store.kept_events().await.unwrap(), listed[2].position);
     }
 
     #[sqlx::test(migrations = "../migrations")]

@@ -73,6 +73,7 @@ impl Store {
         )
         .fetch_one(&self.pool)
         .await?;
+        self.told();
         Ok(count == 1)
     }
 

@@ -58,6 +58,8 @@ pub struct Used {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = u64)]
     pub volume_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub webhooks: Option<u64>,
 }
 
 /// What is to be changed of a tenant or a principal, with the names of quotas checked.
@@ -108,6 +110,7 @@ struct Row {
     day_cpu_us: i64,
     log_bytes: i64,
     image_bytes: Option<i64>,
+    webhooks: Option<i64>,
 }
 
 impl Row {
@@ -133,6 +136,7 @@ impl Row {
                 image_bytes: self.image_bytes.map(unsigned),
                 // There are no volumes yet that could be counted.
                 volume_bytes: self.image_bytes.map(|_| 0),
+                webhooks: self.webhooks.map(unsigned),
             },
             quotas,
             of_tenant: self
@@ -238,7 +242,8 @@ impl Store {
             Row,
             r#"select id as name, created_at, suspended_at, quotas as "quotas: Json<Quotas>", weight as "weight?",
                 principal_quotas as "principal_quotas?: Json<Quotas>", live, live_memory_bytes, live_cpu_millis, queued, bucket_micros,
-                bucket_at, day, day_runs, day_cpu_us, log_bytes, image_bytes as "image_bytes?"
+                bucket_at, day, day_runs, day_cpu_us, log_bytes, image_bytes as "image_bytes?",
+                (select count(*) from webhooks where tenant = tenants.id) as "webhooks?"
             from tenants where id > $1 order by id limit $2"#,
             after,
             i64::from(limit),
@@ -261,7 +266,8 @@ impl Store {
             Row,
             r#"select name, created_at, suspended_at, quotas as "quotas: Json<Quotas>", null::integer as weight,
                 null::jsonb as "principal_quotas: Json<Quotas>", live, live_memory_bytes, live_cpu_millis, queued, bucket_micros,
-                bucket_at, day, day_runs, day_cpu_us, log_bytes, null::bigint as image_bytes
+                bucket_at, day, day_runs, day_cpu_us, log_bytes, null::bigint as image_bytes,
+                null::bigint as webhooks
             from principals where tenant = $1 and name > $2 order by name limit $3"#,
             tenant.as_str(),
             after,
@@ -434,7 +440,8 @@ async fn row_of(connection: &mut PgConnection, who: Who<'_>) -> Result<Option<Ro
                 Row,
                 r#"select id as name, created_at, suspended_at, quotas as "quotas: Json<Quotas>", weight as "weight?",
                     principal_quotas as "principal_quotas?: Json<Quotas>", live, live_memory_bytes, live_cpu_millis, queued, bucket_micros,
-                    bucket_at, day, day_runs, day_cpu_us, log_bytes, image_bytes as "image_bytes?"
+                    bucket_at, day, day_runs, day_cpu_us, log_bytes, image_bytes as "image_bytes?",
+                (select count(*) from webhooks where tenant = tenants.id) as "webhooks?"
                 from tenants where id = $1"#,
                 who.tenant.as_str(),
             )
@@ -446,7 +453,8 @@ async fn row_of(connection: &mut PgConnection, who: Who<'_>) -> Result<Option<Ro
                 Row,
                 r#"select name, created_at, suspended_at, quotas as "quotas: Json<Quotas>", null::integer as weight,
                     null::jsonb as "principal_quotas: Json<Quotas>", live, live_memory_bytes, live_cpu_millis, queued, bucket_micros,
-                    bucket_at, day, day_runs, day_cpu_us, log_bytes, null::bigint as image_bytes
+                    bucket_at, day, day_runs, day_cpu_us, log_bytes, null::bigint as image_bytes,
+                null::bigint as webhooks
                 from principals where tenant = $1 and name = $2"#,
                 who.tenant.as_str(),
                 name,

@@ -233,3 +233,17 @@ async fn what_is_given_back_is_taken_at_once(pool: PgPool) {
     store.give_attempts_back(&[(first.delivery, first.number)], T0).await.unwrap();
     assert_eq!(claim(&store, T0).await, []);
 }
+
+#[sqlx::test(migrations = "../migrations")]
+async fn what_nobody_wanted_is_passed_over_and_what_comes_then_is_not(pool: PgPool) {
+    let store = Store { pool: pool.clone().into() };
+    happen(&pool, "acme", "sandbox.ended", 10).await;
+    sqlx::query("update webhook_position set xact = xact - 100000").execute(&pool).await.unwrap();
+    make(&store, &pool).await;
+    webhook(&store, "acme", &["sandbox.ended"]).await;
+    happen(&pool, "acme", "sandbox.ended", 1).await;
+    make(&store, &pool).await;
+    assert_eq!(claim(&store, T0).await.len(), 1);
+    let made: i64 = sqlx::query_scalar("select count(*) from webhook_deliveries").fetch_one(&pool).await.unwrap();
+    assert_eq!(made, 1);
+}
