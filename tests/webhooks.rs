@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::{
-    io::Write as _,
+    io::{Read as _, Write as _},
     process::{Command, Stdio},
     sync::{
         Arc, Mutex,
@@ -563,13 +563,17 @@ async fn tls_is_checked_against_the_authorities_that_are_named() {
         .arg("-key")
         .arg(key.path())
         .stdin(Stdio::piped())
-        .stdout(Stdio::null())
+        .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    // What its first client is sent.
-    let mut answer = server.stdin.take().unwrap();
-    answer.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").unwrap();
+    // It passes on what it hears, and says what it is told: an answer, once somebody has asked.
+    let (mut said, mut asked) = (server.stdin.take().unwrap(), server.stdout.take().unwrap());
+    let answering = std::thread::spawn(move || {
+        asked.read_exact(&mut [0; 4]).unwrap();
+        said.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").unwrap();
+        said
+    });
     let url = format!("https://localhost:{port}/");
     let (trusting, other) = (Bench::with(&["--webhook-ca-file", ca.path().to_str().unwrap()]), Bench::start());
 
@@ -583,7 +587,7 @@ async fn tls_is_checked_against_the_authorities_that_are_named() {
 
     server.kill().unwrap();
     server.wait().unwrap();
-    drop(answer);
+    answering.join().unwrap();
     assert_eq!(attempts[0]["status"], 204, "{attempts:#?}");
     assert!(attempts[1]["status"].is_null() && attempts[1]["error"].as_str().unwrap().contains("certificate"), "{attempts:#?}");
 }

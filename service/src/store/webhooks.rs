@@ -201,7 +201,9 @@ impl Store {
         let row = webhooks!(
             "update webhooks
             set url = coalesce($3, url), kinds = coalesce($4, kinds), description = coalesce($5, description), is_active = coalesce($6, is_active),
-                failing_since = case when $6 then null else failing_since end, disabled_at = case when $6 then null else disabled_at end
+                failing_since = case when $6 then null else failing_since end, disabled_at = case when $6 then null else disabled_at end,
+                -- what happened while it was inactive does not concern it
+                xact = case when $6 and not is_active then pg_current_xact_id()::text::bigint else xact end
             where id = $1 and tenant = $2
             returning",
             "",
