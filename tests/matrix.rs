@@ -79,6 +79,13 @@ async fn make(owner: &Client, part: &str, before: &[Made], template: &str) -> Ma
             owner.post_raw(&format!("/v1/images/import?reference={}", made.id), "application/x-tar", archive).await.expect(201);
             made
         }
+        ("/v1/webhooks/{id}", []) => {
+            let url = format!("https://{}.example/", mark(owner));
+            uuid(owner.post("/v1/webhooks", &json!({ "url": url })).await.expect(201))
+        }
+        ("/v1/webhooks/{id}/deliveries/{delivery}", [webhook]) => {
+            uuid(owner.post(&format!("/v1/webhooks/{}/test", webhook.id), &json!({})).await.expect(202))
+        }
         ("/v1/admin/tenants/{tenant}", []) => {
             // A tenant and its principal are there from their first request on.
             owner.get("/v1/quota").await.expect(200);

@@ -206,16 +206,7 @@ async fn ask(client: &Client, method: Method, path: &str, body: Value) -> Answer
     if !body.is_null() {
         request = request.json(&body);
     }
-    raw(request).await
-}
-
-/// Sends it as it is.
-async fn raw(request: reqwest::RequestBuilder) -> Answer {
-    let response = request.send().await.unwrap();
-    let (status, headers) = (response.status().as_u16(), response.headers().clone());
-    let text = response.text().await.unwrap();
-    let body = serde_json::from_str(&text).unwrap_or(Value::Null);
-    Answer { status, headers, text, body }
+    client.send(request, method.as_str(), path).await
 }
 
 fn id(object: &Value) -> &str {
@@ -400,7 +391,7 @@ async fn a_secret_is_changed_without_a_gap() {
     let path = format!("/v1/webhooks/{}/rotate-secret", id(&webhook));
     let keyed = async || {
         let request = client.request(Method::POST, &path).header("idempotency-key", "once").json(&json!({}));
-        raw(request).await
+        client.send(request, "POST", &path).await
     };
 
     let rotated = keyed().await;
@@ -644,7 +635,7 @@ async fn webhooks_are_counted_and_listed_in_pages() {
     let client = Client::with_scope(&place, &tenant, "webhooks");
     let create = async |key: &str| {
         let request = client.request(Method::POST, "/v1/webhooks").header("idempotency-key", key);
-        raw(request.json(&json!({ "url": "https://a.example/" }))).await
+        client.send(request.json(&json!({ "url": "https://a.example/" })), "POST", "/v1/webhooks").await
     };
     let first = create("one").await;
     // With the same key it is the same one, secret and all.

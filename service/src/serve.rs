@@ -255,7 +255,19 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
         Arc::clone(&figures),
         api::webhook_body,
     )?;
-    let app = Arc::new(api::App { engine, store, keeper, verifier, images, clock, metrics: figures, idempotency, languages: settings.languages.clone(), outbox, webhooks });
+    let app = Arc::new(api::App {
+        engine,
+        store,
+        keeper,
+        verifier,
+        images,
+        clock,
+        metrics: figures,
+        idempotency,
+        languages: settings.languages.clone(),
+        outbox,
+        webhooks,
+    });
     if let (None, Some(cluster)) = (&settings.database_url, helpers.cluster()) {
         let (cluster, store) = (cluster.clone(), app.store.clone());
         tokio::spawn(revive::keep_running(cluster, settings.database_connections, store, stopping.clone()));

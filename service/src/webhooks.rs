@@ -7,7 +7,7 @@ mod send;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-pub use address::Targets;
+pub use address::{Targets, URL_BYTES_MAX};
 use deliver::Dispatcher;
 use ipnet::IpNet;
 pub use secret::SigningKey;

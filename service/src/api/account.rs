@@ -8,13 +8,7 @@ use serde_json::Number;
 use time::{Date, Duration, OffsetDateTime, format_description::well_known::Rfc3339};
 use utoipa::ToSchema;
 
-use super::{
-    App,
-    caller::Caller,
-    contract::parameter::UsageParameters,
-    error::ApiError,
-    query,
-};
+use super::{App, caller::Caller, contract::parameter::UsageParameters, error::ApiError, query};
 use crate::{
     sandbox::{Invalid, Kind, LIST_LIMIT, QuotaScope, Quotas, TenantId},
     store::{Account, GroupBy, TimeUnit, UsageLine, UsageQuery, Used, Who},

@@ -17,11 +17,13 @@ use futures_util::{SinkExt as _, StreamExt as _, stream::SplitSink};
 use serde::Serialize;
 use serde_json::Value;
 use time::OffsetDateTime;
+use utoipa::ToSchema;
 
 use super::{
     App,
     account::list_limit,
     caller::{Caller, SUBPROTOCOL},
+    contract::parameter::{self, EventParameters},
     error::ApiError,
     query,
 };
@@ -38,61 +40,79 @@ const READER_MESSAGE_BYTES_MAX: usize = 4096;
 const CLOSE_NORMAL: u16 = 1000;
 const CLOSE_INTERNAL: u16 = 1011;
 
-/// A page of events, newest first.
-#[derive(Debug, Serialize)]
+/// Some of what happened, newest first.
+#[derive(Debug, Serialize, ToSchema)]
 pub(super) struct EventPage {
     items: Vec<EventView>,
     /// Of the page behind this one; null on the last.
+    #[schema(required)]
     next_cursor: Option<String>,
 }
 
-/// Something that happened: who did what to which object.
-#[derive(Debug, Serialize)]
+/// Who did what to which object.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Event)]
 pub(super) struct EventView {
     id: String,
-    /// As in `sandbox.ended`; new ones may come.
+    /// As in `sandbox.created`, `sandbox.killed`, `sandbox.ended`, `sandbox.deleted`, `image.imported`, `image.removed`, `tenant.created`, `tenant.changed`,
+    /// `tenant.suspended`, `tenant.resumed`, `principal.changed`, `principal.suspended`, `principal.resumed`, `webhook.created`, `webhook.changed`, `webhook.rotated`,
+    /// `webhook.disabled`, `webhook.deleted`; new ones may come.
+    #[schema(pattern = "^[a-z]+\\.[a-z_]+$")]
     kind: String,
-    /// Whom it concerns; null: all.
+    /// Whom it concerns. Null: all.
+    #[schema(required, value_type = Option<String>)]
     tenant: Option<TenantId>,
     /// As in `sandbox/0190b5a4-…` or `image/python:3`.
     object: String,
-    /// Who did it; null: the service itself or, for a tenant's own list, an operator.
+    /// Who did it. Null: the service itself or, for a tenant's own list, an operator.
+    #[schema(required)]
     actor: Option<ActorView>,
     #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
     at: OffsetDateTime,
+    #[schema(value_type = Object)]
     data: Value,
     /// Where a stream goes on behind it.
     cursor: String,
 }
 
-#[derive(Debug, Serialize)]
+/// A principal of a tenant.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Actor)]
 struct ActorView {
     tenant: String,
     principal: String,
 }
 
 /// One message of a stream of events.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
+#[schema(as = EventFrame)]
 enum Frame {
     Event(Box<EventView>),
     /// The first of a stream that goes on from so long ago that not all since is kept.
+    #[schema(title = "Gap")]
     Gap {
         gap: Gap,
     },
     /// The first of a stream, the last, and one whenever nothing comes for a while.
+    #[schema(title = "Heartbeat")]
     Heartbeat {
         heartbeat: Heartbeat,
     },
 }
 
-#[derive(Debug, Serialize)]
+/// What is missing from a stream.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = EventGap)]
 struct Gap {
     /// Events up to here are missing.
     cursor: String,
 }
 
-#[derive(Debug, Serialize)]
+/// How far a stream has come.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = EventHeartbeat)]
 struct Heartbeat {
     /// Everything up to here was said.
     cursor: String,
@@ -107,6 +127,31 @@ enum Form {
     WebSocket,
 }
 
+/// What happened in the tenant, in pages or as it comes
+///
+/// Who did what to which object. By `Accept: application/json`, the default, a page, newest first. By `application/x-ndjson`, `text/event-stream` or as a WebSocket handshake
+/// (subprotocol `mayfly.v1`) a stream, oldest first: every event once, in an order that never changes, also when a transaction that began earlier is committed
+/// later. A stream begins and ends with a heartbeat, and has one when nothing came for 15 seconds; one that goes on from so long ago that not all since is kept begins
+/// with a gap. It ends after an hour, or when the service stops, to be opened again from the last `cursor`. Of server-sent events `data` is what a line holds otherwise, and `id` its cursor.
+#[utoipa::path(
+    get,
+    path = "/v1/events",
+    operation_id = "listEvents",
+    tag = "account",
+    security(("bearer" = ["sandboxes:read"])),
+    params(
+        parameter::EventStream,
+        EventParameters,
+    ),
+    responses(
+        (status = 101, description = "The stream begins, over WebSocket: each message is an `EventFrame`."),
+        (status = 200, description = "A page, or a stream.", content(
+            (EventPage = "application/json"),
+            (Frame = "application/x-ndjson"),
+            (String = "text/event-stream"),
+        )),
+    ),
+)]
 pub(super) async fn read(
     State(app): State<Arc<App>>,
     caller: Caller,
@@ -121,7 +166,12 @@ pub(super) async fn read(
     }
     let form = form(&headers);
     if form == Form::Page {
-        let filter = filter(pairs, Some(caller.tenant.clone()))?;
+        // What is of a stream alone is held to its form all the same.
+        let (of_stream, of_page): (Vec<_>, Vec<_>) = pairs.into_iter().partition(|(name, _)| name == "follow");
+        for (name, text) in of_stream {
+            query::value::<bool>(&name, &text)?;
+        }
+        let filter = filter(of_page, Some(caller.tenant.clone()))?;
         return Ok(page(&app, filter, Some(&caller.tenant)).await?.into_response());
     }
     let Asked { filter, beginning, is_following } = asked(pairs, &headers)?;
@@ -193,6 +243,10 @@ fn asked(pairs: Vec<(String, String)>, headers: &HeaderMap) -> Result<Asked, Api
         match name.as_str() {
             "follow" => is_following = query::value("follow", &text)?,
             "cursor" => given = Some(text),
+            // Of a page alone.
+            "limit" => {
+                list_limit(&text)?;
+            }
             _ => take(&mut filter, &name, text)?,
         }
     }

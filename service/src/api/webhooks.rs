@@ -3,20 +3,30 @@
 use std::sync::Arc;
 
 use axum::{
-    Json, Router,
+    Json,
     body::Body,
     extract::{Path, State},
     http::{StatusCode, Uri, header},
     response::{IntoResponse as _, Response},
-    routing::{get, post},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 use time::{Duration, OffsetDateTime, format_description::well_known::Rfc3339};
+use utoipa::ToSchema;
+use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
-use super::{App, account::list_limit, caller::Caller, error::ApiError, events::EventView, idempotency::Keyed, json, query};
+use super::{
+    App,
+    account::list_limit,
+    caller::Caller,
+    contract::{parameter, refusal},
+    error::ApiError,
+    events::EventView,
+    idempotency::Keyed,
+    json, query,
+};
 use crate::{
     sandbox::Invalid,
     store::{
@@ -24,10 +34,12 @@ use crate::{
         WebhookChange,
     },
     token::Scope,
+    webhooks::URL_BYTES_MAX,
 };
 
 const KINDS_MAX: usize = 32;
 const KIND_BYTES_MAX: usize = 64;
+const KIND_PATTERN: &str = r"^[a-z_]+\.([a-z_]+|\*)$";
 const DESCRIPTION_CHARS_MAX: usize = 256;
 /// How long the secret before is good, in seconds.
 const OVERLAP_S: u32 = 24 * 3600;
@@ -40,54 +52,66 @@ pub(super) const WITH_SECRET: [&str; 2] = ["/v1/webhooks", "/v1/webhooks/{id}/ro
 /// How a secret begins in an answer. In one that is kept nothing follows.
 const SECRET: &str = r#""secret":"whsec_"#;
 
-pub(super) fn router() -> Router<Arc<App>> {
-    Router::new()
-        .route("/v1/webhooks", post(create).get(list))
-        .route("/v1/webhooks/{id}", get(read).patch(change).delete(remove))
-        .route("/v1/webhooks/{id}/rotate-secret", post(rotate))
-        .route("/v1/webhooks/{id}/test", post(test))
-        .route("/v1/webhooks/{id}/deliveries", get(deliveries))
-        .route("/v1/webhooks/{id}/deliveries/{delivery}", get(delivery))
-        .route("/v1/webhooks/{id}/deliveries/{delivery}/redeliver", post(redeliver))
+pub(super) fn router() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new()
+        .routes(routes!(create, list))
+        .routes(routes!(read, change, remove))
+        .routes(routes!(rotate))
+        .routes(routes!(test))
+        .routes(routes!(deliveries))
+        .routes(routes!(delivery))
+        .routes(routes!(redeliver))
 }
 
 /// A webhook that is to be.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = NewWebhook)]
 pub(super) struct WebhookRequest {
     /// Where events are sent, by POST: `https`, or `http` where the operator allows it.
+    #[schema(extensions(("x-schema" = json!({ "maxLength": URL_BYTES_MAX, "format": "uri" }))))]
     url: String,
     /// Which events: as in `sandbox.ended`, or `sandbox.*`. Empty or absent: all.
     #[serde(default)]
+    #[schema(extensions(("x-schema" = json!({ "maxItems": KINDS_MAX, "items": { "type": "string", "pattern": KIND_PATTERN, "maxLength": KIND_BYTES_MAX } }))))]
     kinds: Vec<String>,
     /// For people.
     #[serde(default)]
+    #[schema(extensions(("x-schema" = json!({ "maxLength": DESCRIPTION_CHARS_MAX, "pattern": "^[^\\u0000-\\u001f\\u007f-\\u009f]*$" }))))]
     description: String,
     /// Whether anything is sent.
     #[serde(default = "yes")]
+    #[schema(default = true)]
     active: bool,
 }
 
 /// What is to be changed; what is absent stays.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = WebhookChange)]
 pub(super) struct WebhookPatch {
+    #[schema(extensions(("x-schema" = json!({ "maxLength": URL_BYTES_MAX, "format": "uri" }))))]
     url: Option<String>,
+    #[schema(extensions(("x-schema" = json!({ "maxItems": KINDS_MAX, "items": { "type": "string", "pattern": KIND_PATTERN, "maxLength": KIND_BYTES_MAX } }))))]
     kinds: Option<Vec<String>>,
+    #[schema(extensions(("x-schema" = json!({ "maxLength": DESCRIPTION_CHARS_MAX, "pattern": "^[^\\u0000-\\u001f\\u007f-\\u009f]*$" }))))]
     description: Option<String>,
     /// True also forgives what failed before.
     active: Option<bool>,
 }
 
-#[derive(Debug, Deserialize)]
+/// How a secret is changed.
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schema(as = Rotation)]
 pub(super) struct RotateRequest {
     /// For how many seconds what is sent is signed with the secret before, too.
+    #[schema(extensions(("x-schema" = json!({ "minimum": 0, "maximum": OVERLAP_S_MAX, "default": OVERLAP_S }))))]
     overlap_s: u32,
 }
 
 /// A body that holds nothing, and may be left out.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Nothing {}
 
@@ -98,7 +122,8 @@ impl Default for RotateRequest {
 }
 
 /// A webhook.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Webhook)]
 pub(super) struct WebhookView {
     id: Uuid,
     url: String,
@@ -110,21 +135,26 @@ pub(super) struct WebhookView {
     secret_version: u32,
     /// Until when what is sent is signed with the secret before, too.
     #[serde(with = "time::serde::rfc3339::option")]
+    #[schema(required, value_type = Option<String>, format = DateTime)]
     former_secret_until: Option<OffsetDateTime>,
     #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
     created_at: OffsetDateTime,
     /// Since when every attempt has failed; null: the last one did not.
     #[serde(with = "time::serde::rfc3339::option")]
+    #[schema(required, value_type = Option<String>, format = DateTime)]
     failing_since: Option<OffsetDateTime>,
     /// When it was made inactive because every attempt failed.
     #[serde(with = "time::serde::rfc3339::option")]
+    #[schema(required, value_type = Option<String>, format = DateTime)]
     disabled_at: Option<OffsetDateTime>,
     /// Events of which nothing is sent because too many were waiting.
     dropped: u64,
 }
 
 /// A webhook with its secret, which is told this once.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = WebhookWithSecret)]
 pub(super) struct SecretView {
     #[serde(flatten)]
     webhook: WebhookView,
@@ -132,41 +162,51 @@ pub(super) struct SecretView {
     secret: String,
 }
 
-#[derive(Debug, Serialize)]
+/// Some of the webhooks, in the order of their making.
+#[derive(Debug, Serialize, ToSchema)]
 pub(super) struct WebhookPage {
     items: Vec<WebhookView>,
     /// Null on the last page.
+    #[schema(required)]
     next_cursor: Option<String>,
 }
 
 /// What is, was, or was to be sent of one event.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Delivery)]
 pub(super) struct DeliveryView {
     /// What receivers are told as `webhook-id`, the same at every attempt.
     id: Uuid,
     /// Of the event; null: it is a test.
+    #[schema(required)]
     event: Option<String>,
     kind: String,
     state: DeliveryState,
     #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
     created_at: OffsetDateTime,
     /// When it is tried next, or while it is being tried: when again should nothing be heard of that.
     #[serde(with = "time::serde::rfc3339::option")]
+    #[schema(required, value_type = Option<String>, format = DateTime)]
     next_at: Option<OffsetDateTime>,
     #[serde(with = "time::serde::rfc3339::option")]
+    #[schema(required, value_type = Option<String>, format = DateTime)]
     ended_at: Option<OffsetDateTime>,
     /// How many attempts were begun.
     attempt_count: u32,
     /// The last 50 of them, as far as it is known how they went.
     attempts: Vec<Attempt>,
     /// The beginning of the last answer's body, up to 1 KiB.
+    #[schema(required)]
     response: Option<String>,
 }
 
-#[derive(Debug, Serialize)]
+/// Some of the deliveries, newest first.
+#[derive(Debug, Serialize, ToSchema)]
 pub(super) struct DeliveryPage {
     items: Vec<DeliveryView>,
     /// Null on the last page.
+    #[schema(required)]
     next_cursor: Option<String>,
 }
 
@@ -174,6 +214,23 @@ const fn yes() -> bool {
     true
 }
 
+/// Have events sent somewhere
+///
+/// From now on each event of these kinds is sent by POST as [Standard Webhooks](https://www.standardwebhooks.com) has it: a JSON object with `type`, `timestamp` and `data`, the event as
+/// `/v1/events` tells it, with the headers `webhook-id`, `webhook-timestamp` and `webhook-signature`. Only an answer of 2xx within 15 seconds is success; all else is tried again, with growing
+/// pauses, for days. An event may come twice, with the same `webhook-id`, and not in order. The secret is told in this answer alone.
+#[utoipa::path(
+    post,
+    path = "/v1/webhooks",
+    operation_id = "createWebhook",
+    tag = "webhooks",
+    security(("bearer" = ["webhooks"])),
+    request_body(content = WebhookRequest, description = "Where to, and what.", example = json!({ "url": "https://hooks.example/in", "kinds": ["sandbox.ended"] })),
+    responses(
+        (status = 201, description = "The webhook, with its secret.", body = SecretView, headers(("Location" = String, description = "Its path."))),
+        refusal::QuotaExceeded,
+    ),
+)]
 async fn create(State(app): State<Arc<App>>, caller: Caller, keyed: Keyed, body: Body) -> Result<Response, ApiError> {
     caller.require(Scope::Webhooks)?;
     let WebhookRequest { url, kinds, description, active } = json::read(body).await?;
@@ -198,6 +255,18 @@ async fn create(State(app): State<Arc<App>>, caller: Caller, keyed: Keyed, body:
     }
 }
 
+/// The webhooks of the tenant
+#[utoipa::path(
+    get,
+    path = "/v1/webhooks",
+    operation_id = "listWebhooks",
+    tag = "webhooks",
+    security(("bearer" = ["webhooks"])),
+    params(parameter::Page),
+    responses(
+        (status = 200, description = "A page.", body = WebhookPage),
+    ),
+)]
 async fn list(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Json<WebhookPage>, ApiError> {
     caller.require(Scope::Webhooks)?;
     let (mut limit, mut after) = (50, None);
@@ -215,12 +284,41 @@ async fn list(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<J
     Ok(Json(WebhookPage { items: items.into_iter().map(Into::into).collect(), next_cursor }))
 }
 
+/// A webhook as it is now
+#[utoipa::path(
+    get,
+    path = "/v1/webhooks/{id}",
+    operation_id = "readWebhook",
+    tag = "webhooks",
+    security(("bearer" = ["webhooks"])),
+    params(parameter::Webhook),
+    responses(
+        (status = 200, description = "The webhook.", body = WebhookView),
+        refusal::NotFound,
+    ),
+)]
 async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<WebhookView>, ApiError> {
     caller.require(Scope::Webhooks)?;
     let webhook = app.store.find_webhook(&caller.tenant, uuid(&id)?).await?;
     Ok(Json(webhook.ok_or(ApiError::NotFound)?.into()))
 }
 
+/// Change a webhook
+///
+/// What is absent stays as it is.
+#[utoipa::path(
+    patch,
+    path = "/v1/webhooks/{id}",
+    operation_id = "changeWebhook",
+    tag = "webhooks",
+    security(("bearer" = ["webhooks"])),
+    params(parameter::Webhook),
+    request_body(content = WebhookPatch, description = "What is to be otherwise.", example = json!({ "active": false })),
+    responses(
+        (status = 200, description = "The webhook as it is now.", body = WebhookView),
+        refusal::NotFound,
+    ),
+)]
 async fn change(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>, body: Body) -> Result<Json<WebhookView>, ApiError> {
     caller.require(Scope::Webhooks)?;
     let WebhookPatch { url, kinds, description, active } = json::read(body).await?;
@@ -237,6 +335,19 @@ async fn change(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<Stri
     Ok(Json(webhook.ok_or(ApiError::NotFound)?.into()))
 }
 
+/// Remove a webhook, with what is still to be sent
+#[utoipa::path(
+    delete,
+    path = "/v1/webhooks/{id}",
+    operation_id = "removeWebhook",
+    tag = "webhooks",
+    security(("bearer" = ["webhooks"])),
+    params(parameter::Webhook),
+    responses(
+        (status = 204, description = "It is gone."),
+        refusal::NotFound,
+    ),
+)]
 async fn remove(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
     caller.require(Scope::Webhooks)?;
     let owner = caller.owner();
@@ -245,6 +356,22 @@ async fn remove(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<Stri
     if is_gone { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::NotFound) }
 }
 
+/// Give a webhook another secret
+///
+/// For a while what is sent has two signatures, by the new one and by the one before. The secret is told in this answer alone.
+#[utoipa::path(
+    post,
+    path = "/v1/webhooks/{id}/rotate-secret",
+    operation_id = "rotateWebhookSecret",
+    tag = "webhooks",
+    security(("bearer" = ["webhooks"])),
+    params(parameter::Webhook),
+    request_body(content = Option<RotateRequest>, description = "For how long the one before is good.", example = json!({ "overlap_s": 3600 })),
+    responses(
+        (status = 200, description = "The webhook, with its new secret.", body = SecretView),
+        refusal::NotFound,
+    ),
+)]
 async fn rotate(
     State(app): State<Arc<App>>,
     caller: Caller,
@@ -270,6 +397,22 @@ async fn rotate(
     Ok(Json(SecretView::new(&app, webhook.ok_or(ApiError::NotFound)?)))
 }
 
+/// Send a test
+///
+/// One attempt with an event of the kind `webhook.test`, also of a webhook that is not active. How it went is told by the delivery.
+#[utoipa::path(
+    post,
+    path = "/v1/webhooks/{id}/test",
+    operation_id = "testWebhook",
+    tag = "webhooks",
+    security(("bearer" = ["webhooks"])),
+    params(parameter::Webhook),
+    request_body(content = Option<Nothing>, description = "Nothing.", example = json!({})),
+    responses(
+        (status = 202, description = "What will be sent.", body = DeliveryView),
+        refusal::NotFound,
+    ),
+)]
 async fn test(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>, body: Body) -> Result<Response, ApiError> {
     caller.require(Scope::Webhooks)?;
     let Nothing {} = json::read_or_default(body).await?;
@@ -282,6 +425,21 @@ async fn test(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String
     Ok((StatusCode::ACCEPTED, Json(DeliveryView::from(delivery))).into_response())
 }
 
+/// What was sent and is to be sent, newest first
+///
+/// Kept for seven days after its end.
+#[utoipa::path(
+    get,
+    path = "/v1/webhooks/{id}/deliveries",
+    operation_id = "listDeliveries",
+    tag = "webhooks",
+    security(("bearer" = ["webhooks"])),
+    params(parameter::Webhook, parameter::Page, ("state" = Option<DeliveryState>, Query, description = "Only of this state.")),
+    responses(
+        (status = 200, description = "A page.", body = DeliveryPage),
+        refusal::NotFound,
+    ),
+)]
 async fn deliveries(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>, uri: Uri) -> Result<Json<DeliveryPage>, ApiError> {
     caller.require(Scope::Webhooks)?;
     let id = uuid(&id)?;
@@ -308,12 +466,41 @@ async fn deliveries(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<
 
 type DeliveryPath = Path<(String, String)>;
 
+/// One delivery with its attempts
+#[utoipa::path(
+    get,
+    path = "/v1/webhooks/{id}/deliveries/{delivery}",
+    operation_id = "readDelivery",
+    tag = "webhooks",
+    security(("bearer" = ["webhooks"])),
+    params(parameter::Delivery),
+    responses(
+        (status = 200, description = "The delivery.", body = DeliveryView),
+        refusal::NotFound,
+    ),
+)]
 async fn delivery(State(app): State<Arc<App>>, caller: Caller, Path((id, delivery)): DeliveryPath) -> Result<Json<DeliveryView>, ApiError> {
     caller.require(Scope::Webhooks)?;
     let found = app.store.find_delivery(&caller.tenant, uuid(&id)?, uuid(&delivery)?).await?;
     Ok(Json(found.ok_or(ApiError::NotFound)?.into()))
 }
 
+/// Send a delivery again
+///
+/// As if it were new, under the same `webhook-id`. One that is being tried anyway goes on.
+#[utoipa::path(
+    post,
+    path = "/v1/webhooks/{id}/deliveries/{delivery}/redeliver",
+    operation_id = "redeliver",
+    tag = "webhooks",
+    security(("bearer" = ["webhooks"])),
+    params(parameter::Delivery),
+    request_body(content = Option<Nothing>, description = "Nothing.", example = json!({})),
+    responses(
+        (status = 202, description = "What will be sent.", body = DeliveryView),
+        refusal::NotFound,
+    ),
+)]
 async fn redeliver(
     State(app): State<Arc<App>>,
     caller: Caller,

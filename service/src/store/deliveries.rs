@@ -5,6 +5,7 @@ use std::{collections::HashMap, time::Duration};
 use serde::{Deserialize, Serialize};
 use sqlx::types::Json;
 use time::OffsetDateTime;
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::{Act, Position, Store, StoreError, Told, damaged, events, pool::Transaction, unsigned, webhooks::disabled_data};
@@ -35,7 +36,8 @@ pub struct Delivery {
     pub response: Option<String>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+/// Where a delivery stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DeliveryState {
     /// It is tried, or will be.
@@ -47,17 +49,21 @@ pub enum DeliveryState {
 }
 
 /// How one attempt went.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[schema(as = DeliveryAttempt)]
 pub struct Attempt {
     /// Counted from one.
     pub number: u32,
     #[serde(with = "time::serde::rfc3339")]
+    #[schema(value_type = String, format = DateTime)]
     pub at: OffsetDateTime,
     /// Up to the head of the answer.
     pub ms: u64,
     /// Of the answer, if there was one.
+    #[schema(required)]
     pub status: Option<u16>,
     /// Why it did not do; null: it was taken.
+    #[schema(required)]
     pub error: Option<String>,
 }
 

@@ -58,7 +58,9 @@ pub struct Used {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = u64)]
     pub volume_bytes: Option<u64>,
+    /// A tenant's alone.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64)]
     pub webhooks: Option<u64>,
 }
 

@@ -16,7 +16,7 @@ use reqwest::{
 };
 
 /// The longest URL of a target.
-const URL_BYTES_MAX: usize = 2048;
+pub const URL_BYTES_MAX: usize = 2048;
 
 /// IPv4 that is not public: IANA's special-purpose registry (RFC 6890 and its successors), multicast, and reserved.
 const CLOSED_V4: [(Ipv4Addr, u8); 18] = [

@@ -102,10 +102,26 @@ parameters! {
     ];
     /// Which events.
     EventParameters = [
-        query("kind", "Only of these kinds.", json!({ "type": "array", "items": text() })),
+        query("kind", "Only of these kinds, as in `sandbox.ended` or `sandbox.*`.", json!({ "type": "array", "items": text() })),
+        query("object", "Only of this object, as in `image/python:3`.", text()),
         query("sandbox", "Only of this sandbox or run.", json!({ "type": "string", "format": "uuid" })),
         query("principal", "Only what this principal did.", text())
     ];
+    /// Which part of all events.
+    EventStream = [
+        query("limit", "Of a page: the most entries.", bounded(&LIST_LIMIT)),
+        query(
+            "cursor",
+            "Of a page: the `next_cursor` of the one before. Of a stream: the `cursor` of an event or a heartbeat behind which it goes on, or `oldest`, or `now`, which may begin with what came a moment before; absent: now, with `follow=false` the oldest.",
+            json!({ "type": "string" })
+        ),
+        query("follow", "Of a stream: whether it goes on with what comes.", json!({ "type": "boolean", "default": true })),
+        header("Last-Event-ID", "Of a stream: goes before `cursor`. What browsers send when they open it again.", json!({ "type": "string" }))
+    ];
+    /// The id of a webhook.
+    Webhook = [path("id", "What is no id names nothing, and is not found.")];
+    /// The ids of a webhook and of one of its deliveries.
+    Delivery = [path("id", "The webhook's."), path("delivery", "The delivery's.")];
     /// One tenant of all.
     OfTenant = [query("tenant", "Only this tenant's.", text())];
 }
@@ -146,9 +162,18 @@ pub(in crate::api) fn named(name: &str, description: &str, pattern: &str) -> Par
 
 /// A parameter of the query, which may be absent.
 pub(in crate::api) fn query(name: &str, description: &str, schema: Value) -> Parameter {
+    optional(ParameterIn::Query, name, description, schema)
+}
+
+/// A header, which may be absent.
+fn header(name: &str, description: &str, schema: Value) -> Parameter {
+    optional(ParameterIn::Header, name, description, schema)
+}
+
+fn optional(place: ParameterIn, name: &str, description: &str, schema: Value) -> Parameter {
     ParameterBuilder::new()
         .name(name)
-        .parameter_in(ParameterIn::Query)
+        .parameter_in(place)
         .required(Required::False)
         .description(Some(description))
         .schema(Some(words::schema(schema)))
