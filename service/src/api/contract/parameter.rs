@@ -166,7 +166,7 @@ pub(in crate::api) fn query(name: &str, description: &str, schema: Value) -> Par
 }
 
 /// A header, which may be absent.
-fn header(name: &str, description: &str, schema: Value) -> Parameter {
+pub(in crate::api) fn header(name: &str, description: &str, schema: Value) -> Parameter {
     optional(ParameterIn::Header, name, description, schema)
 }
 
@@ -174,17 +174,6 @@ fn optional(place: ParameterIn, name: &str, description: &str, schema: Value) ->
     ParameterBuilder::new()
         .name(name)
         .parameter_in(place)
-        .required(Required::False)
-        .description(Some(description))
-        .schema(Some(words::schema(schema)))
-        .build()
-}
-
-/// A header, which may be absent.
-pub(in crate::api) fn header(name: &str, description: &str, schema: Value) -> Parameter {
-    ParameterBuilder::new()
-        .name(name)
-        .parameter_in(ParameterIn::Header)
         .required(Required::False)
         .description(Some(description))
         .schema(Some(words::schema(schema)))
