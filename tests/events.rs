@@ -257,7 +257,7 @@ async fn streams_end_when_the_service_stops() {
 
     let stopped = tokio::task::spawn_blocking(move || service.stop().map(|status| status.success()));
 
-    assert!(lines.frame().await.unwrap()["heartbeat"].is_object());
+    lines.event_of(|frame| frame["heartbeat"].is_object()).await;
     assert_eq!(lines.next().await, None);
     assert!(stopped.await.unwrap().unwrap());
 }
