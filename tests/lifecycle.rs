@@ -648,3 +648,72 @@ async fn an_order_that_is_sent_again_is_answered_with_the_first() {
         assert_eq!(second.header("idempotency-replayed"), "true", "{verb}");
     }
 }
+
+/// Counts its lives in a file, and exits with their number.
+const LIVES: &str = "n=$(cat /work/n 2>/dev/null || echo 0); n=$((n+1)); echo $n > /work/n; echo life $n; exit $n";
+
+#[tokio::test]
+async fn a_sandbox_is_started_again_on_what_it_wrote() {
+    let client = shared().client();
+    let path = sandbox(&client, LIVES, &json!({ "keep_layer": true })).await;
+    let first = wait(&client, &path, "until=exited").await;
+
+    client.post(&format!("{path}/start"), &json!({})).await.expect(200);
+    let second = wait(&client, &path, "until=exited").await;
+    let log = written(&client, &path).await;
+    client.post(&format!("{path}/start"), &json!({ "fresh": true })).await.expect(200);
+    let third = wait(&client, &path, "until=exited").await;
+    let events = client.get("/v1/events?kind=sandbox.ended").await.expect(200);
+
+    assert_exit(&first["sandbox"], 1);
+    assert_exit(&second["sandbox"], 2);
+    assert_eq!(log, "life 2\n");
+    assert_exit(&third["sandbox"], 1);
+    assert_eq!(third["sandbox"]["starts"], 3);
+    assert_eq!(events["items"].as_array().unwrap().len(), 3, "{events:#}");
+    assert_eq!(client.delete(&path).await.status, 204);
+}
+
+#[tokio::test]
+async fn what_runs_is_not_started_and_what_kept_nothing_only_anew() {
+    let client = shared().client();
+    let running = sandbox(&client, "sleep 1000", &json!({ "keep_layer": true })).await;
+    let ended = sandbox(&client, LIVES, &json!({})).await;
+    wait(&client, &ended, "until=exited").await;
+
+    let same = client.post(&format!("{running}/start"), &json!({})).await.expect(200);
+    client.post(&format!("{running}/pause"), &json!({})).await.expect(200);
+    let paused = client.post(&format!("{running}/start"), &json!({})).await.problem(409, "wrong_state");
+    client.post(&format!("{ended}/start"), &json!({})).await.problem(409, "layer_lost");
+    client.post(&format!("{ended}/start"), &json!({ "fresh": true })).await.expect(200);
+    let again = wait(&client, &ended, "until=exited").await;
+
+    assert_eq!((&same["state"], &same["starts"]), (&json!("running"), &json!(1)));
+    assert_eq!(paused["state"], "paused");
+    assert_exit(&again["sandbox"], 1);
+    for path in [&running, &ended] {
+        assert_eq!(client.delete(path).await.status, 204);
+    }
+}
+
+#[tokio::test]
+async fn layers_are_kept_by_so_many_sandboxes_of_a_tenant() {
+    let client = shared().client();
+    let request =
+        json!({ "image": "busybox", "command": ["true"], "keep_layer": true, "limits": { "memory_bytes": 8 << 20, "disk_bytes": 65_536 } });
+    let mut paths = Vec::new();
+    for _ in 0..16 {
+        let made = client.post("/v1/sandboxes", &request).await.expect(201);
+        paths.push(format!("/v1/sandboxes/{}", made["id"].as_str().unwrap()));
+    }
+
+    let refused = client.post("/v1/sandboxes", &request).await.problem(429, "quota_exceeded");
+    assert_eq!(client.delete(&paths[0]).await.status, 204);
+    let made = client.post("/v1/sandboxes", &request).await.expect(201);
+    paths[0] = format!("/v1/sandboxes/{}", made["id"].as_str().unwrap());
+
+    assert_eq!(refused["quota"], "kept_layers");
+    for path in &paths {
+        assert_eq!(client.delete(path).await.status, 204);
+    }
+}

@@ -403,3 +403,42 @@ async fn whoever_waits_hears_that_the_service_stops() {
     let waited = waiting.await.unwrap().expect(200);
     assert_eq!((&waited["result"], &waited["sandbox"]["state"]), (&json!("stopping"), &json!("running")));
 }
+
+/// Counts its lives in a file, and exits with their number.
+const LIVES: &str = "n=$(cat /work/n 2>/dev/null || echo 0); n=$((n+1)); echo $n > /work/n; exit $n";
+
+#[tokio::test]
+async fn what_a_sandbox_wrote_outlives_the_service_but_not_the_keeper() {
+    let mut service = Service::start();
+    let path = sandbox(&client(&service), LIVES, json!({ "keep_layer": true })).await;
+    client(&service).get(&format!("{path}/wait?until=exited")).await.expect(200);
+
+    service.kill();
+    service.start_again().unwrap();
+    client(&service).post(&format!("{path}/start"), &json!({})).await.expect(200);
+    let second = client(&service).get(&format!("{path}/wait?until=exited")).await.expect(200);
+    assert_exit(&second["sandbox"], 2);
+
+    // Its keeper goes with it.
+    service.stop().unwrap();
+    service.start_again().unwrap();
+    client(&service).post(&format!("{path}/start"), &json!({})).await.problem(409, "layer_lost");
+    client(&service).post(&format!("{path}/start"), &json!({ "fresh": true })).await.expect(200);
+    let third = client(&service).get(&format!("{path}/wait?until=exited")).await.expect(200);
+    assert_exit(&third["sandbox"], 1);
+}
+
+#[tokio::test]
+async fn a_start_that_a_crash_interrupted_is_told_and_can_be_made_again() {
+    let mut service = Service::start();
+    let path = sandbox(&client(&service), LIVES, json!({ "keep_layer": true })).await;
+    client(&service).get(&format!("{path}/wait?until=exited")).await.expect(200);
+
+    send_and_die(&mut service, "service.start.claimed", reqwest::Method::POST, &format!("{path}/start"), &json!({})).await;
+    let lost = client(&service).get(&format!("{path}/wait?until=exited")).await.expect(200);
+    client(&service).post(&format!("{path}/start"), &json!({ "fresh": true })).await.expect(200);
+    let again = client(&service).get(&format!("{path}/wait?until=exited")).await.expect(200);
+
+    assert_reason(&lost["sandbox"], "infra_error");
+    assert_exit(&again["sandbox"], 1);
+}

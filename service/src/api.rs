@@ -124,6 +124,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(runs::read, runs::cancel))
         .routes(routes!(sandboxes::create, sandboxes::list))
         .routes(routes!(sandboxes::read, sandboxes::update, sandboxes::delete))
+        .routes(routes!(life::start))
         .routes(routes!(life::kill))
         .routes(routes!(life::pause))
         .routes(routes!(life::resume))

@@ -15,6 +15,7 @@ mod pressure;
 mod queue;
 mod recovery;
 mod settle;
+mod start;
 mod stdin;
 mod update;
 mod upkeep;
@@ -113,6 +114,8 @@ pub struct Engine {
     live: Registry,
     execs: exec::Execs,
     inputs: stdin::Inputs,
+    /// The room of layers that are kept here of what has ended.
+    kept: start::KeptRooms,
     /// Wakes the scheduler.
     wake: Arc<Notify>,
     /// Wakes who renews the lease: what is wanted of this node has changed.
@@ -158,6 +161,8 @@ pub enum EngineError {
     /// As it is now, that cannot be done to it.
     #[error("{0}")]
     Refused(String),
+    #[error("what it wrote is not kept any more")]
+    LayerLost,
     /// Another attempt at the same request goes on with it.
     #[error("the key of this request is held by another attempt")]
     KeyLost,
@@ -216,6 +221,7 @@ impl Engine {
             live: Registry::new(Arc::clone(&metrics)),
             execs: exec::Execs::default(),
             inputs: stdin::Inputs::default(),
+            kept: start::KeptRooms::default(),
             store,
             keeper,
             clock,
@@ -323,6 +329,7 @@ impl Engine {
         for _ in 0..ATTEMPTS {
             let act = Act { actor: Some(owner), at: self.clock.now(), data: serde_json::json!({}) };
             let exec_logs = self.store.exec_logs_of(id).await?;
+            self.give_up_layer(tenant, id).await?;
             if let Some(deleted) = self.store.delete(tenant, id, &act).await? {
                 self.live.remove(id);
                 for exec in exec_logs {
@@ -474,6 +481,10 @@ impl Engine {
             tokio::select! {
                 _ = self.keeper.connected() => {}
                 () = self.keeper_gone() => return,
+            }
+            if self.live.get(id).is_some() {
+                // It lives again, and has a log anew.
+                return;
             }
             match self.keeper.forget(id).await {
                 Err(CallError::Lost) => tokio::time::sleep(Duration::from_millis(100)).await,

@@ -119,6 +119,10 @@ pub struct Sandbox {
     pub idle_timeout_ms: Option<u64>,
     /// Whether it is removed when it has ended.
     pub auto_remove: bool,
+    /// Whether what it wrote stays when it ends, so that it can be started again.
+    pub keep_layer: bool,
+    /// Which of its lives this is, from one on.
+    pub starts: u32,
     pub outcome: Option<Outcome>,
     /// What stood around its payload; `None`: it has not started, or never did.
     pub fences: Option<Fences>,

@@ -26,7 +26,7 @@ pub use events::{Act, EventFilter, Followed as FollowedEvents, News, Position, T
 pub use execs::{ExecAdmitted, ExecEnded};
 pub use idempotency::{Fingerprint, HeldKey, Kept, KeyName, KeyState, Taking};
 pub use images::{Image, NewImage, Recorded};
-pub use life::Changing;
+pub use life::{Changing, StartedAgain};
 pub use nodes::{Abandoned, Capacity as NodeCapacity, Hold, Lease, Node, NodeId, Orders, Renewed, Renewer};
 use pool::Pool;
 pub use queue::{Candidate, Input, Return};

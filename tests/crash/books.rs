@@ -10,12 +10,12 @@ use serde_json::Value;
 /// What contradicts what, each with a name. Every answer must be empty.
 const CONTRADICTIONS: &[(&str, &str)] = &[
     (
-        "a sandbox that has not exactly one event and one line in the ledger for its end, or has one before it",
+        "a sandbox that has not exactly one event and one line in the ledger for the end of each of its lives, or has one before it",
         "select s.id, s.state, s.labels ->> 'crash' as label, coalesce(e.ended, 0) as ended, coalesce(u.lines, 0) as lines
          from sandboxes s
              left join (select sandbox, count(*) as ended from events where kind = 'sandbox.ended' group by sandbox) e on e.sandbox = s.id
              left join (select sandbox, count(*) as lines from usage group by sandbox) u on u.sandbox = s.id
-         where (coalesce(e.ended, 0), coalesce(u.lines, 0)) <> (case when s.outcome is null then (0::bigint, 0::bigint) else (1::bigint, 1::bigint) end)",
+         where (coalesce(e.ended, 0), coalesce(u.lines, 0)) <> (s.starts - (s.outcome is null)::integer, s.starts - (s.outcome is null)::integer)",
     ),
     (
         "a sandbox without exactly one event of its making",
@@ -28,12 +28,13 @@ const CONTRADICTIONS: &[(&str, &str)] = &[
         "select e.sandbox, e.deleted, e.ended, e.was, coalesce(u.lines, 0) as lines
          from (
              select sandbox, count(*) filter (where kind = 'sandbox.deleted') as deleted, count(*) filter (where kind = 'sandbox.ended') as ended,
+                 count(*) filter (where kind in ('sandbox.created', 'sandbox.started')) as lives,
                  max(data ->> 'state') filter (where kind = 'sandbox.deleted') as was
              from events where sandbox is not null group by sandbox
          ) e
              left join (select sandbox, count(*) as lines from usage group by sandbox) u on u.sandbox = e.sandbox
          where not exists (select 1 from sandboxes s where s.id = e.sandbox)
-             and (e.deleted <> 1 or (e.ended, coalesce(u.lines, 0)) <> (case when e.was = 'queued' then (0::bigint, 0::bigint) else (1::bigint, 1::bigint) end))",
+             and (e.deleted <> 1 or (e.ended, coalesce(u.lines, 0)) <> (case when e.was = 'queued' then (0::bigint, 0::bigint) else (e.lives, e.lives) end))",
     ),
     (
         "a tenant whose counts are not those of its rows",

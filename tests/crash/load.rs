@@ -239,7 +239,7 @@ impl Worker {
                 if asked == Asked::Ended { json!(["flood", "150000"]) } else { json!(["sh", "-c", "echo begun; exec sleep 1000"]) };
             let is_removed = asked == Asked::Ended && self.random.below(2) == 0;
             let request = json!({
-                "image": "busybox", "command": command, "labels": { "crash": known.label }, "auto_remove": is_removed,
+                "image": "busybox", "command": command, "labels": { "crash": known.label }, "auto_remove": is_removed, "keep_layer": asked == Asked::Cancelled,
                 "limits": { "memory_bytes": MEMORY_BYTES, "disk_bytes": 4 << 20 },
             });
             // It goes by itself, and nobody promises when.
@@ -252,7 +252,9 @@ impl Worker {
                 }
                 let path = format!("/v1/sandboxes/{}", known.id.as_deref().unwrap_or_default());
                 if asked == Asked::Cancelled {
-                    self.order(&path).await;
+                    let is_started_again = self.order(&path).await;
+                    // A start that a crash interrupts is told as lost.
+                    known.has_run &= !is_started_again;
                 }
                 known.deletion = Some(self.client().try_delete(&path).await.is_ok_and(|answer| answer.status == 204));
             }
@@ -262,20 +264,25 @@ impl Worker {
     }
 
     /// What a sandbox may be told while it is there. Whatever it answers: the state of its row and its keeper's must agree in the end.
-    async fn order(&mut self, path: &str) {
+    /// Whether it was told to start again.
+    async fn order(&mut self, path: &str) -> bool {
         let change = json!({ "labels": { "changed": "yes" }, "limits": { "memory_bytes": MEMORY_BYTES + (1 << 20), "pids": 32 } });
+        let mut is_started_again = false;
         for _ in 0..self.random.below(4) {
-            let (method, of, body) = match self.random.below(5) {
-                0 | 1 => (Method::POST, "/pause", json!({})),
+            let (method, of, body) = match self.random.below(6) {
+                0 => (Method::POST, "/start", json!({})),
+                1 => (Method::POST, "/pause", json!({})),
                 2 => (Method::POST, "/resume", json!({})),
                 3 => (Method::PATCH, "", change.clone()),
                 _ => (Method::POST, "/stop", json!({ "grace_ms": 50 })),
             };
+            is_started_again |= of == "/start";
             let path = format!("{path}{of}");
             let client = self.client();
             let request = client.request(method.clone(), &path).json(&body);
             let _unread = client.try_send(request, method.as_str(), &path).await;
         }
+        is_started_again
     }
 
     /// An image that comes and goes, with a run in between; until the service is lost, so that nothing is made up for.

@@ -258,11 +258,13 @@ impl Trial {
 
 /// Steps that the load reaches once in a while only.
 fn is_rare(step: &str) -> bool {
-    const RARE: [&str; 9] = [
+    const RARE: [&str; 11] = [
         "service.image.",
         "service.delete.",
         "service.pause.",
+        "service.start.",
         "service.stop.",
+        "service.layer.",
         "service.update.",
         "service.settle.removed",
         "keeper.upgrade.",

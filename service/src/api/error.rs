@@ -40,6 +40,9 @@ pub enum ApiError {
     /// It is in this state, in which that cannot be done to it.
     #[error("it is {}", .0.as_str())]
     WrongState(State),
+    /// It cannot go on from what it wrote before.
+    #[error("what it wrote is not kept any more; with `fresh` it can be started without that")]
+    LayerLost,
     #[error("the Idempotency-Key was used for another request")]
     KeyReused,
     /// An attempt with the same key goes on.
@@ -97,6 +100,7 @@ pub enum Code {
     MethodNotAllowed,
     Conflict,
     WrongState,
+    LayerLost,
     IdempotencyKeyReused,
     IdempotencyKeyInUse,
     FileNotFound,
@@ -196,6 +200,7 @@ impl ApiError {
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, Code::MethodNotAllowed, "Method not allowed"),
             Self::Conflict(_) => (StatusCode::CONFLICT, Code::Conflict, "Conflict"),
             Self::WrongState(_) => (StatusCode::CONFLICT, Code::WrongState, "Wrong state"),
+            Self::LayerLost => (StatusCode::CONFLICT, Code::LayerLost, "Layer lost"),
             Self::KeyReused => (StatusCode::CONFLICT, Code::IdempotencyKeyReused, "Key reused"),
             Self::KeyInUse => (StatusCode::CONFLICT, Code::IdempotencyKeyInUse, "Key in use"),
             Self::PayloadTooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, Code::PayloadTooLarge, "Payload too large"),
@@ -240,6 +245,7 @@ impl ApiError {
             | Self::MethodNotAllowed
             | Self::Conflict(_)
             | Self::WrongState(_)
+            | Self::LayerLost
             | Self::KeyReused
             | Self::PayloadTooLarge(_)
             | Self::File(_)
@@ -398,6 +404,7 @@ impl From<EngineError> for ApiError {
             EngineError::UnknownTenant => Self::UnknownTenant,
             EngineError::NameTaken => StoreError::NameTaken.into(),
             EngineError::WrongState(state) => Self::WrongState(state),
+            EngineError::LayerLost => Self::LayerLost,
             EngineError::Refused(why) => Self::Conflict(why),
             EngineError::KeyLost => Self::KeyInUse,
             EngineError::KeeperUnavailable => Self::KeeperUnavailable,

@@ -1,4 +1,4 @@
-//! `/v1/sandboxes/{id}/stop`, `kill`, `pause`, `resume` and `wait`: what a sandbox is told while it is there.
+//! `/v1/sandboxes/{id}/start`, `stop`, `kill`, `pause`, `resume` and `wait`: what a sandbox is told between its creation and its removal.
 
 use std::{sync::Arc, time::Duration};
 
@@ -47,6 +47,15 @@ pub(super) struct KillRequest {
     signal: Option<SignalRequest>,
 }
 
+/// Body of `POST /v1/sandboxes/{id}/start`. May be absent.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct StartRequest {
+    /// Without what it wrote before, which is given up; also without the files that it was made with.
+    #[serde(default)]
+    fresh: bool,
+}
+
 /// Body of operations that need nothing to be said. May be absent.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -61,6 +70,37 @@ pub(super) struct WaitView {
     /// As it was seen last; null: it is gone, and nobody saw how it ended.
     #[schema(required)]
     sandbox: Option<SandboxView>,
+}
+
+/// Start a sandbox again
+///
+/// One that has ended begins another life, on what it wrote in those before if it was made with `keep_layer`; its log begins anew, and its input is empty. What its limits
+/// take is counted as for a new one, and it does not wait for room. Where what it wrote is not kept any more, the answer is 409 (`layer_lost`), unless it is to begin `fresh`. Nothing
+/// happens to one that runs, or is about to.
+#[utoipa::path(
+    post,
+    path = "/v1/sandboxes/{id}/start",
+    operation_id = "startSandbox",
+    tag = "sandboxes",
+    security(("bearer" = ["sandboxes:write"])),
+    params(parameter::Named),
+    request_body(content = Option<StartRequest>, description = "May be absent.", example = json!({ "fresh": true })),
+    responses(
+        (status = 200, description = "It runs, has failed to start, or is still starting: `state` says which.", body = SandboxView),
+        refusal::NotFound,
+        refusal::QuotaExceeded,
+    ),
+)]
+pub(super) async fn start(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Path(id): Path<String>,
+    body: Body,
+) -> Result<Json<SandboxView>, ApiError> {
+    caller.require(Scope::SandboxesWrite)?;
+    let StartRequest { fresh } = json::read_or_default(body).await?;
+    let id = query::object(&app, &caller, &id).await?;
+    answer(&app, app.engine.start_again(caller.owner(), id, fresh).await?).await
 }
 
 /// Ask a sandbox to end

@@ -117,6 +117,11 @@ pub(super) struct SandboxView {
     idle_timeout_ms: Option<u64>,
     /// Whether it is removed when it has ended.
     auto_remove: bool,
+    /// Whether what it wrote stays when it ends.
+    keep_layer: bool,
+    /// From one on; more where it was started again.
+    #[schema(minimum = 1)]
+    starts: u32,
     stdin_open: bool,
     /// The size of its terminal at its start, if it has one.
     #[schema(required, value_type = Option<words::TerminalSize>)]
@@ -197,6 +202,8 @@ impl From<Sandbox> for SandboxView {
             ttl_ms: sandbox.ttl_ms,
             idle_timeout_ms: sandbox.idle_timeout_ms,
             auto_remove: sandbox.auto_remove,
+            keep_layer: sandbox.keep_layer,
+            starts: sandbox.starts,
             stdin_open: sandbox.program.stdin_open,
             tty: sandbox.program.terminal,
             stop_signal: sandbox.program.stop.signal,

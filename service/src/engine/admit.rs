@@ -137,6 +137,8 @@ impl Engine {
             expires_at: asked.ttl_ms.map(|ms| created_at + Duration::from_millis(ms)),
             idle_timeout_ms: asked.idle_timeout_ms,
             auto_remove: asked.auto_remove,
+            keep_layer: asked.keep_layer,
+            starts: 1,
             outcome: None,
             attempt: 1,
             retries_left: asked.retries,

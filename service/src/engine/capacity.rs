@@ -138,6 +138,13 @@ impl Reservation {
         self.counts_for = Some((owner.clone(), weight));
     }
 
+    /// [`Reservation::count_for`], unless it counts for somebody already.
+    pub(super) fn count_for_if_nobody(&mut self, owner: &Owner, weight: u32) {
+        if self.held.is_none() {
+            self.count_for(owner, weight);
+        }
+    }
+
     /// Takes other room instead. False, and nothing is changed: it is larger, and there is not so much.
     pub(super) fn resize(&mut self, room: Room) -> bool {
         let is_smaller = {

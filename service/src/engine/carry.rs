@@ -13,7 +13,7 @@ use super::{Engine, capacity::Reservation, input, lease::LEFT_TO_OTHERS, live::L
 use crate::{
     clock::at_us,
     runtime::{CallError, LaunchAnswer},
-    sandbox::{self, Kind, Sandbox, SandboxId, State},
+    sandbox::{self, Kind, SandboxId, State},
     store::{Input, Return},
 };
 
@@ -54,15 +54,21 @@ impl Engine {
         let input = Arc::new(input);
         live.give_room(reservation);
         let course = self.launch_and_follow(&live, &input).await;
-        live.free_room();
         let after = match course {
-            Course::Ended(ending) => self.settle(&live, &ending).await,
+            Course::Ended(ending) => self.free_and_settle(&live, &ending).await,
+            // It belongs here, and to no queue.
+            Course::NotBegun(_) if live.sandbox.starts > 1 => {
+                let ending = self.infra_error("its node could not start it again".to_owned());
+                self.free_and_settle(&live, &ending).await
+            }
             Course::NotBegun(None) => {
                 // It is the first of its line: whatever is in its way, the others get their turn.
+                live.free_room();
                 let until = Some(self.clock.now() + LEFT_TO_OTHERS);
                 self.give_back(&live, Return::NotBegun { input: &input, until }).await
             }
             Course::NotBegun(Some(ending)) => {
+                live.free_room();
                 if self.could_be_elsewhere(&live).await {
                     let until = Some(self.clock.now() + LEFT_TO_OTHERS);
                     self.give_back(&live, Return::NotBegun { input: &input, until }).await
@@ -88,10 +94,16 @@ impl Engine {
             self.hold_to_row_later(&live);
         }
         let ending = self.follow(&live, None::<std::future::Pending<_>>).await;
-        live.free_room();
-        if self.settle(&live, &ending).await == After::Waits {
+        if self.free_and_settle(&live, &ending).await == After::Waits {
             known.keep();
         }
+    }
+
+    /// Gives its room back, but for that of a layer that is kept, and stores its end.
+    async fn free_and_settle(self: &Arc<Self>, live: &Arc<Live>, ending: &Ending) -> After {
+        self.keep_room(live, ending);
+        live.free_room();
+        self.settle(live, ending).await
     }
 
     async fn launch_and_follow(&self, live: &Live, input: &Arc<Input>) -> Course {
@@ -107,7 +119,7 @@ impl Engine {
             return Course::NotBegun(None);
         }
         fail_point::reached("service.launch.given");
-        let launch = launch_of(&live.sandbox, has_stdin, has_files);
+        let launch = launch_of(live, has_stdin, has_files);
         match self.launch(launch, &descriptors).await {
             Started::Over(ending) => Course::Ended(ending),
             Started::NotBegun => Course::NotBegun(None),
@@ -185,7 +197,10 @@ impl Engine {
             match error {
                 CallError::Failed(failure) => match failure.kind {
                     FailureKind::Busy => {
-                        self.pressure.note(&failure.message);
+                        // Who waits for a layer lacks nothing of the node's.
+                        if launch.layer == Layering::Fresh {
+                            self.pressure.note(&failure.message);
+                        }
                         if Instant::now() >= deadline || self.stopping.is_cancelled() {
                             return Started::NotBegun;
                         }
@@ -353,7 +368,8 @@ impl Engine {
     }
 }
 
-fn launch_of(sandbox: &Sandbox, has_stdin: bool, has_files: bool) -> Launch {
+fn launch_of(live: &Live, has_stdin: bool, has_files: bool) -> Launch {
+    let sandbox = &live.sandbox;
     let limits = &sandbox.limits;
     Launch {
         id: sandbox.id,
@@ -373,8 +389,8 @@ fn launch_of(sandbox: &Sandbox, has_stdin: bool, has_files: bool) -> Launch {
         stdin: sandbox.program.stdin(has_stdin),
         has_files,
         terminal: sandbox.program.terminal,
-        layer: Layering::Fresh,
-        keeps_layer: false,
+        layer: live.layer(),
+        keeps_layer: sandbox.keep_layer,
         volumes: Vec::new(),
     }
 }

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use sandbox_core::protocol::{KillReason, Launched};
+use sandbox_core::protocol::{KillReason, Launched, Layering};
 use time::OffsetDateTime;
 use tokio::sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard, watch};
 
@@ -50,6 +50,8 @@ pub(super) struct Live {
     changeable: watch::Sender<Changeable>,
     /// Held by who changes it, so that one change follows the other in Postgres and at the keeper alike.
     turn: AsyncMutex<()>,
+    /// What it goes on from.
+    layer: Mutex<Layering>,
     /// Its room on this node.
     reservation: Mutex<Option<Reservation>>,
     /// When something was last asked of it.
@@ -104,6 +106,7 @@ impl Live {
         Self {
             changeable: watch::channel(Changeable::of(&sandbox)).0,
             turn: AsyncMutex::new(()),
+            layer: Mutex::new(Layering::Fresh),
             reservation: Mutex::default(),
             active_at: Mutex::default(),
             sandbox,
@@ -189,8 +192,20 @@ impl Live {
     }
 
     pub(super) fn free_room(&self) {
-        let room = self.reservation.lock().unwrap_or_else(PoisonError::into_inner).take();
-        drop(room);
+        drop(self.take_room());
+    }
+
+    pub(super) fn take_room(&self) -> Option<Reservation> {
+        self.reservation.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// It goes on from what this one left.
+    pub(super) fn go_on_from(&self, layer: Layering) {
+        *self.layer.lock().unwrap_or_else(PoisonError::into_inner) = layer;
+    }
+
+    pub(super) fn layer(&self) -> Layering {
+        *self.layer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes other room instead of what it has. False, and nothing is changed: there is not so much.

@@ -28,6 +28,7 @@ impl Engine {
         let records = self.keeper.list().await.context("asking the keeper for its sandboxes failed")?;
         fail_point::reached("service.recover.listed");
         let mut leftover = self.take_over(rows, records).await;
+        self.know_kept_layers().await?;
         fail_point::reached("service.recover.taken");
         self.take_over_execs(None).await.context("reading this node's execs failed")?;
         let execs = self.sort_out_execs(&leftover).await?;
@@ -126,6 +127,7 @@ impl Engine {
             // The keeper that there was at its claim would know it if it had been begun.
             let is_unbegun = record.is_none()
                 && sandbox.keeps_input
+                && sandbox.starts == 1
                 && sandbox.state == State::Starting
                 && sandbox.claimed_at.is_some_and(|at| unix_us(at) > keeper_started_at_us);
             let live = self.live.claimed(sandbox, self.lease());

@@ -42,6 +42,9 @@ impl Engine {
             if let Err(error) = self.remove_overdue().await {
                 tracing::warn!(%error, "removing what has ended failed");
             }
+            if let Err(error) = self.drop_old_layers().await {
+                tracing::warn!(%error, "dropping layers that nobody needs failed");
+            }
             if let Err(error) = self.drop_old_rows().await {
                 tracing::warn!(%error, "dropping old rows failed");
             }

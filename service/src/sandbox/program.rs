@@ -252,6 +252,7 @@ mod tests {
             ttl_ms: None,
             idle_timeout_ms: None,
             auto_remove: false,
+            keep_layer: false,
             when_full: WhenFull::Queue,
             retries: 0,
         }

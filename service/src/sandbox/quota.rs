@@ -18,7 +18,7 @@ const LARGEST: &str = "largest_";
 const NUMBER_MAX: u64 = (1 << 53) - 1;
 
 /// Quotas by number that are counted, with what they count. Those from `execs` on are a tenant's alone.
-const COUNTED: [(&str, &str); 12] = [
+const COUNTED: [(&str, &str); 13] = [
     ("sandboxes", "sandboxes and runs that have not ended"),
     ("memory_bytes", "bytes of their memory limits together"),
     ("cpu_millis", "thousandths of a core of their CPU limits together"),
@@ -31,8 +31,9 @@ const COUNTED: [(&str, &str); 12] = [
     ("image_bytes", "bytes of imported images"),
     ("volume_bytes", "bytes of volumes"),
     ("webhooks", "webhooks"),
+    ("kept_layers", "sandboxes that keep their layers"),
 ];
-const TENANT_ONLY: [&str; 4] = ["execs", "image_bytes", "volume_bytes", "webhooks"];
+const TENANT_ONLY: [&str; 5] = ["execs", "image_bytes", "volume_bytes", "webhooks", "kept_layers"];
 
 /// Quotas that are lists of what may be asked for.
 const LISTS: [&str; 2] = ["networks", "isolations"];
@@ -150,6 +151,7 @@ impl Default for DefaultQuotas {
             ("image_bytes", 32 * GIB),
             ("volume_bytes", 32 * GIB),
             ("webhooks", 16),
+            ("kept_layers", 16),
         ];
         Self {
             tenant: Quotas(tenant.into_iter().map(|(name, number)| (name.to_owned(), number.into())).collect()),

@@ -200,6 +200,9 @@ pub struct SandboxRequest {
     /// Remove it, with its log, when it has ended. How it ended is told by its event.
     #[serde(default)]
     auto_remove: bool,
+    /// Keep what it wrote when it ends, until it is deleted: it can be started again, and its files can be worked on.
+    #[serde(default)]
+    keep_layer: bool,
     /// Keep its standard input open for whoever attaches.
     #[serde(default)]
     stdin_open: bool,
@@ -394,6 +397,7 @@ pub struct NewSandbox {
     pub ttl_ms: Option<u64>,
     pub idle_timeout_ms: Option<u64>,
     pub auto_remove: bool,
+    pub keep_layer: bool,
     pub when_full: WhenFull,
     /// How often it is tried again after an `infra_error`.
     pub retries: u32,
@@ -442,6 +446,7 @@ impl RunRequest {
             ttl_ms: None,
             idle_timeout_ms: None,
             auto_remove: false,
+            keep_layer: false,
             when_full: self.when_full,
             retries: u32::try_from(retries).unwrap_or(u32::MAX),
         };
@@ -477,12 +482,16 @@ impl SandboxRequest {
             ttl_ms: self.ttl_ms.map(|ms| TTL_MS.check(ms)).transpose()?,
             idle_timeout_ms: self.idle_timeout_ms.map(|ms| IDLE_TIMEOUT_MS.check(ms)).transpose()?,
             auto_remove: self.auto_remove,
+            keep_layer: self.keep_layer,
             when_full: self.when_full,
             retries: 0,
         };
         if sandbox.stdin.is_some() && (sandbox.stdin_open || sandbox.terminal.is_some()) {
             let field = if sandbox.stdin_open { "stdin_open" } else { "tty" };
             return Err(Invalid::new(field, "what is given as stdin is all that is read: it goes neither with stdin_open nor with tty"));
+        }
+        if sandbox.keep_layer && (sandbox.auto_remove || sandbox.isolation != Isolation::Container) {
+            return Err(Invalid::new("keep_layer", "a layer is kept neither of what is removed at its end nor under gVisor"));
         }
         sandbox.args_and_env_fit().map(|()| sandbox)
     }

@@ -6,7 +6,9 @@ use utoipa::ToSchema;
 /// Where a sandbox stands.
 ///
 /// ```text
-///          Claimed            Launched           Ended
+///                       StartedAgain
+///    ┌──────────────────────────────────────────────────────┐
+///    │     Claimed            Launched           Ended      │
 /// queued ──────────▶ starting ──────────▶ running ─────▶ exited
 ///  │  ▲                │  │                 │  │ ▲         ▲
 ///  │  └────────────────┴──│─────────────────┘  │ │ Paused, │
@@ -16,7 +18,7 @@ use utoipa::ToSchema;
 ///  └──────────────────────┴────────────────────┴───────▶ failed
 /// ```
 ///
-/// `failed`: the payload never started, or nobody knows what became of it. What is paused goes the same ways as what runs.
+/// `failed`: the payload never started, or nobody knows what became of it; it can be started again, too. What is paused goes the same ways as what runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 #[schema(description = "`failed`: the program never started, or its fate is unknown. Every other end is `exited`.")]
@@ -47,6 +49,8 @@ pub enum Event {
     Returned,
     /// The payload never ran, or its end is unknown.
     Lost,
+    /// Somebody wants it to live once more.
+    StartedAgain,
 }
 
 impl State {
@@ -59,17 +63,23 @@ impl State {
             (Self::Starting, Event::Launched) | (Self::Paused, Event::Resumed) => Some(Self::Running),
             (Self::Running, Event::Paused) => Some(Self::Paused),
             (Self::Running | Self::Paused, Event::Ended) => Some(Self::Exited),
-            (Self::Starting | Self::Running | Self::Paused, Event::Returned) => Some(Self::Queued),
+            (Self::Starting | Self::Running | Self::Paused, Event::Returned) | (Self::Exited | Self::Failed, Event::StartedAgain) => {
+                Some(Self::Queued)
+            }
             (Self::Queued | Self::Starting | Self::Running | Self::Paused, Event::Lost) => Some(Self::Failed),
             (Self::Queued, Event::Launched | Event::Paused | Event::Resumed | Event::Ended | Event::Returned)
             | (Self::Starting, Event::Claimed | Event::Paused | Event::Resumed | Event::Ended)
             | (Self::Running, Event::Claimed | Event::Launched | Event::Resumed)
             | (Self::Paused, Event::Claimed | Event::Launched | Event::Paused)
-            | (Self::Exited | Self::Failed, _) => None,
+            | (Self::Queued | Self::Starting | Self::Running | Self::Paused, Event::StartedAgain)
+            | (
+                Self::Exited | Self::Failed,
+                Event::Claimed | Event::Launched | Event::Paused | Event::Resumed | Event::Ended | Event::Returned | Event::Lost,
+            ) => None,
         }
     }
 
-    /// Whether nothing happens to it any more.
+    /// Whether nothing happens to it any more, unless somebody starts it again.
     pub const fn is_final(self) -> bool {
         matches!(self, Self::Exited | Self::Failed)
     }
@@ -102,11 +112,13 @@ mod tests {
     }
 
     #[test]
-    fn nothing_leaves_a_final_state() {
+    fn nothing_but_a_new_start_leaves_a_final_state() {
         for event in [Event::Claimed, Event::Launched, Event::Paused, Event::Resumed, Event::Ended, Event::Returned, Event::Lost] {
             assert_eq!(State::Exited.after(event), None);
             assert_eq!(State::Failed.after(event), None);
         }
+        assert_eq!(State::Exited.after(Event::StartedAgain), Some(State::Queued));
+        assert_eq!(State::Running.after(Event::StartedAgain), None);
     }
 
     #[test]

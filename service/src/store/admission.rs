@@ -116,6 +116,10 @@ impl Store {
                 where starts_with(q.key, 'largest_') and $27::jsonb ? substr(q.key, 9)
                     and coalesce(($27::jsonb ->> substr(q.key, 9))::numeric > (q.value #>> '{}')::numeric, true)
                 union all
+                select u.turn, 19, u.name, 'kept_layers', u.quotas -> 'kept_layers', to_jsonb(k.used), null
+                from used u, lateral (select count(*) as used from sandboxes where $41 and tenant = $2 and keep_layer) as k
+                where $41 and u.turn = 1 and k.used >= (u.quotas ->> 'kept_layers')::bigint
+                union all
                 select u.turn, 2, u.name, 'networks', u.quotas -> 'networks', to_jsonb($31::text), null
                 from used u where not u.quotas -> 'networks' ? $31
                 union all
@@ -131,10 +135,10 @@ impl Store {
                 insert into sandboxes (
                     id, tenant, principal, kind, state, name, image_reference, image_digest, image_root, program, limits, output_policy,
                     labels, memory_bytes, cpu_millis, created_at, expires_at, node, claimed_at, epoch, retries_left, claims, keeps_input,
-                    ttl_ms, idle_timeout_ms, auto_remove
+                    ttl_ms, idle_timeout_ms, auto_remove, keep_layer
                 )
                 select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $33, $34, case when $5 = 'queued' then 0 else 1 end, $37,
-                    $38, $39, $40
+                    $38, $39, $40, $41
                 from principal, image
                 where image.digest = $8
                     and ($35::text is null or exists (select 1 from held))
@@ -229,6 +233,7 @@ impl Store {
             sandbox.ttl_ms.map(bigint) as _,
             sandbox.idle_timeout_ms.map(bigint) as _,
             sandbox.auto_remove,
+            sandbox.keep_layer,
         )
         .fetch_one(&self.pool)
         .await?;

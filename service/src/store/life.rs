@@ -5,10 +5,12 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 
 use super::{
-    Hold, Lease, NodeId, Store, StoreError, bigint, damaged,
+    Hold, Lease, NodeId, Store, StoreError,
+    admission::day_of,
+    bigint, damaged,
     events::Act,
     pool::Transaction,
-    sandboxes::{Whereabouts, select_sandboxes},
+    sandboxes::{Whereabouts, readable, select_sandboxes},
     unsigned,
 };
 use crate::sandbox::{DefaultQuotas, Exceeded, QuotaScope, Sandbox, SandboxId, TenantId};
@@ -99,6 +101,35 @@ impl Store {
         Ok(Some(Changing { transaction, sandbox, whereabouts }))
     }
 
+    /// What has ended on this node with a layer that may still be kept there, and when.
+    pub async fn with_kept_layers(&self, node: NodeId) -> Result<Vec<(Sandbox, OffsetDateTime)>, StoreError> {
+        let rows = select_sandboxes!("keep_layer and node = $1 and state in ('exited', 'failed')", node.0).fetch_all(&self.pool).await?;
+        let ended = readable(rows).into_iter().filter_map(|sandbox| sandbox.finished_at.map(|at| (sandbox, at)));
+        Ok(ended.collect())
+    }
+
+    /// Notes that these layers are kept no more.
+    pub async fn give_up_layers(&self, ids: &[SandboxId]) -> Result<(), StoreError> {
+        let ids: Vec<uuid::Uuid> = ids.iter().map(|id| id.0).collect();
+        sqlx::query!("update sandboxes set keep_layer = false where id = any($1) and state in ('exited', 'failed')", &ids)
+            .execute(&self.pool)
+            .await?;
+        Ok(())
+    }
+
+    /// Of nodes that were not heard of since this time: what has ended there before it, and the layers of which nobody will ever ask for.
+    pub async fn layers_of_gone_nodes(&self, before: OffsetDateTime) -> Result<Vec<SandboxId>, StoreError> {
+        let ids = sqlx::query_scalar!(
+            "select sandboxes.id from sandboxes left join nodes on nodes.id = sandboxes.node
+            where keep_layer and finished_at < $1 and (node is null or lease_until < $1)
+            limit 500",
+            before,
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(ids.into_iter().map(SandboxId).collect())
+    }
+
     /// Ended sandboxes that were to be removed then, and that were not in time: they ended before this.
     pub async fn to_be_removed(&self, before: OffsetDateTime, limit: u32) -> Result<Vec<(TenantId, SandboxId)>, StoreError> {
         let rows = sqlx::query!(
@@ -112,7 +143,155 @@ impl Store {
     }
 }
 
+/// What became of a new start.
+#[derive(Debug, Clone, PartialEq)]
+pub enum StartedAgain {
+    /// With its tenant's weight.
+    Yes {
+        weight: u32,
+    },
+    /// Others wait for room, or the node may take nothing more.
+    Behind,
+    Suspended,
+    Exceeded(Box<Exceeded>),
+}
+
 impl Changing {
+    /// Begins another life of one that has ended, claimed by the holder of this lease: everything is counted against the quotas as for a new one. What is
+    /// refused leaves the transaction without effect.
+    pub async fn start(&mut self, lease: Lease, defaults: &DefaultQuotas, act: &Act<'_>) -> Result<StartedAgain, StoreError> {
+        let before = &self.sandbox;
+        let (actor_tenant, actor) = act.names();
+        let expires_at = before.ttl_ms.map(|ms| act.at + std::time::Duration::from_millis(ms));
+        let row = sqlx::query!(
+            r#"with tenant as (
+                select * from tenants where id = $2 for no key update
+            ), principal as (
+                -- after the tenant, always
+                select * from principals where tenant = $2 and name = $3 and exists (select 1 from tenant) for no key update
+            ), scope as (
+                select 1 as turn, 'tenant' as name, suspended_at, live, live_memory_bytes, live_cpu_millis, log_bytes, bucket_micros, bucket_at, day,
+                    day_runs, day_cpu_us, jsonb_strip_nulls($4::jsonb || quotas) as quotas
+                from tenant
+                union all
+                select 2, 'principal', p.suspended_at, p.live, p.live_memory_bytes, p.live_cpu_millis, p.log_bytes, p.bucket_micros, p.bucket_at,
+                    p.day, p.day_runs, p.day_cpu_us, jsonb_strip_nulls($5::jsonb || t.principal_quotas || p.quotas)
+                from principal p, tenant t
+            ), used as (
+                select s.turn, s.name, s.suspended_at, s.live, s.live_memory_bytes, s.live_cpu_millis, s.log_bytes,
+                    greatest(s.day, $6::date) as day,
+                    case when s.day >= $6::date then s.day_runs else 0 end as day_runs,
+                    case when s.day >= $6::date then s.day_cpu_us else 0 end as day_cpu_us,
+                    extract(epoch from (greatest(s.day, $6::date) + 1)::timestamp at time zone 'UTC' - $7::timestamptz)::bigint + 1 as day_left_s,
+                    -- as for a new one
+                    case when s.bucket_at is null then q.runs_per_minute * 1000000 else least(q.runs_per_minute * 1000000,
+                        s.bucket_micros + (extract(epoch from least(greatest($7::timestamptz - s.bucket_at, '0 s'), '60 s')) * 1000000)::bigint
+                            * q.runs_per_minute / 60) end as bucket_micros,
+                    greatest(s.bucket_at, $7::timestamptz) as bucket_at,
+                    q.sandboxes, q.memory_bytes, q.cpu_millis, q.log_bytes as log_bytes_max, q.runs_per_minute, q.runs_per_day, q.cpu_seconds_per_day
+                from scope s, jsonb_to_record(s.quotas) as q(
+                    sandboxes bigint, memory_bytes bigint, cpu_millis bigint, log_bytes bigint, runs_per_minute bigint, runs_per_day bigint,
+                    cpu_seconds_per_day bigint
+                )
+            ), exceeded as (
+                select u.turn, c.turn as quota_turn, u.name as scope, c.quota, to_jsonb(c.allowed) as allowed, to_jsonb(c.used) as used,
+                    c.retry_after_s
+                from used u, lateral (values
+                    (11, 'sandboxes', u.live + 1 > u.sandboxes, u.sandboxes, u.live, 1),
+                    (12, 'memory_bytes', u.live_memory_bytes + $8 > u.memory_bytes, u.memory_bytes, u.live_memory_bytes, 1),
+                    (13, 'cpu_millis', u.live_cpu_millis + $9 > u.cpu_millis, u.cpu_millis, u.live_cpu_millis, 1),
+                    (15, 'log_bytes', u.log_bytes >= u.log_bytes_max, u.log_bytes_max, u.log_bytes, 60),
+                    (16, 'runs_per_day', u.day_runs + 1 > u.runs_per_day, u.runs_per_day, u.day_runs, u.day_left_s),
+                    (17, 'cpu_seconds_per_day', u.day_cpu_us >= u.cpu_seconds_per_day * 1000000, u.cpu_seconds_per_day,
+                        u.day_cpu_us / 1000000, u.day_left_s),
+                    (18, 'runs_per_minute', u.bucket_micros < 1000000, u.runs_per_minute,
+                        u.runs_per_minute - u.bucket_micros / 1000000,
+                        case when u.runs_per_minute > 0 then ((1000000 - u.bucket_micros) * 60 / u.runs_per_minute + 999999) / 1000000 end)
+                ) as c(turn, quota, is_exceeded, allowed, used, retry_after_s)
+                where c.is_exceeded
+            ), first as (
+                select * from exceeded order by quota_turn, turn limit 1
+            ), was as (
+                select id, log_bytes from sandboxes where id = $1
+            ), started as (
+                update sandboxes
+                set state = 'starting', node = $10, epoch = $11, claims = claims + 1, starts = starts + 1, claimed_at = $7, started_at = null,
+                    finished_at = null, expires_at = $12, outcome = null, reason = null, fences = null, log_tail = null, stdout_omitted_bytes = 0,
+                    stderr_omitted_bytes = 0, has_log_file = false, log_expires_at = null, log_bytes = 0, keeps_input = false
+                from was
+                where sandboxes.id = was.id and state in ('exited', 'failed')
+                    and not exists (select 1 from used where suspended_at is not null)
+                    and not exists (select 1 from first)
+                    and not exists (select 1 from tenants where queued > 0 and suspended_at is null)
+                    and exists (select 1 from nodes where id = $10 and epoch = $11 and drained_at is null)
+                returning sandboxes.id, labels, starts, was.log_bytes as had
+            ), tenant_counted as (
+                update tenants
+                set live = tenants.live + 1, live_memory_bytes = tenants.live_memory_bytes + $8,
+                    live_cpu_millis = tenants.live_cpu_millis + $9, log_bytes = tenants.log_bytes - started.had,
+                    bucket_micros = coalesce(used.bucket_micros - 1000000, 0),
+                    bucket_at = case when used.bucket_micros is not null then used.bucket_at end,
+                    day = used.day, day_runs = used.day_runs + 1, day_cpu_us = used.day_cpu_us
+                from started, used
+                where tenants.id = $2 and used.turn = 1
+            ), principal_counted as (
+                update principals
+                set live = principals.live + 1, live_memory_bytes = principals.live_memory_bytes + $8,
+                    live_cpu_millis = principals.live_cpu_millis + $9, log_bytes = principals.log_bytes - started.had,
+                    bucket_micros = coalesce(used.bucket_micros - 1000000, 0),
+                    bucket_at = case when used.bucket_micros is not null then used.bucket_at end,
+                    day = used.day, day_runs = used.day_runs + 1, day_cpu_us = used.day_cpu_us
+                from started, used
+                where principals.tenant = $2 and principals.name = $3 and used.turn = 2
+            ), told as (
+                insert into events (tenant, sandbox, kind, at, data, actor_tenant, actor)
+                select $2, id, 'sandbox.started', $7, jsonb_build_object('starts', starts, 'labels', labels), $13, $14 from started
+            )
+            select
+                case
+                    when exists (select 1 from started) then 'started'
+                    when exists (select 1 from used where suspended_at is not null) then 'suspended'
+                    when exists (select 1 from first) then 'exceeded'
+                    else 'behind'
+                end as "verdict!",
+                (select weight from tenant) as weight, first.scope, first.quota, first.allowed, first.used, first.retry_after_s
+            from (select 1) as one left join first on true"#,
+            before.id.0,
+            before.tenant.as_str(),
+            before.principal,
+            Json(&defaults.tenant) as _,
+            Json(&defaults.principal) as _,
+            day_of(act.at),
+            act.at,
+            bigint(before.limits.memory_bytes()),
+            bigint(before.limits.cpu_millis()),
+            lease.node.0,
+            bigint(lease.epoch),
+            expires_at as _,
+            actor_tenant as _,
+            actor as _,
+        )
+        .fetch_one(&mut *self.transaction)
+        .await?;
+        Ok(match row.verdict.as_str() {
+            "started" => StartedAgain::Yes { weight: row.weight.and_then(|weight| u32::try_from(weight).ok()).unwrap_or(1) },
+            "suspended" => StartedAgain::Suspended,
+            "exceeded" => StartedAgain::Exceeded(Box::new(Exceeded {
+                scope: if row.scope.as_deref() == Some("tenant") { QuotaScope::Tenant } else { QuotaScope::Principal },
+                quota: row.quota.ok_or_else(|| damaged("no name of a quota"))?,
+                limit: row.allowed.unwrap_or_default(),
+                used: row.used.unwrap_or_default(),
+                retry_after_s: row.retry_after_s.map(unsigned),
+            })),
+            _ => StartedAgain::Behind,
+        })
+    }
+
+    /// What it is by now.
+    pub async fn reread(&mut self) -> Result<Sandbox, StoreError> {
+        select_sandboxes!("id = $1", self.sandbox.id.0).fetch_one(&mut *self.transaction).await?.read()
+    }
+
     /// Writes what can be changed of `next`, if no quota is in the way. `asked` holds what was asked of fields that a quota can bound. A change that is
     /// refused leaves the transaction without effect.
     pub async fn write(

@@ -132,6 +132,8 @@ pub(super) struct Row {
     pub(super) expires_at: Option<OffsetDateTime>,
     pub(super) idle_timeout_ms: Option<i64>,
     pub(super) auto_remove: bool,
+    pub(super) keep_layer: bool,
+    pub(super) starts: i32,
     pub(super) outcome: Option<Value>,
     pub(super) fences: Option<i32>,
     pub(super) attempt: i32,
@@ -147,7 +149,7 @@ macro_rules! select_sandboxes {
             crate::store::sandboxes::Row,
             r#"select id, tenant, principal, kind, state, name, image_reference, image_digest, image_root,
                 program, limits, output_policy, labels, created_at, claimed_at, started_at, finished_at, expires_at, outcome, fences, attempt, retries_left,
-                claims, keeps_input, ttl_ms, idle_timeout_ms, auto_remove
+                claims, keeps_input, ttl_ms, idle_timeout_ms, auto_remove, keep_layer, starts
             from sandboxes
             where "# + $condition
             $(, $argument)*
@@ -191,6 +193,8 @@ impl Row {
             expires_at: self.expires_at,
             idle_timeout_ms: self.idle_timeout_ms.map(unsigned),
             auto_remove: self.auto_remove,
+            keep_layer: self.keep_layer,
+            starts: self.starts.unsigned_abs(),
             outcome: self.outcome.map(|outcome| json("outcome", outcome)).transpose()?,
             fences: self.fences.map(|bits| Fences::from_bits(bits.cast_unsigned())),
             attempt: self.attempt.unsigned_abs(),
@@ -386,7 +390,7 @@ impl Store {
                     fences = coalesce($19, fences)
                 from before
                 where sandboxes.id = before.id
-                returning sandboxes.id, tenant, principal, kind, memory_bytes, cpu_millis, labels, (was = 'queued')::integer as was_queued
+                returning sandboxes.id, tenant, principal, kind, memory_bytes, cpu_millis, labels, claims, (was = 'queued')::integer as was_queued
             ), tenant_counted as (
                 update tenants
                 set live = live - 1, live_memory_bytes = live_memory_bytes - ended.memory_bytes,
@@ -409,9 +413,10 @@ impl Store {
                 where principals.tenant = ended.tenant and principals.name = ended.principal
             ), counted as (
                 insert into usage (
-                    sandbox, tenant, principal, kind, wall_us, cpu_us, memory_peak_bytes, memory_limit_bytes, output_bytes, log_bytes, ended_at
+                    sandbox, claims, tenant, principal, kind, wall_us, cpu_us, memory_peak_bytes, memory_limit_bytes, output_bytes, log_bytes,
+                    ended_at
                 )
-                select id, tenant, principal, kind, $13, $14, $15, memory_bytes, $16, $17, $7 from ended
+                select id, claims, tenant, principal, kind, $13, $14, $15, memory_bytes, $16, $17, $7 from ended
             ), told as (
                 insert into events (tenant, sandbox, kind, at, data)
                 select tenant, id, 'sandbox.ended', $7,
@@ -537,7 +542,7 @@ impl Store {
             r#"with gone as (
                 delete from sandboxes using (
                     select id from sandboxes
-                    where id < $3 and state in ('exited', 'failed') and finished_at < $1 and not has_log_file
+                    where id < $3 and state in ('exited', 'failed') and finished_at < $1 and not has_log_file and not keep_layer
                     order by id
                     limit $2
                 ) as old

@@ -209,3 +209,65 @@ async fn only_what_has_ended_and_was_to_be_removed_is_found_for_that(pool: PgPoo
     assert_eq!(store.to_be_removed(later, 10).await.unwrap(), [(doomed.tenant.clone(), doomed.id)]);
     assert_eq!(store.to_be_removed(NOW, 10).await.unwrap(), []);
 }
+
+#[sqlx::test(migrations = "../migrations")]
+async fn another_life_is_counted_like_the_first_and_has_a_line_of_its_own(pool: PgPool) {
+    let (store, lease) = store_with_node(pool.clone()).await;
+    let sandbox = Sandbox { keep_layer: true, ttl_ms: Some(5000), ..sandbox("acme", Kind::Sandbox, None) };
+    let hold = running(&store, lease, &sandbox).await;
+    let before = counted(&pool).await;
+    end(&store, &sandbox, hold).await;
+    assert_eq!(store.with_kept_layers(lease.node).await.unwrap().len(), 1);
+
+    let mut changing = store.begin_change(&sandbox.tenant, sandbox.id).await.unwrap().unwrap();
+    assert_eq!(changing.start(lease, &none(), &act()).await.unwrap(), StartedAgain::Yes { weight: 100 });
+    let next = changing.reread().await.unwrap();
+    changing.commit().await.unwrap();
+
+    assert_eq!((next.state, next.starts, next.claims, next.outcome.clone()), (State::Starting, 2, 2, None));
+    assert_eq!(next.expires_at, Some(NOW + std::time::Duration::from_secs(5)));
+    assert_eq!(counted(&pool).await, before);
+    assert_eq!(store.with_kept_layers(lease.node).await.unwrap(), []);
+    end(&store, &sandbox, Hold { lease, claims: 2 }).await;
+    assert_eq!(counted(&pool).await, [(0, 0), (0, 0)]);
+    let lines = sqlx::query_scalar!(r#"select count(*) as "count!" from usage"#).fetch_one(&pool).await.unwrap();
+    assert_eq!(lines, 2);
+    assert_eq!(kinds(&store, &sandbox).await, ["sandbox.created", "sandbox.ended", "sandbox.started", "sandbox.ended"]);
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn a_start_that_a_quota_or_the_queue_forbids_changes_nothing(pool: PgPool) {
+    let (store, lease) = store_with_node(pool.clone()).await;
+    let sandbox = Sandbox { keep_layer: true, ..sandbox("acme", Kind::Sandbox, None) };
+    let hold = running(&store, lease, &sandbox).await;
+    end(&store, &sandbox, hold).await;
+    let start = async |lease, defaults: &DefaultQuotas| {
+        let mut changing = store.begin_change(&sandbox.tenant, sandbox.id).await.unwrap().unwrap();
+        let answer = changing.start(lease, defaults, &act()).await.unwrap();
+        changing.rollback().await.unwrap();
+        answer
+    };
+
+    let none_at_all = DefaultQuotas { tenant: serde_json::from_value(json!({"sandboxes": 0})).unwrap(), principal: Quotas::default() };
+    assert!(matches!(start(lease, &none_at_all).await, StartedAgain::Exceeded(exceeded) if exceeded.quota == "sandboxes"));
+    assert_eq!(start(Lease { epoch: lease.epoch + 1, ..lease }, &none()).await, StartedAgain::Behind);
+    let waiting = Sandbox { state: State::Queued, claimed_at: None, ..super::super::sandboxes::tests::sandbox("other", Kind::Run, None) };
+    assert!(admit(&store, &waiting, lease).await);
+    assert_eq!(start(lease, &none()).await, StartedAgain::Behind);
+    assert_eq!(state(&store, &sandbox).await, State::Failed);
+    assert_eq!(kinds(&store, &sandbox).await, ["sandbox.created", "sandbox.ended"]);
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn a_row_with_a_layer_is_not_pruned_until_that_is_given_up(pool: PgPool) {
+    let (store, lease) = store_with_node(pool).await;
+    let sandbox = Sandbox { keep_layer: true, ..sandbox("acme", Kind::Sandbox, None) };
+    let hold = running(&store, lease, &sandbox).await;
+    end(&store, &sandbox, hold).await;
+    let later = crate::clock::Clock::System.now() + std::time::Duration::from_secs(60);
+
+    assert_eq!(store.prune_sandboxes(later, 10).await.unwrap(), 0);
+    assert_eq!(store.layers_of_gone_nodes(NOW + std::time::Duration::from_secs(1)).await.unwrap(), []);
+    store.give_up_layers(&[sandbox.id]).await.unwrap();
+    assert_eq!(store.prune_sandboxes(later, 10).await.unwrap(), 1);
+}

@@ -34,6 +34,8 @@ pub(crate) fn sandbox(tenant: &str, kind: Kind, name: Option<&str>) -> Sandbox {
         expires_at: None,
         idle_timeout_ms: None,
         auto_remove: false,
+        keep_layer: false,
+        starts: 1,
         outcome: None,
         attempt: 1,
         retries_left: 0,

@@ -1,0 +1,297 @@
+//! Another life for a sandbox that has ended, on what it wrote in the one before; and the room of the layers that are kept for that.
+//!
+//! A layer is kept by this node's keeper under the sandbox's id, and goes with that keeper. What is in memory stays in memory: it takes up room of the node
+//! for as long as it is kept. It is given up before its row is deleted, so that no layer is left of which nobody knows.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use sandbox_core::{
+    fail_point,
+    protocol::{Cause, Ending, FailureKind, Layering, Medium},
+};
+use serde_json::Value;
+use tokio::time::Instant;
+
+use super::{
+    Engine, EngineError, Followed, Owner, Progress, START_PATIENCE,
+    capacity::{Reservation, Room},
+    life::{Place, detached, room_of},
+    live::Live,
+    unix_us,
+};
+use crate::{
+    runtime::CallError,
+    sandbox::{Kind, Limits, Sandbox, SandboxId, State, TenantId},
+    store::{Act, Input, StartedAgain, StoreError},
+};
+
+/// How long a layer that is to be given up may still be somebody's: what is left of its sandbox, or who looks at its files.
+const LAYER_PATIENCE: Duration = Duration::from_secs(5);
+const LAYER_PAUSE: Duration = Duration::from_millis(20);
+
+/// Room of layers that are kept here, with the keeper that does, by when it was started.
+#[derive(Debug, Default)]
+pub(super) struct KeptRooms(Mutex<HashMap<SandboxId, (Reservation, u64)>>);
+
+impl KeptRooms {
+    fn insert(&self, id: SandboxId, room: Reservation, keeper: u64) {
+        self.lock().insert(id, (room, keeper));
+    }
+
+    /// The room of a layer that this keeper has.
+    fn take(&self, id: SandboxId, keeper: u64) -> Option<Reservation> {
+        let (room, of) = self.lock().remove(&id)?;
+        (of == keeper).then_some(room)
+    }
+
+    fn contains(&self, id: SandboxId) -> bool {
+        self.lock().contains_key(&id)
+    }
+
+    fn remove(&self, id: SandboxId) {
+        let room = self.lock().remove(&id);
+        drop(room);
+    }
+
+    fn ids(&self) -> Vec<SandboxId> {
+        self.lock().keys().copied().collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<SandboxId, (Reservation, u64)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Engine {
+    /// Starts the tenant's sandbox that has ended once more, on what it wrote before, or on nothing. Returns it when it runs, has failed to, or has kept who asks
+    /// waiting for long enough; `None` if there is none. Nothing happens to one that runs, or is about to.
+    pub async fn start_again(self: &Arc<Self>, owner: Owner, id: SandboxId, is_fresh: bool) -> Result<Option<Sandbox>, EngineError> {
+        let engine = Arc::clone(self);
+        let begun = detached(async move { engine.start_again_now(&owner, id, is_fresh).await }).await?;
+        match begun {
+            None => Ok(None),
+            Some(Begun::Already(sandbox)) => Ok(Some(*sandbox)),
+            Some(Begun::Now(mut followed)) => {
+                let started = followed.until(|progress| !matches!(progress, Progress::Starting));
+                // Too late is an answer too: the state says so.
+                drop(tokio::time::timeout(START_PATIENCE, started).await);
+                Ok(Some(followed.sandbox()))
+            }
+        }
+    }
+
+    async fn start_again_now(self: &Arc<Self>, owner: &Owner, id: SandboxId, is_fresh: bool) -> Result<Option<Begun>, EngineError> {
+        let sandbox = match self.place(&owner.tenant, Kind::Sandbox, id).await? {
+            None => return Ok(None),
+            Some(Place::Here(live)) => live.now(),
+            Some(Place::InRow(sandbox)) => *sandbox,
+        };
+        match sandbox.state {
+            State::Queued | State::Starting | State::Running => return Ok(Some(Begun::Already(sandbox.into()))),
+            State::Paused => return Err(EngineError::WrongState(State::Paused)),
+            State::Exited | State::Failed => {}
+        }
+        if let Some(why) = self.hindrance() {
+            return Err(EngineError::Busy(why));
+        }
+        let keeper = self.keeper.hello().filter(|_| !self.is_closing()).ok_or(EngineError::KeeperUnavailable)?.started_at_us;
+        let kept = self.kept.take(id, keeper);
+        if kept.is_none() && !is_fresh {
+            return Err(self.without_layer(&sandbox).await?);
+        }
+        let mut room =
+            RoomTaken { engine: self, id, keeper, kept: kept.as_ref().map(|_| room_of_layer(&sandbox.limits)), reservation: kept };
+        room.grow(room_of(&sandbox.limits))?;
+        let Some(mut changing) = self.store.begin_change(&owner.tenant, id).await? else { return Ok(None) };
+        if !changing.sandbox.state.is_final() {
+            // Somebody was faster.
+            let sandbox = changing.sandbox.clone();
+            changing.rollback().await?;
+            return Ok(Some(Begun::Already(sandbox.into())));
+        }
+        let lease = self.lease();
+        let act = Act { actor: Some(owner), at: self.clock.now(), data: Value::Null };
+        let started = match changing.start(lease, &self.tenancy.defaults, &act).await? {
+            StartedAgain::Yes { weight } => Ok(weight),
+            StartedAgain::Exceeded(exceeded) => Err(EngineError::QuotaExceeded(exceeded)),
+            StartedAgain::Suspended => Err(EngineError::Suspended),
+            StartedAgain::Behind => Err(EngineError::Busy("others wait for room on this node".to_owned())),
+        };
+        let weight = match started {
+            Ok(weight) => weight,
+            Err(refused) => {
+                changing.rollback().await?;
+                return Err(refused);
+            }
+        };
+        let next = changing.reread().await?;
+        changing.commit().await?;
+        fail_point::reached("service.start.claimed");
+        let mut reservation = room.give();
+        reservation.count_for_if_nobody(owner, weight);
+        let (live, followed) = {
+            let live = self.live.insert(next, lease, Duration::ZERO);
+            (Arc::clone(&live), Followed::new(live))
+        };
+        if is_fresh {
+            // Only now: what is refused has lost nothing.
+            if let Err(error) = self.drop_layer(id).await {
+                let ending = self.infra_error(format!("what it wrote before could not be given up: {error}"));
+                self.settle_alone(live, ending);
+                return Ok(Some(Begun::Now(followed)));
+            }
+        } else {
+            live.go_on_from(Layering::Of(id));
+        }
+        tokio::spawn(Arc::clone(self).carry(live, Input::default(), reservation));
+        Ok(Some(Begun::Now(followed)))
+    }
+
+    /// Why one of which no layer is kept here cannot go on.
+    async fn without_layer(&self, sandbox: &Sandbox) -> Result<EngineError, StoreError> {
+        let hold = self.store.whereabouts(sandbox.id).await?.and_then(|place| place.hold);
+        let is_elsewhere = sandbox.keep_layer && hold.is_some_and(|hold| hold.lease.node != self.node);
+        Ok(if is_elsewhere { EngineError::KeeperUnavailable } else { EngineError::LayerLost })
+    }
+
+    /// The end of this sandbox leaves its layer: that keeps its room.
+    pub(super) fn keep_room(&self, live: &Live, ending: &Ending) {
+        let has_run = ending.launched.is_some() || live.launched().is_some();
+        let is_left = match ending.cause {
+            // With its keeper, if it ran there; else it was never taken from where it was.
+            Cause::InfraError { .. } => !has_run && live.layer() != Layering::Fresh,
+            Cause::Exited { .. }
+            | Cause::Signaled { .. }
+            | Cause::OomKilled
+            | Cause::CpuTimeout
+            | Cause::WallTimeout
+            | Cause::OutputLimit
+            | Cause::Killed(_)
+            | Cause::StartFailed { .. } => has_run || live.layer() != Layering::Fresh,
+        };
+        if !live.sandbox.keep_layer || !is_left {
+            return;
+        }
+        let (Some(hello), Some(mut room)) = (self.keeper.hello(), live.take_room()) else { return };
+        // One whose memory limit was lowered below the size of its layer keeps what it has.
+        room.resize(room_of_layer(&live.limits()));
+        self.kept.insert(live.sandbox.id, room, hello.started_at_us);
+    }
+
+    /// What this node's keeper has kept since before this process was.
+    pub(super) async fn know_kept_layers(self: &Arc<Self>) -> Result<(), StoreError> {
+        let keeper = self.keeper.connected().await.started_at_us;
+        for (sandbox, finished_at) in self.store.with_kept_layers(self.node).await? {
+            if unix_us(finished_at) > keeper {
+                self.kept.insert(sandbox.id, self.capacity.reserve_for_live(room_of_layer(&sandbox.limits)), keeper);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives up the layer of the tenant's sandbox that has ended, if it is kept here.
+    pub(super) async fn give_up_layer(self: &Arc<Self>, tenant: &TenantId, id: SandboxId) -> Result<(), EngineError> {
+        if !self.kept.contains(id) {
+            return Ok(());
+        }
+        let found = self.find(tenant, Kind::Sandbox, id).await?;
+        if !found.is_some_and(|sandbox| sandbox.state.is_final()) {
+            return Ok(());
+        }
+        self.drop_layer(id).await.map_err(|error| match error {
+            CallError::Lost => EngineError::KeeperUnavailable,
+            CallError::Failed(failure) => EngineError::Busy(failure.message),
+        })?;
+        self.kept.remove(id);
+        fail_point::reached("service.layer.dropped");
+        Ok(())
+    }
+
+    async fn drop_layer(&self, id: SandboxId) -> Result<(), CallError> {
+        let deadline = Instant::now() + LAYER_PATIENCE;
+        loop {
+            match self.in_time(self.keeper.drop_layer(id)).await {
+                Err(CallError::Failed(failure)) if failure.kind == FailureKind::Busy && Instant::now() < deadline => {
+                    tokio::time::sleep(LAYER_PAUSE).await;
+                }
+                answer => return answer,
+            }
+        }
+    }
+
+    /// Gives up layers whose sandboxes are gone, or have ended too long ago.
+    pub(super) async fn drop_old_layers(self: &Arc<Self>) -> Result<(), StoreError> {
+        let overdue = self.clock.now() - self.tenancy.retention;
+        let known = self.kept.ids();
+        let rows = self.store.with_kept_layers(self.node).await?;
+        let wanted: HashSet<SandboxId> = rows.iter().map(|(sandbox, _)| sandbox.id).collect();
+        for id in known.into_iter().filter(|id| !wanted.contains(id) && self.live.get(*id).is_none()) {
+            if self.drop_layer(id).await.is_ok() {
+                self.kept.remove(id);
+            }
+        }
+        let mut given_up = self.store.layers_of_gone_nodes(overdue).await?;
+        for (sandbox, _) in rows.iter().filter(|(_, finished_at)| *finished_at < overdue) {
+            if self.drop_layer(sandbox.id).await.is_ok() {
+                self.kept.remove(sandbox.id);
+                given_up.push(sandbox.id);
+            }
+        }
+        self.store.give_up_layers(&given_up).await
+    }
+}
+
+/// What became of the wish.
+enum Begun {
+    Already(Box<Sandbox>),
+    Now(Followed),
+}
+
+/// Room for another life: that of the layer, and what there is more; given back as it was unless it is used.
+struct RoomTaken<'a> {
+    engine: &'a Arc<Engine>,
+    id: SandboxId,
+    keeper: u64,
+    /// Room of the layer alone, if one is kept.
+    kept: Option<Room>,
+    reservation: Option<Reservation>,
+}
+
+impl RoomTaken<'_> {
+    fn grow(&mut self, room: Room) -> Result<(), EngineError> {
+        let has_grown = match &mut self.reservation {
+            Some(reservation) => reservation.resize(room),
+            None => {
+                self.reservation = self.engine.capacity.reserve(room);
+                self.reservation.is_some()
+            }
+        };
+        has_grown.then_some(()).ok_or_else(|| EngineError::Busy("there is no room now".to_owned()))
+    }
+
+    fn give(mut self) -> Reservation {
+        self.reservation.take().expect("it has grown")
+    }
+}
+
+impl Drop for RoomTaken<'_> {
+    fn drop(&mut self) {
+        if let (Some(mut reservation), Some(kept)) = (self.reservation.take(), self.kept) {
+            reservation.resize(kept);
+            self.engine.kept.insert(self.id, reservation, self.keeper);
+        }
+    }
+}
+
+/// What a layer takes up of its node while nobody runs on it.
+const fn room_of_layer(limits: &Limits) -> Room {
+    let memory_bytes = match limits.disk_medium() {
+        Medium::Memory => limits.disk_bytes(),
+        Medium::Disk => 0,
+    };
+    Room { memory_bytes, cpu_millis: 0, sandboxes: 1 }
+}
