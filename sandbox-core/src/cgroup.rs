@@ -201,6 +201,7 @@ impl Tree {
 
     /// Ends and removes every group below the parents.
     fn sweep(&self) -> io::Result<()> {
+        self.thaw_strays()?;
         // First where the kernel kills a whole group at once; elsewhere they are then empty.
         let unified = self.places.unified.and_then(|index| self.parents.get(index));
         for parent in unified.into_iter().chain(&self.parents) {
@@ -210,6 +211,26 @@ impl Tree {
                 if entry.file_type() == rustix::fs::FileType::Directory && name != "." && name != ".." {
                     remove_stray(parent.as_fd(), &name)?;
                 }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Tree {
+    /// What the freezer of v1 holds does not die: all of it is let go before any is killed.
+    fn thaw_strays(&self) -> io::Result<()> {
+        let Some(parent) = self.places.freezer.and_then(|index| self.parents.get(index)) else { return Ok(()) };
+        for entry in rustix::fs::Dir::read_from(parent)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if entry.file_type() != rustix::fs::FileType::Directory || name == "." || name == ".." {
+                continue;
+            }
+            match open_folder(parent.as_fd(), &name) {
+                Ok(folder) => write(folder.as_fd(), "freezer.state", "THAWED")?,
+                Err(rustix::io::Errno::NOENT) => {}
+                Err(error) => return Err(error.into()),
             }
         }
         Ok(())

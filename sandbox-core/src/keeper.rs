@@ -435,7 +435,9 @@ impl Keeper {
             }
             Source::Control | Source::Init | Source::Stdout | Source::Stderr | Source::OutOfMemory | Source::Payload | Source::Disk => {
                 warn(format_args!("a sandbox is ended because its supervision failed: {error}"));
-                self.kill_by_force(serial)?;
+                if let Err(error) = self.kill_by_force(serial) {
+                    warn(format_args!("killing it failed: {error}"));
+                }
                 self.end(serial, None, Some(Cause::InfraError { message: format!("supervising the sandbox failed: {error}") }));
                 Ok(())
             }

@@ -79,8 +79,9 @@ impl Group {
         let bytes = bytes / PAGE_BYTES * PAGE_BYTES;
         let value = bytes.to_string();
         if self.mode == CgroupMode::V2 {
-            self.give_back_memory(bytes)?;
-            return self.exchange(self.places.memory, "memory.max", &value, before);
+            // Until the new limit stands the old one must not be filled again.
+            let changed = self.give_back_memory(bytes).and_then(|()| self.exchange(self.places.memory, "memory.max", &value, before));
+            return changed.and(write(self.memory(), "memory.high", "max"));
         }
         const FILES: [&str; 2] = ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes"];
         let now: u64 = read(self.memory(), FILES[0])?.trim_end().parse().map_err(io::Error::other)?;
@@ -100,10 +101,8 @@ impl Group {
     /// not be refused it.
     fn give_back_memory(&self, bytes: u64) -> io::Result<()> {
         write(self.memory(), "memory.high", &bytes.to_string())?;
-        let left = self.now().map(|(memory_bytes, _)| memory_bytes);
-        write(self.memory(), "memory.high", "max")?;
-        match left? {
-            left if left > bytes => Err(io::Error::other(format!("memory: {left} bytes are in use and cannot be given back"))),
+        match self.now()? {
+            (left, _) if left > bytes => Err(io::Error::other(format!("memory: {left} bytes are in use and cannot be given back"))),
             _ => Ok(()),
         }
     }

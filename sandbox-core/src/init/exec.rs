@@ -108,7 +108,14 @@ impl<'a> Execs<'a> {
         };
         // Not reaped yet, so the number is its own.
         let process = Pid::from_raw(pid).ok_or_else(unexpected).step("finding the process")?;
-        let process = pidfd_open(process, PidfdFlags::empty()).step("finding the process")?;
+        let process = match pidfd_open(process, PidfdFlags::empty()) {
+            Ok(process) => process,
+            Err(error) => {
+                // Nobody could end it.
+                sys::send_signal_to(pid, libc::SIGKILL).step("ending the process")?;
+                return Err(error).step("finding the process");
+            }
+        };
         Ok(Exec { number, pid, process, start: Phase::Starting { socket, terminal: None } })
     }
 

@@ -255,9 +255,13 @@ fn write_files(stream: File) -> Result<(), LaunchError> {
         if let Some((folder, _)) = path.rsplit_once('/') {
             make_folders(".", folder, None).spec("making the folder of a file", path)?;
         }
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC;
+        // A fifo that a sandbox before left on its layer must not hold init up.
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let file = open_safely(CWD, path, flags, Mode::from_raw_mode(entry.mode)).spec("writing a file", path)?;
         let mut file = File::from(file);
+        if !file.metadata().spec("writing a file", path)?.is_file() {
+            return Err(never("writing a file", path, "what is there is no file"));
+        }
         io::copy(&mut (&mut stream).take(entry.content_bytes), &mut file).spec("writing a file", path)?;
         // The mode is what was asked for, whatever the umask says.
         rustix::fs::fchmod(&file, Mode::from_raw_mode(entry.mode)).spec("writing a file", path)?;

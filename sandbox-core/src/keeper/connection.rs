@@ -20,6 +20,9 @@ const PENDING_MAX: usize = 8192;
 /// The same, in bytes.
 const PENDING_BYTES_MAX: usize = 16 << 20;
 
+/// Descriptors among them.
+const PENDING_DESCRIPTORS_MAX: usize = 16;
+
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) socket: Socket,
@@ -60,6 +63,14 @@ impl Connection {
 
     /// Sends an answer, or keeps it until the other side reads. Returns whether some now wait.
     pub(super) fn answer(&mut self, tag: u64, answer: Answer, descriptor: Option<OwnedFd>) -> io::Result<bool> {
+        // One that does not read must not have the keeper hold descriptors without end.
+        let is_one_too_many =
+            descriptor.is_some() && self.pending.iter().filter(|(_, held, _)| held.is_some()).count() >= PENDING_DESCRIPTORS_MAX;
+        let (answer, descriptor) = if is_one_too_many {
+            (failed(FailureKind::Busy, "too many descriptors wait to be taken here"), None)
+        } else {
+            (answer, descriptor)
+        };
         let reply = Reply { tag, answer };
         if self.pending.is_empty() {
             match send(&self.socket, &reply, descriptor.as_ref()) {

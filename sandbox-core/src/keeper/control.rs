@@ -40,6 +40,10 @@ use crate::{
 
 /// How long the processes of a sandbox may take to stand still.
 const FREEZE_WITHIN_NS: u64 = 2_000_000_000;
+/// The longest time between two looks at whether they do.
+const LOOK_AT_LEAST_EVERY_NS: u64 = 100_000_000;
+/// The longest grace of a stop, in milliseconds: a day.
+const GRACE_MS_MAX: u64 = 86_400_000;
 
 /// The largest number of a signal (signal(7), `SIGRTMAX`).
 const SIGNAL_MAX: i32 = 64;
@@ -144,8 +148,12 @@ impl Keeper {
         if signal == libc::SIGKILL {
             self.thaw(serial)?;
         }
-        self.send_signal(serial, signal)?;
-        Ok(Answer::Done)
+        match self.send_signal(serial, signal) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                Ok(failed(FailureKind::Busy, format!("{id} has not taken earlier signals yet")))
+            }
+            sent => sent.map(|()| Answer::Done),
+        }
     }
 
     /// Notes the reason, sends the signal, and kills when the grace is over, whoever is connected by then.
@@ -168,10 +176,13 @@ impl Keeper {
             *stopping = Some(Stopping::note(*stopping, signal, reason));
         }
         reached("keeper.control.noted");
-        self.timer.set(monotonic_ns().saturating_add(grace_ms.saturating_mul(1_000_000)), serial, Due::Grace)?;
+        self.timer.set(monotonic_ns().saturating_add(grace_ms.min(GRACE_MS_MAX).saturating_mul(1_000_000)), serial, Due::Grace)?;
         self.thaw(serial)?;
-        self.send_signal(serial, signal)?;
-        Ok(Answer::Done)
+        match self.send_signal(serial, signal) {
+            // It hears nothing: what comes when the grace is over needs no hearing.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Answer::Done),
+            sent => sent.map(|()| Answer::Done),
+        }
     }
 
     /// The grace of a stop is over.
@@ -244,7 +255,12 @@ impl Keeper {
             pausers.into_iter().for_each(|asker| self.answer(asker, Answer::Done));
             return Ok(());
         }
-        if now_ns >= until_ns { self.thaw(serial) } else { self.timer.set(now_ns + AGAIN_AFTER_NS, serial, Due::Freeze) }
+        if now_ns >= until_ns {
+            return self.thaw(serial);
+        }
+        // The longer it takes the rarer.
+        let waited_ns = (now_ns + FREEZE_WITHIN_NS).saturating_sub(until_ns);
+        self.timer.set(now_ns + (waited_ns / 4).clamp(AGAIN_AFTER_NS, LOOK_AT_LEAST_EVERY_NS), serial, Due::Freeze)
     }
 
     pub(super) fn resume(&mut self, id: SandboxId) -> io::Result<Answer> {

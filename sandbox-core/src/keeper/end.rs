@@ -20,6 +20,8 @@ use crate::{
 
 /// The time between two attempts at a cgroup that cannot be removed.
 const REMOVE_AGAIN_AFTER_NS: u64 = 1_000_000_000;
+/// Reports that are read of an init that is dead.
+const REPORTS_MAX: u32 = 1000;
 /// How long an ending waits for room in its log.
 pub(super) const TELL_WITHIN_NS: u64 = 30_000_000_000;
 
@@ -102,7 +104,14 @@ impl Keeper {
     }
 
     pub(super) fn on_init_death(&mut self, serial: u64) -> io::Result<()> {
-        self.on_report(serial)?;
+        // All that it had said, before what is made of its silence.
+        for _ in 0..REPORTS_MAX {
+            self.on_report(serial)?;
+            let said = self.body(serial).map(|body| rustix::io::ioctl_fionread(&body.init.control));
+            if !matches!(said, Some(Ok(1..))) {
+                break;
+            }
+        }
         // On v1 what is frozen does not die with its init.
         self.thaw(serial)?;
         let Some(body) = self.body(serial) else { return Ok(()) };

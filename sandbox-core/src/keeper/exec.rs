@@ -335,7 +335,7 @@ impl Keeper {
         if let Some(master) = master {
             exec.output.attach(master);
         }
-        let (id, wall_ms, asker, is_decided) = (exec.id, exec.wall_ms, exec.launch_asker.take(), exec.decision.is_some());
+        let (id, wall_ms, is_decided) = (exec.id, exec.wall_ms, exec.decision.is_some());
         self.records.launched(id, launched);
         reached("keeper.exec.started");
         let watched = self.watch_exec(serial);
@@ -345,7 +345,7 @@ impl Keeper {
         if let Some(wall_ms) = wall_ms {
             self.timer.set(at_ns.saturating_add(wall_ms.saturating_mul(1_000_000)), serial, Due::Wall)?;
         }
-        if let Some(asker) = asker {
+        if let Some(asker) = self.execs.get_mut(&serial).and_then(|exec| exec.launch_asker.take()) {
             self.answer(asker, Answer::Launched(launched));
             reached("keeper.exec.answered");
         }
@@ -403,7 +403,7 @@ impl Keeper {
     pub(super) fn on_exec_due(&mut self, serial: u64, due: Due) -> io::Result<()> {
         let Some(exec) = self.execs.get(&serial) else { return Ok(()) };
         let is_paused = self.sandboxes.get(&exec.sandbox).is_some_and(|sandbox| sandbox.paused != Paused::No);
-        let (is_over, is_started) = (exec.ending.is_some(), exec.launched.is_some());
+        let (is_over, is_started, sandbox) = (exec.ending.is_some(), exec.launched.is_some(), exec.sandbox);
         match due {
             Due::Room => self.look_for_room(serial),
             Due::Grace => self.end_grace(serial),
@@ -411,11 +411,14 @@ impl Keeper {
             // It will start, or be reported, when its sandbox goes on.
             Due::Start | Due::Force if is_paused && !is_over => self.timer.set(monotonic_ns() + REPORT_WITHIN_NS, serial, due),
             Due::Start if !is_over && !is_started => {
+                // Somebody inside holds it up: it must not run later, when nobody looks after it.
+                self.order_kill_of_exec(sandbox, serial)?;
                 let message = "the process did not start in time".to_owned();
                 self.end_exec(serial, None, Some(Cause::InfraError { message }));
                 Ok(())
             }
             Due::Force if !is_over => {
+                self.order_kill_of_exec(sandbox, serial)?;
                 self.end_exec(serial, None, None);
                 Ok(())
             }

@@ -229,6 +229,10 @@ impl Output {
 
     fn read(&mut self, kind: Kind, buffer: &mut [u8], at_us: u64) -> io::Result<Pumped> {
         let Some(pipe) = &self.stream(kind).pipe else { return Ok(Pumped::Closed) };
+        if self.is_terminal {
+            // Whoever was given the master as an input has the same open file, and may have switched this off.
+            rustix::io::ioctl_fionbio(pipe, true)?;
+        }
         match rustix::io::retry_on_intr(|| rustix::io::read(pipe, &mut *buffer)) {
             // A terminal that nobody has open any more says so by an error.
             Ok(0) | Err(rustix::io::Errno::IO) => Ok(Pumped::Closed),

@@ -379,7 +379,10 @@ impl Keeper {
 
     /// Kills init, and with it the whole pid namespace (pid_namespaces(7)).
     pub(super) fn kill_by_force(&mut self, serial: u64) -> io::Result<()> {
-        self.thaw(serial)?;
+        // The kill comes in any case.
+        if let Err(error) = self.thaw(serial) {
+            warn(format_args!("thawing a sandbox that is to be killed failed: {error}"));
+        }
         self.body(serial).map_or(Ok(()), |body| kill_init(body))
     }
 
