@@ -10,6 +10,8 @@ use crate::sandbox::{Invalid, bound_of, whole};
 
 /// The largest body of a request that is JSON.
 const BODY_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// The largest that is read once more for the sake of its numbers: as values it takes many times its size.
+const REREAD_BYTES_MAX: usize = 256 * 1024;
 /// How much of a body that is too large is read all the same: a client that is still sending would not hear the answer.
 pub(super) const DRAIN_BYTES_MAX: usize = 64 * 1024 * 1024;
 
@@ -52,6 +54,9 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Invalid> {
         return Err(Invalid::new("", "the body is a list, and must be an object"));
     }
     parse_strictly(bytes).or_else(|fault| {
+        if bytes.len() > REREAD_BYTES_MAX {
+            return Err(fault);
+        }
         let mut value: Value = serde_json::from_slice(bytes).map_err(|_| fault.clone())?;
         if !make_whole(&mut value) {
             return Err(fault);
