@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use sandbox_core::{
     fail_point,
-    protocol::{Cause, FailureKind, KillReason},
+    protocol::{Cause, FailureKind, Isolation, KillReason},
 };
 use serde_json::{Value, json};
 
@@ -25,6 +25,8 @@ const REPEAT: Duration = Duration::from_secs(1);
 const ATTEMPTS: u32 = 20;
 /// How long after its grace the end of one that was told to stop is waited for.
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
+/// Between two attempts to have the keeper hold one to its row.
+const HOLD_AGAIN: Duration = Duration::from_millis(200);
 /// How many are removed at a time.
 const BATCH: u32 = 500;
 
@@ -278,20 +280,35 @@ impl Engine {
     }
 
     /// Has the keeper hold a long-lived sandbox to what its row says: a service died, or lost the database, between the one and the other.
-    pub(super) async fn hold_to_row(&self, live: &Live, row: &Sandbox) {
+    ///
+    /// # Errors
+    /// The keeper may hold it to something else. It is worth another try.
+    pub(super) async fn hold_to_row(&self, live: &Live, row: &Sandbox) -> Result<(), CallError> {
         if row.kind != Kind::Sandbox || live.launched().is_none() {
-            return;
+            return Ok(());
         }
         let id = row.id;
         let is_paused = row.state == State::Paused;
-        let limited = self.in_time(self.keeper.update(id, new_limits(&row.limits))).await;
+        let mut limits = new_limits(&row.limits);
+        if row.program.isolation == Isolation::Gvisor {
+            // They cannot be changed there, so they have not been.
+            limits.pids = None;
+        }
+        let limited = self.in_time(self.keeper.update(id, limits)).await;
         let moved = if is_paused { self.in_time(self.keeper.pause(id)).await } else { self.in_time(self.keeper.resume(id)).await };
-        for error in [limited, moved].into_iter().filter_map(Result::err) {
-            tracing::warn!(sandbox.id = %id, %error, "the keeper does not hold it to what its row says");
+        for told in [limited, moved] {
+            match told {
+                Ok(()) => {}
+                Err(CallError::Failed(failure)) if matches!(failure.kind, FailureKind::Refused | FailureKind::Gone) => {
+                    tracing::warn!(sandbox.id = %id, error = %failure, "the keeper does not hold it to what its row says");
+                }
+                Err(error) => return Err(error),
+            }
         }
         live.changed(Changeable::of(row));
         live.resize_room(room_of(&row.limits));
         live.paused(is_paused);
+        Ok(())
     }
 
     /// [`Engine::hold_to_row`], as soon as Postgres tells what the row says.
@@ -300,9 +317,16 @@ impl Engine {
         tokio::spawn(async move {
             let _turn = live.turn().await;
             let (tenant, id) = (&live.sandbox.tenant, live.sandbox.id);
-            let row = engine.until_heard(id, || engine.store.find(tenant, id)).await;
-            if let Some(row) = row.filter(|row| !row.state.is_final()) {
-                engine.hold_to_row(&live, &row).await;
+            while live.launched().is_some() {
+                // A call while the connection is down would be lost like the one that this makes good.
+                engine.keeper.connected().await;
+                let row = engine.until_heard(id, || engine.store.find(tenant, id)).await;
+                let Some(row) = row.filter(|row| !row.state.is_final()) else { return };
+                match engine.hold_to_row(&live, &row).await {
+                    Ok(()) => return,
+                    Err(error) => tracing::warn!(sandbox.id = %id, %error, "not held to what its row says yet"),
+                }
+                tokio::time::sleep(HOLD_AGAIN).await;
             }
         });
     }

@@ -1,6 +1,6 @@
 //! Changes of a sandbox that is there: quota, room, keeper and row together, or nothing.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use sandbox_core::fail_point;
 
@@ -15,6 +15,9 @@ use crate::{
     sandbox::{Change, Sandbox, SandboxId, State},
     store::{Act, Changing},
 };
+
+/// How long the keeper has for a change: the row of the tenant is locked meanwhile, and everything that is its waits.
+const HELD_DEADLINE: Duration = Duration::from_secs(1);
 
 impl Engine {
     /// Changes the tenant's sandbox, and answers with what it is then; `None` if there is none. What is refused anywhere leaves it as it was.
@@ -58,6 +61,7 @@ impl Engine {
         };
         let (had, wanted) = (room_of(&before.limits), room_of(&next.limits));
         if let Some(live) = live
+            && change.has_limits()
             && let Err(error) = self.take_room(live, had, wanted)
         {
             changing.rollback().await?;
@@ -125,7 +129,8 @@ impl Engine {
         written.map_err(EngineError::QuotaExceeded)?;
         let Some(live) = live.filter(|live| change.has_limits() && live.launched().is_some()) else { return Ok(()) };
         let id = next.id;
-        if let Err(error) = self.in_time(self.keeper.update(id, change.for_keeper(&next.limits))).await {
+        let told = tokio::time::timeout(HELD_DEADLINE, self.keeper.update(id, change.for_keeper(&next.limits))).await;
+        if let Err(error) = told.unwrap_or(Err(CallError::Lost)) {
             if matches!(error, CallError::Lost) {
                 // It may have been done.
                 self.hold_to_row_later(live);
