@@ -5,7 +5,7 @@ use sandbox_core::protocol::FailureKind;
 use super::{Engine, EngineError};
 use crate::{
     runtime::{CallError, Tree},
-    sandbox::{Invalid, Kind, SandboxId, State, TenantId},
+    sandbox::{Kind, SandboxId, State, TenantId},
     store::StoreError,
 };
 
@@ -21,7 +21,7 @@ impl Engine {
             state @ (State::Queued | State::Starting | State::Paused) => return Err(EngineError::WrongState(state)),
         }
         let (tree, socket) = Tree::pair().map_err(|error| EngineError::Busy(format!("this node has no socket for that: {error}")))?;
-        match self.keeper.tree(id, socket).await {
+        match self.in_time(self.keeper.tree(id, socket)).await {
             Ok(()) => {
                 self.touch(id);
                 Ok(Some(tree))
@@ -30,7 +30,7 @@ impl Engine {
             Err(CallError::Failed(failure)) => match failure.kind {
                 FailureKind::Gone => self.gone(tenant, id).await,
                 FailureKind::Busy => Err(EngineError::Busy(failure.message)),
-                FailureKind::Refused => Err(Invalid::new("", failure.message).into()),
+                FailureKind::Refused => Err(EngineError::Refused(failure.message)),
                 FailureKind::Host => Err(EngineError::Store(StoreError::Other(failure.into()))),
             },
         }

@@ -93,6 +93,9 @@ impl Tree {
         loop {
             let reply = self.reply().await?;
             let Reply::Changes { changes, is_more } = reply else { return Err(unexpected(&reply)) };
+            if changes.is_empty() && is_more {
+                return Err(nonsense("a page without an entry that is not the last").into());
+            }
             all.extend(changes);
             if all.len() > max || !is_more {
                 let is_cut = all.len() > max;
@@ -109,6 +112,9 @@ impl Tree {
         loop {
             let reply = self.reply().await?;
             let Reply::Processes { processes, is_more } = reply else { return Err(unexpected(&reply)) };
+            if processes.is_empty() && is_more {
+                return Err(nonsense("a page without an entry that is not the last").into());
+            }
             all.extend(processes);
             if all.len() >= max || !is_more {
                 all.truncate(max);
@@ -151,11 +157,17 @@ async fn send_content<E>(
     while let Some(bytes) = content.next().await {
         for piece in bytes.map_err(Unsent::Broken)?.chunks(tree::PIECE_BYTES_MAX) {
             let length = u32::try_from(piece.len()).map_err(|_| Unsent::Refused)?;
-            to.write_all(&length.to_le_bytes()).await.map_err(|_| Unsent::Refused)?;
-            to.write_all(piece).await.map_err(|_| Unsent::Refused)?;
+            taken(to, &length.to_le_bytes()).await?;
+            taken(to, piece).await?;
         }
     }
-    to.write_all(&0_u32.to_le_bytes()).await.map_err(|_| Unsent::Refused)
+    taken(to, &0_u32.to_le_bytes()).await
+}
+
+/// Sends bytes to somebody who may stand still.
+async fn taken<E>(to: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> Result<(), Unsent<E>> {
+    let sent = tokio::time::timeout(PATIENCE, to.write_all(bytes)).await;
+    if matches!(sent, Ok(Ok(()))) { Ok(()) } else { Err(Unsent::Refused) }
 }
 
 impl Content {
