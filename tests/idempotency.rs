@@ -358,6 +358,10 @@ async fn every_post_of_the_contract_takes_a_key_and_replays() {
             }
             RUNS | "/v1/sandboxes" => ("application/json", shell("true").to_string().into_bytes()),
             "/v1/admin/tenants" => ("application/json", json!({ "id": format!("{named}-new") }).to_string().into_bytes()),
+            "/v1/sandboxes/{id}/files/{path}" => {
+                path += "?mkdir";
+                ("application/json", Vec::new())
+            }
             _ => {
                 let content = operation.definition()["requestBody"]["content"]["application/json"].clone();
                 ("application/json", content.get("example").map(ToString::to_string).unwrap_or_default().into_bytes())
