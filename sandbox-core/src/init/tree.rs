@@ -6,6 +6,7 @@
 
 mod archive;
 mod changes;
+mod draft;
 mod files;
 mod processes;
 

@@ -6,20 +6,20 @@ use std::{
     fs::File,
     io::{self, Read, Write},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::FileExt,
     },
 };
 
 use rustix::{
     fs::{
-        AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Stat, Uid, fchmod, fchown, fstat, fstatfs, linkat, mkdirat,
-        openat, openat2, readlinkat, renameat, renameat_with, statat, unlinkat,
+        AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, ResolveFlags, Stat, Uid, fchmod, fchown, fstat, fstatfs, mkdirat, openat,
+        openat2, readlinkat, renameat_with, statat, unlinkat,
     },
     io::Errno,
 };
 
-use super::{Place, fault, io_fault, refused, reopen, too_large, wrong_kind};
+use super::{Place, draft::Draft, fault, io_fault, refused, reopen, too_large, wrong_kind};
 use crate::tree::{
     DEPTH_MAX, Entry, EntryKind, Existing, Fault, FaultKind, Link, Owner, PAGE_ENTRIES_MAX, PIECE_BYTES_MAX, Reply, Span, TreePath,
 };
@@ -167,35 +167,15 @@ impl Place {
             (Some(_), Existing::Keep) => return Err(fault(Errno::EXIST)),
             (Some(_) | None, _) => {}
         }
-        // A file without a name until it is whole: nobody finds half of it, and if this process is killed nothing is left.
-        let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
-        let file = openat(&parent, ".", flags, Mode::from_raw_mode(0o600)).map_err(fault)?;
-        let mut file = File::from(file);
-        copy(content, &mut file)?;
+        let mut draft = Draft::in_folder(&parent)?;
+        copy(content, draft.file())?;
         // What it was, it stays, unless somebody says otherwise.
         let before = before.filter(|_| kind == Some(FileType::RegularFile));
         let owner = owner.or_else(|| before.as_ref().map(|stat| Owner { uid: stat.st_uid, gid: stat.st_gid }));
         let mode = mode.or_else(|| before.as_ref().map(|stat| stat.st_mode & 0o7777)).unwrap_or(FILE_MODE);
-        dress(file.as_fd(), mode, owner)?;
-        self.give_name(&file, &parent, name, existing)?;
+        dress(draft.as_fd(), mode, owner)?;
+        draft.name(&self.proc, name, existing)?;
         entry_in(parent.as_fd(), name).map_err(fault)
-    }
-
-    /// Names a file that has none.
-    fn give_name(&self, file: &File, parent: &OwnedFd, name: &[u8], existing: Existing) -> Result<(), Fault> {
-        let own = format!("self/fd/{}", file.as_raw_fd());
-        let link = |name: &[u8]| linkat(&self.proc, own.as_str(), parent, name, AtFlags::SYMLINK_FOLLOW);
-        match (link(name), existing) {
-            (Err(Errno::EXIST), Existing::Replace) => {}
-            (named, _) => return named.map_err(fault),
-        }
-        // linkat(2) replaces nothing, rename(2) does.
-        let aside = aside();
-        link(&aside).map_err(fault)?;
-        renameat(parent, aside.as_slice(), parent, name).map_err(|errno| {
-            let left_behind = unlinkat(parent, aside.as_slice(), AtFlags::empty()).err();
-            fault(left_behind.unwrap_or(errno))
-        })
     }
 
     pub(super) fn make_folder(&self, path: &TreePath, has_parents: bool, mode: Option<u32>, owner: Option<Owner>) -> Result<Entry, Fault> {
@@ -287,12 +267,6 @@ fn dress(file: BorrowedFd<'_>, mode: u32, owner: Option<Owner>) -> Result<(), Fa
         fchown(file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).map_err(fault)?;
     }
     fchmod(file, Mode::from_raw_mode(mode & 0o7777)).map_err(fault)
-}
-
-/// A name that nobody else has.
-fn aside() -> Vec<u8> {
-    let number = uuid::Uuid::new_v4();
-    format!(".mayfly-{}", number.simple()).into_bytes()
 }
 
 /// The names in a folder, as they come, without its dots.

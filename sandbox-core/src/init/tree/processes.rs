@@ -5,9 +5,10 @@ use std::{
     io::{Read, Write},
 };
 
+use nix::unistd::{SysconfVar, sysconf};
 use rustix::fs::{Mode, OFlags, openat};
 
-use super::{Place, fault, files::names, io_fault};
+use super::{Place, fault, files::names, io_fault, refused};
 use crate::tree::{COMMAND_BYTES_MAX, Fault, Process, Reply, write_frame};
 
 /// Processes in one answer: with [`COMMAND_BYTES_MAX`] each, far below what a frame holds.
@@ -22,7 +23,7 @@ impl Place {
     /// sandbox's, as whoever descends from a payload is.
     pub(super) fn processes(&self, mut to: impl Write) -> Result<Reply, Fault> {
         let folder = openat(&self.proc, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(fault)?;
-        let page_bytes = rustix::param::page_size() as u64;
+        let page_bytes = page_bytes()?;
         let mut processes = Vec::new();
         for name in names(&folder).map_err(fault)? {
             let name = name.map_err(fault)?;
@@ -56,6 +57,12 @@ impl Place {
         File::from(file).take(bytes_max).read_to_end(&mut bytes).ok()?;
         Some(bytes)
     }
+}
+
+/// The C library knows it from the start. rustix would ask `/proc/self/auxv` where the kernel is older than 6.4, and we must not open that here.
+fn page_bytes() -> Result<u64, Fault> {
+    let bytes = sysconf(SysconfVar::PAGE_SIZE).ok().flatten().and_then(|bytes| u64::try_from(bytes).ok());
+    bytes.ok_or_else(|| refused("the size of a page is not known"))
 }
 
 /// A line of proc_pid_stat(5). The name in it is the payload's to choose, parentheses and all. `None` for a process of ours.
