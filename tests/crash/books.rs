@@ -77,6 +77,8 @@ pub(crate) struct Row {
     pub(crate) label: String,
     /// `None` while it lives.
     pub(crate) reason: Option<String>,
+    /// Whether what it wrote is kept for another start.
+    pub(crate) keeps_layer: bool,
     /// Of the whole end: state, times, outcome, output.
     pub(crate) digest: String,
 }
@@ -95,7 +97,7 @@ pub(crate) fn contradictions(database: &Database) -> Result<Vec<String>> {
 /// The sandboxes whose label begins with this.
 pub(crate) fn rows(database: &Database, label: &str) -> Result<Vec<Row>> {
     let rows = database.ask(&format!(
-        "select id, tenant, kind, labels ->> 'crash' as label, reason,
+        "select id, tenant, kind, labels ->> 'crash' as label, reason, keep_layer,
              md5(concat_ws('|', state, started_at, finished_at, outcome::text, encode(log_tail, 'hex'))) as digest
          from sandboxes where starts_with(labels ->> 'crash', '{label}') order by id"
     ))?;
@@ -106,6 +108,7 @@ pub(crate) fn rows(database: &Database, label: &str) -> Result<Vec<Row>> {
         kind: text(row, "kind"),
         label: text(row, "label"),
         reason: row["reason"].as_str().map(str::to_owned),
+        keeps_layer: row["keep_layer"].as_bool().unwrap_or_default(),
         digest: text(row, "digest"),
     };
     Ok(rows.iter().map(read).collect())

@@ -44,6 +44,24 @@ pub(crate) async fn settle(place: &Place, database: &Database, label: &str, spar
     }
 }
 
+/// Deletes what has ended and keeps what it wrote: that is there until somebody does, and so no leak.
+pub(crate) async fn drop_layers(place: &Place, database: &Database, label: &str) -> Result<()> {
+    let deadline = tokio::time::Instant::now() + SETTLE_DEADLINE;
+    loop {
+        let mut rows = books::rows(database, label)?;
+        rows.retain(|row| row.keeps_layer);
+        if rows.is_empty() {
+            return Ok(());
+        }
+        ensure!(tokio::time::Instant::now() < deadline, "what these wrote is not given up: {rows:#?}");
+        for row in &rows {
+            // Whatever it answers: the next look tells.
+            let _unread = Client::of(place, &row.tenant).try_delete(&format!("/v1/sandboxes/{}", row.id)).await;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
 fn is_lines(label: &str) -> bool {
     label.contains("-lines-")
 }

@@ -128,6 +128,7 @@ impl Trial {
         let again = async {
             self.node.recover()?;
             checks::settle(&self.node.place(), &self.node.database, &self.name, false).await?;
+            checks::drop_layers(&self.node.place(), &self.node.database, &self.name).await?;
             self.node.clear().await?;
             self.node.first_snapshot().await
         };
@@ -168,6 +169,7 @@ impl Trial {
         found.wrong.extend(books::contradictions(&self.node.database)?);
         found.wrong.extend(self.history.learn(&books::rows(&self.node.database, &self.name)?));
 
+        checks::drop_layers(&place, &self.node.database, &format!("{label}-")).await?;
         self.node.clear().await.context("removing the images")?;
         let is_measured = !matches!(death, Death::Nobody);
         if is_measured {
