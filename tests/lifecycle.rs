@@ -522,7 +522,9 @@ async fn limits_are_changed_while_it_runs() {
     };
     let make = async |megabytes| {
         let made = client.post("/v1/sandboxes", &request(megabytes)).await.expect(201);
-        format!("/v1/sandboxes/{}", made["id"].as_str().unwrap())
+        let path = format!("/v1/sandboxes/{}", made["id"].as_str().unwrap());
+        wait(&client, &path, "until=running").await;
+        path
     };
     let (raised, lowered, control) = (make(64).await, make(256).await, make(64).await);
 
