@@ -512,8 +512,11 @@ fn what_differs_from_the_image_is_told() {
 
 #[test]
 fn the_processes_are_the_payloads_and_nobody_elses() {
-    let sandbox =
-        started(shell("sleep 61 & (exec sleep 62) & echo ready; wait").with("/process/user/uid", 1000).with("/process/user/gid", 1000));
+    let sandbox = started(
+        shell("x=$(head -c 1000000 /dev/zero | tr '\\0' x); sleep 61 & (exec sleep 62) & echo ready; wait")
+            .with("/process/user/uid", 1000)
+            .with("/process/user/gid", 1000),
+    );
     let mut files = Files::of(&sandbox);
     let _another = Files::of(&sandbox);
 
@@ -532,7 +535,8 @@ fn the_processes_are_the_payloads_and_nobody_elses() {
     assert!(processes.iter().all(|process| process.uid == 1000 && process.threads == 1));
     assert!(processes[0].command.starts_with(b"/bin/sh\0-c\0"));
     assert_eq!((processes[0].parent, processes[1].parent), (1, processes[0].pid));
-    assert!(processes[0].resident_bytes > 4096);
+    // Before Linux 6.2 each thread holds up to 64 pages back from the count (proc_pid_stat(5) calls it inaccurate).
+    assert!((700_000..20_000_000).contains(&processes[0].resident_bytes), "{processes:?}");
 }
 
 #[test]
