@@ -28,6 +28,7 @@ mod supervise;
 mod timer;
 mod tree;
 mod upgrade;
+mod worker;
 
 use std::{
     collections::HashMap,

@@ -163,7 +163,9 @@ impl Keeper {
             .and_then(|()| {
                 disk = self.begin_disk(&slot, blueprint).map_err(at("starting to make the writable layer"))?;
                 disk.as_ref().and_then(Disk::socket).map_or(Ok(()), |worker| self.watch(worker, Source::Disk, serial))
-            });
+            })
+            // Last: until then a layer that was lent is whole, and can be taken back.
+            .and_then(|()| disk.as_ref().map_or(Ok(()), Disk::let_begin));
         if let Err(error) = begun {
             pidfd_send_signal(&init.child.pidfd, rustix::process::Signal::KILL).map_err(io::Error::from)?;
             sys::reap(init.child.pid, true)?;

@@ -5,35 +5,28 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use rustix::{event::epoll, process::pidfd_send_signal};
+use rustix::event::epoll;
 use serde::{Deserialize, Serialize};
 
-use super::{Keeper, Source, layer::Lent, warn};
+use super::{Keeper, Source, layer::Lent, warn, worker::Worker};
 use crate::{
     disk::{Disks, Made, Order},
     error::at,
     protocol::{Cause, Medium, init},
     rootfs,
-    sys::{self, Child, Cloned},
-    transport::{self, Socket},
+    transport,
 };
 
 /// The layer of one sandbox, and how far it is.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Disk {
     Making(Worker),
+    /// One that was kept is made ready again. Its only mount is with the worker, which so is not stopped: all that was written would go with it.
+    Reusing(Worker),
     /// Its mount, which this keeps alive.
     Ready(#[serde(with = "crate::handover")] OwnedFd),
     Removing(Worker),
     Gone,
-}
-
-/// A process that makes or removes a layer. When it has ended, this end of the socket says so.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Worker {
-    child: Child,
-    #[serde(with = "crate::handover")]
-    socket: Socket,
 }
 
 /// What a worker says: what it made, or why it failed.
@@ -42,33 +35,25 @@ type Said = Result<Option<Made>, String>;
 impl Disk {
     /// Starts to make a layer. The worker dies with the keeper.
     pub(super) fn begin(disks: &Disks, order: Order) -> io::Result<Self> {
-        let keeper = nix::unistd::getpid();
-        let worker = Worker::start(None, |socket, _| {
-            // A keeper that died before this process was bound to it sends no signal any more.
-            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
-            if nix::unistd::getppid() != keeper {
-                return Ok(());
-            }
-            match disks.make(order) {
-                Ok((mount, made)) => transport::send(socket, &Said::Ok(Some(made)), &[mount.as_fd()]),
-                Err(error) => transport::send(socket, &Said::Err(error.to_string()), &[]),
-            }
+        let worker = Worker::bound(None, |socket, _| match disks.make(order) {
+            Ok((mount, made)) => transport::send(socket, &Said::Ok(Some(made)), &[mount.as_fd()]),
+            Err(error) => transport::send(socket, &Said::Err(error.to_string()), &[]),
         });
         worker.map(Self::Making)
     }
 
-    /// Starts to make a layer that is to be kept, or to make ready one that was: what comes of it are two mounts, the second of them to be kept.
+    /// Starts to make a layer that is to be kept, or to make ready one that was, which waits for [`Disk::let_begin`]: what comes of it are two mounts, the
+    /// second of them to be kept.
     pub(super) fn begin_kept(disks: &Disks, medium: Medium, order: Order, label: Option<&str>, lent: Option<&Lent>) -> io::Result<Self> {
-        let keeper = nix::unistd::getpid();
         let device = lent.and_then(|lent| lent.device);
-        let worker = Worker::start(lent.map(|lent| lent.mount.as_fd()), |socket, used| {
-            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
-            if nix::unistd::getppid() != keeper {
-                return Ok(());
-            }
+        let work = |socket: BorrowedFd<'_>, used: Option<OwnedFd>| {
             let make = || -> io::Result<([OwnedFd; 2], Made)> {
                 let (mount, made) = match (used, medium) {
-                    (Some(used), _) => (used, Made { device }),
+                    (Some(used), _) => {
+                        // Killed for want of memory, it would take the layer along.
+                        super::claim::protect_from_oom();
+                        (used, Made { device })
+                    }
                     (None, Medium::Memory) => {
                         (rootfs::memory_layer(order.bytes, order.inodes, order.id_base, label)?, Made { device: None })
                     }
@@ -80,14 +65,30 @@ impl Disk {
                 Ok(([own, kept], made)) => transport::send(socket, &Said::Ok(Some(made)), &[own.as_fd(), kept.as_fd()]),
                 Err(error) => transport::send(socket, &Said::Err(error.to_string()), &[]),
             }
-        });
-        worker.map(Self::Making)
+        };
+        match lent {
+            Some(lent) => Worker::waiting(Some(lent.mount.as_fd()), work).map(Self::Reusing),
+            None => Worker::bound(None, work).map(Self::Making),
+        }
+    }
+
+    /// Has one that was kept be made ready: from here on it is the worker's.
+    pub(super) fn let_begin(&self) -> io::Result<()> {
+        match self {
+            Self::Reusing(worker) => worker.begin(),
+            Self::Making(_) | Self::Ready(_) | Self::Removing(_) | Self::Gone => Ok(()),
+        }
+    }
+
+    /// Whether it is on its way, and nobody knows yet what comes of it.
+    pub(super) fn is_under_way(&self) -> bool {
+        matches!(self, Self::Making(_) | Self::Reusing(_))
     }
 
     /// What its worker says: `None` if it has ended, and else why it failed, if that is it.
     pub(super) fn said(&self) -> io::Result<Option<Option<String>>> {
-        let (Self::Making(worker) | Self::Removing(worker)) = self else { return Ok(None) };
-        match worker.socket.recv::<Said>() {
+        let (Self::Making(worker) | Self::Reusing(worker) | Self::Removing(worker)) = self else { return Ok(None) };
+        match worker.said::<Said>() {
             Ok(said) => Ok(said.map(|datagram| datagram.message.err())),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Some(None)),
             Err(error) => Err(error),
@@ -102,11 +103,8 @@ impl Disk {
     /// Stops making it. What there is of it goes with the worker, or is removed when that has ended.
     pub(super) fn stop(&self) -> io::Result<()> {
         match self {
-            Self::Making(worker) => match pidfd_send_signal(&worker.child.pidfd, rustix::process::Signal::KILL) {
-                Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
-                Err(error) => Err(error.into()),
-            },
-            Self::Ready(_) | Self::Removing(_) | Self::Gone => Ok(()),
+            Self::Making(worker) => worker.stop(),
+            Self::Reusing(_) | Self::Ready(_) | Self::Removing(_) | Self::Gone => Ok(()),
         }
     }
 
@@ -115,7 +113,7 @@ impl Disk {
         let Self::Ready(mount) = self else { return Ok(()) };
         let worker = Worker::start(Some(mount.as_fd()), |socket, mount| {
             // Whoever lets go last has all the work of unmounting: not the keeper, which says when it has. If it dies, it has, too.
-            let _: Option<transport::Datagram<()>> = transport::recv(socket)?;
+            Worker::wait_for_word(socket)?;
             let Some(mount) = mount.filter(|_| medium == Medium::Disk) else { return Ok(()) };
             match disks.remove(id_base, mount) {
                 Ok(()) => Ok(()),
@@ -124,7 +122,7 @@ impl Disk {
         })?;
         let mount = std::mem::replace(self, Self::Gone);
         drop(mount);
-        worker.socket.send(&(), &[])?;
+        worker.begin()?;
         *self = Self::Removing(worker);
         Ok(())
     }
@@ -132,45 +130,10 @@ impl Disk {
     /// The socket to be watched.
     pub(super) fn socket(&self) -> Option<BorrowedFd<'_>> {
         match self {
-            Self::Making(worker) | Self::Removing(worker) => Some(worker.socket.as_fd()),
+            Self::Making(worker) | Self::Reusing(worker) | Self::Removing(worker) => Some(worker.as_fd()),
             Self::Ready(_) | Self::Gone => None,
         }
     }
-}
-
-impl Worker {
-    /// Clones a process that does `work` with its end of a socket and, if one is given, with a mount, and then ends.
-    fn start(mount: Option<BorrowedFd<'_>>, work: impl FnOnce(BorrowedFd<'_>, Option<OwnedFd>) -> io::Result<()>) -> io::Result<Self> {
-        let (socket, theirs) = Socket::pair()?;
-        match sys::clone3(nix::sched::CloneFlags::empty(), false, None)? {
-            Cloned::Parent(child) => Ok(Self { child, socket }),
-            Cloned::Child => {
-                super::claim::expose_to_oom();
-                let done = keep_only(&theirs, mount).and_then(|(socket, mount)| work(socket.as_fd(), mount));
-                std::process::exit(if done.is_ok() { 0 } else { 1 });
-            }
-        }
-    }
-}
-
-/// Closes everything but these two. A copy of a descriptor that the keeper closes would keep it alive, and watched.
-fn keep_only(socket: &OwnedFd, mount: Option<BorrowedFd<'_>>) -> io::Result<(OwnedFd, Option<OwnedFd>)> {
-    const SOCKET: i32 = 3;
-    const MOUNT: i32 = 4;
-    // Modes are meant as they stand.
-    rustix::process::umask(rustix::fs::Mode::empty());
-    // Out of the way of those two numbers.
-    let socket = rustix::io::fcntl_dupfd_cloexec(socket, MOUNT + 1)?;
-    let mount = mount.map(|mount| rustix::io::fcntl_dupfd_cloexec(mount, MOUNT + 1)).transpose()?;
-    sys::place_at(socket.as_fd(), SOCKET)?;
-    if let Some(mount) = &mount {
-        sys::place_at(mount.as_fd(), MOUNT)?;
-    }
-    let has_mount = mount.is_some();
-    drop((socket, mount));
-    sys::close_from(if has_mount { 5 } else { 4 })?;
-    sys::close_on_exec_from(3)?;
-    Ok((sys::inherited(SOCKET)?, if has_mount { Some(sys::inherited(MOUNT)?) } else { None }))
 }
 
 impl Keeper {
@@ -179,14 +142,14 @@ impl Keeper {
         let io = self.sandboxes.get(&serial).map(|sandbox| sandbox.supervision.io);
         let Some(body) = self.body(serial) else { return Ok(()) };
         let Some(disk) = &mut body.disk else { return Ok(()) };
-        let (Disk::Making(worker) | Disk::Removing(worker)) = &*disk else { return Ok(()) };
-        let said = match worker.socket.recv::<Said>() {
+        let (Disk::Making(worker) | Disk::Reusing(worker) | Disk::Removing(worker)) = &*disk else { return Ok(()) };
+        let said = match worker.said::<Said>() {
             Ok(said) => said,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(error) => return Err(error),
         };
         let failure = match (said, &*disk) {
-            (Some(datagram), Disk::Making(_)) => match (datagram.message, Mounts::from(datagram.descriptors)) {
+            (Some(datagram), Disk::Making(_) | Disk::Reusing(_)) => match (datagram.message, Mounts::from(datagram.descriptors)) {
                 (Ok(Some(made)), Mounts { own: Some(mount), kept }) => {
                     let made_of = std::mem::replace(disk, Disk::Ready(mount));
                     body.kept = kept;
@@ -198,7 +161,7 @@ impl Keeper {
                 (Ok(_), _) => "the writable layer came without its mount".to_owned(),
             },
             // It was told to stop, or was killed.
-            (None, Disk::Making(_)) => "making the writable layer was ended".to_owned(),
+            (None, Disk::Making(_) | Disk::Reusing(_)) => "making the writable layer was ended".to_owned(),
             (Some(datagram), _) => {
                 if let Err(message) = datagram.message {
                     warn(format_args!("removing a writable layer failed: {message}"));

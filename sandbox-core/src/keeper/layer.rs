@@ -200,7 +200,7 @@ impl Keeper {
     pub(super) fn keep_layer(&mut self, serial: u64) {
         let Some(body) = self.sandboxes.get_mut(&serial).and_then(|sandbox| sandbox.body.as_mut()) else { return };
         // One that is not made yet may still be.
-        if matches!(body.disk, Some(Disk::Making(_))) {
+        if body.disk.as_ref().is_some_and(Disk::is_under_way) {
             return;
         }
         let mount = body.kept.take();

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use sandbox_core::{
     client::Client,
-    protocol::{Answer, Cause, FailureKind, Layering, Limit, Medium, Request, SandboxId},
+    protocol::{Answer, Cause, FailureKind, KillReason, Layering, Limit, Medium, Request, SandboxId},
     tree::{ChangeKind, Span},
 };
 
@@ -185,6 +185,48 @@ fn one_that_is_killed_and_one_that_never_starts_keep_theirs_too() {
     for id in [killed.id, broken.id] {
         client.call(&Request::Forget { id }, &[]).unwrap();
     }
+}
+
+/// Launches it, and has it killed before anything of it can be there.
+fn launch_and_kill(run: &Run) -> Answer {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let mut client = node().client();
+        let launch = run.begin_launch(&mut client);
+        let kill = client.send(&Request::Kill { id: run.id, reason: KillReason::StoppedByUser }, &[]).unwrap();
+        let answer = client.receive(launch).unwrap();
+        client.receive(kill).unwrap();
+        if !is(&answer, FailureKind::Busy) || Instant::now() > deadline {
+            return answer;
+        }
+    }
+}
+
+fn outlives_starts_that_are_stopped(on: fn(Run) -> Run) {
+    let (mut id, _) = run(node(), on(shell("echo left > /left")), Layering::Fresh);
+    for _ in 0..5 {
+        let mut next = on(shell("sleep 100"));
+        (next.layer, next.keeps_layer) = (Layering::Of(id), true);
+        let answer = launch_and_kill(&next);
+        assert!(matches!(&answer, Answer::Ended(ending) if ending.cause == Cause::Killed(KillReason::StoppedByUser)), "{answer:?}");
+        node().client().call(&Request::Forget { id: next.id }, &[]).unwrap();
+        id = next.id;
+    }
+
+    let (last, seen) = run(node(), on(shell("cat /left")), Layering::Of(id));
+
+    assert_eq!(seen, "left\n");
+    drop_layer(&mut node().client(), last);
+}
+
+#[test]
+fn a_layer_in_memory_outlives_starts_that_are_stopped_at_once() {
+    outlives_starts_that_are_stopped(|run| run);
+}
+
+#[test]
+fn a_layer_on_disk_outlives_starts_that_are_stopped_at_once() {
+    outlives_starts_that_are_stopped(on_disk);
 }
 
 #[test]
