@@ -19,7 +19,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, openat, unlinkat};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use blkio::{Device, Devices};
-pub(crate) use change::Change;
+pub(crate) use change::{Before, Change, Lowering};
 pub(crate) use counters::Counters;
 
 use crate::{

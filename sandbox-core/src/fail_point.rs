@@ -30,9 +30,10 @@ pub const STEPS: &[&str] = &[
     "keeper.end.logged",
     "keeper.end.answered",
     "keeper.end.killed",
-    // What is done to one that runs: a stop is noted, and its signal not sent; it stands still; it has other limits.
+    // What is done to one that runs: a stop is noted, and its signal not sent; it stands still; a lower memory limit is on its way; it has other limits.
     "keeper.control.noted",
     "keeper.control.frozen",
+    "keeper.control.lowering",
     "keeper.control.changed",
     // An exec, from the request to the answer; its end: init has said so; the log has its last record; who waited knows.
     "keeper.exec.received",

@@ -15,6 +15,7 @@ mod exec;
 pub(crate) mod gvisor;
 mod launch;
 mod layer;
+mod lowering;
 mod output;
 mod parked;
 mod records;
@@ -142,10 +143,12 @@ enum Source {
     Commit,
     /// Who removes a layer that was kept.
     Layer,
+    /// Who lowers a memory limit.
+    Memory,
 }
 
 impl Source {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 15] = [
         Self::Listener,
         Self::Signals,
         Self::Timer,
@@ -160,6 +163,7 @@ impl Source {
         Self::Trial,
         Self::Commit,
         Self::Layer,
+        Self::Memory,
     ];
 
     fn number(self, serial: u64) -> u64 {
@@ -434,7 +438,14 @@ impl Keeper {
                 self.disconnect(serial);
                 Ok(())
             }
-            Source::Control | Source::Init | Source::Stdout | Source::Stderr | Source::OutOfMemory | Source::Payload | Source::Disk => {
+            Source::Control
+            | Source::Init
+            | Source::Stdout
+            | Source::Stderr
+            | Source::OutOfMemory
+            | Source::Payload
+            | Source::Disk
+            | Source::Memory => {
                 warn(format_args!("a sandbox is ended because its supervision failed: {error}"));
                 if let Err(error) = self.kill_by_force(serial) {
                     warn(format_args!("killing it failed: {error}"));
@@ -461,6 +472,7 @@ impl Keeper {
             Source::Trial => self.on_trial(serial),
             Source::Commit => self.on_commit(serial),
             Source::Layer => self.on_layer(serial),
+            Source::Memory => self.on_lowered(serial),
         }
     }
 

@@ -132,7 +132,7 @@ pub enum Request {
     /// Let them go on. Answered by [`Answer::Done`].
     Resume { id: SandboxId },
     /// Hold a sandbox to other limits from now on: all of them, or none if one is refused. Answered by [`Answer::Done`]; `Refused` if the node's policy or the
-    /// kernel does not take one, as memory that is in use already.
+    /// kernel does not take one, as memory that is in use already and is not given back within a second; `Busy` while others are being set.
     Update { id: SandboxId, limits: NewLimits },
     /// What a sandbox uses now. Answered by [`Answer::Sample`].
     Sample { id: SandboxId },

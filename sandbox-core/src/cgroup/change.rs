@@ -1,9 +1,14 @@
 //! Other limits for a group that is in use: all of them or none.
 
-use std::io;
+use std::{io, os::fd::BorrowedFd};
 
-use super::{Group, PAGE_BYTES, read, set, write};
-use crate::protocol::{CgroupMode, IoLimits};
+use serde::{Deserialize, Serialize};
+
+use super::{Group, PAGE_BYTES, counters::number, read, set, write};
+use crate::{
+    error::at,
+    protocol::{CgroupMode, IoLimits},
+};
 
 /// The limits that are to be other ones.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -16,36 +21,69 @@ pub(crate) struct Change {
     pub(crate) io: Option<IoLimits>,
 }
 
-/// Files of limits, by their hierarchy's place, with what stood in them before.
-type Before = Vec<(usize, &'static str, String)>;
+/// What it takes to put back what was set.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Before {
+    /// Files of limits, by their hierarchy's place, with what stood in them, in the order in which they were written.
+    files: Vec<(usize, String, String)>,
+    /// If that was changed.
+    io: Option<IoLimits>,
+}
+
+/// A memory limit below the one that stands, which is not set yet.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Lowering {
+    mode: CgroupMode,
+    bytes: u64,
+}
 
 impl Group {
-    /// Sets these limits one by one and reads each back. After an error they are what they were.
+    /// Sets these limits one by one and reads each back. A lower memory limit is left: setting it lasts as long as the kernel has something to take
+    /// back, which a busy group fills again as fast. After an error they are what they were.
     ///
     /// # Errors
-    /// The kernel does not take one, as memory that is in use and cannot be given back.
-    pub(crate) fn change(&mut self, change: Change) -> io::Result<()> {
-        let io_before = self.io;
-        let mut before = Before::new();
-        // Memory last: it is what the kernel refuses.
-        let changed = change
-            .io
-            .map_or(Ok(()), |io| self.change_io(io))
-            .and_then(|()| change.pids.map_or(Ok(()), |pids| self.change_pids(pids, &mut before)))
-            .and_then(|()| change.cpu_millis.map_or(Ok(()), |millis| self.change_cpu(millis, &mut before)))
-            .and_then(|()| change.memory_bytes.map_or(Ok(()), |bytes| self.change_memory(bytes, &mut before)));
-        let Err(error) = changed else { return Ok(()) };
-        let mut undone = Ok(());
-        while let Some((place, name, value)) = before.pop() {
-            undone = undone.and(self.set_at(place, name, &value));
+    /// The kernel does not take one.
+    pub(crate) fn change(&mut self, change: Change) -> io::Result<(Before, Option<Lowering>)> {
+        let mut before = Before::default();
+        match self.change_all(change, &mut before) {
+            Ok(lowering) => Ok((before, lowering)),
+            Err(error) => match self.put_back(before) {
+                Ok(()) => Err(error),
+                Err(worse) => Err(io::Error::other(format!("{error}; and {worse}"))),
+            },
         }
-        if let (Some(_), Some(io)) = (change.io, io_before) {
+    }
+
+    /// Has the limits be again what they were before a change.
+    pub(crate) fn put_back(&mut self, before: Before) -> io::Result<()> {
+        let Before { files, io } = before;
+        let mut undone = Ok(());
+        for (place, name, value) in files.into_iter().rev() {
+            undone = undone.and(self.set_at(place, &name, &value));
+        }
+        if let Some(io) = io {
             undone = undone.and(self.change_io(io));
         }
-        match undone {
-            Ok(()) => Err(error),
-            Err(worse) => Err(io::Error::other(format!("{error}; and putting back what was set failed: {worse}"))),
+        undone.map_err(at("putting back what was set"))
+    }
+
+    /// The folder with the files of its memory: what [`Lowering::run`] needs.
+    pub(crate) fn memory_folder(&self) -> BorrowedFd<'_> {
+        self.memory()
+    }
+
+    fn change_all(&mut self, change: Change, before: &mut Before) -> io::Result<Option<Lowering>> {
+        if let Some(io) = change.io {
+            before.io = self.io;
+            self.change_io(io)?;
         }
+        if let Some(pids) = change.pids {
+            self.change_pids(pids, before)?;
+        }
+        if let Some(millis) = change.cpu_millis {
+            self.change_cpu(millis, before)?;
+        }
+        change.memory_bytes.map_or(Ok(None), |bytes| self.change_memory(bytes, before))
     }
 
     fn change_io(&mut self, io: IoLimits) -> io::Result<()> {
@@ -75,46 +113,85 @@ impl Group {
         self.exchange(self.places.cpu, "cpu.cfs_quota_us", &quota_in(period_us).to_string(), before)
     }
 
-    fn change_memory(&self, bytes: u64, before: &mut Before) -> io::Result<()> {
+    /// Raises the limit; what is to be lower is noted and left.
+    fn change_memory(&self, bytes: u64, before: &mut Before) -> io::Result<Option<Lowering>> {
         let bytes = bytes / PAGE_BYTES * PAGE_BYTES;
-        let value = bytes.to_string();
-        if self.mode == CgroupMode::V2 {
-            // Until the new limit stands the old one must not be filled again.
-            let changed = self.give_back_memory(bytes).and_then(|()| self.exchange(self.places.memory, "memory.max", &value, before));
-            return changed.and(write(self.memory(), "memory.high", "max"));
-        }
-        const FILES: [&str; 2] = ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes"];
-        let now: u64 = read(self.memory(), FILES[0])?.trim_end().parse().map_err(io::Error::other)?;
-        // The second may never be the smaller one.
-        let [first, second] = if bytes < now { FILES } else { [FILES[1], FILES[0]] };
-        for name in [first, second] {
-            match self.exchange(self.places.memory, name, &value, before) {
-                // A kernel that counts no swap, on a machine that has none: seen at the launch.
-                Err(error) if error.kind() == io::ErrorKind::NotFound && name == FILES[1] => {}
-                done => done?,
+        let files = limits_of_memory(self.mode);
+        let lowering = Lowering { mode: self.mode, bytes };
+        if is_more(&read(self.memory(), files[0])?, bytes)? {
+            // Last what is to be put back first: of the two of v1 the second may never be the smaller one; and what is to slow the group down is taken off when it may have
+            // its memory again.
+            let slower = (self.mode == CgroupMode::V2).then_some("memory.high");
+            for name in slower.iter().chain(files) {
+                if let Some(found) = if_there(read(self.memory(), name), name)? {
+                    before.files.push((self.places.memory, (*name).to_owned(), found.trim_end().to_owned()));
+                }
             }
+            return Ok(Some(lowering));
         }
-        Ok(())
+        for name in files.iter().rev() {
+            if_there(self.exchange(self.places.memory, name, &bytes.to_string(), before), name)?;
+        }
+        Ok(None)
     }
 
-    /// Has the kernel take back what the group can do without until it has no more than `bytes`: where it would be killed for a lower limit (v2), and
-    /// not be refused it.
-    fn give_back_memory(&self, bytes: u64) -> io::Result<()> {
-        write(self.memory(), "memory.high", &bytes.to_string())?;
-        match self.now()? {
-            (left, _) if left > bytes => Err(io::Error::other(format!("memory: {left} bytes are in use and cannot be given back"))),
-            _ => Ok(()),
-        }
-    }
-
-    fn exchange(&self, place: usize, name: &'static str, value: &str, before: &mut Before) -> io::Result<()> {
+    fn exchange(&self, place: usize, name: &str, value: &str, before: &mut Before) -> io::Result<()> {
         let found = read(self.folder(place), name)?;
-        before.push((place, name, found.trim_end().to_owned()));
+        before.files.push((place, name.to_owned(), found.trim_end().to_owned()));
         self.set_at(place, name, value)
     }
 
     fn set_at(&self, place: usize, name: &str, value: &str) -> io::Result<()> {
         set(self.folder(place), name, value)
+    }
+}
+
+impl Lowering {
+    /// Has the kernel take back what the group can do without, until it has no more than its new limit, and sets that. For a process of its own: it lasts as long as
+    /// the group makes it last, and a kill ends it.
+    ///
+    /// # Errors
+    /// The group cannot do without: what stands then is to be put back ([`Group::put_back`]).
+    pub(crate) fn run(self, memory: BorrowedFd<'_>) -> io::Result<()> {
+        let value = self.bytes.to_string();
+        if self.mode == CgroupMode::V2 {
+            // Where the group would be killed for a lower limit, and not be refused it. Until that stands the old one must not be filled again.
+            write(memory, "memory.high", &value)?;
+            let left = number(memory, "memory.current")?;
+            if left > self.bytes {
+                return Err(io::Error::other(format!("memory: {left} bytes are in use and cannot be given back")));
+            }
+        }
+        for name in limits_of_memory(self.mode) {
+            if_there(set(memory, name, &value), name)?;
+        }
+        if self.mode == CgroupMode::V2 { write(memory, "memory.high", "max") } else { Ok(()) }
+    }
+}
+
+/// The files of the limit, in the order in which it is lowered: of the two of v1 the second may never be the smaller one.
+const fn limits_of_memory(mode: CgroupMode) -> &'static [&'static str] {
+    match mode {
+        CgroupMode::V2 => &["memory.max"],
+        CgroupMode::V1 | CgroupMode::Hybrid => &["memory.limit_in_bytes", MEMORY_AND_SWAP],
+    }
+}
+
+const MEMORY_AND_SWAP: &str = "memory.memsw.limit_in_bytes";
+
+/// `None` for a kernel that counts no swap, on a machine that has none: seen at the launch.
+fn if_there<T>(done: io::Result<T>, name: &str) -> io::Result<Option<T>> {
+    match done {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && name == MEMORY_AND_SWAP => Ok(None),
+        done => done.map(Some),
+    }
+}
+
+/// Whether a limit, as the kernel tells it, is more than that.
+fn is_more(limit: &str, bytes: u64) -> io::Result<bool> {
+    match limit.trim_end() {
+        "max" => Ok(true),
+        number => Ok(number.parse::<u64>().map_err(io::Error::other)? > bytes),
     }
 }
 
@@ -170,13 +247,27 @@ mod tests {
             .unwrap();
         io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0; 6]).unwrap();
 
-        let refused = group.change(Change { memory_bytes: Some(8 << 20), cpu_millis: Some(500), pids: Some(5), io: None });
+        let all = |memory_bytes, cpu_millis, pids| Change {
+            memory_bytes: Some(memory_bytes),
+            cpu_millis: Some(cpu_millis),
+            pids: Some(pids),
+            io: None,
+        };
+        let (was, lowering) = group.change(all(8 << 20, 500, 5)).unwrap();
+        let refused = lowering.unwrap().run(group.memory_folder());
         assert!(refused.is_err());
+        group.put_back(was).unwrap();
         assert_eq!(found(&group), before, "{refused:?}");
         assert!(child.try_wait().unwrap().is_none(), "it lives on");
 
+        // What the kernel refuses of what is set first.
+        let refused = group.change(Change { pids: Some(7), cpu_millis: Some(0), ..Change::default() });
+        assert!(refused.is_err());
+        assert_eq!(found(&group), before, "{refused:?}");
+
         for (memory_bytes, cpu_millis, pids) in [(40 << 20, 500, 5), (80 << 20, 1500, 50)] {
-            group.change(Change { memory_bytes: Some(memory_bytes), cpu_millis: Some(cpu_millis), pids: Some(pids), io: None }).unwrap();
+            let (_, lowering) = group.change(all(memory_bytes, cpu_millis, pids)).unwrap();
+            lowering.map_or(Ok(()), |lowering| lowering.run(group.memory_folder())).unwrap();
             let now = found(&group);
             assert_eq!(now[0], memory_bytes.to_string());
             assert!(now.iter().any(|text| text.starts_with(&(cpu_millis * 100).to_string())), "{now:?}");

@@ -77,7 +77,7 @@ impl Group {
     }
 }
 
-fn number(folder: BorrowedFd<'_>, name: &str) -> io::Result<u64> {
+pub(super) fn number(folder: BorrowedFd<'_>, name: &str) -> io::Result<u64> {
     let text = read(folder, name)?;
     text.trim_end().parse().map_err(|_| io::Error::other(format!("{name} says {:?}", text.trim_end())))
 }

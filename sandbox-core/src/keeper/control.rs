@@ -99,7 +99,7 @@ fn check_signal(signal: i32) -> Result<(), Answer> {
     is_one.then_some(()).ok_or_else(|| failed(FailureKind::Refused, format!("{signal} is no signal: they are 1 to {SIGNAL_MAX}")))
 }
 
-fn gone(message: String) -> Answer {
+pub(super) fn gone(message: String) -> Answer {
     failed(FailureKind::Gone, message)
 }
 
@@ -287,24 +287,35 @@ impl Keeper {
         Ok(())
     }
 
-    /// Holds a sandbox to other limits: all of them or none.
-    pub(super) fn update(&mut self, id: SandboxId, limits: NewLimits) -> io::Result<Answer> {
+    /// Holds a sandbox to other limits: all of them or none. `None`: the answer comes later.
+    pub(super) fn update(&mut self, asker: Asker, id: SandboxId, limits: NewLimits) -> io::Result<Option<Answer>> {
         let (serial, sandbox) = match self.running(id) {
-            Err(answer) => return Ok(answer),
+            Err(answer) => return Ok(Some(answer)),
             Ok(found) => found,
         };
         let is_gvisor = sandbox.processes.is_some();
         if let Err(refused) = policy::check_change(&limits, is_gvisor) {
-            return Ok(failed(FailureKind::Refused, refused));
+            return Ok(Some(failed(FailureKind::Refused, refused)));
         }
-        let Some(body) = &mut sandbox.body else { return Ok(gone(format!("sandbox {id} has ended"))) };
-        let NewLimits { memory_bytes, cpu_millis, pids, wall_ms, cpu_ms, io } = limits;
-        if let Err(error) = body.slot.group.change(Change { memory_bytes, cpu_millis, pids, io }) {
-            return Ok(match shortage(&error) {
+        if sandbox.lowering.is_some() {
+            return Ok(Some(failed(FailureKind::Busy, format!("the limits of sandbox {id} are being changed"))));
+        }
+        let Some(body) = &mut sandbox.body else { return Ok(Some(gone(format!("sandbox {id} has ended")))) };
+        let NewLimits { memory_bytes, cpu_millis, pids, io, .. } = limits;
+        match body.slot.group.change(Change { memory_bytes, cpu_millis, pids, io }) {
+            Ok((before, Some(lowering))) => self.begin_lowering(asker, serial, limits, before, lowering),
+            Ok((_, None)) => self.changed(serial, limits).map(Some),
+            Err(error) => Ok(Some(match shortage(&error) {
                 Some(_) => failed_at("setting the limits", &error),
                 None => failed(FailureKind::Refused, format!("the kernel does not take it: {error}")),
-            });
+            })),
         }
+    }
+
+    /// Its group is held to other limits: so are the keeper's own.
+    pub(super) fn changed(&mut self, serial: u64, limits: NewLimits) -> io::Result<Answer> {
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(gone("the sandbox has ended".to_owned())) };
+        let NewLimits { wall_ms, cpu_ms, io, .. } = limits;
         let supervision = &mut sandbox.supervision;
         supervision.io = io.unwrap_or(supervision.io);
         supervision.wall_ms = wall_ms.or(supervision.wall_ms);

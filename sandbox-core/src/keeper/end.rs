@@ -56,6 +56,7 @@ impl Keeper {
         sandbox.input = None;
         sandbox.ending = Some(ending);
         sandbox.tell_by_ns = monotonic_ns() + TELL_WITHIN_NS;
+        self.give_up_lowering(serial);
         self.tell_end(serial);
     }
 
@@ -128,7 +129,8 @@ impl Keeper {
     /// Takes apart what is left, off the reply path, again and again until the kernel has let go of all of it.
     pub(super) fn clean_up(&mut self, serial: u64) -> io::Result<()> {
         let Some(body) = self.body(serial) else { return Ok(()) };
-        if !body.init.is_dead {
+        // Removing the group would wait for who writes to it; when that has ended, this is gone on with.
+        if !body.init.is_dead || self.is_being_lowered(serial) {
             return Ok(());
         }
         self.keep_layer(serial);

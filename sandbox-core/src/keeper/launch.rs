@@ -321,6 +321,7 @@ impl Keeper {
             stopping: None,
             paused: Paused::No,
             pausers: Vec::new(),
+            lowering: None,
             input,
             killed_at_ns: None,
             dead_at_ns: None,

@@ -152,7 +152,10 @@ impl Keeper {
             Request::Stop { id, signal, grace_ms, reason } => self.stop_within(id, signal, grace_ms, reason)?,
             Request::Pause { id } => return self.pause(asker, id),
             Request::Resume { id } => self.resume(id)?,
-            Request::Update { id, limits } => self.update(id, limits)?,
+            Request::Update { id, limits } => match self.update(asker, id, limits)? {
+                Some(answer) => answer,
+                None => return Ok(()),
+            },
             Request::Sample { id } => self.sample(id),
             Request::Connect { id, family } => {
                 let (answer, socket) = self.socket_in(id, family);

@@ -8,6 +8,7 @@ use super::{
     connection::Asker,
     control::{Paused, Stopping},
     disk::Disk,
+    lowering::Lowering,
     output::Output,
     slot::Slot,
 };
@@ -77,6 +78,9 @@ pub(super) struct Sandbox {
     /// Who waits for it to stand still.
     #[serde(skip)]
     pub(super) pausers: Vec<Asker>,
+    /// A lower memory limit on its way.
+    #[serde(default)]
+    pub(super) lowering: Option<Lowering>,
     /// The writing end of the payload's standard input, if the keeper holds it.
     #[serde(default, with = "crate::handover")]
     pub(super) input: Option<OwnedFd>,

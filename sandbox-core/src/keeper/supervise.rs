@@ -289,6 +289,10 @@ impl Keeper {
             Due::Room => return self.look_for_room(serial),
             Due::Grace => return self.end_grace(serial),
             Due::Freeze => return self.look_for_ice(serial),
+            Due::Lowering => {
+                self.give_up_lowering(serial);
+                return Ok(());
+            }
             Due::Start | Due::Wall | Due::Cpu | Due::Oom | Due::Force => {}
         }
         let Some(sandbox) = self.sandboxes.get(&serial) else { return Ok(()) };
@@ -321,7 +325,8 @@ impl Keeper {
             | Due::Room
             | Due::Accept
             | Due::Grace
-            | Due::Freeze => Ok(()),
+            | Due::Freeze
+            | Due::Lowering => Ok(()),
         }
     }
 

@@ -20,6 +20,8 @@ pub(super) enum Due {
     Grace,
     /// Look whether a sandbox stands still.
     Freeze,
+    /// A lower memory limit should be set by now.
+    Lowering,
     /// Look at the CPU time used.
     Cpu,
     /// The kernel announced an OOM; look whether it killed something.

@@ -366,6 +366,9 @@ impl Keeper {
         if sandbox.ending.is_none() && !sandbox.output.is_held() {
             self.watch_output(serial, &sandbox.output)?;
         }
+        if let Some(lowering) = &sandbox.lowering {
+            self.watch(lowering.socket(), Source::Memory, serial)?;
+        }
         let Some(body) = &sandbox.body else { return Ok(()) };
         self.watch_body(serial, body)?;
         // One that is dead is watched no longer: it would be readable for good.

@@ -32,6 +32,7 @@ fn sandbox(decision: Option<Decision>) -> Sandbox {
         stopping: None,
         paused: Paused::No,
         pausers: Vec::new(),
+        lowering: None,
         input: None,
         killed_at_ns: None,
         dead_at_ns: None,
