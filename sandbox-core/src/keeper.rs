@@ -26,6 +26,7 @@ mod sandbox;
 mod slot;
 mod store;
 mod supervise;
+mod terminal;
 mod timer;
 mod tree;
 mod upgrade;
@@ -59,6 +60,7 @@ use room::Room;
 use sandbox::{Decision, Sandbox};
 use slot::Slots;
 use store::Store;
+use terminal::Typist;
 use timer::{Due, Timer};
 pub use upgrade::Invocation;
 use upgrade::Trial;
@@ -145,10 +147,14 @@ enum Source {
     Layer,
     /// Who lowers a memory limit.
     Memory,
+    /// What is typed at a terminal.
+    Typed,
+    /// Who types what ends the input of one.
+    Typist,
 }
 
 impl Source {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 17] = [
         Self::Listener,
         Self::Signals,
         Self::Timer,
@@ -164,6 +170,8 @@ impl Source {
         Self::Commit,
         Self::Layer,
         Self::Memory,
+        Self::Typed,
+        Self::Typist,
     ];
 
     fn number(self, serial: u64) -> u64 {
@@ -186,6 +194,7 @@ pub struct Keeper {
     timer: Timer,
     connections: HashMap<u64, Connection>,
     commits: HashMap<u64, Commit>,
+    typists: HashMap<u64, Typist>,
     sandboxes: HashMap<u64, Sandbox>,
     execs: HashMap<u64, Exec>,
     records: Records,
@@ -316,6 +325,7 @@ impl Keeper {
             timer: Timer::new()?,
             connections: HashMap::new(),
             commits: HashMap::new(),
+            typists: HashMap::new(),
             sandboxes: HashMap::new(),
             execs: HashMap::new(),
             records,
@@ -425,6 +435,10 @@ impl Keeper {
                 warn(format_args!("keeping an image failed: {error}"));
                 Ok(())
             }
+            Source::Typist => {
+                warn(format_args!("following who ends an input failed: {error}"));
+                Ok(())
+            }
             Source::Layer => {
                 warn(format_args!("following the removal of a layer failed: {error}"));
                 Ok(())
@@ -445,7 +459,8 @@ impl Keeper {
             | Source::OutOfMemory
             | Source::Payload
             | Source::Disk
-            | Source::Memory => {
+            | Source::Memory
+            | Source::Typed => {
                 warn(format_args!("a sandbox is ended because its supervision failed: {error}"));
                 if let Err(error) = self.kill_by_force(serial) {
                     warn(format_args!("killing it failed: {error}"));
@@ -464,8 +479,8 @@ impl Keeper {
             Source::Connection => self.on_connection(serial, flags),
             Source::Control => self.on_report(serial),
             Source::Init => self.on_init_death(serial),
-            Source::Stdout => self.on_output(serial, Kind::Stdout),
-            Source::Stderr => self.on_output(serial, Kind::Stderr),
+            Source::Stdout => self.on_output(serial, Kind::Stdout, flags),
+            Source::Stderr => self.on_output(serial, Kind::Stderr, flags),
             Source::OutOfMemory => self.on_oom_notice(serial),
             Source::Payload => self.on_payload_death(serial),
             Source::Disk => self.on_disk(serial),
@@ -473,6 +488,8 @@ impl Keeper {
             Source::Commit => self.on_commit(serial),
             Source::Layer => self.on_layer(serial),
             Source::Memory => self.on_lowered(serial),
+            Source::Typed => self.on_typed(serial),
+            Source::Typist => self.on_typist(serial),
         }
     }
 

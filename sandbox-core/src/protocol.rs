@@ -138,11 +138,11 @@ pub enum Request {
     Sample { id: SandboxId },
     /// A new TCP socket of this family in the network namespace of a sandbox, not connected. Answered by [`Answer::Descriptor`] with it.
     Connect { id: SandboxId, family: Family },
-    /// The writing end of the standard input of a payload or an exec that has [`Stdin::Held`] or a terminal. Answered by [`Answer::Descriptor`] with it: a pipe or a
-    /// terminal's master, not blocking. `Gone` once the input has ended.
+    /// The writing end of what a payload or an exec reads that has [`Stdin::Held`] or a terminal. Answered by [`Answer::Descriptor`] with it: a pipe,
+    /// not blocking. `Gone` once the input has ended or nobody has the terminal open, `Busy` before there is one.
     Input { id: SandboxId },
     /// Ends that input: the keeper lets go of its end. End of file is read when everybody who was given it has done so, too; at a terminal it is what
-    /// its user types (termios(3), `VEOF`). Answered by [`Answer::Done`].
+    /// its user types (termios(3), `VEOF`), behind what was written before. Answered by [`Answer::Done`]; `Busy` while a terminal does not take it.
     EndInput { id: SandboxId },
     /// The size of the terminal of a payload or an exec. Answered by [`Answer::Done`]; `Refused` if it has none.
     Resize { id: SandboxId, size: WindowSize },

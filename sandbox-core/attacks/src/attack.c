@@ -778,6 +778,35 @@ ATTACK(beat)
 	return 0;
 }
 
+/* Leaves somebody behind who stands in the middle of a write to the terminal for as long as a slow disk takes to bring what is written. */
+ATTACK(hold_terminal)
+{
+	if (argc != 1)
+		return 2;
+	const size_t len = 1 << 20;
+	char byte = 0;
+	int begun[2], fd = open(argv[0], O_RDONLY);
+	TRY(fd);
+	posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+	char *slow = mmap(NULL, len, PROT_READ, MAP_PRIVATE, fd, 0);
+	if (slow == MAP_FAILED)
+		return stopped("mmap");
+	TRY(madvise(slow, len, MADV_RANDOM));
+	TRY(pipe(begun));
+	pid_t pid = fork();
+	TRY(pid);
+	if (pid == 0) {
+		signal(SIGHUP, SIG_IGN);
+		/* The first may come at once, and every other one takes its time. */
+		for (size_t at = 0; at < len; at += 4096)
+			if (write(1, slow + at, 1) != 1 || write(begun[1], &byte, 1) != 1)
+				_exit(1);
+		_exit(0);
+	}
+	TRY(read(begun[0], &byte, 1));
+	return 0;
+}
+
 #define NAMED(name) {#name, name}
 
 int main(int argc, char **argv)
@@ -795,7 +824,7 @@ int main(int argc, char **argv)
 		NAMED(lock_file), NAMED(type_into_terminal), NAMED(allow_core_dumps), NAMED(make_calls), NAMED(hog_memory), NAMED(hog_stack),
 		NAMED(hog_memfd), NAMED(hog_shared_memory), NAMED(hog_page_tables), NAMED(hog_sockets), NAMED(hog_pipes), NAMED(hog_threads),
 		NAMED(hog_processes), NAMED(leave_daemons), NAMED(trace_and_sleep), NAMED(hog_folders), NAMED(hog_links), NAMED(sparse_file),
-		NAMED(hog_output), NAMED(hog_processor), NAMED(beat),
+		NAMED(hog_output), NAMED(hog_processor), NAMED(beat), NAMED(hold_terminal),
 	};
 	for (size_t n = 0; argc > 1 && n < sizeof attacks / sizeof *attacks; n++)
 		if (strcmp(argv[1], attacks[n].name) == 0)

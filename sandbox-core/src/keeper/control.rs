@@ -2,13 +2,12 @@
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
 };
 
 use rustix::{
-    fs::{FileType, Mode, makedev},
+    fs::Mode,
     net::{AddressFamily, SocketFlags, SocketType, socket_with},
-    termios::{SpecialCodeIndex, tcgetattr, tcsetwinsize},
 };
 use serde::{Deserialize, Serialize};
 
@@ -29,7 +28,6 @@ use crate::{
     error::shortage,
     fail_point::reached,
     fence::Fence,
-    init::terminal,
     network, policy,
     protocol::{
         Answer, FailureKind, Family, KillReason, NewLimits, Sample, SandboxId, WindowSize,
@@ -194,7 +192,7 @@ impl Keeper {
         }
     }
 
-    fn is_launched(&self, serial: u64) -> bool {
+    pub(super) fn is_launched(&self, serial: u64) -> bool {
         let of_sandbox = self.sandboxes.get(&serial).map(|sandbox| sandbox.launched.is_some());
         of_sandbox.or_else(|| self.execs.get(&serial).map(|exec| exec.launched.is_some())).unwrap_or(false)
     }
@@ -396,73 +394,49 @@ impl Keeper {
 
     /// The writing end of what a payload reads.
     pub(super) fn input(&mut self, id: SandboxId) -> (Answer, Option<OwnedFd>) {
-        match self.named(id) {
+        let serial = match self.named(id) {
             Named::Nothing => return (gone(format!("no sandbox {id}")), None),
             Named::Over => return (gone(format!("sandbox {id} has ended")), None),
-            Named::Alive(_) => {}
+            Named::Alive(serial) => serial,
+        };
+        if output_of(&mut self.sandboxes, &mut self.execs, serial).is_some_and(|output| output.is_terminal()) {
+            return self.keyboard(serial);
         }
-        let Some(input) = self.input_of(id) else { return (gone(format!("the input of {id} has ended")), None) };
+        let of_sandbox = self.sandboxes.get(&serial).map(|sandbox| &sandbox.input);
+        let Some(input) = of_sandbox.or_else(|| self.execs.get(&serial).map(|exec| &exec.input)).and_then(Option::as_ref) else {
+            return (gone(format!("the input of {id} has ended")), None);
+        };
         match rustix::io::fcntl_dupfd_cloexec(input, 0) {
             Ok(input) => (Answer::Descriptor, Some(input)),
             Err(error) => (failed_at("handing out the input", &error.into()), None),
         }
     }
 
-    /// Lets go of that end; at a terminal, types what says so.
-    pub(super) fn end_input(&mut self, id: SandboxId) -> Answer {
+    /// Lets go of that end; at a terminal, has somebody type what says so. `None`: the answer comes later.
+    pub(super) fn end_input(&mut self, asker: Asker, id: SandboxId) -> io::Result<Option<Answer>> {
         let serial = match self.named(id) {
-            Named::Nothing => return gone(format!("no sandbox {id}")),
-            Named::Over => return Answer::Done,
+            Named::Nothing => return Ok(Some(gone(format!("no sandbox {id}")))),
+            Named::Over => return Ok(Some(Answer::Done)),
             Named::Alive(serial) => serial,
         };
-        if let Some(terminal) = self.terminal_of(serial) {
-            return match end_typing(terminal) {
-                Ok(()) => Answer::Done,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    failed(FailureKind::Busy, "the terminal has input that was not read yet")
-                }
-                Err(error) => failed_at("typing the end of the input", &error),
-            };
+        if output_of(&mut self.sandboxes, &mut self.execs, serial).is_some_and(|output| output.is_terminal()) {
+            return self.end_typing(asker, serial);
         }
         if let Some(sandbox) = self.sandboxes.get_mut(&serial) {
             sandbox.input = None;
         } else if let Some(exec) = self.execs.get_mut(&serial) {
             exec.input = None;
         }
-        Answer::Done
+        Ok(Some(Answer::Done))
     }
 
     /// Tells the programs at a terminal how large it is.
     pub(super) fn resize(&mut self, id: SandboxId, size: WindowSize) -> Answer {
-        let serial = match self.named(id) {
-            Named::Nothing => return gone(format!("no sandbox {id}")),
-            Named::Over => return Answer::Done,
-            Named::Alive(serial) => serial,
-        };
-        if !output_of(&mut self.sandboxes, &mut self.execs, serial).is_some_and(|output| output.is_terminal()) {
-            return failed(FailureKind::Refused, format!("{id} has no terminal"));
+        match self.named(id) {
+            Named::Nothing => gone(format!("no sandbox {id}")),
+            Named::Over => Answer::Done,
+            Named::Alive(serial) => self.resize_terminal(serial, size),
         }
-        match self.terminal_of(serial).map(|terminal| tcsetwinsize(terminal, terminal::of(size))) {
-            None if self.is_launched(serial) => Answer::Done,
-            None => failed(FailureKind::Busy, format!("{id} does not run yet")),
-            Some(Ok(())) => Answer::Done,
-            Some(Err(error)) => failed_at("sizing the terminal", &error.into()),
-        }
-    }
-
-    /// The master of the terminal of a payload or an exec, while that stands.
-    fn terminal_of(&self, serial: u64) -> Option<BorrowedFd<'_>> {
-        let of_sandbox = self.sandboxes.get(&serial).map(|sandbox| &sandbox.output);
-        of_sandbox.or_else(|| self.execs.get(&serial).map(|exec| &exec.output))?.terminal()
-    }
-
-    fn input_of(&self, id: SandboxId) -> Option<BorrowedFd<'_>> {
-        let Named::Alive(serial) = self.named(id) else { return None };
-        let pipe = match self.sandboxes.get(&serial) {
-            Some(sandbox) => sandbox.input.as_ref(),
-            None => self.execs.get(&serial)?.input.as_ref(),
-        };
-        self.terminal_of(serial).or(pipe.map(AsFd::as_fd))
     }
 }
 
@@ -472,25 +446,6 @@ fn signal_one(process: &OwnedFd, signal: i32) -> io::Result<()> {
         Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
         sent => sent,
     }
-}
-
-/// What its user types at a terminal to end the input, as its programs have set it.
-fn end_typing(terminal: BorrowedFd<'_>) -> io::Result<()> {
-    let character = tcgetattr(terminal)?.special_codes[SpecialCodeIndex::VEOF];
-    rustix::io::write(terminal, &[character])?;
-    Ok(())
-}
-
-/// What an init says is a terminal's master, once that is sure: whatever else it were, reading it could block.
-pub(super) fn master_of(descriptor: OwnedFd) -> io::Result<OwnedFd> {
-    let stat = rustix::fs::fstat(&descriptor)?;
-    // `TTYAUX_MAJOR` and the number of `/dev/ptmx` (the kernel's admin-guide/devices.txt).
-    let is_master = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == makedev(5, 2);
-    if !is_master {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "an init gave something else for a terminal"));
-    }
-    rustix::io::ioctl_fionbio(&descriptor, true)?;
-    Ok(descriptor)
 }
 
 /// A pipe for what a process is to read: its end, and ours, which does not block.

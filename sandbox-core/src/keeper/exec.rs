@@ -15,12 +15,13 @@ use serde::{Deserialize, Serialize};
 use super::{
     Keeper, START_WITHIN_NS, Source,
     connection::{Asker, failed, failed_at},
-    control::{Named, Paused, Stopping, input_pipe, master_of},
+    control::{Named, Paused, Stopping, input_pipe},
     end::TELL_WITHIN_NS,
     launch::{is_stream, output_pipe},
     monotonic_ns,
     output::{Output, Sink, is_no_room},
     sandbox::Decision,
+    terminal::{Master, Terminal},
     timer::Due,
     unix_us, warn,
 };
@@ -315,7 +316,7 @@ impl Keeper {
 
     pub(super) fn on_exec_started(&mut self, sandbox: u64, number: u64, at_ns: u64, descriptors: Vec<OwnedFd>) -> io::Result<()> {
         let mut descriptors = descriptors.into_iter();
-        let (process, master) = (descriptors.next(), descriptors.next().map(master_of).transpose()?);
+        let (process, master) = (descriptors.next(), descriptors.next().map(Master::of).transpose()?);
         let Some(serial) = self.exec_of(sandbox, number) else {
             // Given up meanwhile: nobody looks after it.
             return self.order_kill_of_exec(sandbox, number);
@@ -360,7 +361,7 @@ impl Keeper {
             self.watch(process.as_fd(), Source::Payload, serial)?;
         }
         match exec.output.terminal().filter(|_| !exec.output.is_held()) {
-            Some(master) => self.watch(master, Source::Stdout, serial),
+            Some(_) => self.watch_output(serial, &exec.output),
             None => Ok(()),
         }
     }
@@ -422,7 +423,7 @@ impl Keeper {
                 self.end_exec(serial, None, None);
                 Ok(())
             }
-            Due::Start | Due::Wall | Due::Force | Due::Cpu | Due::Oom | Due::Freeze | Due::Lowering | Due::Remove | Due::Accept | Due::Trial => Ok(()),
+            Due::Start | Due::Wall | Due::Force | Due::Cpu | Due::Oom | Due::Freeze | Due::Lowering | Due::Typist | Due::Remove | Due::Accept | Due::Trial => Ok(()),
         }
     }
 
@@ -572,7 +573,8 @@ impl Keeper {
             None => self.sandboxes.get(&serial).map(|sandbox| &sandbox.output),
         };
         let Some(output) = output else { return Ok(()) };
-        [Kind::Stdout, Kind::Stderr].into_iter().filter_map(|kind| output.pipe(kind)).try_for_each(|pipe| unwatch(&self.epoll, pipe))
+        let pipes = [Kind::Stdout, Kind::Stderr].into_iter().filter_map(|kind| output.pipe(kind));
+        pipes.chain(output.terminal().and_then(Terminal::typed)).try_for_each(|pipe| unwatch(&self.epoll, pipe))
     }
 }
 

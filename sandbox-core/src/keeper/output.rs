@@ -13,6 +13,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use super::terminal::{Master, Terminal};
 use crate::{
     log::{self, Kind, Record},
     protocol::{Ending, OutputPolicy, SandboxId},
@@ -49,7 +50,10 @@ pub(super) struct Output {
     /// The pause before the next look for room in the log, in nanoseconds.
     #[serde(default)]
     room_pause_ns: u64,
-    /// Both streams are one terminal's, whose master is where the first one is read.
+    /// Read in place of the first one's pipe, while it stands.
+    #[serde(default)]
+    terminal: Option<Terminal>,
+    /// Both streams are one terminal's.
     #[serde(default)]
     is_terminal: bool,
 }
@@ -118,19 +122,23 @@ impl Output {
         let is_terminal = pipes.is_none();
         let (stdout, stderr) = pipes.unzip();
         let (stdout, stderr) = (stream(stdout), stream(stderr));
-        Self { sink, limit_bytes, policy, stdout, stderr, held: VecDeque::new(), room_pause_ns: 0, is_terminal }
+        Self { sink, limit_bytes, policy, stdout, stderr, held: VecDeque::new(), room_pause_ns: 0, terminal: None, is_terminal }
     }
 
-    /// Reads from this master of a terminal, which must not block. Nothing, if it is not one's.
-    pub(super) fn attach(&mut self, master: OwnedFd) {
+    /// Reads from this terminal. Nothing, if it is not one's.
+    pub(super) fn attach(&mut self, master: Master) {
         if self.is_terminal {
-            self.stdout.pipe = Some(master);
+            self.terminal = Some(Terminal::new(master));
         }
     }
 
-    /// The master, while the terminal stands.
-    pub(super) fn terminal(&self) -> Option<BorrowedFd<'_>> {
-        self.pipe(Kind::Stdout).filter(|_| self.is_terminal)
+    /// While it stands.
+    pub(super) fn terminal(&self) -> Option<&Terminal> {
+        self.terminal.as_ref()
+    }
+
+    pub(super) fn terminal_mut(&mut self) -> Option<&mut Terminal> {
+        self.terminal.as_mut()
     }
 
     pub(super) fn is_terminal(&self) -> bool {
@@ -146,10 +154,16 @@ impl Output {
     /// Reads nothing more from a stream whose writers have closed it. It must not be watched any more.
     pub(super) fn close_stream(&mut self, kind: Kind) {
         self.stream_mut(kind).pipe = None;
+        if kind == Kind::Stdout {
+            self.terminal = None;
+        }
     }
 
     pub(super) fn pipe(&self, kind: Kind) -> Option<BorrowedFd<'_>> {
-        self.stream(kind).pipe.as_ref().map(AsFd::as_fd)
+        match &self.terminal {
+            Some(terminal) if kind == Kind::Stdout => Some(terminal.as_fd()),
+            Some(_) | None => self.stream(kind).pipe.as_ref().map(AsFd::as_fd),
+        }
     }
 
     /// Bytes that the payload wrote to a stream, kept or not.
@@ -228,9 +242,9 @@ impl Output {
     }
 
     fn read(&mut self, kind: Kind, buffer: &mut [u8], at_us: u64) -> io::Result<Pumped> {
-        let Some(pipe) = &self.stream(kind).pipe else { return Ok(Pumped::Closed) };
+        let Some(pipe) = self.pipe(kind) else { return Ok(Pumped::Closed) };
         if self.is_terminal {
-            // Whoever was given the master as an input has the same open file, and may have switched this off.
+            // The init that made it has had the same open file, and may have switched this off.
             rustix::io::ioctl_fionbio(pipe, true)?;
         }
         match rustix::io::retry_on_intr(|| rustix::io::read(pipe, &mut *buffer)) {
@@ -281,8 +295,8 @@ impl Output {
     /// Writes what is held and how it ended, behind which nothing follows. Both streams are closed from here on. After an error for want of room
     /// ([`is_no_room`]) it can be tried again, or be given up.
     pub(super) fn finish(&mut self, ending: &Ending) -> io::Result<()> {
-        self.stdout.pipe = None;
-        self.stderr.pipe = None;
+        self.close_stream(Kind::Stdout);
+        self.close_stream(Kind::Stderr);
         let Sink::Log { .. } = self.sink else { return Ok(()) };
         if !self.write_held()? {
             return Err(io::ErrorKind::StorageFull.into());

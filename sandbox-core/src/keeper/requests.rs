@@ -167,7 +167,10 @@ impl Keeper {
                 self.answer_with(asker, answer, input);
                 return Ok(());
             }
-            Request::EndInput { id } => self.end_input(id),
+            Request::EndInput { id } => match self.end_input(asker, id)? {
+                Some(answer) => answer,
+                None => return Ok(()),
+            },
             Request::Resize { id, size } => self.resize(id, size),
             Request::Exec(exec) => return self.exec(asker, *exec, descriptors),
             Request::MakeVolume { .. } | Request::RemoveVolume { .. } | Request::Volumes => {

@@ -12,7 +12,8 @@ use crate::{
 };
 
 /// Descriptors of a sandbox besides its groups': two namespaces; init and its socket; two pipes and the log; the writing end of its input; a layer on disk, or the
-/// two of who makes it, and its second mount; before the payload starts, the four that it will have, and afterwards two fewer, of the payload and of the memory limit.
+/// two of who makes it, and its second mount; before the payload starts, the four that it will have, and afterwards no more, of the payload, of the memory limit, and of who lowers
+/// that. A terminal is three in place of the pipes and the writing end.
 const OF_SANDBOX: u64 = 15;
 /// Of an exec: two pipes and the log; the process; the writing end of its input; the three that it will have, until init has them.
 const OF_EXEC: u64 = 8;

@@ -5,16 +5,19 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use rustix::{event::epoll, process::pidfd_send_signal};
+use rustix::{
+    event::epoll::{self, EventData, EventFlags},
+    process::pidfd_send_signal,
+};
 
 use super::{
     Keeper, Source,
-    control::master_of,
     end::kill_init,
     exec::{self, output_of},
     monotonic_ns,
     output::{Output, Pumped},
     sandbox::{self, Decision, Ended, Purpose},
+    terminal::{Master, Terminal},
     timer::Due,
     unix_us, warn,
 };
@@ -119,7 +122,7 @@ impl Keeper {
 
     pub(super) fn on_started(&mut self, serial: u64, at_ns: u64, own_cpu_us: u64, descriptors: Vec<OwnedFd>) -> io::Result<()> {
         let mut descriptors = descriptors.into_iter();
-        let (payload, master) = (descriptors.next(), descriptors.next().map(master_of).transpose()?);
+        let (payload, master) = (descriptors.next(), descriptors.next().map(Master::of).transpose()?);
         if let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.launched.is_none()) {
             if let Some(body) = &mut sandbox.body {
                 body.payload = payload;
@@ -129,7 +132,7 @@ impl Keeper {
             }
         }
         if let Some(master) = self.sandboxes.get(&serial).and_then(|sandbox| sandbox.output.terminal()) {
-            self.watch(master, Source::Stdout, serial)?;
+            self.watch(master.as_fd(), Source::Stdout, serial)?;
         }
         if let Some(payload) = self.sandboxes.get(&serial).and_then(|sandbox| sandbox.body.as_ref()?.payload.as_ref()) {
             self.watch(payload.as_fd(), Source::Payload, serial)?;
@@ -167,7 +170,10 @@ impl Keeper {
         }
     }
 
-    pub(super) fn on_output(&mut self, serial: u64, kind: Kind) -> io::Result<()> {
+    pub(super) fn on_output(&mut self, serial: u64, kind: Kind, flags: EventFlags) -> io::Result<()> {
+        if flags.contains(EventFlags::OUT) {
+            self.on_typed(serial)?;
+        }
         // Both pipes may have been ready when the first of them was found to be too much.
         let Some(output) = output_of(&mut self.sandboxes, &mut self.execs, serial).filter(|output| !output.is_held()) else {
             return Ok(());
@@ -221,14 +227,18 @@ impl Keeper {
         }
     }
 
-    /// Watches the pipes that are still open.
+    /// Watches the pipes that are still open, or the terminal and what is typed there.
     pub(super) fn watch_output(&self, serial: u64, output: &Output) -> io::Result<()> {
         for (kind, source) in [(Kind::Stdout, Source::Stdout), (Kind::Stderr, Source::Stderr)] {
             if let Some(pipe) = output.pipe(kind) {
-                self.watch(pipe, source, serial)?;
+                let interest = output.terminal().filter(|_| kind == Kind::Stdout).map_or(EventFlags::IN, Terminal::interest);
+                epoll::add(&self.epoll, pipe, EventData::new_u64(source.number(serial)), interest)?;
             }
         }
-        Ok(())
+        match output.terminal().and_then(Terminal::awaited) {
+            Some(typed) => self.watch(typed, Source::Typed, serial),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn on_oom_notice(&mut self, serial: u64) -> io::Result<()> {
@@ -289,6 +299,10 @@ impl Keeper {
             Due::Room => return self.look_for_room(serial),
             Due::Grace => return self.end_grace(serial),
             Due::Freeze => return self.look_for_ice(serial),
+            Due::Typist => {
+                self.give_up_typist(serial);
+                return Ok(());
+            }
             Due::Lowering => {
                 self.give_up_lowering(serial);
                 return Ok(());
@@ -326,7 +340,8 @@ impl Keeper {
             | Due::Accept
             | Due::Grace
             | Due::Freeze
-            | Due::Lowering => Ok(()),
+            | Due::Lowering
+            | Due::Typist => Ok(()),
         }
     }
 

@@ -22,6 +22,8 @@ pub(super) enum Due {
     Freeze,
     /// A lower memory limit should be set by now.
     Lowering,
+    /// What ends the input of a terminal should be typed by now.
+    Typist,
     /// Look at the CPU time used.
     Cpu,
     /// The kernel announced an OOM; look whether it killed something.

@@ -311,6 +311,7 @@ impl Keeper {
             connections: HashMap::new(),
             // Who waits for one asks again; the process that keeps it goes on.
             commits: HashMap::new(),
+            typists: HashMap::new(),
             sandboxes,
             execs,
             records,

@@ -224,7 +224,7 @@ fn stop_at_exit(pid: u32) {
     assert!(watcher.status().unwrap().success());
 }
 
-fn memory(content: &[u8]) -> File {
+pub(crate) fn memory(content: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(content).unwrap();
     file.rewind().unwrap();

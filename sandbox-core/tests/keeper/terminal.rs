@@ -1,14 +1,20 @@
 //! Payloads and execs with a terminal.
 
-use std::{fs::File, io::Write, time::Duration};
+use std::{
+    fs::File,
+    io::{Read, Write},
+    os::unix::fs::FileTypeExt,
+    time::{Duration, Instant},
+};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use sandbox_core::{
     client::Client,
-    protocol::{Answer, Cause, Exec, FailureKind, Isolation, Request, SandboxId, WindowSize},
+    protocol::{Answer, Cause, Exec, FailureKind, IoLimits, Isolation, Medium, NewLimits, Request, SandboxId, WindowSize},
 };
 
 use crate::{
-    exec::{begin, script},
+    exec::{arguments, begin, script},
     harness::{Done, Node, Run, failure, kill, node, output, shell, wait, wait_for_text},
     upgrade::upgrade,
 };
@@ -170,6 +176,97 @@ fn a_terminal_that_its_program_lets_go_of_keeps_nobody_busy() {
     let used = ticks(node.pid()) - before;
     assert!(used < 40, "the keeper was busy for {used} ticks");
     drop((keys, other));
+}
+
+#[test]
+fn whoever_types_has_a_pipe_and_no_hold_of_the_terminal() {
+    let mut client = node().client();
+    let run = at_terminal("read line; echo \"got <$line>\"; sleep 100");
+    start(&mut client, &run);
+    let mut keys = keyboard(&mut client, run.id);
+    assert!(keys.metadata().unwrap().file_type().is_fifo() && !rustix::termios::isatty(&keys));
+    assert!(keys.read(&mut [0; 8]).is_err(), "what is written there is the log's alone");
+    rustix::io::ioctl_fionbio(&keys, false).unwrap();
+    keys.write_all(b"typed\n").unwrap();
+    wait_for_text(&node().log_path(run.id), "got <typed>\r\n");
+    kill(&mut client, run.id);
+    wait(&mut client, run.id);
+    done(&mut client, &Request::Forget { id: run.id });
+}
+
+/// Writes until nothing more is taken for a while. How much that was.
+fn fill(keys: &mut File, bytes: &[u8]) -> usize {
+    let pause = rustix::time::Timespec { tv_sec: 0, tv_nsec: 300_000_000 };
+    let mut taken = 0;
+    while taken < bytes.len() {
+        let mut ready = [PollFd::new(&*keys, PollFlags::OUT)];
+        if poll(&mut ready, Some(&pause)).unwrap() == 0 {
+            break;
+        }
+        match keys.write(&bytes[taken..]) {
+            Ok(len) => taken += len,
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+        }
+    }
+    taken
+}
+
+#[test]
+fn what_is_typed_waits_for_its_reader_and_holds_up_nobody_else() {
+    const BYTES: usize = 1_000_000;
+    let node = Node::start();
+    let mut client = node.client();
+    let script = format!(
+        "busybox stty raw -echo; trap 'go=1' USR1; echo ready; while [ -z \"$go\" ]; do sleep 0.01; done; head -c {BYTES} | busybox md5sum; sleep 100"
+    );
+    let mut run = at_terminal(&script);
+    run.supervision.wall_ms = Some(60_000);
+    start(&mut client, &run);
+    wait_for_text(&node.log_path(run.id), "ready");
+    let typed: Vec<u8> = (0..BYTES).map(|n| b'a' + u8::try_from(n % 251 % 26).unwrap()).collect();
+    let mut keys = keyboard(&mut client, run.id);
+    let taken = fill(&mut keys, &typed);
+    assert!((10_000..BYTES).contains(&taken), "{taken}");
+    let busy = failure(client.call(&Request::EndInput { id: run.id }, &[]).unwrap());
+    assert_eq!(busy.kind, FailureKind::Busy, "{busy:?}");
+    // What waits there passes to the next program, too.
+    upgrade(&node);
+    let mut client = node.client();
+    let before = ticks(node.pid());
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(ticks(node.pid()) - before < 15, "a terminal that takes no more keeps the keeper busy");
+
+    done(&mut client, &Request::Signal { id: run.id, signal: 10 });
+
+    assert_eq!(fill(&mut keys, &typed[taken..]), BYTES - taken);
+    let expected = std::process::Command::new("busybox").args(["sh", "-c"]).arg(format!("head -c {BYTES} | busybox md5sum"))
+        .stdin(crate::harness::memory(&typed)).output().unwrap();
+    wait_for_text(&node.log_path(run.id), String::from_utf8(expected.stdout).unwrap().trim());
+}
+
+#[test]
+fn a_terminal_that_somebody_left_behind_holds_holds_up_nobody_else() {
+    let mut client = node().client();
+    let mut run = shell("dd if=/dev/zero of=/slow bs=1M count=2 conv=fsync 2>/dev/null; echo ready; sleep 100");
+    run.supervision.medium = Medium::Disk;
+    start(&mut client, &run);
+    wait_for_text(&node().log_path(run.id), "ready");
+    // A page takes it four seconds.
+    let io = Some(IoLimits { bytes_per_s: 1024, ops_per_s: 1000 });
+    done(&mut client, &Request::Update { id: run.id, limits: NewLimits { io, ..NewLimits::default() } });
+    let exec = Exec { terminal: Some(SIZE), ..arguments(&run, &["/bin/attack", "hold_terminal", "/slow"]) };
+    begin(&mut client, &exec);
+
+    let ending = wait(&mut client, exec.id);
+
+    let begun = Instant::now();
+    assert_eq!(ending.cause, Cause::Exited { code: 0 }, "{ending:?}");
+    node().hello().unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    kill(&mut client, run.id);
+    wait(&mut client, run.id);
+    done(&mut client, &Request::Forget { id: exec.id });
+    done(&mut client, &Request::Forget { id: run.id });
 }
 
 #[test]

@@ -42,7 +42,7 @@ pub struct OpenInput {
 enum Way {
     /// Nobody has written yet.
     Unknown,
-    /// A pipe, or a terminal's master: the runtime waits for either alike.
+    /// A pipe, behind which the keeper may have a terminal.
     Open(pipe::Sender),
     /// Ended by us, or nobody reads any more.
     Closed,
