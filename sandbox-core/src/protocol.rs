@@ -122,7 +122,7 @@ pub enum Request {
     /// Answered by [`Answer::Done`], also if there is no record; `Busy` if it has not ended.
     Forget { id: SandboxId },
     /// Send a signal (signal(7)) to the first process of a payload or an exec, and to nothing else. Answered by [`Answer::Done`], also if it is over; `Gone` if
-    /// there is no such sandbox or exec, `Busy` if it does not run yet.
+    /// there is no such sandbox or exec, `Busy` if it does not run yet, has not taken earlier ones, or is paused under gVisor (but for SIGKILL).
     Signal { id: SandboxId, signal: i32 },
     /// Ask for the end of a sandbox or an exec: this signal now and, `grace_ms` later, a [`Request::Kill`], whoever is connected by then. The reason is recorded before the signal. Answered
     /// by [`Answer::Done`] when the signal is sent.

@@ -145,6 +145,9 @@ impl Keeper {
         // The freezer of v1 keeps even this one for later.
         if signal == libc::SIGKILL {
             self.thaw(serial)?;
+        } else if self.sandboxes.get(&serial).is_some_and(|sandbox| sandbox.processes.is_some() && sandbox.paused != Paused::No) {
+            // Its init, which would pass it on, stands still, too.
+            return Ok(failed(FailureKind::Busy, format!("{id} is paused, and gVisor's kernel with it")));
         }
         match self.send_signal(serial, signal) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {

@@ -472,3 +472,26 @@ fn what_is_done_to_a_sandbox_that_runs_works_here_too_or_is_refused() {
     assert_eq!(wait(&mut client, id).cause, Cause::Killed(KillReason::StoppedByUser));
     done(&mut client, &Request::Forget { id });
 }
+
+#[test]
+fn one_that_is_paused_takes_no_signal_but_the_last() {
+    let mut client = node().client();
+    let mut run = under(shell("trap 'echo heard' USR1; echo ready; while :; do sleep 0.01; done"));
+    run.supervision.wall_ms = Some(60_000);
+    assert!(matches!(run.launch(&mut client), Answer::Launched(_)));
+    let log = node().log_path(run.id);
+    wait_for_text(&log, "ready");
+    let done = |client: &mut Client, request: Request| assert_eq!(client.call(&request, &[]).unwrap(), Answer::Done, "{request:?}");
+    done(&mut client, Request::Pause { id: run.id });
+    for _ in 0..2000 {
+        let busy = failure(client.call(&Request::Signal { id: run.id, signal: 10 }, &[]).unwrap());
+        assert_eq!(busy.kind, FailureKind::Busy, "{busy:?}");
+    }
+    done(&mut client, Request::Resume { id: run.id });
+    done(&mut client, Request::Signal { id: run.id, signal: 10 });
+    wait_for_text(&log, "heard");
+    done(&mut client, Request::Pause { id: run.id });
+    done(&mut client, Request::Signal { id: run.id, signal: 9 });
+    assert_eq!(wait(&mut client, run.id).cause, Cause::Signaled { signal: 9 });
+    done(&mut client, Request::Forget { id: run.id });
+}
