@@ -174,6 +174,9 @@ fn overlay(fences: Fences, label: Option<&str>) -> rustix::io::Result<OwnedFd> {
     fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
+/// Terminals of one sandbox at a time. All that there are on a machine are in one count (`kernel.pty.max`).
+pub(crate) const TERMINALS_MAX: u64 = 16;
+
 /// `/dev`: the six devices every program expects, terminals, shared memory. Read-only itself, so it can hold nothing else. Returned with its `pts`.
 fn devices(root: BorrowedFd<'_>, id_base: u32, shm_bytes: u64, label: Option<&str>) -> Result<(OwnedFd, OwnedFd), LaunchError> {
     let noexec = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
@@ -198,7 +201,7 @@ fn devices(root: BorrowedFd<'_>, id_base: u32, shm_bytes: u64, label: Option<&st
     }
     chown(dev.as_fd(), ".", id_base).step("giving /dev to the sandbox")?;
     let terminal_group = u64::from(id_base) + 5;
-    let mut options = vec![("ptmxmode", 0o666), ("mode", 0o620), ("max", 64)];
+    let mut options = vec![("ptmxmode", 0o666), ("mode", 0o620), ("max", TERMINALS_MAX)];
     // Older kernels take it for a signed number (6.1 does). Without one a terminal has the group of whoever opens it.
     if i32::try_from(terminal_group).is_ok() {
         options.push(("gid", terminal_group));

@@ -1,14 +1,15 @@
-//! What the keeper itself can run out of: descriptors, and the disk below its logs. A launch that would is refused; what runs goes on.
+//! What the keeper itself can run out of: descriptors, terminals, and the disk below its logs. A launch that would is refused; what runs goes on.
 
 use std::{io, os::fd::AsFd};
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::{Keeper, SANDBOXES_MAX};
+use super::{Keeper, SANDBOXES_MAX, warn};
 use crate::{
     cgroup::Tree,
     disk,
     protocol::{OutputPolicy, Supervision},
+    rootfs::TERMINALS_MAX,
 };
 
 /// Descriptors of a sandbox besides its groups': two namespaces; init and its socket; two pipes and the log; the writing end of its input; a layer on disk, or the
@@ -47,7 +48,11 @@ impl Room {
         if !raised {
             setrlimit(Resource::Nofile, Rlimit { current: found.maximum, maximum: found.maximum })?;
         }
-        Ok(Self::of(if raised { wanted } else { hard }, each))
+        let room = Self::of(if raised { wanted } else { hard }, each);
+        if let Err(error) = raise_terminals(room.sandboxes_max) {
+            warn(format_args!("a few sandboxes may take all terminals that this machine has for them: {error}"));
+        }
+        Ok(room)
     }
 
     fn of(descriptors: u64, each: u64) -> Self {
@@ -65,6 +70,17 @@ impl Room {
             execs_max: usize::try_from(execs).unwrap_or(0),
         }
     }
+}
+
+/// Has this machine have all the terminals that so many sandboxes may take, beside those that it keeps for itself (the kernel's admin-guide/sysctl/kernel, `pty`). Whoever is set higher
+/// stays so. A number costs nothing: a terminal takes memory of whoever opens it.
+fn raise_terminals(sandboxes: u32) -> io::Result<()> {
+    let read = |name: &str| {
+        let text = std::fs::read_to_string(format!("/proc/sys/kernel/pty/{name}"))?;
+        text.trim().parse::<u64>().map_err(io::Error::other)
+    };
+    let wanted = read("reserve")? + u64::from(sandboxes) * TERMINALS_MAX;
+    if read("max")? >= wanted { Ok(()) } else { std::fs::write("/proc/sys/kernel/pty/max", wanted.to_string()) }
 }
 
 impl Keeper {

@@ -288,6 +288,18 @@ fn a_terminal_is_handed_over() {
 }
 
 #[test]
+fn a_sandbox_has_a_few_terminals_and_the_machine_enough_for_all() {
+    let held = shell("f() { { f $(($1 + 1)); } 3<>/dev/ptmx || echo $1; }; f 0 2>/dev/null").run();
+    assert_eq!(held.stdout, "16\n", "{held:?}");
+    let setting = |name: &str| -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/sys/kernel/pty/{name}")).unwrap();
+        text.trim().parse().unwrap()
+    };
+    let wanted = setting("reserve") + u64::from(node().hello().unwrap().sandboxes_max) * 16;
+    assert!(setting("max") >= wanted, "{} of {wanted}", setting("max"));
+}
+
+#[test]
 fn there_is_no_terminal_under_gvisor() {
     let mut run = at_terminal("true").with("/linux/resources/memory", serde_json::json!({ "limit": 256 << 20, "swap": 256 << 20 }));
     run.isolation = Isolation::Gvisor;
