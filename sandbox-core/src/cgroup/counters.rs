@@ -57,6 +57,11 @@ impl Group {
         Ok((number(self.memory(), memory)?, number(self.pids(), "pids.current")?))
     }
 
+    /// Bytes of files in memory that are charged to it. They keep it, unseen, when it is removed.
+    pub(crate) fn files_bytes(&self) -> io::Result<u64> {
+        field(self.memory(), "memory.stat", "shmem")
+    }
+
     fn is_at_memory_limit(&self) -> io::Result<bool> {
         match self.mode {
             CgroupMode::V2 => Ok(field(self.memory(), "memory.events", "max")? > 0),

@@ -146,7 +146,10 @@ impl Keeper {
         if self.body(serial).is_some_and(|body| body.disk.is_some()) {
             reached("keeper.remove.disk");
         }
+        let has_layer = self.layers.has_user(serial);
         let Some(body) = self.body(serial) else { return Ok(()) };
+        // What cannot be read is there.
+        let has_files = has_layer && body.slot.group.files_bytes().map_or(true, |bytes| bytes > 0);
         let removed = match body.slot.group.remove() {
             Ok(false) => body.slot.group.kill().map(|()| false),
             other => other,
@@ -163,7 +166,7 @@ impl Keeper {
         reached("keeper.remove.group");
         let id_base = body.slot.id_base;
         self.slots.give_back(id_base);
-        self.layer_freed(serial);
+        self.layer_freed(serial, has_files);
         if self.lot.remove(serial).is_some() {
             return Ok(());
         }

@@ -3,7 +3,8 @@
 //!
 //! A kept layer keeps its id range, too: the next sandbox on it gets the same one, and every file has its owner without being mapped anew. So it counts as a sandbox where
 //! the keeper counts those. What a layer in memory holds stays charged to the cgroup that wrote it — a removed group lives on, unseen, for as long as something is
-//! charged to it, and its parent, the keeper's own, counts it — and can become no more than the layer's size.
+//! charged to it, and its parent, the keeper's own, counts it — and can become no more than the layer's size. The groups themselves are not free either: a layer to which too many have written is
+//! taken by nobody any more.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -18,6 +19,11 @@ use crate::{
     cgroup::{Device, Limits},
     protocol::{Answer, FailureKind, ImageId, Isolation, Launch, Layering, Medium, SandboxId, Supervision},
 };
+
+/// Groups that a layer in memory may leave behind before no sandbox is started on it any more. The kernel keeps some hundred KiB for each.
+const GROUPS_MAX: u32 = 64;
+/// The same before nobody is let to its files either, who may write to them, too.
+const GROUPS_MAX_OF_VISITS: u32 = 4 * GROUPS_MAX;
 
 /// All that are kept, and what is left of those that are given up.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -35,6 +41,9 @@ struct Kept {
     device: Option<Device>,
     /// Who has it now: its sandbox, until nothing is left of that, or one without a payload, for its files alone.
     user: Option<u64>,
+    /// Groups that something of it may be charged to, of those who had it before.
+    #[serde(default)]
+    groups: u32,
     /// `None` while somebody has it.
     #[serde(with = "crate::handover")]
     mount: Option<OwnedFd>,
@@ -121,8 +130,18 @@ impl Layers {
     }
 
     /// A sandbox was built with a layer that is to be kept under this name.
-    fn begin(&mut self, id: SandboxId, serial: u64, shape: Shape) {
-        self.kept.insert(id, Kept { shape, device: None, user: Some(serial), mount: None });
+    fn begin(&mut self, id: SandboxId, serial: u64, shape: Shape, groups: u32) {
+        self.kept.insert(id, Kept { shape, device: None, user: Some(serial), groups, mount: None });
+    }
+
+    /// Whether somebody has one.
+    pub(super) fn has_user(&self, serial: u64) -> bool {
+        self.kept.values().any(|kept| kept.user == Some(serial))
+    }
+
+    /// Whether one that is in memory has left so many groups behind.
+    fn is_worn(&self, id: SandboxId, groups_max: u32) -> bool {
+        self.kept.get(&id).is_some_and(|kept| kept.shape.supervision.medium == Medium::Memory && kept.groups >= groups_max)
     }
 
     fn of_user(&mut self, serial: u64) -> Option<(SandboxId, &mut Kept)> {
@@ -162,6 +181,7 @@ impl Keeper {
         match self.layers.standing(of) {
             Standing::None => Err(Box::new(failed(FailureKind::Gone, format!("no layer of sandbox {of} is kept")))),
             Standing::Taken(_) => Err(Box::new(failed(FailureKind::Busy, format!("somebody still has the layer of sandbox {of}")))),
+            Standing::Free(_) if self.layers.is_worn(of, GROUPS_MAX) => Err(Box::new(worn(of))),
             Standing::Free(shape) => {
                 let is_same =
                     |(a, b): (&Supervision, &Supervision)| (a.medium, a.disk_bytes, a.inodes) == (b.medium, b.disk_bytes, b.inodes);
@@ -177,16 +197,19 @@ impl Keeper {
     /// A sandbox is being built as it was wished: the layer that it has is its own from here on.
     pub(super) fn layer_taken(&mut self, serial: u64, id: SandboxId, wish: Wish, shape: Shape) {
         let id_base = shape.id_base;
-        if let Some(of) = wish.of {
-            self.layers.kept.remove(&of);
-        }
+        let before = wish.of.and_then(|of| self.layers.kept.remove(&of));
         if wish.is_kept {
             self.slots.hold(id_base);
-            self.layers.begin(id, serial, shape);
+            self.layers.begin(id, serial, shape, before.map_or(0, |kept| kept.groups));
         } else if wish.of.is_some() {
             // Its range goes with it.
             self.slots.let_go(id_base);
         }
+    }
+
+    /// Why nobody may look at the files of this layer, if so.
+    pub(super) fn check_visit(&self, id: SandboxId) -> Result<(), Answer> {
+        if self.layers.is_worn(id, GROUPS_MAX_OF_VISITS) { Err(worn(id)) } else { Ok(()) }
     }
 
     /// The same for one that looks at the files of a layer and leaves it as whose it is.
@@ -220,10 +243,11 @@ impl Keeper {
         }
     }
 
-    /// Nothing is left of whoever had a layer: somebody else can have it.
-    pub(super) fn layer_freed(&mut self, serial: u64) {
+    /// Nothing is left of whoever had a layer: somebody else can have it. `has_files`: something of it was still charged to his group.
+    pub(super) fn layer_freed(&mut self, serial: u64, has_files: bool) {
         let Some((id, kept)) = self.layers.of_user(serial) else { return };
         kept.user = None;
+        kept.groups = kept.groups.saturating_add(u32::from(has_files));
         if self.shutdown.is_some() {
             self.drop_layer(id);
         }
@@ -281,6 +305,11 @@ impl Keeper {
             }
         }
     }
+}
+
+/// The answer to whoever wants one that too many have written to.
+fn worn(id: SandboxId) -> Answer {
+    failed(FailureKind::Refused, format!("the layer of sandbox {id} is in memory and was written to by too many sandboxes: nothing is started on it again"))
 }
 
 /// What a sandbox without a payload is held to, beside the limits of the one whose layer it has.

@@ -187,6 +187,27 @@ fn one_that_is_killed_and_one_that_never_starts_keep_theirs_too() {
     }
 }
 
+#[test]
+fn a_layer_in_memory_is_written_to_by_so_many_sandboxes_and_no_more() {
+    let (mut id, _) = run(node(), shell("echo 0 > /0"), Layering::Fresh);
+    for n in 1..64 {
+        if n % 20 == 0 {
+            // Who only reads leaves nothing behind.
+            (id, _) = run(node(), shell("cat /0"), Layering::Of(id));
+        }
+        (id, _) = run(node(), shell(&format!("echo {n} > /{n}")), Layering::Of(id));
+    }
+    files(node(), id).stat("/").unwrap();
+
+    let mut next = shell("true");
+    next.layer = Layering::Of(id);
+    let answer = launch(node(), &next);
+
+    assert!(is(&answer, FailureKind::Refused), "{answer:?}");
+    assert_eq!(files(node(), id).read("/63", Span::ALL).unwrap(), b"63\n");
+    drop_layer(&mut node().client(), id);
+}
+
 /// Launches it, and has it killed before anything of it can be there.
 fn launch_and_kill(run: &Run) -> Answer {
     let deadline = Instant::now() + Duration::from_secs(10);
