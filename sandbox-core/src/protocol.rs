@@ -167,7 +167,8 @@ pub enum Request {
     Unpack { image: ImageId, layers: u32, limits: UnpackLimits },
     /// Which unpacked images the store holds. Answered by [`Answer::Images`].
     Images,
-    /// Delete an unpacked image. Answered by [`Answer::Done`], also if there is none; `Busy` while a sandbox runs on it.
+    /// Delete an unpacked image. Answered by [`Answer::Done`], also if there is none; `Busy` while a sandbox runs on it, or a layer is kept that belongs
+    /// on it.
     RemoveImage { image: ImageId },
     /// Kill every sandbox, clean up, exit. Answered by [`Answer::Done`] before the keeper exits.
     Shutdown,

@@ -116,7 +116,7 @@ impl Keeper {
                 failed_at("opening the image", &error)
             })
         })?;
-        match self.check_room(&launch.supervision) {
+        match self.check_room(&launch.supervision, layer.of) {
             Ok(Ok(())) => {}
             Ok(Err(why)) => return Err(Box::new(failed(FailureKind::Busy, why))),
             Err(error) => return Err(Box::new(failed_at("looking for room", &error))),
@@ -183,7 +183,7 @@ impl Keeper {
             self.answer(asker, failed(FailureKind::Refused, "as many descriptors as layers must come along, at least one"));
             return Ok(());
         }
-        if let Err(why) = self.check_number() {
+        if let Err(why) = self.check_number(None) {
             self.answer(asker, failed(FailureKind::Busy, why));
             return Ok(());
         }

@@ -103,6 +103,16 @@ impl Layers {
         self.kept.values().filter(|kept| kept.user.is_none()).count()
     }
 
+    /// Whether that is one of them.
+    pub(super) fn is_idle(&self, id: SandboxId) -> bool {
+        self.kept.get(&id).is_some_and(|kept| kept.user.is_none())
+    }
+
+    /// Whether one is on this image: what the image lacks is in none of its layers.
+    pub(super) fn is_on(&self, image: &ImageId) -> bool {
+        self.kept.values().any(|kept| kept.shape.image == *image)
+    }
+
     /// Whether there is nothing left of any of them.
     pub(super) fn is_empty(&self) -> bool {
         self.kept.is_empty() && self.dropped.is_empty()
@@ -176,6 +186,10 @@ impl Keeper {
         };
         if !wish.is_none() && launch.isolation != Isolation::Container {
             return Err(Box::new(failed(FailureKind::Refused, "layers of sandboxes under gVisor are not kept")));
+        }
+        // Its record may be forgotten, and its layer still be kept.
+        if wish.is_kept && wish.of != Some(launch.id) && !matches!(self.layers.standing(launch.id), Standing::None) {
+            return Err(Box::new(failed(FailureKind::Refused, format!("a layer of sandbox {} is kept already", launch.id))));
         }
         let Some(of) = wish.of else { return Ok(wish) };
         match self.layers.standing(of) {
@@ -260,11 +274,25 @@ impl Keeper {
             Standing::Taken(_) => return failed(FailureKind::Busy, "somebody still has this layer"),
             Standing::Free(_) => {}
         }
-        let Some(Kept { shape, mount: Some(mount), .. }) = self.layers.kept.remove(&id) else { return Answer::Done };
+        let Some(mut kept) = self.layers.kept.remove(&id) else { return Answer::Done };
+        let Some(mount) = kept.mount.take() else { return Answer::Done };
         let mut disk = Disk::Ready(mount);
-        if let Err(error) = disk.remove(&self.disks, shape.id_base, shape.supervision.medium) {
-            warn(format_args!("removing a kept layer failed: {error}"));
-        }
+        let removed = disk.remove(&self.disks, kept.shape.id_base, kept.shape.supervision.medium);
+        let disk = match (removed, disk) {
+            // There is nobody to remove it: as if nobody had asked, unless nobody will ask again.
+            (Err(error), Disk::Ready(mount)) if self.shutdown.is_none() => {
+                let answer = failed(FailureKind::Busy, format!("starting to remove the layer failed: {error}"));
+                kept.mount = Some(mount);
+                self.layers.kept.insert(id, kept);
+                return answer;
+            }
+            (Err(error), disk) => {
+                warn(format_args!("removing a kept layer failed: {error}"));
+                disk
+            }
+            (Ok(()), disk) => disk,
+        };
+        let shape = kept.shape;
         let serial = self.serial();
         let watched = disk.socket().map_or(Ok(()), |socket| self.watch(socket, Source::Layer, serial));
         if let Err(error) = watched {

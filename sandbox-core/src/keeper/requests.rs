@@ -144,6 +144,9 @@ impl Keeper {
             Request::RemoveImage { image } if self.sandboxes.values().any(|s| s.body.is_some() && s.image.as_ref() == Some(&image)) => {
                 failed(FailureKind::Busy, "a sandbox runs on this image")
             }
+            Request::RemoveImage { image } if self.layers.is_on(&image) => {
+                failed(FailureKind::Busy, "a layer is kept that belongs on this image")
+            }
             Request::RemoveImage { image } => match self.remove_image(&image) {
                 Ok(()) => Answer::Done,
                 Err(error) => failed(FailureKind::Host, format!("removing the image failed: {error}")),

@@ -8,7 +8,7 @@ use super::{Keeper, SANDBOXES_MAX, warn};
 use crate::{
     cgroup::Tree,
     disk,
-    protocol::{OutputPolicy, Supervision},
+    protocol::{OutputPolicy, SandboxId, Supervision},
     rootfs::TERMINALS_MAX,
 };
 
@@ -84,10 +84,10 @@ fn raise_terminals(sandboxes: u32) -> io::Result<()> {
 }
 
 impl Keeper {
-    /// Why there can be no sandbox more, for people.
-    pub(super) fn check_number(&self) -> Result<(), String> {
+    /// Why there can be no sandbox more, for people. One `on_kept` layer takes the place of that.
+    pub(super) fn check_number(&self, on_kept: Option<SandboxId>) -> Result<(), String> {
         let max = self.hello.sandboxes_max;
-        if self.sandboxes.len() + self.layers.idle() < usize::try_from(max).unwrap_or(usize::MAX) {
+        if self.sandboxes.len() + self.layers.idle() - usize::from(on_kept.is_some_and(|id| self.layers.is_idle(id))) < usize::try_from(max).unwrap_or(usize::MAX) {
             return Ok(());
         }
         Err(format!("this keeper has id ranges and descriptors for {max} sandboxes and kept layers at a time"))
@@ -95,8 +95,8 @@ impl Keeper {
 
     /// Why there is no room for a sandbox like this, for people. What others may still write does not count: most never do, and who
     /// finds no room waits for some.
-    pub(super) fn check_room(&self, supervision: &Supervision) -> io::Result<Result<(), String>> {
-        if let Err(why) = self.check_number() {
+    pub(super) fn check_room(&self, supervision: &Supervision, on_kept: Option<SandboxId>) -> io::Result<Result<(), String>> {
+        if let Err(why) = self.check_number(on_kept) {
             return Ok(Err(why));
         }
         self.check_log_room(supervision.output_policy, supervision.output_bytes)

@@ -12,7 +12,7 @@ use std::{
 use rustix::process::{Resource, Rlimit};
 use sandbox_core::{
     client::Client,
-    protocol::{Answer, Cause, Exec, FailureKind, KillReason, Request, SandboxId, Stdin},
+    protocol::{Answer, Cause, Exec, FailureKind, KillReason, Layering, Request, SandboxId, Stdin},
     transport::Socket,
 };
 
@@ -208,8 +208,8 @@ fn a_keeper_that_cannot_have_a_single_sandbox_does_not_start() {
     assert!(said.contains("of a first sandbox"), "{said}");
 }
 
-#[test]
-fn a_keeper_with_few_descriptors_runs_as_many_sandboxes_as_they_are_for() {
+/// A keeper with descriptors for a few sandboxes.
+fn with_few_descriptors() -> Node {
     let mut keeper = Command::new("prlimit");
     keeper.args(["--nofile=512:512", KEEPER]);
     // One that may raise its limit does so. What this thread has dropped, its children have not (capabilities(7), «bounding set»).
@@ -217,7 +217,44 @@ fn a_keeper_with_few_descriptors_runs_as_many_sandboxes_as_they_are_for() {
         rustix::thread::remove_capability_from_bounding_set(rustix::thread::CapabilitySet::SYS_RESOURCE).unwrap();
         Node::start_as(keeper)
     });
-    let node = started.join().unwrap();
+    started.join().unwrap()
+}
+
+/// Launches it as soon as there is room for it.
+fn launch_when_there_is_room(run: &Run, client: &mut Client) {
+    until(|| {
+        let answer = run.launch(client);
+        let is_launched = matches!(answer, Answer::Launched(_));
+        if !is_launched {
+            busy(answer);
+        }
+        is_launched.then_some(())
+    });
+}
+
+#[test]
+fn a_kept_layer_and_who_goes_on_with_it_are_counted_once() {
+    let node = with_few_descriptors();
+    let mut client = node.client();
+    let mut first = shell("echo left > /left");
+    first.keeps_layer = true;
+    assert!(matches!(first.launch(&mut client), Answer::Launched(_)));
+    wait(&mut client, first.id);
+    let others: Vec<Run> = (1..node.hello().unwrap().sandboxes_max).map(|_| shell("sleep 100")).collect();
+    others.iter().for_each(|run| launch_when_there_is_room(run, &mut client));
+    busy(shell("true").launch(&mut client));
+
+    let mut next = shell("cat /left");
+    (next.layer, next.keeps_layer) = (Layering::Of(first.id), true);
+    launch_when_there_is_room(&next, &mut client);
+
+    assert_eq!(wait(&mut client, next.id).cause, Cause::Exited { code: 0 });
+    assert_eq!(output(&node.log_path(next.id)).0, "left\n");
+}
+
+#[test]
+fn a_keeper_with_few_descriptors_runs_as_many_sandboxes_as_they_are_for() {
+    let node = with_few_descriptors();
     let mut client = node.client();
     let max = node.hello().unwrap().sandboxes_max;
     assert!((5..20).contains(&max), "{max}");
@@ -236,14 +273,7 @@ fn a_keeper_with_few_descriptors_runs_as_many_sandboxes_as_they_are_for() {
     rustix::io::write(&stdin, b"\n").unwrap();
     assert_eq!(wait(&mut client, neighbour.id).cause, Cause::Exited { code: 4 });
     assert_eq!(output(&node.log_path(neighbour.id)).0, "well\n");
-    until(|| {
-        let answer = one_more.launch(&mut client);
-        let is_launched = matches!(answer, Answer::Launched(_));
-        if !is_launched {
-            busy(answer);
-        }
-        is_launched.then_some(())
-    });
+    launch_when_there_is_room(&one_more, &mut client);
     assert_eq!(wait(&mut client, one_more.id).cause, Cause::Exited { code: 5 });
 }
 
@@ -303,12 +333,42 @@ impl Drop for PidsGroup {
     }
 }
 
+/// A keeper in this group.
+fn within(group: &PidsGroup) -> Node {
+    let mut keeper = Command::new("sh");
+    keeper.args(["-c", "echo 0 > \"$GROUP/cgroup.procs\" && exec \"$0\" \"$@\"", KEEPER]).env("GROUP", &group.0);
+    Node::start_as(keeper)
+}
+
+#[test]
+fn a_layer_that_there_is_no_process_to_remove_stays() {
+    let group = PidsGroup::new();
+    let node = within(&group);
+    let mut client = node.client();
+    let mut run = shell("echo left > /left");
+    run.keeps_layer = true;
+    assert!(matches!(run.launch(&mut client), Answer::Launched(_)));
+    wait(&mut client, run.id);
+    group.limit("1");
+    for _ in 0..3 {
+        busy(client.call(&Request::DropLayer { id: run.id }, &[]).unwrap());
+    }
+    group.limit("max");
+    let mut next = shell("cat /left");
+    (next.layer, next.keeps_layer) = (Layering::Of(run.id), true);
+    launch_when_there_is_room(&next, &mut client);
+    wait(&mut client, next.id);
+    assert_eq!(output(&node.log_path(next.id)).0, "left\n");
+    until(|| (client.call(&Request::DropLayer { id: next.id }, &[]).unwrap() == Answer::Done).then_some(()));
+    drop(client);
+    drop(node);
+    drop(group);
+}
+
 #[test]
 fn a_node_without_processes_left_says_so_and_what_runs_goes_on() {
     let group = PidsGroup::new();
-    let mut keeper = Command::new("sh");
-    keeper.args(["-c", "echo 0 > \"$GROUP/cgroup.procs\" && exec \"$0\" \"$@\"", KEEPER]).env("GROUP", &group.0);
-    let node = Node::start_as(keeper);
+    let node = within(&group);
     let mut client = node.client();
     let neighbour = shell("read line; echo well; exit 4");
     let stdin = launch_with_pipe(&neighbour, &mut client);

@@ -9,7 +9,7 @@ use sandbox_core::{
 };
 
 use crate::{
-    harness::{Node, Run, kill, node, output, records, shell, wait},
+    harness::{IMAGE, Node, Run, kill, node, output, records, shell, wait},
     tree::Files,
 };
 
@@ -248,6 +248,25 @@ fn a_layer_in_memory_outlives_starts_that_are_stopped_at_once() {
 #[test]
 fn a_layer_on_disk_outlives_starts_that_are_stopped_at_once() {
     outlives_starts_that_are_stopped(on_disk);
+}
+
+#[test]
+fn a_layer_is_kept_once_under_a_name_and_its_image_with_it() {
+    let node = Node::start();
+    let mut client = node.client();
+    let (id, _) = run(&node, shell("echo left > /left"), Layering::Fresh);
+    let mut again = shell("true");
+    (again.id, again.keeps_layer) = (id, true);
+    assert!(is(&launch(&node, &again), FailureKind::Refused));
+    let image = || Request::RemoveImage { image: IMAGE.parse().unwrap() };
+    assert!(is(&client.call(&image(), &[]).unwrap(), FailureKind::Busy));
+
+    // On its own layer it may go on under its own name.
+    let mut next = shell("cat /left");
+    next.id = id;
+    assert_eq!(run(&node, next, Layering::Of(id)).1, "left\n");
+    drop_layer(&mut client, id);
+    assert_eq!(client.call(&image(), &[]).unwrap(), Answer::Done);
 }
 
 #[test]
