@@ -80,6 +80,9 @@ pub(crate) struct Group {
     /// How fast it may use every disk of the node, if that was set.
     io: Option<IoLimits>,
     own_device: Option<Device>,
+    /// The most memory that it had before its limit was lowered, in bytes.
+    #[serde(default)]
+    peak_before: u64,
 }
 
 /// Which hierarchies this machine has, by controller. `None` for a controller that is not there.
@@ -165,7 +168,7 @@ impl Tree {
     /// A fresh group, without limits yet.
     pub(crate) fn make(&self, name: String) -> io::Result<Group> {
         let Self { mode, devices, places, .. } = *self;
-        let mut group = Group { name, mode, devices, places, folders: Vec::new(), io: None, own_device: None };
+        let mut group = Group { name, mode, devices, places, folders: Vec::new(), io: None, own_device: None, peak_before: 0 };
         for parent in &self.parents {
             let made = mkdirat(parent, &group.name, Mode::from_raw_mode(0o755)).and_then(|()| open_folder(parent.as_fd(), &group.name));
             match made {

@@ -67,6 +67,16 @@ impl Group {
         undone.map_err(at("putting back what was set"))
     }
 
+    /// Its memory limit was lowered. What it had before says nothing of whether it meets the new one: v1 counts anew from here.
+    pub(crate) fn lowered(&mut self) -> io::Result<()> {
+        const PEAK: &str = "memory.max_usage_in_bytes";
+        if self.mode == CgroupMode::V2 {
+            return Ok(());
+        }
+        self.peak_before = self.peak_before.max(number(self.memory(), PEAK)?);
+        write(self.memory(), PEAK, "0")
+    }
+
     /// The folder with the files of its memory: what [`Lowering::run`] needs.
     pub(crate) fn memory_folder(&self) -> BorrowedFd<'_> {
         self.memory()
@@ -233,12 +243,15 @@ mod tests {
         let mut group = tree.make("changed".to_owned()).unwrap();
         group.set_limits(BEFORE).unwrap();
         let before = found(&group);
-        // Twenty megabytes of its own, allocated inside.
+        // Twenty megabytes of its own, allocated inside, after it had more.
         let own = std::process::id();
         let folders: Vec<String> =
             group.folders.iter().map(|folder| format!("/proc/{own}/fd/{}/cgroup.procs", folder.as_raw_fd())).collect();
         let joins: String = folders.iter().map(|file| format!("echo $$ > {file}; ")).collect();
-        let script = format!("{joins} held=$(head -c 20000000 /dev/zero | tr '\\0' x); echo ready; read end");
+        let more = format!("/dev/shm/test-change-{own}");
+        let script = format!(
+            "{joins} head -c 50000000 /dev/zero > {more}; rm {more}; held=$(head -c 20000000 /dev/zero | tr '\\0' x); echo ready; read end"
+        );
         let mut child = Command::new("sh")
             .args(["-c", &script])
             .stdin(std::process::Stdio::piped())
@@ -267,7 +280,12 @@ mod tests {
 
         for (memory_bytes, cpu_millis, pids) in [(40 << 20, 500, 5), (80 << 20, 1500, 50)] {
             let (_, lowering) = group.change(all(memory_bytes, cpu_millis, pids)).unwrap();
-            lowering.map_or(Ok(()), |lowering| lowering.run(group.memory_folder())).unwrap();
+            if let Some(lowering) = lowering {
+                lowering.run(group.memory_folder()).unwrap();
+                group.lowered().unwrap();
+                let counters = group.counters().unwrap();
+                assert!(counters.memory_peak_bytes > 50_000_000 && !counters.is_at_memory_limit, "{counters:?}");
+            }
             let now = found(&group);
             assert_eq!(now[0], memory_bytes.to_string());
             assert!(now.iter().any(|text| text.starts_with(&(cpu_millis * 100).to_string())), "{now:?}");

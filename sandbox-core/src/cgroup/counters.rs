@@ -33,7 +33,7 @@ impl Group {
         };
         Ok(Counters {
             cpu_us: self.cpu_us()?,
-            memory_peak_bytes: number(self.memory(), memory_peak)?,
+            memory_peak_bytes: number(self.memory(), memory_peak)?.max(self.peak_before),
             oom_kills: self.oom_kills()?,
             is_at_memory_limit: self.is_at_memory_limit()?,
             pids_peak: number(self.pids(), "pids.peak")?,

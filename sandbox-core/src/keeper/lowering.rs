@@ -105,7 +105,10 @@ impl Keeper {
             return self.clean_up(serial);
         }
         let answer = match said {
-            Ok(()) => self.changed(serial, limits)?,
+            Ok(()) => {
+                body.slot.group.lowered()?;
+                self.changed(serial, limits)?
+            }
             Err(why) => match body.slot.group.put_back(before) {
                 Ok(()) => failed(FailureKind::Refused, format!("the kernel does not take it: {why}")),
                 Err(worse) => failed_at(&format!("lowering the memory limit ({why})"), &worse),

@@ -350,9 +350,7 @@ fn a_layer_that_there_is_no_process_to_remove_stays() {
     assert!(matches!(run.launch(&mut client), Answer::Launched(_)));
     wait(&mut client, run.id);
     group.limit("1");
-    for _ in 0..3 {
-        busy(client.call(&Request::DropLayer { id: run.id }, &[]).unwrap());
-    }
+    until(|| busy(client.call(&Request::DropLayer { id: run.id }, &[]).unwrap()).contains("starting to remove").then_some(()));
     group.limit("max");
     let mut next = shell("cat /left");
     (next.layer, next.keeps_layer) = (Layering::Of(run.id), true);
