@@ -10,6 +10,7 @@ use nix::{
     sched::CloneFlags,
     sys::signal::{SigAction, SigHandler, Signal},
 };
+use rustix::event::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
 
 use crate::protocol::init::WaitStatus;
@@ -28,6 +29,15 @@ pub(crate) struct Child {
     /// Readable when the child is dead (pidfd_open(2)).
     #[serde(with = "crate::handover")]
     pub(crate) pidfd: OwnedFd,
+}
+
+impl Child {
+    /// Whether it is not dead yet.
+    pub(crate) fn lives(&self) -> bool {
+        let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut looked_at = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        poll(&mut looked_at, Some(&now)).is_ok_and(|dead| dead == 0)
+    }
 }
 
 /// clone3(2) with fork semantics: the child goes on from here with a copy of the memory.

@@ -53,6 +53,9 @@ pub(super) struct Stopping {
     pub(super) reason: KillReason,
     /// The signals that were sent, bit n for signal n + 1.
     signals: u64,
+    /// `CLOCK_MONOTONIC` of the kill that follows, in nanoseconds: the earliest that was asked for.
+    #[serde(default)]
+    kill_at_ns: Option<u64>,
 }
 
 /// Whether a sandbox stands still.
@@ -78,8 +81,17 @@ pub(super) enum Named {
 impl Stopping {
     /// A first stop, or one more.
     pub(super) fn note(before: Option<Self>, signal: i32, reason: KillReason) -> Self {
-        let Self { reason, signals } = before.unwrap_or(Self { reason, signals: 0 });
-        Self { reason, signals: signals | bit(signal) }
+        let before = before.unwrap_or(Self { reason, signals: 0, kill_at_ns: None });
+        Self { signals: before.signals | bit(signal), ..before }
+    }
+
+    /// Whether a kill at this time is to be remembered: there is none that comes earlier.
+    fn is_earlier(&mut self, at_ns: u64) -> bool {
+        let is_earlier = self.kill_at_ns.is_none_or(|before_ns| at_ns < before_ns);
+        if is_earlier {
+            self.kill_at_ns = Some(at_ns);
+        }
+        is_earlier
     }
 
     /// Whether a process ended by a signal of this stop, and not by itself.
@@ -172,12 +184,17 @@ impl Keeper {
             self.decide(serial, Decision::Killed(reason))?;
             return Ok(Answer::Done);
         }
+        let kill_at_ns = monotonic_ns().saturating_add(grace_ms.min(GRACE_MS_MAX).saturating_mul(1_000_000));
         let of_sandbox = self.sandboxes.get_mut(&serial).map(|sandbox| &mut sandbox.stopping);
+        let mut is_earlier = false;
         if let Some(stopping) = of_sandbox.or_else(|| self.execs.get_mut(&serial).map(|exec| &mut exec.stopping)) {
-            *stopping = Some(Stopping::note(*stopping, signal, reason));
+            is_earlier = stopping.insert(Stopping::note(*stopping, signal, reason)).is_earlier(kill_at_ns);
         }
         reached("keeper.control.noted");
-        self.timer.set(monotonic_ns().saturating_add(grace_ms.min(GRACE_MS_MAX).saturating_mul(1_000_000)), serial, Due::Grace)?;
+        // However often it is asked for: what comes later would find nobody.
+        if is_earlier {
+            self.timer.set(kill_at_ns, serial, Due::Grace)?;
+        }
         self.thaw(serial)?;
         match self.send_signal(serial, signal) {
             // It hears nothing: what comes when the grace is over needs no hearing.
@@ -340,6 +357,10 @@ impl Keeper {
         let Some(body) = &sandbox.body else { return gone(format!("sandbox {id} has ended")) };
         let group = &body.slot.group;
         let looked = group.counters().and_then(|counters| Ok((counters, group.now()?, network::traffic(body.init.child.pid)?)));
+        // What is read by a number is init's only if that lives: dead and reaped, its number may be another's.
+        if !body.init.child.lives() {
+            return gone(format!("sandbox {id} is being ended"));
+        }
         let (counters, (memory_bytes, pids), (network_received_bytes, network_sent_bytes)) = match looked {
             Ok(looked) => looked,
             Err(error) => return failed_at("reading the use of the sandbox", &error),
@@ -475,5 +496,13 @@ mod tests {
             assert_eq!(stopping.ended(WaitStatus::Signaled { signal }), is_ended, "{signal}");
         }
         assert!(!stopping.ended(WaitStatus::Exited { code: 143 }));
+    }
+
+    #[test]
+    fn only_an_earlier_kill_is_waited_for() {
+        let mut stopping = Stopping::note(None, libc::SIGTERM, KillReason::Expired);
+        assert_eq!([300, 500, 300, 200, 250].map(|at_ns| stopping.is_earlier(at_ns)), [true, false, false, true, false]);
+        let again = Stopping::note(Some(stopping), libc::SIGINT, KillReason::Expired);
+        assert_eq!(again.kill_at_ns, Some(200));
     }
 }

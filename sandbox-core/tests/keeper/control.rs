@@ -432,9 +432,10 @@ fn limits_out_of_bounds_are_refused_and_change_nothing() {
 #[test]
 fn a_keeper_killed_at_any_step_of_these_leaves_records_that_have_ended() {
     type Ask = fn(SandboxId) -> Request;
-    let steps: [(&str, Ask); 3] = [
+    let steps: [(&str, Ask); 4] = [
         ("keeper.control.noted", |id| stop(id, 1000)),
         ("keeper.control.frozen", |id| Request::Pause { id }),
+        ("keeper.control.lowering", |id| update(id, NewLimits { memory_bytes: Some(32 << 20), ..NONE })),
         ("keeper.control.changed", |id| update(id, NewLimits { cpu_millis: Some(700), ..NONE })),
     ];
     for (step, ask) in steps {
