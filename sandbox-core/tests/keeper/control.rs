@@ -11,7 +11,7 @@ use std::{
 use rustix::net::{SocketAddrV4, connect};
 use sandbox_core::{
     client::Client,
-    protocol::{Answer, Cause, FailureKind, Family, IoLimits, KillReason, Limit, NewLimits, Request, Sample, SandboxId},
+    protocol::{Answer, Cause, FailureKind, Family, IoLimits, KillReason, Limit, Medium, NewLimits, Request, Sample, SandboxId},
 };
 
 use crate::{
@@ -405,6 +405,64 @@ fn memory_and_processes_are_limited_otherwise_from_then_on() {
     assert!(ending.limits_hit.contains(&Limit::Pids), "{ending:?}");
     assert!(ending.usage.pids_peak <= 3, "{ending:?}");
     forget(&mut client, id);
+}
+
+#[test]
+fn memory_that_is_filled_as_fast_as_it_is_taken_back_is_asked_for_a_second_and_holds_up_nobody_else() {
+    let mut client = node().client();
+    // More than it is to have, which nobody can take back, and files that are read again and again.
+    let script = "dd if=/dev/zero of=/dev/shm/held bs=1M count=20 2>/dev/null; for n in 1 2 3 4 5 6; do dd if=/dev/zero of=/$n bs=1M count=6 2>/dev/null; done; \
+        for n in 1 2 3 4 5 6; do while :; do cat /$n >/dev/null; done & done; echo ready; wait";
+    let mut run = shell(script);
+    run.supervision.medium = Medium::Disk;
+    run.supervision.disk_bytes = 64 << 20;
+    run.supervision.wall_ms = Some(60_000);
+    start_ready(node(), &mut client, &run);
+    let lower = NewLimits { memory_bytes: Some(8 << 20), cpu_millis: Some(900), ..NONE };
+    let tag = client.send(&update(run.id, lower), &[]).unwrap();
+    let other = std::thread::spawn(move || client.receive(tag).unwrap());
+    let begun = Instant::now();
+    let mut longest = Duration::ZERO;
+    while !other.is_finished() {
+        let asked = Instant::now();
+        node().hello().unwrap();
+        longest = longest.max(asked.elapsed());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+
+    let refused = failure(other.join().unwrap());
+
+    println!("refused after {:?}: {}; others waited {longest:?}", begun.elapsed(), refused.message);
+    assert_eq!(refused.kind, FailureKind::Refused, "{refused:?}");
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    assert!(longest < Duration::from_millis(400), "{longest:?}");
+    // It has what it had, and is held to others when it can be.
+    let mut client = node().client();
+    assert!(sample(&mut client, run.id).memory_bytes > 20 << 20);
+    done(&mut client, &update(run.id, NewLimits { memory_bytes: Some(128 << 20), ..NONE }));
+    kill(&mut client, run.id);
+    wait(&mut client, run.id);
+    forget(&mut client, run.id);
+}
+
+#[test]
+fn one_that_ends_while_its_memory_is_asked_for_leaves_nothing() {
+    let node = Node::start();
+    let before = crate::leaks::Snapshot::at_rest(&node);
+    let mut client = node.client();
+    let run = shell("dd if=/dev/zero of=/dev/shm/held bs=1M count=40 2>/dev/null; echo ready; sleep 100");
+    start_ready(&node, &mut client, &run);
+    let asked = client.send(&update(run.id, NewLimits { memory_bytes: Some(8 << 20), ..NONE }), &[]).unwrap();
+    let again = client.send(&update(run.id, NewLimits { memory_bytes: Some(9 << 20), ..NONE }), &[]).unwrap();
+    let killed = client.send(&Request::Kill { id: run.id, reason: KillReason::StoppedByUser }, &[]).unwrap();
+    assert_eq!(client.receive(killed).unwrap(), Answer::Done);
+    assert_eq!(failure(client.receive(again).unwrap()).kind, FailureKind::Busy);
+    let gone = failure(client.receive(asked).unwrap());
+    assert!(matches!(gone.kind, FailureKind::Gone | FailureKind::Refused), "{gone:?}");
+    assert_eq!(wait(&mut client, run.id).cause, Cause::Killed(KillReason::StoppedByUser));
+    forget(&mut client, run.id);
+    drop(client);
+    assert_eq!(crate::leaks::Snapshot::at_rest(&node), before);
 }
 
 #[test]

@@ -270,6 +270,22 @@ fn a_layer_is_kept_once_under_a_name_and_its_image_with_it() {
 }
 
 #[test]
+fn a_fifo_that_was_left_in_the_place_of_a_file_holds_nobody_up() {
+    let (id, _) = run(node(), shell("busybox mkfifo /given"), Layering::Fresh);
+    let mut next = shell("true");
+    (next.layer, next.keeps_layer) = (Layering::Of(id), true);
+    sandbox_core::files::write(&mut next.files, "given", 0o644, b"content").unwrap();
+
+    let answer = launch(node(), &next);
+
+    let Answer::Ended(ending) = answer else { panic!("{answer:?}") };
+    assert!(matches!(&ending.cause, Cause::StartFailed { message } if message.contains("given")), "{ending:?}");
+    let mut client = node().client();
+    client.call(&Request::Forget { id: next.id }, &[]).unwrap();
+    drop_layer(&mut client, next.id);
+}
+
+#[test]
 fn kept_layers_pass_to_the_next_program_and_end_with_the_keeper() {
     let node = Node::start();
     let (id, _) = run(&node, shell("echo left > /left"), Layering::Fresh);
