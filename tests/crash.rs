@@ -103,8 +103,18 @@ async fn a_keeper_that_dies_at_any_step_of_a_launch_or_an_upgrade_leaves_nothing
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_keeper_that_dies_at_any_step_of_an_end_or_of_cleaning_up_leaves_nothing() {
-    let steps: Vec<_> = chosen_steps("keeper.").into_iter().filter(|step| !is_of_beginnings(step)).collect();
+    let steps: Vec<_> = chosen_steps("keeper.").into_iter().filter(|step| !is_of_beginnings(step) && !is_of_what_runs(step)).collect();
     die_at("keeper-end-steps", KeeperOf::Supervisor, Victim::Keeper, steps, "keeper.start.").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_keeper_that_dies_at_any_step_of_an_exec_or_of_what_a_sandbox_is_told_leaves_nothing() {
+    let steps: Vec<_> = chosen_steps("keeper.").into_iter().filter(|step| is_of_what_runs(step)).collect();
+    die_at("keeper-exec-steps", KeeperOf::Supervisor, Victim::Keeper, steps, "keeper.start.").await;
+}
+
+fn is_of_what_runs(step: &str) -> bool {
+    step.starts_with("keeper.exec.") || step.starts_with("keeper.control.")
 }
 
 fn is_of_beginnings(step: &str) -> bool {

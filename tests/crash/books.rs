@@ -61,6 +61,17 @@ const CONTRADICTIONS: &[(&str, &str)] = &[
              <> (c.live, c.queued, c.memory_bytes, c.cpu_millis, c.log_bytes)",
     ),
     (
+        "an exec that has not exactly one event of its making, or more than one of its end",
+        "select object, count(*) filter (where kind = 'exec.created') as made, count(*) filter (where kind = 'exec.ended') as ended
+         from events where starts_with(object, 'exec/') group by object
+         having count(*) filter (where kind = 'exec.created') <> 1 or count(*) filter (where kind = 'exec.ended') > 1",
+    ),
+    (
+        "an exec whose end and whose event of it are not the same",
+        "select x.id, x.state, x.outcome, e.data from execs x left join events e on e.object = 'exec/' || x.id and e.kind = 'exec.ended'
+         where x.outcome is distinct from e.data -> 'outcome'",
+    ),
+    (
         // Who was told that it was not made, and asked again, may have one that never ran beside it.
         "two sandboxes of one request that ran",
         "select labels ->> 'crash' as label, count(*) from sandboxes where labels ? 'crash' and (reason <> 'infra_error' or started_at is not null)

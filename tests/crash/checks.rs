@@ -72,6 +72,7 @@ pub(crate) async fn requests(place: &Place, known: &[Known], rows: &[Row], ends_
     rows.iter().for_each(|row| by_label.entry(row.label.as_str()).or_default().push(row));
     let mut findings = Findings::default();
     for known in known {
+        findings.wrong.extend(known.wrong.iter().cloned());
         // Beside the one that was accepted there may be one of which its client was told that it was not made.
         let same = by_label.get(known.label.as_str()).map_or(&[][..], |same| same.as_slice());
         let accepted = same.iter().find(|row| known.id.as_ref().is_some_and(|id| *id == row.id));

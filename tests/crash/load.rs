@@ -54,6 +54,8 @@ pub(crate) struct Known {
     pub(crate) outcomes: Vec<Value>,
     /// Its deletion was asked for, and whether it was promised.
     pub(crate) deletion: Option<bool>,
+    /// What its client was told and cannot be.
+    pub(crate) wrong: Vec<String>,
 }
 
 /// The workers at work.
@@ -78,7 +80,7 @@ struct Worker {
 
 impl Known {
     pub(crate) const fn new(label: String, asked: Asked) -> Self {
-        Self { label, asked, id: None, refused: None, retry: 0, has_run: false, outcomes: Vec::new(), deletion: None }
+        Self { label, asked, id: None, refused: None, retry: 0, has_run: false, outcomes: Vec::new(), deletion: None, wrong: Vec::new() }
     }
 
     fn note(&mut self, body: &Value) {
@@ -113,6 +115,7 @@ impl Load {
         workers.spawn(worker(RUNNERS).cancel());
         workers.spawn(worker(RUNNERS + 1).cancel());
         workers.spawn(worker(RUNNERS + 2).import(archive));
+        workers.spawn(worker(RUNNERS + 3).exec());
         Self { workers, stop, accepted }
     }
 
@@ -266,7 +269,7 @@ impl Worker {
     /// What a sandbox may be told while it is there. Whatever it answers: the state of its row and its keeper's must agree in the end.
     /// Whether it was told to start again.
     async fn order(&mut self, path: &str) -> bool {
-        let change = json!({ "labels": { "changed": "yes" }, "limits": { "memory_bytes": MEMORY_BYTES + (1 << 20), "pids": 32 } });
+        let change = json!({ "labels": { "changed": "yes" }, "limits": { "memory_bytes": MEMORY_BYTES - (1 << 20), "pids": 32 } });
         let mut is_started_again = false;
         for _ in 0..self.random.below(4) {
             let (method, of, body) = match self.random.below(6) {
@@ -283,6 +286,52 @@ impl Worker {
             let _unread = client.try_send(request, method.as_str(), &path).await;
         }
         is_started_again
+    }
+
+    /// Sandboxes in which it starts one process after the other.
+    async fn exec(mut self) -> Vec<Known> {
+        let mut all = Vec::new();
+        while !self.is_over() {
+            let mut known = Known::new(format!("{}-{}", self.label, all.len()), Asked::Cancelled);
+            let request = json!({
+                "image": "busybox", "command": ["sleep", "1000"], "labels": { "crash": known.label },
+                "limits": { "memory_bytes": MEMORY_BYTES, "disk_bytes": 4 << 20 },
+            });
+            if self.make("/v1/sandboxes", &request, &mut known).await {
+                let path = format!("/v1/sandboxes/{}", known.id.as_deref().unwrap_or_default());
+                for _ in 0..4 + self.random.below(8) {
+                    self.exec_in(&path, &mut known).await;
+                }
+                known.deletion = Some(self.client().try_delete(&path).await.is_ok_and(|answer| answer.status == 204));
+            }
+            all.push(known);
+        }
+        all
+    }
+
+    /// One process, whose sandbox may not run yet, or no more. What is told of its end is told once, and is true if it came to its own.
+    async fn exec_in(&self, path: &str, known: &mut Known) {
+        let path = format!("{path}/execs");
+        let command = format!("echo {}; exit 3", known.label);
+        let post = self.client().request(Method::POST, &path).json(&json!({ "command": ["sh", "-c", command], "wait_ms": 5000 }));
+        let told = match self.client().try_send(post, "POST", &path).await {
+            Ok(answer) if answer.status == 200 => answer.body,
+            Ok(_) | Err(_) => return tokio::time::sleep(PAUSE).await,
+        };
+        let outcome = &told["outcome"];
+        if outcome["reason"] == "exited" {
+            known.has_run = true;
+            if outcome["exit_code"] != 3 || told["stdout"] != format!("{}\n", known.label) {
+                known.wrong.push(format!("an exec in {} ended otherwise than its program does: {told}", known.label));
+            }
+        }
+        let path = format!("{path}/{}", told["id"].as_str().unwrap_or_default());
+        if let Ok(now) = self.client().try_get(&path).await
+            && now.status == 200
+            && now.body["outcome"] != *outcome
+        {
+            known.wrong.push(format!("an exec in {} was told {outcome} and is {}", known.label, now.body["outcome"]));
+        }
     }
 
     /// An image that comes and goes, with a run in between; until the service is lost, so that nothing is made up for.

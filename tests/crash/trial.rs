@@ -260,7 +260,7 @@ impl Trial {
 
 /// Steps that the load reaches once in a while only.
 fn is_rare(step: &str) -> bool {
-    const RARE: [&str; 11] = [
+    const RARE: [&str; 13] = [
         "service.image.",
         "service.delete.",
         "service.pause.",
@@ -270,6 +270,8 @@ fn is_rare(step: &str) -> bool {
         "service.update.",
         "service.settle.removed",
         "keeper.upgrade.",
+        "keeper.control.",
+        "keeper.exec.",
         "keeper.launch.disk_begun",
         "keeper.remove.disk",
     ];
