@@ -13,8 +13,7 @@ use crate::{
     disk::{Disks, Made, Order},
     error::at,
     protocol::{Cause, Medium, init},
-    rootfs,
-    transport,
+    rootfs, transport,
 };
 
 /// The layer of one sandbox, and how far it is.

@@ -423,7 +423,17 @@ impl Keeper {
                 self.end_exec(serial, None, None);
                 Ok(())
             }
-            Due::Start | Due::Wall | Due::Force | Due::Cpu | Due::Oom | Due::Freeze | Due::Lowering | Due::Typist | Due::Remove | Due::Accept | Due::Trial => Ok(()),
+            Due::Start
+            | Due::Wall
+            | Due::Force
+            | Due::Cpu
+            | Due::Oom
+            | Due::Freeze
+            | Due::Lowering
+            | Due::Typist
+            | Due::Remove
+            | Due::Accept
+            | Due::Trial => Ok(()),
         }
     }
 

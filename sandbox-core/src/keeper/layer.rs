@@ -337,7 +337,10 @@ impl Keeper {
 
 /// The answer to whoever wants one that too many have written to.
 fn worn(id: SandboxId) -> Answer {
-    failed(FailureKind::Refused, format!("the layer of sandbox {id} is in memory and was written to by too many sandboxes: nothing is started on it again"))
+    failed(
+        FailureKind::Refused,
+        format!("the layer of sandbox {id} is in memory and was written to by too many sandboxes: nothing is started on it again"),
+    )
 }
 
 /// What a sandbox without a payload is held to, beside the limits of the one whose layer it has.

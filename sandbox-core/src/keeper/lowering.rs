@@ -130,9 +130,7 @@ impl Keeper {
         if let Err(error) = lowering.worker.stop() {
             warn(format_args!("who lowers a memory limit cannot be stopped: {error}"));
         }
-        if is_over
-            && let Some(asker) = lowering.asker.take()
-        {
+        if is_over && let Some(asker) = lowering.asker.take() {
             self.answer(asker, gone("the sandbox has ended".to_owned()));
         }
     }

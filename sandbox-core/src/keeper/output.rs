@@ -154,14 +154,14 @@ impl Output {
     /// Reads nothing more from a stream whose writers have closed it. It must not be watched any more.
     pub(super) fn close_stream(&mut self, kind: Kind) {
         self.stream_mut(kind).pipe = None;
-        if kind == Kind::Stdout {
-            self.terminal = None;
+        if let Some(terminal) = self.terminal.as_mut().filter(|_| kind == Kind::Stdout) {
+            terminal.leave();
         }
     }
 
     pub(super) fn pipe(&self, kind: Kind) -> Option<BorrowedFd<'_>> {
         match &self.terminal {
-            Some(terminal) if kind == Kind::Stdout => Some(terminal.as_fd()),
+            Some(terminal) if kind == Kind::Stdout => (!terminal.is_left()).then(|| terminal.as_fd()),
             Some(_) | None => self.stream(kind).pipe.as_ref().map(AsFd::as_fd),
         }
     }
@@ -295,8 +295,9 @@ impl Output {
     /// Writes what is held and how it ended, behind which nothing follows. Both streams are closed from here on. After an error for want of room
     /// ([`is_no_room`]) it can be tried again, or be given up.
     pub(super) fn finish(&mut self, ending: &Ending) -> io::Result<()> {
-        self.close_stream(Kind::Stdout);
-        self.close_stream(Kind::Stderr);
+        self.stdout.pipe = None;
+        self.stderr.pipe = None;
+        self.terminal = None;
         let Sink::Log { .. } = self.sink else { return Ok(()) };
         if !self.write_held()? {
             return Err(io::ErrorKind::StorageFull.into());

@@ -87,7 +87,9 @@ impl Keeper {
     /// Why there can be no sandbox more, for people. One `on_kept` layer takes the place of that.
     pub(super) fn check_number(&self, on_kept: Option<SandboxId>) -> Result<(), String> {
         let max = self.hello.sandboxes_max;
-        if self.sandboxes.len() + self.layers.idle() - usize::from(on_kept.is_some_and(|id| self.layers.is_idle(id))) < usize::try_from(max).unwrap_or(usize::MAX) {
+        if self.sandboxes.len() + self.layers.idle() - usize::from(on_kept.is_some_and(|id| self.layers.is_idle(id)))
+            < usize::try_from(max).unwrap_or(usize::MAX)
+        {
             return Ok(());
         }
         Err(format!("this keeper has id ranges and descriptors for {max} sandboxes and kept layers at a time"))

@@ -54,6 +54,8 @@ pub(super) struct Terminal {
     master: Master,
     /// Once somebody has asked for it.
     typing: Option<Typing>,
+    /// Whether nobody had it open any more: it is read no more, and closed with its program's end, whom a close would hang up.
+    is_left: bool,
 }
 
 /// What is typed, on its way from a pipe into the terminal.
@@ -146,7 +148,16 @@ impl AsFd for Terminal {
 
 impl Terminal {
     pub(super) const fn new(master: Master) -> Self {
-        Self { master, typing: None }
+        Self { master, typing: None, is_left: false }
+    }
+
+    /// Nobody has it open any more.
+    pub(super) fn leave(&mut self) {
+        (self.is_left, self.typing) = (true, None);
+    }
+
+    pub(super) const fn is_left(&self) -> bool {
+        self.is_left
     }
 
     /// What the master is to be watched for.
@@ -221,7 +232,7 @@ impl Keeper {
         let is_launched = self.is_launched(serial);
         let output = output_of(&mut self.sandboxes, &mut self.execs, serial);
         let is_held = output.as_ref().is_some_and(|output| output.is_held());
-        let Some(terminal) = output.and_then(|output| output.terminal_mut()) else {
+        let Some(terminal) = output.and_then(|output| output.terminal_mut()).filter(|terminal| !terminal.is_left) else {
             let why = if is_launched {
                 failed(FailureKind::Gone, "nobody has the terminal open any more")
             } else {
@@ -266,7 +277,9 @@ impl Keeper {
         // Behind what was typed before.
         self.on_typed(serial)?;
         let output = output_of(&mut self.sandboxes, &mut self.execs, serial);
-        let Some(terminal) = output.and_then(|output| output.terminal_mut()) else { return Ok(Some(Answer::Done)) };
+        let Some(terminal) = output.and_then(|output| output.terminal_mut()).filter(|terminal| !terminal.is_left) else {
+            return Ok(Some(Answer::Done));
+        };
         if !terminal.has_all()? || self.typists.values().any(|typist| typist.serial == serial) {
             return Ok(Some(full()));
         }

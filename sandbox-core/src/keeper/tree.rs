@@ -38,14 +38,16 @@ impl Keeper {
         let answer = match (self.records.get(id), self.layers.standing(id)) {
             (Some(State::Alive(_)), _) | (_, Standing::None) => self.tree_of_running(id, &socket),
             (_, Standing::Taken(serial)) => self.tree_of_visit(serial, socket),
-            (_, Standing::Free(shape)) => match self.check_visit(id).and_then(|()| self.check_number(Some(id)).map_err(|why| failed(FailureKind::Busy, why))) {
-                Ok(()) => {
-                    self.visit(asker, id, shape, socket)?;
-                    // Whether it came to nothing was said.
-                    if matches!(self.layers.standing(id), Standing::Taken(_)) { Answer::Done } else { return Ok(()) }
+            (_, Standing::Free(shape)) => {
+                match self.check_visit(id).and_then(|()| self.check_number(Some(id)).map_err(|why| failed(FailureKind::Busy, why))) {
+                    Ok(()) => {
+                        self.visit(asker, id, shape, socket)?;
+                        // Whether it came to nothing was said.
+                        if matches!(self.layers.standing(id), Standing::Taken(_)) { Answer::Done } else { return Ok(()) }
+                    }
+                    Err(answer) => answer,
                 }
-                Err(answer) => answer,
-            },
+            }
         };
         self.answer(asker, answer);
         Ok(())

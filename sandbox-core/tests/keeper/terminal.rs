@@ -160,7 +160,6 @@ fn a_terminal_that_its_program_lets_go_of_keeps_nobody_busy() {
     let mut client = node.client();
     let run = at_terminal("read line; echo ready; exec </dev/null >/dev/null 2>&1; sleep 2; exit 3");
     start(&mut client, &run);
-    // Kept open here, so that it is not gone when the keeper closes it.
     let mut keys = keyboard(&mut client, run.id);
     keys.write_all(b"\n").unwrap();
     wait_for_text(&node.log_path(run.id), "ready");
@@ -239,8 +238,12 @@ fn what_is_typed_waits_for_its_reader_and_holds_up_nobody_else() {
     done(&mut client, &Request::Signal { id: run.id, signal: 10 });
 
     assert_eq!(fill(&mut keys, &typed[taken..]), BYTES - taken);
-    let expected = std::process::Command::new("busybox").args(["sh", "-c"]).arg(format!("head -c {BYTES} | busybox md5sum"))
-        .stdin(crate::harness::memory(&typed)).output().unwrap();
+    let expected = std::process::Command::new("busybox")
+        .args(["sh", "-c"])
+        .arg(format!("head -c {BYTES} | busybox md5sum"))
+        .stdin(crate::harness::memory(&typed))
+        .output()
+        .unwrap();
     wait_for_text(&node.log_path(run.id), String::from_utf8(expected.stdout).unwrap().trim());
 }
 
@@ -249,12 +252,13 @@ fn a_terminal_that_somebody_left_behind_holds_holds_up_nobody_else() {
     let mut client = node().client();
     let mut run = shell("dd if=/dev/zero of=/slow bs=1M count=2 conv=fsync 2>/dev/null; echo ready; sleep 100");
     run.supervision.medium = Medium::Disk;
+    run.supervision.wall_ms = Some(60_000);
     start(&mut client, &run);
     wait_for_text(&node().log_path(run.id), "ready");
     // A page takes it four seconds.
     let io = Some(IoLimits { bytes_per_s: 1024, ops_per_s: 1000 });
     done(&mut client, &Request::Update { id: run.id, limits: NewLimits { io, ..NewLimits::default() } });
-    let exec = Exec { terminal: Some(SIZE), ..arguments(&run, &["/bin/attack", "hold_terminal", "/slow"]) };
+    let exec = Exec { terminal: Some(SIZE), wall_ms: None, ..arguments(&run, &["/bin/attack", "hold_terminal", "/slow"]) };
     begin(&mut client, &exec);
 
     let ending = wait(&mut client, exec.id);
