@@ -351,6 +351,33 @@ async fn a_limit_that_was_raised_and_not_stored_is_lowered_by_the_next_service()
     assert_reason(&ended, "oom_killed");
 }
 
+/// How one without limits in time ends that is given some by a service which dies at this step. It takes more than five seconds.
+async fn timed_after(step: &str, limits: &Value) -> Value {
+    let mut service = Service::start();
+    let path = sandbox(&client(&service), "sleep 5; i=0; while [ $i -lt 500000 ]; do i=$((i+1)); done; exit 4", json!({})).await;
+
+    send_and_die(&mut service, step, reqwest::Method::PATCH, &path, &json!({ "limits": limits })).await;
+
+    let waited = client(&service).get(&format!("{path}/wait?until=exited")).await.expect(200);
+    assert_eq!(waited["result"], "reached");
+    waited["sandbox"].clone()
+}
+
+#[tokio::test]
+async fn a_limit_in_time_that_was_not_stored_is_taken_back_by_the_next_service() {
+    let ended = timed_after("service.update.held", &json!({ "wall_ms": 4800, "cpu_ms": 100 })).await;
+
+    assert_eq!((&ended["limits"]["wall_ms"], &ended["limits"]["cpu_ms"]), (&Value::Null, &Value::Null));
+    assert_exit(&ended, 4);
+}
+
+#[tokio::test]
+async fn a_limit_in_time_that_was_stored_holds() {
+    let ended = timed_after("service.update.stored", &json!({ "wall_ms": 4000 })).await;
+
+    assert_reason(&ended, "wall_timeout");
+}
+
 #[tokio::test]
 async fn a_limit_that_was_raised_and_stored_holds() {
     let ended = grower_after("service.update.stored").await;

@@ -15,7 +15,7 @@ use crate::{
     fence::{Fence, FenceUnknown, Fences},
     keeper::{Weakening, gvisor},
     privileges,
-    protocol::{Exec, IoLimits, Launch, Medium, NewLimits, Supervision, init::User},
+    protocol::{Exec, IoLimits, Launch, Medium, NewLimits, NewTime, Supervision, init::User},
 };
 
 /// A launch that was checked: everything in it is within the node's policy.
@@ -254,8 +254,11 @@ pub(crate) fn check_change(limits: &NewLimits, is_gvisor: bool) -> Result<(), Re
     if memory_bytes.is_some_and(|bytes| bytes < memory_min) {
         return Err(Refused(format!("memory_bytes must be at least {memory_min}")));
     }
-    for (name, value) in [("cpu_millis", cpu_millis), ("pids", pids), ("wall_ms", wall_ms), ("cpu_ms", cpu_ms)] {
-        if value == Some(0) {
+    let is_zero = |time| time == NewTime::Ms(0);
+    for (name, is_zero) in
+        [("cpu_millis", cpu_millis == Some(0)), ("pids", pids == Some(0)), ("wall_ms", is_zero(wall_ms)), ("cpu_ms", is_zero(cpu_ms))]
+    {
+        if is_zero {
             return Err(Refused(format!("{name} must be at least 1")));
         }
     }

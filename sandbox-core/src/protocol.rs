@@ -328,9 +328,33 @@ pub struct NewLimits {
     pub cpu_millis: Option<u64>,
     pub pids: Option<u64>,
     /// From the payload's start, as at its launch.
-    pub wall_ms: Option<u64>,
-    pub cpu_ms: Option<u64>,
+    pub wall_ms: NewTime,
+    pub cpu_ms: NewTime,
     pub io: Option<IoLimits>,
+}
+
+/// Another limit in time for a running sandbox, which it may also be without.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NewTime {
+    /// It is as it was.
+    #[default]
+    Same,
+    /// There is none from now on.
+    Unlimited,
+    /// So many milliseconds.
+    Ms(u64),
+}
+
+impl NewTime {
+    /// The limit from now on, where it was `before`.
+    #[must_use]
+    pub const fn over(self, before: Option<u64>) -> Option<u64> {
+        match self {
+            Self::Same => before,
+            Self::Unlimited => None,
+            Self::Ms(ms) => Some(ms),
+        }
+    }
 }
 
 /// What a sandbox uses at one time, from its cgroups and its network namespace.

@@ -30,7 +30,7 @@ use crate::{
     fence::Fence,
     network, policy,
     protocol::{
-        Answer, FailureKind, Family, KillReason, NewLimits, Sample, SandboxId, WindowSize,
+        Answer, FailureKind, Family, KillReason, NewLimits, NewTime, Sample, SandboxId, WindowSize,
         init::{Order, WaitStatus},
     },
     sys,
@@ -336,13 +336,14 @@ impl Keeper {
         let NewLimits { wall_ms, cpu_ms, io, .. } = limits;
         let supervision = &mut sandbox.supervision;
         supervision.io = io.unwrap_or(supervision.io);
-        supervision.wall_ms = wall_ms.or(supervision.wall_ms);
-        supervision.cpu_ms = cpu_ms.or(supervision.cpu_ms);
+        // What was set for a limit that is no more comes to nothing.
+        supervision.wall_ms = wall_ms.over(supervision.wall_ms);
+        supervision.cpu_ms = cpu_ms.over(supervision.cpu_ms);
         reached("keeper.control.changed");
-        if let (Some(wall_ms), Some(started_at_ns)) = (wall_ms, sandbox.started_at_ns) {
+        if let (NewTime::Ms(wall_ms), Some(started_at_ns)) = (wall_ms, sandbox.started_at_ns) {
             self.timer.set(started_at_ns.saturating_add(wall_ms.saturating_mul(1_000_000)), serial, Due::Wall)?;
         }
-        if cpu_ms.is_some() {
+        if cpu_ms != NewTime::Same {
             self.check_cpu(serial)?;
         }
         Ok(Answer::Done)

@@ -144,24 +144,25 @@ fn new_privileges_cannot_be_allowed() {
 
 #[test]
 fn limits_of_a_running_sandbox_have_the_bounds_of_a_launch() {
-    use crate::protocol::NewLimits;
+    use crate::protocol::{NewLimits, NewTime};
     let none = NewLimits::default();
     assert_eq!(check_change(&none, false), Ok(()));
     let fitting = NewLimits {
         memory_bytes: Some(4 << 20),
         cpu_millis: Some(1),
         pids: Some(1),
-        wall_ms: Some(1),
-        cpu_ms: Some(1),
+        wall_ms: NewTime::Ms(1),
+        cpu_ms: NewTime::Ms(1),
         io: Some(IoLimits::MAX),
     };
     assert_eq!(check_change(&fitting, false), Ok(()));
+    assert_eq!(check_change(&NewLimits { wall_ms: NewTime::Unlimited, cpu_ms: NewTime::Unlimited, ..none }, true), Ok(()));
     for (limits, named) in [
         (NewLimits { memory_bytes: Some((4 << 20) - 1), ..none }, "memory_bytes"),
         (NewLimits { cpu_millis: Some(0), ..none }, "cpu_millis"),
         (NewLimits { pids: Some(0), ..none }, "pids"),
-        (NewLimits { wall_ms: Some(0), ..none }, "wall_ms"),
-        (NewLimits { cpu_ms: Some(0), ..none }, "cpu_ms"),
+        (NewLimits { wall_ms: NewTime::Ms(0), ..none }, "wall_ms"),
+        (NewLimits { cpu_ms: NewTime::Ms(0), ..none }, "cpu_ms"),
         (NewLimits { io: Some(IoLimits { bytes_per_s: 0, ops_per_s: 1 }), ..none }, "io"),
     ] {
         let refused = check_change(&limits, false).unwrap_err().to_string();

@@ -11,7 +11,7 @@ use std::{
 use rustix::net::{SocketAddrV4, connect};
 use sandbox_core::{
     client::Client,
-    protocol::{Answer, Cause, FailureKind, Family, IoLimits, KillReason, Limit, Medium, NewLimits, Request, Sample, SandboxId},
+    protocol::{Answer, Cause, FailureKind, Family, IoLimits, KillReason, Limit, Medium, NewLimits, NewTime, Request, Sample, SandboxId},
 };
 
 use crate::{
@@ -178,7 +178,7 @@ fn whatever_ends_a_paused_sandbox_ends_it_at_once() {
         (|id| Some(Request::Kill { id, reason: KillReason::StoppedByUser }), Cause::Killed(KillReason::StoppedByUser)),
         (|id| Some(stop(id, 60_000)), Cause::Killed(KillReason::Expired)),
         (|id| Some(Request::Signal { id, signal: 9 }), Cause::Signaled { signal: 9 }),
-        (|id| Some(Request::Update { id, limits: NewLimits { wall_ms: Some(1), ..NewLimits::default() } }), Cause::WallTimeout),
+        (|id| Some(Request::Update { id, limits: NewLimits { wall_ms: NewTime::Ms(1), ..NewLimits::default() } }), Cause::WallTimeout),
         (|_| None, Cause::WallTimeout),
     ];
     for (end, cause) in ends {
@@ -333,7 +333,8 @@ fn update(id: SandboxId, limits: NewLimits) -> Request {
     Request::Update { id, limits }
 }
 
-const NONE: NewLimits = NewLimits { memory_bytes: None, cpu_millis: None, pids: None, wall_ms: None, cpu_ms: None, io: None };
+const NONE: NewLimits =
+    NewLimits { memory_bytes: None, cpu_millis: None, pids: None, wall_ms: NewTime::Same, cpu_ms: NewTime::Same, io: None };
 
 #[test]
 fn a_limit_in_time_that_is_changed_holds_from_then_on() {
@@ -342,7 +343,7 @@ fn a_limit_in_time_that_is_changed_holds_from_then_on() {
     let mut run = shell("echo ready; sleep 100");
     run.supervision.wall_ms = Some(60_000);
     start_ready(node(), &mut client, &run);
-    done(&mut client, &update(run.id, NewLimits { wall_ms: Some(700), ..NONE }));
+    done(&mut client, &update(run.id, NewLimits { wall_ms: NewTime::Ms(700), ..NONE }));
     let ending = wait(&mut client, run.id);
     assert_eq!((ending.cause, ending.limits_hit), (Cause::WallTimeout, vec![Limit::Wall]));
     assert!((700_000..2_000_000).contains(&ending.usage.wall_us), "{:?}", ending.usage);
@@ -351,9 +352,33 @@ fn a_limit_in_time_that_is_changed_holds_from_then_on() {
     let mut run = shell("echo ready; sleep 1; exit 4");
     run.supervision.wall_ms = Some(600);
     start_ready(node(), &mut client, &run);
-    done(&mut client, &update(run.id, NewLimits { wall_ms: Some(60_000), ..NONE }));
+    done(&mut client, &update(run.id, NewLimits { wall_ms: NewTime::Ms(60_000), ..NONE }));
     assert_eq!(wait(&mut client, run.id).cause, Cause::Exited { code: 4 });
     forget(&mut client, run.id);
+}
+
+#[test]
+fn a_limit_in_time_that_is_taken_away_ends_nothing_and_a_change_of_others_leaves_it() {
+    let mut client = node().client();
+    let program = "echo ready; read go; i=0; while [ $i -lt 400000 ]; do i=$((i+1)); done; sleep 1; exit 4";
+    let start = |client: &mut Client, limits: NewLimits| {
+        let mut run = shell(program);
+        run.is_held = true;
+        (run.supervision.wall_ms, run.supervision.cpu_ms) = (Some(900), Some(100));
+        start_ready(node(), client, &run);
+        done(client, &update(run.id, limits));
+        input(client, run.id).write_all(b"go\n").unwrap();
+        run.id
+    };
+    let without = start(&mut client, NewLimits { wall_ms: NewTime::Unlimited, cpu_ms: NewTime::Unlimited, ..NONE });
+    let only_cpu_is_left = start(&mut client, NewLimits { wall_ms: NewTime::Unlimited, ..NONE });
+    let only_wall_is_left = start(&mut client, NewLimits { cpu_ms: NewTime::Unlimited, ..NONE });
+    assert_eq!(wait(&mut client, without).cause, Cause::Exited { code: 4 });
+    assert_eq!(wait(&mut client, only_cpu_is_left).cause, Cause::CpuTimeout);
+    assert_eq!(wait(&mut client, only_wall_is_left).cause, Cause::WallTimeout);
+    for id in [without, only_cpu_is_left, only_wall_is_left] {
+        forget(&mut client, id);
+    }
 }
 
 #[test]
@@ -364,7 +389,7 @@ fn cpu_time_is_limited_where_it_was_not_and_less_or_more_than_it_was() {
         run.is_held = true;
         run.supervision.cpu_ms = before;
         start_ready(node(), &mut client, &run);
-        done(&mut client, &update(run.id, NewLimits { cpu_ms: Some(now), ..NONE }));
+        done(&mut client, &update(run.id, NewLimits { cpu_ms: NewTime::Ms(now), ..NONE }));
         input(&mut client, run.id).write_all(b"go\n").unwrap();
         let ending = wait(&mut client, run.id);
         assert_eq!(ending.cause, Cause::CpuTimeout, "{before:?}");
@@ -473,11 +498,11 @@ fn limits_out_of_bounds_are_refused_and_change_nothing() {
     let run = shell("echo ready; sleep 1; exit 4");
     start_ready(node(), &mut client, &run);
     for limits in [
-        NewLimits { wall_ms: Some(1), memory_bytes: Some(1), ..NONE },
-        NewLimits { wall_ms: Some(1), cpu_ms: Some(0), ..NONE },
-        NewLimits { wall_ms: Some(1), io: Some(IoLimits { bytes_per_s: 0, ops_per_s: 1 }), ..NONE },
+        NewLimits { wall_ms: NewTime::Ms(1), memory_bytes: Some(1), ..NONE },
+        NewLimits { wall_ms: NewTime::Ms(1), cpu_ms: NewTime::Ms(0), ..NONE },
+        NewLimits { wall_ms: NewTime::Ms(1), io: Some(IoLimits { bytes_per_s: 0, ops_per_s: 1 }), ..NONE },
         // Within the policy, but below what the kernel takes for a quota.
-        NewLimits { wall_ms: Some(1), cpu_millis: Some(1), ..NONE },
+        NewLimits { wall_ms: NewTime::Ms(1), cpu_millis: Some(1), ..NONE },
     ] {
         let refused = failure(client.call(&update(run.id, limits), &[]).unwrap());
         assert_eq!(refused.kind, FailureKind::Refused, "{refused:?}");

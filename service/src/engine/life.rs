@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use sandbox_core::{
     fail_point,
-    protocol::{Cause, FailureKind, Isolation, KillReason},
+    protocol::{Cause, FailureKind, KillReason, NewLimits},
 };
 use serde_json::{Value, json};
 
@@ -289,12 +289,13 @@ impl Engine {
         }
         let id = row.id;
         let is_paused = row.state == State::Paused;
-        let mut limits = new_limits(&row.limits);
-        if row.program.isolation == Isolation::Gvisor {
-            // They cannot be changed there, so they have not been.
-            limits.pids = None;
+        let limits = new_limits(&row.limits, row.program.isolation);
+        let mut limited = self.in_time(self.keeper.update(id, limits)).await;
+        if matches!(&limited, Err(CallError::Failed(failure)) if failure.kind == FailureKind::Refused) {
+            // As what it was given more of is in use by now. What ends it by its time is taken back all the same.
+            let times = NewLimits { wall_ms: limits.wall_ms, cpu_ms: limits.cpu_ms, ..NewLimits::default() };
+            limited = self.in_time(self.keeper.update(id, times)).await.and(limited);
         }
-        let limited = self.in_time(self.keeper.update(id, limits)).await;
         let moved = if is_paused { self.in_time(self.keeper.pause(id)).await } else { self.in_time(self.keeper.resume(id)).await };
         for told in [limited, moved] {
             match told {

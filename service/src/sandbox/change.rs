@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use sandbox_core::protocol::NewLimits;
+use sandbox_core::protocol::{Isolation, NewLimits, NewTime};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use time::OffsetDateTime;
@@ -181,14 +181,19 @@ impl RequestedChange {
     }
 }
 
-/// These limits for a running sandbox, as far as they can be changed there.
-pub fn new_limits(limits: &Limits) -> NewLimits {
+/// These limits for a running sandbox, whatever others it may have been given, as far as they can be changed there.
+pub fn new_limits(limits: &Limits, isolation: Isolation) -> NewLimits {
+    let time = |ms: Option<u64>| ms.map_or(NewTime::Unlimited, NewTime::Ms);
     NewLimits {
         memory_bytes: Some(limits.memory_bytes()),
         cpu_millis: Some(limits.cpu_millis()),
-        pids: Some(limits.pids()),
-        wall_ms: limits.wall_ms(),
-        cpu_ms: limits.cpu_ms(),
+        pids: match isolation {
+            Isolation::Container => Some(limits.pids()),
+            // It cannot be changed there, so it has not been.
+            Isolation::Gvisor => None,
+        },
+        wall_ms: time(limits.wall_ms()),
+        cpu_ms: time(limits.cpu_ms()),
         io: Some(limits.io()),
     }
 }
@@ -197,7 +202,9 @@ impl Change {
     /// What the keeper is told of it: what was asked for, and of `limits` what goes with that.
     pub fn for_keeper(&self, limits: &Limits) -> NewLimits {
         let RequestedChange { memory_bytes, cpu_millis, pids, wall_ms, cpu_ms, .. } = self.limits;
-        NewLimits { memory_bytes, cpu_millis, pids, wall_ms, cpu_ms, io: self.limits.io_is_changed().then(|| limits.io()) }
+        let time = |ms: Option<u64>| ms.map_or(NewTime::Same, NewTime::Ms);
+        let io = self.limits.io_is_changed().then(|| limits.io());
+        NewLimits { memory_bytes, cpu_millis, pids, wall_ms: time(wall_ms), cpu_ms: time(cpu_ms), io }
     }
 }
 
@@ -244,9 +251,20 @@ mod tests {
         assert_eq!((limits.memory_bytes(), limits.pids(), limits.io().ops_per_s), (64 << 20, 64, 10));
         assert_eq!(changed(json!({"limits": {"pids": 0}})).unwrap_err().field, "limits.pids");
         assert!(serde_json::from_value::<ChangeRequest>(json!({"limits": {"disk_bytes": 1 << 20}})).is_err());
-        let asked = change(json!({"limits": {"pids": 3, "io_ops_per_s": 10}})).unwrap();
+        let asked = change(json!({"limits": {"pids": 3, "wall_ms": 7, "io_ops_per_s": 10}})).unwrap();
         let told = asked.for_keeper(&limits);
+        assert_eq!((told.wall_ms, told.cpu_ms), (NewTime::Ms(7), NewTime::Same));
         assert_eq!((told.pids, told.memory_bytes, told.io), (Some(3), None, Some(limits.io())));
-        assert_eq!(asked.asked(), json!({"pids": 3, "io_ops_per_s": 10}));
+        assert_eq!(asked.asked(), json!({"pids": 3, "wall_ms": 7, "io_ops_per_s": 10}));
+    }
+
+    #[test]
+    fn what_a_row_has_no_limit_of_is_taken_from_a_sandbox_and_what_cannot_change_is_left_out() {
+        let limits = sandbox_for_tests("acme", Kind::Sandbox, None).limits;
+        let (container, gvisor) = (new_limits(&limits, Isolation::Container), new_limits(&limits, Isolation::Gvisor));
+        assert_eq!((limits.wall_ms(), container.wall_ms, container.cpu_ms), (None, NewTime::Unlimited, NewTime::Unlimited));
+        assert_eq!((container.pids, gvisor), (Some(limits.pids()), NewLimits { pids: None, ..container }));
+        let walled = changed(json!({"limits": {"wall_ms": 7}})).unwrap().limits;
+        assert_eq!(new_limits(&walled, Isolation::Container).wall_ms, NewTime::Ms(7));
     }
 }
