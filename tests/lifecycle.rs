@@ -554,13 +554,22 @@ async fn a_wall_limit_and_a_time_to_live_can_be_given_later() {
 #[tokio::test]
 async fn a_sandbox_that_does_nothing_is_ended_and_one_that_writes_is_not() {
     let client = shared().client();
-    let (idle, busy) = (
+    let writes = "for i in 1 2 3 4 5 6 7; do echo $i; sleep 0.4; done";
+    let (idle, busy, busy_in_vain, busy_beyond) = (
         sandbox(&client, "sleep 1000", &json!({ "idle_timeout_ms": 1000 })).await,
-        sandbox(&client, "for i in 1 2 3 4 5 6 7; do echo $i; sleep 0.4; done", &json!({ "idle_timeout_ms": 1000 })).await,
+        sandbox(&client, writes, &json!({ "idle_timeout_ms": 1000 })).await,
+        sandbox(&client, writes, &json!({ "idle_timeout_ms": 1000, "output_policy": "discard" })).await,
+        sandbox(&client, writes, &json!({ "idle_timeout_ms": 1000, "limits": { "output_bytes": 2 } })).await,
     );
+    let once = sandbox(&client, "sleep 0.5; echo; sleep 1000", &json!({ "idle_timeout_ms": 1000, "output_policy": "discard" })).await;
 
     assert_reason(&wait(&client, &idle, "until=exited").await["sandbox"], "idle_timeout");
-    assert_exit(&wait(&client, &busy, "until=exited").await["sandbox"], 0);
+    for path in [&busy, &busy_in_vain, &busy_beyond] {
+        assert_exit(&wait(&client, path, "until=exited").await["sandbox"], 0);
+    }
+    let ended = wait(&client, &once, "until=exited").await["sandbox"].clone();
+    assert_reason(&ended, "idle_timeout");
+    assert_within(&ended, "wall_ms", 1500..=2400);
 }
 
 #[tokio::test]

@@ -377,6 +377,8 @@ pub struct Sample {
     /// Over all interfaces but loopback; 0 where there is none.
     pub network_received_bytes: u64,
     pub network_sent_bytes: u64,
+    /// When the payload last wrote something, kept or not; while what it wrote waits for room on the node's disk, now. `None`: it never did.
+    pub output_at_us: Option<u64>,
     pub is_paused: bool,
 }
 

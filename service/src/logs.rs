@@ -18,7 +18,6 @@ use lines::LineFinder;
 pub use lines::{Beginning, Wanted};
 pub use reader::{LogItem, LogReader};
 use sandbox_core::log;
-use time::OffsetDateTime;
 use tokio::sync::watch;
 
 use crate::sandbox::{LogTail, SandboxId, TailCollector};
@@ -89,12 +88,6 @@ impl Logs {
             return tail(file, stream_bytes);
         }
         tokio::task::spawn_blocking(move || tail(file, stream_bytes)).await.map_err(io::Error::other)?
-    }
-
-    /// When something was last written to it; `None` if there is no such file, or nobody can say.
-    pub fn written_at(&self, id: SandboxId) -> Option<OffsetDateTime> {
-        let modified = std::fs::metadata(self.path(id)).ok()?.modified().ok()?;
-        Some(modified.into())
     }
 
     /// Where the last lines of what is wanted begin, as the log is now; `None` if there is no file.

@@ -380,6 +380,7 @@ impl Keeper {
             io_writes: counters.io.writes,
             network_received_bytes,
             network_sent_bytes,
+            output_at_us: sandbox.output.written_at_us(unix_us()),
             is_paused: sandbox.paused == Paused::Yes,
         }))
     }

@@ -56,6 +56,9 @@ pub(super) struct Output {
     /// Both streams are one terminal's.
     #[serde(default)]
     is_terminal: bool,
+    /// When something was last read, kept or not.
+    #[serde(default)]
+    written_at_us: Option<u64>,
 }
 
 /// A record that is not written yet.
@@ -122,7 +125,18 @@ impl Output {
         let is_terminal = pipes.is_none();
         let (stdout, stderr) = pipes.unzip();
         let (stdout, stderr) = (stream(stdout), stream(stderr));
-        Self { sink, limit_bytes, policy, stdout, stderr, held: VecDeque::new(), room_pause_ns: 0, terminal: None, is_terminal }
+        Self {
+            sink,
+            limit_bytes,
+            policy,
+            stdout,
+            stderr,
+            held: VecDeque::new(),
+            room_pause_ns: 0,
+            terminal: None,
+            is_terminal,
+            written_at_us: None,
+        }
     }
 
     /// Reads from this terminal. Nothing, if it is not one's.
@@ -169,6 +183,11 @@ impl Output {
     /// Bytes that the payload wrote to a stream, kept or not.
     pub(super) fn written_bytes(&self, kind: Kind) -> u64 {
         self.stream(kind).written_bytes
+    }
+
+    /// When the payload last wrote something. One that waits for our disk would write now, if it could.
+    pub(super) fn written_at_us(&self, now_us: u64) -> Option<u64> {
+        if self.is_held() { Some(now_us) } else { self.written_at_us }
     }
 
     /// Whether something of a stream was not kept.
@@ -258,6 +277,7 @@ impl Output {
 
     fn keep(&mut self, kind: Kind, data: &[u8], at_us: u64) -> io::Result<()> {
         let limit_bytes = if self.policy == OutputPolicy::Discard { 0 } else { self.limit_bytes };
+        self.written_at_us = Some(at_us);
         let stream = self.stream_mut(kind);
         stream.written_bytes += data.len() as u64;
         let room = usize::try_from(limit_bytes.saturating_sub(stream.kept_bytes)).unwrap_or(usize::MAX);
@@ -415,6 +435,7 @@ mod tests {
             let drained = output.drain(Kind::Stdout, &mut [0; 3], 0);
             assert_eq!((drained.is_ok(), output.is_held()), (is_held, is_held));
             assert_eq!(output.is_truncated(Kind::Stdout), !is_held);
+            assert_eq!(output.written_at_us(9), Some(if is_held { 9 } else { 0 }));
             output.lose_held();
             assert!(output.is_truncated(Kind::Stdout) && !output.is_truncated(Kind::Stderr) && !output.is_over_limit());
             assert_eq!((output.written_bytes(Kind::Stdout), output.stdout.lost_bytes), (4, 4));
@@ -440,10 +461,14 @@ mod tests {
     }
 
     #[test]
-    fn the_policy_discard_counts_only() {
+    fn the_policy_discard_counts_only_and_knows_when() {
         let (mut output, mut stdout, _stderr) = output(100, OutputPolicy::Discard);
+        output.pump(Kind::Stdout, &mut [0; 8], 6).unwrap();
+        assert_eq!(output.written_at_us(9), None);
         stdout.write_all(b"abcd").unwrap();
-        output.pump(Kind::Stdout, &mut [0; 8], 0).unwrap();
+        output.pump(Kind::Stdout, &mut [0; 8], 7).unwrap();
+        output.pump(Kind::Stdout, &mut [0; 8], 8).unwrap();
+        assert_eq!(output.written_at_us(9), Some(7));
         assert_eq!(output.memory(), Some((b"".as_slice(), b"".as_slice())));
         assert_eq!(output.written_bytes(Kind::Stdout), 4);
     }

@@ -10,9 +10,11 @@ use sandbox_core::{
     protocol::{Cause, FailureKind, KillReason, NewLimits},
 };
 use serde_json::{Value, json};
+use time::OffsetDateTime;
 
 use super::{Engine, EngineError, Followed, Owner, Progress, capacity::Room, live::Changeable, live::Live};
 use crate::{
+    clock::at_us,
     runtime::CallError,
     sandbox::{Finish, Kind, Limits, Phases, Sandbox, SandboxId, Signal, State, TenantId, check_name, new_limits},
     store::{Act, StoreError},
@@ -91,7 +93,7 @@ impl Engine {
         }
         fail_point::reached("service.pause.held");
         let act = Act { actor: Some(owner), at: self.clock.now(), data: Value::Null };
-        let started = (crate::clock::at_us(launched.started_at_us), launched.fences);
+        let started = (at_us(launched.started_at_us), launched.fences);
         let noted = loop {
             match self.store.mark_paused(id, live.hold(), is_paused, started, &act).await {
                 // This node may have lost its lease and taken it again, and the sandbox with it.
@@ -265,17 +267,37 @@ impl Engine {
     pub(super) async fn idle_for(&self, live: &Live, timeout_ms: Option<u64>) {
         let Some(timeout) = timeout_ms.map(Duration::from_millis) else { return std::future::pending().await };
         let mut progress = live.subscribe();
+        let mut written_at = None;
         loop {
             let is_paused = matches!(*progress.borrow_and_update(), Progress::Paused(_));
-            let last = live.active_at().max(self.logs.written_at(live.sandbox.id));
+            let last = live.active_at().max(written_at);
             let until = last.filter(|_| !is_paused).map(|last| last + timeout);
             if until.is_some_and(|until| until <= self.clock.now()) {
-                return;
+                // Only now: nobody tells the service of what is written.
+                written_at = self.written_at(live.sandbox.id).await;
+                let stands_still = matches!(*progress.borrow(), Progress::Paused(_));
+                if !stands_still && live.active_at().max(written_at) <= last {
+                    return;
+                }
+                continue;
             }
             tokio::select! {
                 () = self.sleep_until(until) => {}
                 Ok(()) = progress.changed() => {}
             }
+        }
+    }
+
+    /// When its payload last wrote something, kept or not, as soon as the keeper says so. Of one that is over never.
+    async fn written_at(&self, id: SandboxId) -> Option<OffsetDateTime> {
+        loop {
+            self.keeper.connected().await;
+            match self.in_time(self.keeper.sample(id)).await {
+                Ok(sample) => return sample.output_at_us.map(at_us),
+                Err(CallError::Failed(failure)) if failure.kind == FailureKind::Gone => return std::future::pending().await,
+                Err(error) => tracing::debug!(sandbox.id = %id, %error, "whether it writes is not known yet"),
+            }
+            tokio::time::sleep(HOLD_AGAIN).await;
         }
     }
 
