@@ -494,3 +494,122 @@ async fn an_operation_that_a_crash_interrupted_is_done_again() {
     assert_eq!(first.clone().expect(200)["suspended"], true);
     assert_replayed(&first, &second);
 }
+
+/// Sends it to a service that dies at this step, and starts that again.
+async fn post_and_die(service: &mut Service, step: &str, path: &str, key: &str, body: &Value) {
+    service.kill();
+    service.arm(&format!("{step}=return"));
+    service.start_again().unwrap();
+    let asked = survivor(service).request(Method::POST, path).header("idempotency-key", key).json(body);
+    asked.send().await.expect_err("the service dies before it answers");
+    service.wait().unwrap();
+    service.arm("");
+    service.start_again().unwrap();
+}
+
+/// A sandbox of the survivor's that runs this, once it has said that it is up.
+async fn sandbox_that_is_up(service: &Service, script: &str) -> String {
+    let made = survivor(service).post("/v1/sandboxes", &shell(script)).await.expect(201);
+    let path = format!("/v1/sandboxes/{}", made["id"].as_str().unwrap());
+    until_written(service, &path, "up\n").await;
+    path
+}
+
+async fn until_written(service: &Service, path: &str, what: &str) -> String {
+    let id = path.rsplit('/').next().unwrap();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    loop {
+        let text = survivor(service).follow(id, "from=0&follow=false").await.collect().await.stdout_text();
+        if text.contains(what) {
+            return text;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "{what:?} was never written: {text:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+const HEEDS: &str = "trap 'echo heard' USR1; trap 'echo last; exit' USR2; echo up; while :; do sleep 0.05; done";
+
+#[tokio::test]
+async fn a_signal_that_a_crash_cut_off_is_sent_once_or_not_at_all_and_nobody_says_which() {
+    for (step, heard) in [("service.idempotency.worked", 1), ("service.idempotency.begun", 0)] {
+        let mut service = Service::start();
+        let path = sandbox_that_is_up(&service, HEEDS).await;
+        let (key, kill, usr1) = (key(), format!("{path}/kill"), json!({ "signal": "USR1" }));
+
+        post_and_die(&mut service, step, &kill, &key, &usr1).await;
+        let first = post(&survivor(&service), &kill, &key, &usr1).await;
+        let second = post(&survivor(&service), &kill, &key, &usr1).await;
+        survivor(&service).until(&path, |sandbox| sandbox["state"] == "running").await;
+        survivor(&service).post(&kill, &json!({ "signal": "USR2" })).await.expect(200);
+        let written = until_written(&service, &path, "last\n").await;
+
+        assert_eq!(first.clone().problem(409, "outcome_unknown")["retryable"], false);
+        assert_replayed(&first, &second);
+        assert_eq!(written.matches("heard\n").count(), heard, "{step}: {written}");
+    }
+}
+
+#[tokio::test]
+async fn a_kill_that_a_crash_cut_off_is_done() {
+    for step in ["service.idempotency.worked", "service.idempotency.begun"] {
+        let mut service = Service::start();
+        let path = sandbox_that_is_up(&service, HEEDS).await;
+        let (key, kill) = (key(), format!("{path}/kill"));
+
+        post_and_die(&mut service, step, &kill, &key, &json!({})).await;
+        let first = post(&survivor(&service), &kill, &key, &json!({})).await;
+        let second = post(&survivor(&service), &kill, &key, &json!({})).await;
+
+        assert_eq!(first.clone().expect(200)["outcome"]["reason"], "stopped_by_user", "{step}");
+        assert_replayed(&first, &second);
+    }
+}
+
+#[tokio::test]
+async fn a_rename_and_a_new_folder_that_a_crash_cut_off_are_not_done_again() {
+    let mut service = Service::start();
+    let path = sandbox_that_is_up(&service, "mkdir -p /tmp/d; touch /tmp/a /tmp/c; echo up; sleep 1000").await;
+    let stat = async |service: &Service, file: &str| survivor(service).get(&format!("{path}/files/tmp/{file}?stat")).await.status;
+    let worked = "service.idempotency.worked";
+
+    for (step, what) in [(worked, "a?rename=/tmp/b"), ("service.idempotency.begun", "c?rename=/tmp/e"), (worked, "new?mkdir&parents=false")]
+    {
+        let (key, asked) = (key(), format!("{path}/files/tmp/{what}"));
+        post_and_die(&mut service, step, &asked, &key, &Value::Null).await;
+        let first = post(&survivor(&service), &asked, &key, &Value::Null).await;
+        let second = post(&survivor(&service), &asked, &key, &Value::Null).await;
+        first.clone().problem(409, "outcome_unknown");
+        assert_replayed(&first, &second);
+    }
+    // The control: what may be there already may be made twice.
+    let (key, asked) = (key(), format!("{path}/files/tmp/deep/er?mkdir"));
+    post_and_die(&mut service, worked, &asked, &key, &Value::Null).await;
+    survivor(&service).until(&path, |sandbox| sandbox["state"] == "running").await;
+    post(&survivor(&service), &asked, &key, &Value::Null).await.expect(201);
+
+    for (file, status) in [("a", 404), ("b", 200), ("c", 200), ("e", 404), ("new", 200), ("deep/er", 200)] {
+        assert_eq!(stat(&service, file).await, status, "{file}");
+    }
+}
+
+#[tokio::test]
+async fn a_start_that_a_crash_cut_off_is_one_start() {
+    let mut service = Service::start();
+    let mut request = shell("n=$(cat /work/n 2>/dev/null || echo 0); n=$((n+1)); echo $n > /work/n; exit $n");
+    request["keep_layer"] = json!(true);
+    let made = survivor(&service).post("/v1/sandboxes", &request).await.expect(201);
+    let path = format!("/v1/sandboxes/{}", made["id"].as_str().unwrap());
+    survivor(&service).get(&format!("{path}/wait?until=exited")).await.expect(200);
+    let (key, start) = (key(), format!("{path}/start"));
+
+    post_and_die(&mut service, "service.idempotency.worked", &start, &key, &json!({})).await;
+    survivor(&service).get(&format!("{path}/wait?until=exited")).await.expect(200);
+    let first = post(&survivor(&service), &start, &key, &json!({})).await;
+    let second = post(&survivor(&service), &start, &key, &json!({})).await;
+
+    assert_eq!(first.header("idempotency-replayed"), "true");
+    let started = first.clone().expect(200);
+    assert_exit(&started, 2);
+    assert_eq!((&started["starts"], &first.text), (&json!(2), &second.text));
+}

@@ -99,7 +99,9 @@ pub const STEPS: &[&str] = &[
     // A start: what is there is known; it is followed.
     "service.recover.listed",
     "service.recover.taken",
-    // A request with an idempotency key: what it asks for is done, and its answer is not kept yet.
+    // A request with an idempotency key: it is noted that what must not be done twice is begun; what it asks for is done, and its answer is not
+    // kept yet.
+    "service.idempotency.begun",
     "service.idempotency.worked",
     // An image comes in: its archive is here; that is read; its blobs are kept; it is unpacked; it has its row.
     "service.import.received",

@@ -166,6 +166,9 @@ pub enum EngineError {
     /// Another attempt at the same request goes on with it.
     #[error("the key of this request is held by another attempt")]
     KeyLost,
+    /// It must not be done twice, and may have been done.
+    #[error("nobody heard whether it was done")]
+    OutcomeUnknown,
     #[error("the keeper of this node is not available")]
     KeeperUnavailable,
     #[error(transparent)]

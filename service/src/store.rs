@@ -24,7 +24,7 @@ pub use deliveries::{Attempt, Busy, Claimed, Delivery, DeliveryFilter, DeliveryS
 pub use ears::Ears;
 pub use events::{Act, EventFilter, Followed as FollowedEvents, News, Position, Told};
 pub use execs::{ExecAdmitted, ExecEnded};
-pub use idempotency::{Fingerprint, HeldKey, Kept, KeyName, KeyState, Taking};
+pub use idempotency::{Fingerprint, HeldKey, Kept, KeyName, KeyState, Left, Taking};
 pub use images::{Image, NewImage, Recorded};
 pub use life::{Changing, StartedAgain};
 pub use nodes::{Abandoned, Capacity as NodeCapacity, Hold, Lease, Node, NodeId, Orders, Renewed, Renewer};

@@ -45,6 +45,9 @@ pub enum ApiError {
     LayerLost,
     #[error("the Idempotency-Key was used for another request")]
     KeyReused,
+    /// By an attempt that was cut off, and of which nobody heard how far it came.
+    #[error("this may have been done, or not: nobody heard how it went; look before it is asked for again, with another Idempotency-Key")]
+    OutcomeUnknown,
     /// An attempt with the same key goes on.
     #[error("a request with this Idempotency-Key is still being worked on")]
     KeyInUse,
@@ -103,6 +106,7 @@ pub enum Code {
     LayerLost,
     IdempotencyKeyReused,
     IdempotencyKeyInUse,
+    OutcomeUnknown,
     FileNotFound,
     FileExists,
     FileDenied,
@@ -202,6 +206,7 @@ impl ApiError {
             Self::WrongState(_) => (StatusCode::CONFLICT, Code::WrongState, "Wrong state"),
             Self::LayerLost => (StatusCode::CONFLICT, Code::LayerLost, "Layer lost"),
             Self::KeyReused => (StatusCode::CONFLICT, Code::IdempotencyKeyReused, "Key reused"),
+            Self::OutcomeUnknown => (StatusCode::CONFLICT, Code::OutcomeUnknown, "Outcome unknown"),
             Self::KeyInUse => (StatusCode::CONFLICT, Code::IdempotencyKeyInUse, "Key in use"),
             Self::PayloadTooLarge(_) => (StatusCode::PAYLOAD_TOO_LARGE, Code::PayloadTooLarge, "Payload too large"),
             Self::File(fault) => file_parts(fault.kind),
@@ -247,6 +252,7 @@ impl ApiError {
             | Self::WrongState(_)
             | Self::LayerLost
             | Self::KeyReused
+            | Self::OutcomeUnknown
             | Self::PayloadTooLarge(_)
             | Self::File(_)
             | Self::RangeNotSatisfiable(_)
@@ -407,6 +413,7 @@ impl From<EngineError> for ApiError {
             EngineError::LayerLost => Self::LayerLost,
             EngineError::Refused(why) => Self::Conflict(why),
             EngineError::KeyLost => Self::KeyInUse,
+            EngineError::OutcomeUnknown => Self::OutcomeUnknown,
             EngineError::KeeperUnavailable => Self::KeeperUnavailable,
             EngineError::Store(error) => error.into(),
         }

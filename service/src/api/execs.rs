@@ -28,7 +28,7 @@ use super::{
     view::OutputView,
 };
 use crate::{
-    engine::FollowedExec,
+    engine::{EngineError, FollowedExec},
     sandbox::{
         Exec, ExecRequest, ExecState, Invalid, Kind, LIST_LIMIT, Outcome, Sandbox, SandboxId, Signal, SignalRequest, SizeRequest, TenantId,
         words,
@@ -283,7 +283,8 @@ pub(super) async fn read(
 
 /// End an exec, or send a signal to it
 ///
-/// SIGKILL ends it and all that it started, with `stopped_by_user`. Any other signal goes to its first process alone.
+/// SIGKILL ends it and all that it started, with `stopped_by_user`. Any other signal goes to its first process alone, and is not sent twice: where nobody heard whether it was, the answer is
+/// 409 (`outcome_unknown`).
 #[utoipa::path(
     post,
     path = "/v1/sandboxes/{id}/execs/{eid}/kill",
@@ -300,6 +301,7 @@ pub(super) async fn read(
 pub(super) async fn kill(
     State(app): State<Arc<App>>,
     caller: Caller,
+    keyed: Keyed,
     Path((id, eid)): Path<(String, String)>,
     body: Body,
 ) -> Result<StatusCode, ApiError> {
@@ -308,7 +310,15 @@ pub(super) async fn kill(
     let asked: KillRequest = json::read_or_default(body).await?;
     let signal = asked.signal.map_or(Ok(Signal::KILL), |signal| signal.parse("signal"))?;
     app.engine.touch(sandbox.id);
-    app.engine.signal_exec(&caller.owner(), &sandbox, &exec, signal).await?;
+    // As of a sandbox.
+    let is_killed_again = signal == Signal::KILL && keyed.is_begun;
+    if !is_killed_again {
+        keyed.begin(&app).await?;
+    }
+    match app.engine.signal_exec(&caller.owner(), &sandbox, &exec, signal).await {
+        Err(EngineError::WrongState(state)) if is_killed_again && state.is_final() => {}
+        signaled => signaled?,
+    }
     Ok(StatusCode::NO_CONTENT)
 }
 

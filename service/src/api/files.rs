@@ -25,6 +25,7 @@ use super::{
         refusal,
     },
     error::ApiError,
+    idempotency::Keyed,
     json, query,
 };
 use crate::{
@@ -388,7 +389,8 @@ async fn remove(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result
 
 /// Make a folder, or rename
 ///
-/// One of `mkdir` and `rename` says which.
+/// One of `mkdir` and `rename` says which. Where nobody heard how a rename went, or the making of a folder without `parents`, the answer is 409 (`outcome_unknown`), also to a request that is
+/// sent again with its `Idempotency-Key`: the file tells.
 #[utoipa::path(
     post,
     path = "/v1/sandboxes/{id}/files/{*path}",
@@ -410,19 +412,30 @@ async fn remove(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result
         refusal::DiskFull,
     ),
 )]
-async fn change(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Response, ApiError> {
+async fn change(State(app): State<Arc<App>>, caller: Caller, keyed: Keyed, uri: Uri) -> Result<Response, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
     let Target { sandbox, path } = Target::of(&uri)?;
     let mut wish = Wish::of(&uri, &["mkdir", "parents", "mode", "uid", "gid", "rename", "exclusive"])?;
-    let (ask, status) = match (wish.is_folder, wish.rename.take()) {
+    // Done again, a rename or a new folder that must not be there would find what they did themselves.
+    let (ask, status, is_done_once) = match (wish.is_folder, wish.rename.take()) {
         (true, None) => {
             let ask = Ask::MakeFolder { path, has_parents: wish.has_parents, mode: wish.mode, owner: wish.owner() };
-            (ask, StatusCode::CREATED)
+            (ask, StatusCode::CREATED, !wish.has_parents)
         }
-        (false, Some(to)) => (Ask::Rename { from: path, to, existing: wish.existing() }, StatusCode::OK),
+        (false, Some(to)) => (Ask::Rename { from: path, to, existing: wish.existing() }, StatusCode::OK, true),
         (true, Some(_)) | (false, None) => return Err(Invalid::new("", "one of mkdir and rename says what is to be done").into()),
     };
-    let entry = files(&app, &caller, &sandbox).await?.entry(ask).await?;
+    if is_done_once {
+        keyed.begin(&app).await?;
+    }
+    let mut tree = files(&app, &caller, &sandbox).await?;
+    let entry = match tree.entry(ask).await {
+        Err(TreeError::Lost(error)) if is_done_once => {
+            tracing::debug!(%error, "the process that worked on a sandbox's files went away");
+            return Err(ApiError::OutcomeUnknown);
+        }
+        entry => entry?,
+    };
     Ok((status, Json(EntryView::from(entry))).into_response())
 }
 

@@ -1,8 +1,8 @@
 //! `Idempotency-Key`: a POST that is sent again has one effect and one answer, after draft-ietf-httpapi-idempotency-key-header.
 //!
 //! One layer around every route, so that an operation that is added has this too. An operation that makes a sandbox takes [`Keyed`] among its
-//! arguments: the sandbox is tied to the key in the transaction that admits it. Every other operation must be fit to be done again, for a
-//! key that a process left behind when it died is taken over.
+//! arguments: the sandbox is tied to the key in the transaction that admits it. So does one that must not be done twice: it says when it begins
+//! ([`Keyed::begin`]). Every other operation must be fit to be done again, for a key that a process left behind when it died is taken over.
 
 mod at_work;
 mod fingerprint;
@@ -26,7 +26,7 @@ use uuid::Uuid;
 use super::{App, QUICK_DEADLINE, STOP_DEADLINE, caller::Caller, error::ApiError, execs, json, observe, runs, sandboxes, webhooks};
 use crate::{
     sandbox::{Invalid, SandboxId, WAIT_MS},
-    store::{Fingerprint, HeldKey, Kept, KeyName, KeyState, NodeId, StoreError, Taking},
+    store::{Fingerprint, HeldKey, Kept, KeyName, KeyState, Left, NodeId, StoreError, Taking},
     token::Scope,
 };
 
@@ -75,6 +75,23 @@ pub(super) struct Keyed {
     pub(super) key: Option<HeldKey>,
     /// Made by an attempt that is over: to be answered with.
     pub(super) made: Option<SandboxId>,
+    /// By an attempt that is over, and of which nobody knows how far it came.
+    pub(super) is_begun: bool,
+}
+
+impl Keyed {
+    /// To be awaited in front of what must not be done twice: an error where it may have been done already.
+    pub(super) async fn begin(&self, app: &App) -> Result<(), ApiError> {
+        if self.is_begun {
+            return Err(ApiError::OutcomeUnknown);
+        }
+        let Some(key) = &self.key else { return Ok(()) };
+        if !app.store.begin_keyed(key).await? {
+            return Err(ApiError::KeyInUse);
+        }
+        sandbox_core::fail_point::reached("service.idempotency.begun");
+        Ok(())
+    }
 }
 
 impl<S: Send + Sync> FromRequestParts<S> for Keyed {
@@ -148,6 +165,13 @@ impl Route {
 /// How long a key that made nothing is kept after it was given back.
 const GIVEN_BACK_FOR: Duration = Duration::from_secs(600);
 
+/// What becomes of a key when an attempt is over.
+enum Settled {
+    /// With the sum of the body that it answers.
+    Answered(Kept, [u8; 32]),
+    GivenBack(Left),
+}
+
 /// One request with a key.
 #[derive(Clone)]
 struct Keying {
@@ -183,9 +207,10 @@ impl Keying {
         let deadline = Instant::now() + self.route.deadline();
         loop {
             match self.take(&attempt, &fingerprint).await? {
-                KeyState::Ours { made } => {
+                KeyState::Ours { made, is_begun } => {
                     let body = Hashed::known(Body::from(body), fingerprint.body);
-                    return self.work(attempt, made, (parts, body), next).await;
+                    let keyed = Keyed { key: Some(attempt.clone()), made, is_begun };
+                    return self.work((attempt, keyed), (parts, body), next).await;
                 }
                 KeyState::Answered(kept) => return self.replay(&attempt.name, kept).await,
                 KeyState::Reused => return Err(ApiError::KeyReused),
@@ -203,8 +228,9 @@ impl Keying {
         next: Next,
     ) -> Result<Response, ApiError> {
         let mut state = self.take(&attempt, &Fingerprint { target, body: None }).await?;
-        if let KeyState::Ours { made } = state {
-            return self.work(attempt, made, (parts, Hashed::new(body)), next).await;
+        if let KeyState::Ours { made, is_begun } = state {
+            let keyed = Keyed { key: Some(attempt.clone()), made, is_begun };
+            return self.work((attempt, keyed), (parts, Hashed::new(body)), next).await;
         }
         if state == KeyState::Reused {
             // What is still on its way is not read: nothing may follow it on this connection (RFC 9112, section 9.3).
@@ -236,7 +262,7 @@ impl Keying {
             let is_ours = matches!(&taken, Ok(KeyState::Ours { .. }));
             // Nobody waits for it any more, or nobody knows whether it was taken.
             if (give.send(taken).is_err() && is_ours) || is_lost {
-                keying.settle_later(&attempt, None).await;
+                keying.settle_later(&attempt, &Settled::GivenBack(Left::Undone)).await;
             }
         };
         tokio::spawn(taking.in_current_span());
@@ -277,16 +303,11 @@ impl Keying {
     }
 
     /// Does the work, in a task of its own: a client who goes away changes nothing.
-    async fn work(
-        self,
-        attempt: HeldKey,
-        made: Option<SandboxId>,
-        (mut parts, body): (Parts, Hashed),
-        next: Next,
-    ) -> Result<Response, ApiError> {
+    async fn work(self, (attempt, keyed): (HeldKey, Keyed), (mut parts, body): (Parts, Hashed), next: Next) -> Result<Response, ApiError> {
         let request_id = observe::request_id(&parts);
         let end = self.app.idempotency.at_work.begin(&attempt.name);
-        parts.extensions.insert(Keyed { key: Some(attempt.clone()), made });
+        let is_made = keyed.made.is_some();
+        parts.extensions.insert(keyed);
         let sum = body.sum();
         let request = Request::from_parts(parts, Body::new(body));
         let work = async move {
@@ -294,22 +315,25 @@ impl Keying {
             let (mut response, kept) = match self.told(response, &request_id).await {
                 Ok(told) => told,
                 Err(error) => {
-                    self.settle_later(&attempt, None).await;
+                    self.settle_later(&attempt, &Settled::GivenBack(Left::Unknown)).await;
                     return Err(error);
                 }
             };
             // An answer to a body that nobody read to its end is an answer to anything.
-            let kept = kept.zip(sum.get());
+            let settled = match kept.zip(sum.get()) {
+                Some((kept, body)) => Settled::Answered(kept, body),
+                None => Settled::GivenBack(left_after(response.status())),
+            };
             sandbox_core::fail_point::reached("service.idempotency.worked");
-            let settled = self.settle(&attempt, kept.as_ref()).await;
-            if made.is_some() {
+            let stored = self.settle(&attempt, &settled).await;
+            if is_made {
                 mark_as_replayed(&mut response);
             }
-            if let Err(error) = settled {
+            if let Err(error) = stored {
                 // The answer is true all the same.
                 tracing::warn!(%error, "an answer could not be kept; it is tried again");
                 tokio::spawn(async move {
-                    self.settle_later(&attempt, kept.as_ref()).await;
+                    self.settle_later(&attempt, &settled).await;
                     drop(end);
                 });
             }
@@ -341,22 +365,22 @@ impl Keying {
         Ok((response, is_kept.then_some(kept)))
     }
 
-    async fn settle(&self, attempt: &HeldKey, kept: Option<&(Kept, [u8; 32])>) -> Result<(), StoreError> {
-        match kept {
-            Some((kept, body)) => self.app.store.keep_answer(attempt, Some(*body), kept).await,
-            None => self.app.store.give_key_back(attempt, self.app.clock.now() + GIVEN_BACK_FOR).await,
+    async fn settle(&self, attempt: &HeldKey, settled: &Settled) -> Result<(), StoreError> {
+        match settled {
+            Settled::Answered(kept, body) => self.app.store.keep_answer(attempt, Some(*body), kept).await,
+            Settled::GivenBack(left) => self.app.store.give_key_back(attempt, *left, self.app.clock.now() + GIVEN_BACK_FOR).await,
         }
     }
 
     /// Until it works, or the key counts as an orphan's anyway.
-    async fn settle_later(&self, attempt: &HeldKey, kept: Option<&(Kept, [u8; 32])>) {
+    async fn settle_later(&self, attempt: &HeldKey, settled: &Settled) {
         const PAUSE_MAX: Duration = Duration::from_secs(5);
         let deadline = Instant::now() + self.route.deadline();
         let mut pause = Duration::from_millis(100);
         while Instant::now() < deadline {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(PAUSE_MAX);
-            if self.settle(attempt, kept).await.is_ok() {
+            if self.settle(attempt, settled).await.is_ok() {
                 return;
             }
         }
@@ -388,6 +412,14 @@ impl Keying {
 
 fn mark_as_replayed(response: &mut Response) {
     response.headers_mut().insert(IDEMPOTENCY_REPLAYED, HeaderValue::from_static("true"));
+}
+
+/// What an attempt with this answer leaves: one that was cut off, or went wrong, says nothing of what it had begun.
+const fn left_after(status: StatusCode) -> Left {
+    match status {
+        StatusCode::INTERNAL_SERVER_ERROR | StatusCode::GATEWAY_TIMEOUT => Left::Unknown,
+        _ => Left::Undone,
+    }
 }
 
 /// Whether a later attempt would hear the same.

@@ -16,13 +16,14 @@ use super::{
     caller::Caller,
     contract::{parameter, refusal},
     error::ApiError,
+    idempotency::Keyed,
     json, query,
     sandboxes::view,
     view::SandboxView,
 };
 use crate::{
-    engine::{Until, Waited},
-    sandbox::{GRACE_MS, Invalid, Sandbox, Signal, SignalRequest, UNTIL_MS, words},
+    engine::{EngineError, Until, Waited},
+    sandbox::{GRACE_MS, Invalid, Kind, Sandbox, Signal, SignalRequest, UNTIL_MS, words},
     token::Scope,
 };
 
@@ -94,13 +95,18 @@ pub(super) struct WaitView {
 pub(super) async fn start(
     State(app): State<Arc<App>>,
     caller: Caller,
+    keyed: Keyed,
     Path(id): Path<String>,
     body: Body,
 ) -> Result<Json<SandboxView>, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
     let StartRequest { fresh } = json::read_or_default(body).await?;
+    // By an earlier attempt at the same request.
+    if let Some(started) = keyed.made {
+        return answer(&app, app.engine.find(&caller.tenant, Kind::Sandbox, started).await?).await;
+    }
     let id = query::object(&app, &caller, &id).await?;
-    answer(&app, app.engine.start_again(caller.owner(), id, fresh).await?).await
+    answer(&app, app.engine.start_again(caller.owner(), id, fresh, keyed.key).await?).await
 }
 
 /// Ask a sandbox to end
@@ -131,6 +137,8 @@ pub(super) async fn stop(
 }
 
 /// Send a signal
+///
+/// A signal is not sent twice: where nobody heard whether it was, the answer is 409 (`outcome_unknown`), also to a request that is sent again with its `Idempotency-Key`.
 #[utoipa::path(
     post,
     path = "/v1/sandboxes/{id}/kill",
@@ -144,6 +152,7 @@ pub(super) async fn stop(
 pub(super) async fn kill(
     State(app): State<Arc<App>>,
     caller: Caller,
+    keyed: Keyed,
     Path(id): Path<String>,
     body: Body,
 ) -> Result<Json<SandboxView>, ApiError> {
@@ -151,7 +160,17 @@ pub(super) async fn kill(
     let KillRequest { signal } = json::read_or_default(body).await?;
     let signal = signal.map_or(Ok(Signal::KILL), |signal| signal.parse("signal"))?;
     let id = query::object(&app, &caller, &id).await?;
-    answer(&app, app.engine.signal(caller.owner(), id, signal).await?).await
+    // What is dead dies no second time: of all signals this one may be sent again.
+    let is_killed_again = signal == Signal::KILL && keyed.is_begun;
+    if !is_killed_again {
+        keyed.begin(&app).await?;
+    }
+    match app.engine.signal(caller.owner(), id, signal).await {
+        Err(EngineError::WrongState(state)) if is_killed_again && state.is_final() => {
+            answer(&app, app.engine.find(&caller.tenant, Kind::Sandbox, id).await?).await
+        }
+        signaled => answer(&app, signaled?).await,
+    }
 }
 
 /// Let a sandbox stand still

@@ -367,12 +367,13 @@ impl Engine {
         }
         let act = Act { actor: Some(owner), at: self.clock.now(), data: serde_json::json!({ "signal": signal }) };
         self.store.tell_of_exec(sandbox, exec.id, "exec.killed", &act).await?;
-        let sent = if signal == Signal::KILL {
-            self.keeper.kill(exec.id, KillReason::StoppedByUser).await
-        } else {
-            self.keeper.signal(exec.id, signal.number()).await
-        };
-        sent.map_err(|error| refused(exec, error))
+        if signal == Signal::KILL {
+            return self.keeper.kill(exec.id, KillReason::StoppedByUser).await.map_err(|error| refused(exec, error));
+        }
+        match self.keeper.signal(exec.id, signal.number()).await {
+            Err(CallError::Lost) => Err(EngineError::OutcomeUnknown),
+            sent => sent.map_err(|error| refused(exec, error)),
+        }
     }
 
     /// Tells an exec how large its terminal is.

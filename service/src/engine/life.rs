@@ -192,8 +192,13 @@ impl Engine {
             return self.end_now(owner, Kind::Sandbox, id).await;
         }
         let Some(live) = live.filter(|_| matches!(state, State::Running | State::Paused)) else { return Err(not_here(state)) };
-        self.in_time(self.keeper.signal(id, signal.number())).await.map_err(|error| refused(&live, error))?;
+        // First: what could not be told of would be sent again.
         self.tell(owner, id, "sandbox.signaled", json!({ "signal": signal })).await?;
+        match self.in_time(self.keeper.signal(id, signal.number())).await {
+            Ok(()) => {}
+            Err(CallError::Lost) => return Err(EngineError::OutcomeUnknown),
+            Err(error) => return Err(refused(&live, error)),
+        }
         live.touch(self.clock.now());
         Ok(Some(live.now()))
     }

@@ -26,7 +26,7 @@ use super::{
 use crate::{
     runtime::CallError,
     sandbox::{Kind, Limits, Sandbox, SandboxId, State, TenantId},
-    store::{Act, Input, StartedAgain, StoreError},
+    store::{Act, HeldKey, Input, StartedAgain, StoreError},
 };
 
 /// How long a layer that is to be given up may still be somebody's: what is left of its sandbox, or who looks at its files.
@@ -69,9 +69,15 @@ impl KeptRooms {
 impl Engine {
     /// Starts the tenant's sandbox that has ended once more, on what it wrote before, or on nothing. Returns it when it runs, has failed to, or has kept who asks
     /// waiting for long enough; `None` if there is none. Nothing happens to one that runs, or is about to.
-    pub async fn start_again(self: &Arc<Self>, owner: Owner, id: SandboxId, is_fresh: bool) -> Result<Option<Sandbox>, EngineError> {
+    pub async fn start_again(
+        self: &Arc<Self>,
+        owner: Owner,
+        id: SandboxId,
+        is_fresh: bool,
+        key: Option<HeldKey>,
+    ) -> Result<Option<Sandbox>, EngineError> {
         let engine = Arc::clone(self);
-        let begun = detached(async move { engine.start_again_now(&owner, id, is_fresh).await }).await?;
+        let begun = detached(async move { engine.start_again_now(&owner, id, is_fresh, key.as_ref()).await }).await?;
         match begun {
             None => Ok(None),
             Some(Begun::Already(sandbox)) => Ok(Some(*sandbox)),
@@ -84,7 +90,13 @@ impl Engine {
         }
     }
 
-    async fn start_again_now(self: &Arc<Self>, owner: &Owner, id: SandboxId, is_fresh: bool) -> Result<Option<Begun>, EngineError> {
+    async fn start_again_now(
+        self: &Arc<Self>,
+        owner: &Owner,
+        id: SandboxId,
+        is_fresh: bool,
+        key: Option<&HeldKey>,
+    ) -> Result<Option<Begun>, EngineError> {
         let sandbox = match self.place(&owner.tenant, Kind::Sandbox, id).await? {
             None => return Ok(None),
             Some(Place::Here(live)) => live.now(),
@@ -128,6 +140,12 @@ impl Engine {
                 return Err(refused);
             }
         };
+        if let Some(key) = key
+            && !changing.tie(key).await?
+        {
+            changing.rollback().await?;
+            return Err(EngineError::KeyLost);
+        }
         let next = changing.reread().await?;
         changing.commit().await?;
         fail_point::reached("service.start.claimed");

@@ -43,15 +43,25 @@ pub struct Taking {
 /// Where a key stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KeyState {
-    /// The attempt holds it now. An earlier one may have made a sandbox, which is all that will be made.
+    /// The attempt holds it now. An earlier one may have made a sandbox, which is all that will be made, or have begun what must not be done twice.
     Ours {
         made: Option<SandboxId>,
+        is_begun: bool,
     },
     /// Another attempt holds it.
     Theirs,
     /// The key was used for another request.
     Reused,
     Answered(Kept),
+}
+
+/// What an attempt leaves that gives its key back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Left {
+    /// It has done nothing that could not be done again.
+    Undone,
+    /// What it began may have been done or not.
+    Unknown,
 }
 
 /// An answer, to be given again.
@@ -83,33 +93,34 @@ impl Store {
                 set target = excluded.target, body = excluded.body, node = excluded.node, process = excluded.process,
                     holder = excluded.holder, taken_at = excluded.taken_at,
                     sandbox = case when held.expires_at > excluded.taken_at then held.sandbox end,
+                    begun_by = case when held.expires_at > excluded.taken_at then held.begun_by end,
                     expires_at = case when held.expires_at > excluded.taken_at and held.sandbox is not null then held.expires_at
                         else excluded.expires_at end,
                     status = null, content_type = null, location = null, answer = null
                 where held.expires_at <= excluded.taken_at
                     -- given back, and nothing was made
-                    or held.status is null and held.holder is null and held.sandbox is null
+                    or held.status is null and held.holder is null and held.sandbox is null and held.begun_by is null
                     or held.status is null and held.target = excluded.target
                         and coalesce(held.body = excluded.body, true)
                         and (held.holder is null or held.taken_at < $11
                             or held.node = excluded.node and held.process <> excluded.process)
-                returning sandbox
+                returning sandbox, begun_by
             ), standing as (
                 select tenants.suspended_at is not null or principals.suspended_at is not null as is_suspended
                 from tenants left join principals on principals.tenant = tenants.id and principals.name = $2
                 where tenants.id = $1
             ), found as (
-                select true as is_ours, sandbox, null::bytea as target, null::bytea as body, null::smallint as status,
+                select true as is_ours, sandbox, begun_by is not null as is_begun, null::bytea as target, null::bytea as body, null::smallint as status,
                     null as content_type, null as location, null::bytea as answer
                 from taken
                 union all
-                select false, sandbox, target, body, status, content_type, location, answer
+                select false, sandbox, false, target, body, status, content_type, location, answer
                 from idempotency_keys
                 where tenant = $1 and principal = $2 and key = $3 and not exists (select 1 from taken)
                     -- as it was when the statement began: one that was free then was taken since
-                    and expires_at > $9 and (status is not null or holder is not null or sandbox is not null)
+                    and expires_at > $9 and (status is not null or holder is not null or sandbox is not null or begun_by is not null)
             )
-            select is_ours as "is_ours!", sandbox as "sandbox?", target as "target?", body as "body?", status as "status?",
+            select is_ours as "is_ours!", sandbox as "sandbox?", is_begun as "is_begun!", target as "target?", body as "body?", status as "status?",
                 content_type as "content_type?", location as "location?", answer as "answer?",
                 coalesce((select is_suspended from standing), false) as "is_suspended!"
             from found"#,
@@ -130,7 +141,7 @@ impl Store {
         let Some(row) = row else { return Ok(None) };
         let made = row.sandbox.map(SandboxId);
         let state = if row.is_ours {
-            KeyState::Ours { made }
+            KeyState::Ours { made, is_begun: row.is_begun }
         } else {
             let kept = row.status.map(|status| Kept {
                 status: status.cast_unsigned(),
@@ -174,6 +185,22 @@ impl Store {
         }))
     }
 
+    /// Notes that this attempt begins what must not be done twice. False: it does not hold the key any more, and has no business to begin.
+    pub async fn begin_keyed(&self, attempt: &HeldKey) -> Result<bool, StoreError> {
+        let HeldKey { name, holder } = attempt;
+        let begun = sqlx::query!(
+            "update idempotency_keys set begun_by = holder
+            where tenant = $1 and principal = $2 and key = $3 and holder = $4 and begun_by is null",
+            name.owner.tenant.as_str(),
+            name.owner.principal,
+            name.key,
+            holder,
+        )
+        .execute(&self.pool)
+        .await?;
+        Ok(begun.rows_affected() == 1)
+    }
+
     /// Keeps the answer of this attempt, with what its body turned out to be. Nothing happens if it does not hold the key any more.
     pub async fn keep_answer(&self, attempt: &HeldKey, body: Option<[u8; 32]>, kept: &Kept) -> Result<(), StoreError> {
         let HeldKey { name, holder } = attempt;
@@ -196,20 +223,23 @@ impl Store {
         Ok(())
     }
 
-    /// Gives the key back without an answer: the next attempt does the work, or goes on with the sandbox that this one made.
-    /// One that made nothing is not kept for longer than until then.
-    pub async fn give_key_back(&self, attempt: &HeldKey, until: OffsetDateTime) -> Result<(), StoreError> {
+    /// Gives the key back without an answer: the next attempt does the work, or goes on with the sandbox that this one made, or hears that nobody
+    /// knows. One that made and left nothing is not kept for longer than until then.
+    pub async fn give_key_back(&self, attempt: &HeldKey, left: Left, until: OffsetDateTime) -> Result<(), StoreError> {
         let HeldKey { name, holder } = attempt;
         // No deletion: one that waits for the row while a sandbox is tied to it would have to look twice.
         sqlx::query!(
             "update idempotency_keys
-            set holder = null, expires_at = case when sandbox is null then least(expires_at, $5) else expires_at end
+            set holder = null, begun_by = case when $6 and begun_by = holder then null else begun_by end,
+                expires_at = case when sandbox is null and (begun_by is null or $6 and begun_by = holder) then least(expires_at, $5)
+                    else expires_at end
             where tenant = $1 and principal = $2 and key = $3 and holder = $4",
             name.owner.tenant.as_str(),
             name.owner.principal,
             name.key,
             holder,
             until,
+            left == Left::Undone,
         )
         .execute(&self.pool)
         .await?;

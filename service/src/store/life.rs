@@ -5,7 +5,7 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 
 use super::{
-    Hold, Lease, NodeId, Store, StoreError,
+    HeldKey, Hold, Lease, NodeId, Store, StoreError,
     admission::day_of,
     bigint, damaged,
     events::Act,
@@ -285,6 +285,23 @@ impl Changing {
             })),
             _ => StartedAgain::Behind,
         })
+    }
+
+    /// Ties it to the key of the request that starts it: no second attempt at that starts it again. False: the attempt does not hold the key any more.
+    pub async fn tie(&mut self, attempt: &HeldKey) -> Result<bool, StoreError> {
+        let HeldKey { name, holder } = attempt;
+        let tied = sqlx::query!(
+            "update idempotency_keys set sandbox = $5
+            where tenant = $1 and principal = $2 and key = $3 and holder = $4 and sandbox is null",
+            name.owner.tenant.as_str(),
+            name.owner.principal,
+            name.key,
+            holder,
+            self.sandbox.id.0,
+        )
+        .execute(&mut *self.transaction)
+        .await?;
+        Ok(tied.rows_affected() == 1)
     }
 
     /// What it is by now.

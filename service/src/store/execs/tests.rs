@@ -135,9 +135,9 @@ async fn a_key_has_one_exec(pool: PgPool) {
     assert_eq!(store.admit_exec(&exec, &NO_QUOTAS(), Some(&key)).await.unwrap(), ExecAdmitted::Yes);
     assert_eq!(store.admit_exec(&exec_of(&sandbox), &NO_QUOTAS(), Some(&key)).await.unwrap(), ExecAdmitted::KeyLost);
 
-    store.give_key_back(&key, later).await.unwrap();
+    store.give_key_back(&key, crate::store::Left::Undone, later).await.unwrap();
     let (state, _) = store.take_key(&key, &print, &taking).await.unwrap().unwrap();
-    assert_eq!(state, KeyState::Ours { made: Some(exec.id) });
+    assert_eq!(state, KeyState::Ours { made: Some(exec.id), is_begun: false });
 }
 
 #[sqlx::test(migrations = "../migrations")]

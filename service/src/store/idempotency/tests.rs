@@ -35,7 +35,8 @@ fn kept(status: u16) -> Kept {
     Kept { status, content_type: Some("application/json".into()), location: Some("/v1/runs/x".into()), body, made: None }
 }
 
-const OURS: KeyState = KeyState::Ours { made: None };
+const OURS: KeyState = KeyState::Ours { made: None, is_begun: false };
+const BEGUN: KeyState = KeyState::Ours { made: None, is_begun: true };
 
 /// Asks for admission as `POST /v1/runs` does.
 async fn admit(store: &Store, sandbox: &Sandbox, lease: Lease, attempt: &HeldKey) -> Admitted {
@@ -114,7 +115,7 @@ async fn a_key_given_back_is_free_for_any_request(pool: PgPool) {
     let (store, _) = store_with_node(pool).await;
     let first = attempt("acme", "k");
     take(&store, &first, &taking(0)).await;
-    store.give_key_back(&first, taking(100).now).await.unwrap();
+    store.give_key_back(&first, Left::Undone, taking(100).now).await.unwrap();
 
     assert_eq!(store.look_at_key(&first.name, &ASKED, taking(1).now).await.unwrap(), None);
     let other = Fingerprint { target: [3; 32], body: None };
@@ -142,15 +143,45 @@ async fn a_key_of_a_process_that_is_gone_is_taken_over(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "../migrations")]
+async fn what_was_begun_is_known_to_every_later_attempt_until_its_own_takes_it_back(pool: PgPool) {
+    let (store, _) = store_with_node(pool).await;
+    let (first, second, third) = (attempt("acme", "k"), attempt("acme", "k"), attempt("acme", "k"));
+    let next_process = |after_s, number| Taking { process: Uuid::from_u128(number), ..taking(after_s) };
+    take(&store, &first, &taking(0)).await;
+    assert!(store.begin_keyed(&first).await.unwrap());
+    assert!(!store.begin_keyed(&first).await.unwrap(), "it was begun twice");
+
+    assert_eq!(take(&store, &second, &next_process(1, 2)).await, BEGUN);
+    assert!(!store.begin_keyed(&second).await.unwrap() && !store.begin_keyed(&first).await.unwrap());
+    // What it did not begin it cannot say anything of.
+    store.give_key_back(&second, Left::Undone, taking(100).now).await.unwrap();
+    let other = Fingerprint { target: [3; 32], body: Some(BODY) };
+    assert_eq!(store.take_key(&third, &other, &taking(2)).await.unwrap().unwrap().0, KeyState::Reused);
+    assert_eq!(take(&store, &third, &taking(500)).await, BEGUN);
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn what_was_begun_and_given_back_is_undone_or_unknown(pool: PgPool) {
+    let (store, _) = store_with_node(pool).await;
+    for (key, left, then) in [("a", Left::Undone, OURS), ("b", Left::Unknown, BEGUN)] {
+        let first = attempt("acme", key);
+        take(&store, &first, &taking(0)).await;
+        store.begin_keyed(&first).await.unwrap();
+        store.give_key_back(&first, left, taking(100).now).await.unwrap();
+        assert_eq!(take(&store, &attempt("acme", key), &taking(1)).await, then);
+    }
+}
+
+#[sqlx::test(migrations = "../migrations")]
 async fn a_sandbox_is_tied_to_its_key_when_it_is_admitted(pool: PgPool) {
     let (store, lease, run) = with_sandbox(pool).await;
     let first = attempt("acme", "k");
     take(&store, &first, &taking(0)).await;
 
     assert!(matches!(admit(&store, &run, lease, &first).await, Admitted::Yes { .. }));
-    store.give_key_back(&first, taking(100).now).await.unwrap();
+    store.give_key_back(&first, Left::Undone, taking(100).now).await.unwrap();
     let second = attempt("acme", "k");
-    assert_eq!(take(&store, &second, &taking(1)).await, KeyState::Ours { made: Some(run.id) });
+    assert_eq!(take(&store, &second, &taking(1)).await, KeyState::Ours { made: Some(run.id), is_begun: false });
     // Whatever it does, it makes no other.
     assert_eq!(admit(&store, &sandbox("acme", Kind::Run, None), lease, &second).await, Admitted::KeyLost);
     let other = Fingerprint { target: [3; 32], body: Some(BODY) };
@@ -177,11 +208,11 @@ async fn the_key_of_a_sandbox_that_was_never_made_is_free(pool: PgPool) {
     let first = attempt("acme", "k");
     take(&store, &first, &taking(0)).await;
     admit(&store, &run, lease, &first).await;
-    store.give_key_back(&first, taking(100).now).await.unwrap();
+    store.give_key_back(&first, Left::Undone, taking(100).now).await.unwrap();
 
     store.free_key_of(&first, run.id, run.claims).await.unwrap();
     let held = take(&store, &attempt("acme", "k"), &taking(1)).await;
-    assert_eq!(held, KeyState::Ours { made: Some(run.id) }, "it lives, and its key was freed");
+    assert_eq!(held, KeyState::Ours { made: Some(run.id), is_begun: false }, "it lives, and its key was freed");
     let cause = sandbox_core::protocol::Cause::InfraError { message: "never made".into() };
     let finish = Finish::without_usage(cause, run.created_at, &run.limits, Phases::default());
     let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
@@ -189,7 +220,7 @@ async fn the_key_of_a_sandbox_that_was_never_made_is_free(pool: PgPool) {
     store.free_key_of(&first, run.id, run.claims).await.unwrap();
     assert_eq!(take(&store, &attempt("acme", "k"), &taking(1)).await, KeyState::Theirs, "another attempt answers for it");
     let second = Taking { process: Uuid::from_u128(9), ..taking(2) };
-    let KeyState::Ours { made: Some(_) } = take(&store, &first, &second).await else { panic!("it was not taken over") };
+    let KeyState::Ours { made: Some(_), .. } = take(&store, &first, &second).await else { panic!("it was not taken over") };
     store.free_key_of(&first, run.id, run.claims).await.unwrap();
 
     assert_eq!(take(&store, &attempt("acme", "k"), &taking(3)).await, OURS);
