@@ -494,6 +494,41 @@ async fn waiting_ends_with_the_state_or_with_its_time() {
 }
 
 #[tokio::test]
+async fn a_tenant_waits_so_often_at_a_time() {
+    let client = shared().client();
+    let path = sandbox(&client, "sleep 1000", &json!({})).await;
+    let waiting: Vec<_> = (0..256)
+        .map(|_| {
+            let (client, path) = (client.clone(), path.clone());
+            tokio::spawn(async move { wait(&client, &path, "until=exited&timeout_ms=60000").await["result"].clone() })
+        })
+        .collect();
+
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    let refused = loop {
+        let answer = client.get(&format!("{path}/wait?until=exited&timeout_ms=0")).await;
+        if answer.status == 429 {
+            break answer;
+        }
+        assert_eq!(answer.expect(200)["result"], "timed_out");
+        assert!(tokio::time::Instant::now() < deadline, "all may wait");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    let other = shared().client();
+    let others = sandbox(&other, "true", &json!({})).await;
+
+    assert_eq!(refused.header("retry-after"), "1");
+    let problem = refused.problem(429, "quota_exceeded");
+    assert_eq!((&problem["quota"], &problem["retryable"]), (&json!("waits"), &json!(true)));
+    assert_eq!(wait(&other, &others, "until=exited").await["result"], "reached");
+    assert_eq!(client.delete(&path).await.status, 204);
+    for waited in waiting {
+        assert_eq!(waited.await.unwrap(), "reached");
+    }
+    assert_eq!(client.get(&format!("{path}/wait?until=removed&timeout_ms=0")).await.status, 404);
+}
+
+#[tokio::test]
 async fn a_sandbox_is_found_by_its_name_until_that_is_changed() {
     let client = shared().client();
     let path = sandbox(&client, "sleep 1000", &json!({ "name": "first" })).await;

@@ -114,6 +114,7 @@ pub struct Engine {
     live: Registry,
     execs: exec::Execs,
     inputs: stdin::Inputs,
+    waits: wait::Waits,
     /// The room of layers that are kept here of what has ended.
     kept: start::KeptRooms,
     /// Wakes the scheduler.
@@ -224,6 +225,7 @@ impl Engine {
             live: Registry::new(Arc::clone(&metrics)),
             execs: exec::Execs::default(),
             inputs: stdin::Inputs::default(),
+            waits: wait::Waits::default(),
             kept: start::KeptRooms::default(),
             store,
             keeper,

@@ -228,7 +228,7 @@ async fn answer(app: &App, sandbox: Option<Sandbox>) -> Result<Json<SandboxView>
 
 /// Wait for a sandbox
 ///
-/// Until it is so, or will not be so any more, or the time is over.
+/// Until it is so, or will not be so any more, or the time is over. Of 256 waits of a tenant at one node at one time any other is refused (429, quota `waits`).
 #[utoipa::path(
     get,
     path = "/v1/sandboxes/{id}/wait",
@@ -241,7 +241,7 @@ async fn answer(app: &App, sandbox: Option<Sandbox>) -> Result<Json<SandboxView>
             extensions(("x-schema" = json!({ "enum": ["running", "paused", "exited", "removed"], "default": "exited" })))),
         ("timeout_ms" = Option<u64>, Query, description = "For how long, in milliseconds.", extensions(("x-bound" = json!(UNTIL_MS)))),
     ),
-    responses((status = 200, description = "How the waiting ended.", body = WaitView), refusal::NotFound),
+    responses((status = 200, description = "How the waiting ended.", body = WaitView), refusal::NotFound, refusal::QuotaExceeded),
 )]
 pub(super) async fn wait(
     State(app): State<Arc<App>>,
@@ -252,7 +252,7 @@ pub(super) async fn wait(
     caller.require(Scope::SandboxesRead)?;
     let (until, patience) = asked(query::pairs(&uri)?)?;
     let id = query::object(&app, &caller, &id).await?;
-    let waited = app.engine.wait_for(&caller.tenant, id, until, patience).await?;
+    let waited = app.engine.wait_for(&caller.tenant, id, until, patience, app.outbox.subscribe()).await?;
     let (result, sandbox) = waited.ok_or(ApiError::NotFound)?;
     Ok(Json(WaitView { result, sandbox: sandbox.map(SandboxView::from) }))
 }

@@ -1,13 +1,29 @@
 //! Waiting until a sandbox is so, for as long as somebody likes.
 
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use serde::Serialize;
-use tokio::time::Instant;
+use tokio::{
+    sync::broadcast::{self, error::RecvError},
+    time::Instant,
+};
 use utoipa::ToSchema;
 
 use super::{Engine, EngineError, Progress};
-use crate::sandbox::{Kind, Sandbox, SandboxId, State, TenantId};
+use crate::{
+    sandbox::{Exceeded, Kind, QuotaScope, Sandbox, SandboxId, State, TenantId, WAITS, WAITS_MAX},
+    store::News,
+};
+
+/// Between two looks at a row that others may change: first this, then doubled up to the other. What this process follows itself it hears of.
+const LOOK_MIN: Duration = Duration::from_millis(250);
+const LOOK_MAX: Duration = Duration::from_secs(5);
+/// The most between two looks where there are news.
+const LOOK_HEARD: Duration = Duration::from_secs(1);
 
 /// What is waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,47 +77,126 @@ impl Until {
     }
 }
 
+impl Until {
+    /// With one that has ended like this there is nothing more to wait for.
+    fn over(self, finished: Sandbox) -> (Waited, Option<Sandbox>) {
+        (self.judge(Some(finished.state)).unwrap_or(Waited::Ended), Some(finished))
+    }
+}
+
 impl Engine {
-    /// Waits until the tenant's sandbox is so, or for so long. With the sandbox as it was seen last; `None` if there never was one.
+    /// Waits until the tenant's sandbox is so, or for so long. `news` tells of what happens on other nodes. With the sandbox as it was seen last; `None` if
+    /// there never was one.
+    ///
+    /// # Errors
+    /// The tenant waits here so often already that this one is refused.
     pub async fn wait_for(
         &self,
         tenant: &TenantId,
         id: SandboxId,
         until: Until,
         patience: Duration,
+        mut news: broadcast::Receiver<Arc<News>>,
     ) -> Result<Option<(Waited, Option<Sandbox>)>, EngineError> {
-        /// Between two looks at a row that others may change, and at one that only its removal changes.
-        const LOOK: Duration = Duration::from_millis(250);
-        /// And where this process hears of each change.
-        const LOOK_HERE: Duration = Duration::from_secs(5);
         let deadline = Instant::now() + patience;
-        let mut is_known = false;
+        let _place = self.waits.begin(tenant)?;
+        if self.find(tenant, Kind::Sandbox, id).await?.is_none() {
+            return Ok(None);
+        }
+        let mut pause = LOOK_MIN;
         loop {
             // Before the look, so that what changes after it is heard.
             let live = self.live.get(id).filter(|live| live.sandbox.tenant == *tenant);
             let mut progress = live.as_ref().map(|live| live.subscribe());
-            let found = self.find(tenant, Kind::Sandbox, id).await?;
-            if found.is_none() && !is_known {
-                return Ok(None);
-            }
-            is_known = true;
-            let verdict = until.judge(found.as_ref().map(|sandbox| sandbox.state));
-            let verdict = verdict.or_else(|| (Instant::now() >= deadline).then_some(Waited::TimedOut));
+            let here = match live.map(|live| live.progress()) {
+                // One that is removed at its end is known as it ended by nobody else.
+                Some(Progress::Ended(finished)) if until != Until::Removed => return Ok(Some(until.over(finished.sandbox.clone()))),
+                Some(progress @ (Progress::Starting | Progress::Running(_) | Progress::Paused(_))) => Some(progress.state()),
+                Some(Progress::Queued | Progress::Ended(_) | Progress::Gone) | None => None,
+            };
+            let state = match here {
+                Some(state) => Some(state),
+                None => self.store.whereabouts(id).await?.map(|place| place.state),
+            };
+            let verdict = until.judge(state).or_else(|| (Instant::now() >= deadline).then_some(Waited::TimedOut));
             if let Some(waited) = verdict.or_else(|| self.is_closing().then_some(Waited::Stopping)) {
+                let found = if state.is_some() { self.find(tenant, Kind::Sandbox, id).await? } else { None };
                 return Ok(Some((waited, found)));
             }
-            let is_here = live.as_ref().is_some_and(|live| !matches!(live.progress(), Progress::Queued));
-            let look_at = deadline.min(Instant::now() + if is_here { LOOK_HERE } else { LOOK });
+            let looked_at = Instant::now();
+            let look_at = deadline.min(looked_at + if here.is_some() { LOOK_MAX } else { pause });
+            let heard = async {
+                if here.is_some() {
+                    return std::future::pending().await;
+                }
+                news_of(tenant, &mut news).await;
+                // Of a tenant who has many, most news are of others.
+                tokio::time::sleep_until(looked_at + pause.min(LOOK_HEARD)).await;
+            };
             tokio::select! {
                 () = self.closing() => {}
                 () = tokio::time::sleep_until(look_at) => {}
+                () = heard => {}
                 moved = moved(&mut progress) => {
-                    // One that is removed at its end is known as it ended by nobody else.
                     if let Some(finished) = moved.filter(|_| until != Until::Removed) {
-                        let waited = until.judge(Some(finished.state)).unwrap_or(Waited::Ended);
-                        return Ok(Some((waited, Some(finished))));
+                        return Ok(Some(until.over(finished)));
                     }
                 }
+            }
+            pause = (pause * 2).min(LOOK_MAX);
+        }
+    }
+}
+
+/// Returns when something of this tenant's may have happened.
+async fn news_of(tenant: &TenantId, news: &mut broadcast::Receiver<Arc<News>>) {
+    loop {
+        match news.recv().await {
+            Ok(news) if news.are_tenants_cut || news.tenants.contains(tenant) => return,
+            Ok(_) => {}
+            Err(RecvError::Lagged(_)) => return,
+            Err(RecvError::Closed) => return std::future::pending().await,
+        }
+    }
+}
+
+/// Who waits here, by tenant.
+#[derive(Debug, Default)]
+pub(super) struct Waits(Arc<Mutex<HashMap<TenantId, u64>>>);
+
+/// One of them, until it is dropped.
+#[derive(Debug)]
+struct Place {
+    waits: Arc<Mutex<HashMap<TenantId, u64>>>,
+    tenant: TenantId,
+}
+
+impl Waits {
+    fn begin(&self, tenant: &TenantId) -> Result<Place, EngineError> {
+        let mut waits = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = waits.entry(tenant.clone()).or_default();
+        if *count >= WAITS_MAX {
+            let exceeded = Exceeded {
+                scope: QuotaScope::Tenant,
+                quota: WAITS.to_owned(),
+                limit: WAITS_MAX.into(),
+                used: (*count).into(),
+                retry_after_s: Some(1),
+            };
+            return Err(EngineError::QuotaExceeded(exceeded.into()));
+        }
+        *count += 1;
+        Ok(Place { waits: Arc::clone(&self.0), tenant: tenant.clone() })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut waits = self.waits.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = waits.get_mut(&self.tenant) {
+            *count -= 1;
+            if *count == 0 {
+                waits.remove(&self.tenant);
             }
         }
     }
@@ -124,6 +219,20 @@ async fn moved(progress: &mut Option<tokio::sync::watch::Receiver<Progress>>) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_tenant_waits_so_often_and_another_all_the_same() {
+        let waits = Waits::default();
+        let [acme, other] = ["acme", "other"].map(|name| TenantId::proven(name.into()));
+        let mut places: Vec<Place> = (0..WAITS_MAX).map(|_| waits.begin(&acme).unwrap()).collect();
+        let Err(EngineError::QuotaExceeded(exceeded)) = waits.begin(&acme) else { panic!("one too many waits") };
+        assert_eq!((exceeded.quota.as_str(), exceeded.retry_after_s), (WAITS, Some(1)));
+        assert!(waits.begin(&other).is_ok());
+        places.pop();
+        assert!(waits.begin(&acme).is_ok());
+        places.clear();
+        assert!(waits.0.lock().unwrap().is_empty());
+    }
 
     #[test]
     fn an_end_ends_every_waiting_but_for_its_removal() {

@@ -35,6 +35,10 @@ const COUNTED: [(&str, &str); 13] = [
 ];
 const TENANT_ONLY: [&str; 5] = ["execs", "image_bytes", "volume_bytes", "webhooks", "kept_layers"];
 
+/// Waits for sandboxes at one time, of one tenant, at one node: no quota, but a bound that is told like one.
+pub const WAITS: &str = "waits";
+pub const WAITS_MAX: u64 = 256;
+
 /// Quotas that are lists of what may be asked for.
 const LISTS: [&str; 2] = ["networks", "isolations"];
 /// Names in one of them.
@@ -311,6 +315,7 @@ impl std::fmt::Display for Exceeded {
         let Self { quota, limit, used, .. } = self;
         match COUNTED.iter().find(|(name, _)| name == quota) {
             Some((_, unit)) => write!(f, "{whose} may have {limit} {unit}; {used} are used"),
+            None if quota == WAITS => write!(f, "{whose} may wait for {limit} sandboxes at one time; {used} are waited for"),
             None if used.is_null() => write!(f, "{whose} may ask for {limit} in {quota} at the most, and no limit was asked for"),
             None => write!(f, "{whose} may ask for {limit} in {quota}; {used} was asked for"),
         }
