@@ -112,6 +112,27 @@ async fn an_operators_language_is_added_and_its_limits_hold() {
 }
 
 #[tokio::test]
+async fn a_quota_below_what_a_language_has_for_limits_lowers_them() {
+    let folder = service::folder().unwrap();
+    let file = folder.path().join("languages.toml");
+    let own = "[shell]\ntitle = \"Shell\"\nversion = \"1\"\nimage = \"busybox\"\nfile = \"main.sh\"\nrun = [\"sh\", \"main.sh\"]\nlimits = { pids = 90, wall_ms = 7000 }\n";
+    std::fs::write(&file, own).unwrap();
+    let service = Service::start_with(&["--languages", file.to_str().unwrap()]).unwrap();
+    service.import("busybox").unwrap();
+    let client = Client::of(service.place(), "modest");
+    client.get("/v1/quota").await.expect(200);
+    let quotas = json!({ "quotas": { "largest_pids": 20 } });
+    Client::admin(service.place()).patch("/v1/admin/tenants/modest", &quotas).await.expect(200);
+
+    let run = client.post("/v1/runs", &json!({ "language": "shell", "source": "echo hello" })).await.expect(200);
+    let asked = client.post("/v1/runs", &json!({ "language": "shell", "source": "", "limits": { "pids": 90 } })).await;
+
+    assert_eq!(run["stdout"], "hello\n");
+    assert_eq!((&run["limits"]["pids"], &run["limits"]["wall_ms"]), (&json!(20), &json!(7000)));
+    assert_eq!(asked.problem(429, "quota_exceeded")["quota"], "largest_pids");
+}
+
+#[tokio::test]
 async fn a_language_that_will_not_do_keeps_the_service_from_starting() {
     let folder = service::folder().unwrap();
     let file = folder.path().join("languages.toml");

@@ -254,7 +254,7 @@ fn refuse(refused: Admitted, asked: &NewSandbox) -> Result<Obstacle, EngineError
         Admitted::QueueFull => Err(EngineError::Busy("there is no room now, and as many wait as may".to_owned())),
         Admitted::Exceeded(exceeded, quotas) => {
             let requested = defaults_within(asked.requested, &asked.limits, &quotas);
-            match Limits::of(asked.kind, requested) {
+            match Limits::of(asked.kind, requested.or(asked.defaults)) {
                 Ok(limits) if requested != asked.requested => Ok(Obstacle::DefaultTooLarge(Box::new((requested, limits)))),
                 // What is asked for is too much, or nothing is as little as the quota.
                 Ok(_) | Err(_) => Err(EngineError::QuotaExceeded(Box::new(exceeded))),

@@ -247,6 +247,7 @@ mod tests {
             env: BTreeMap::new(),
             labels: BTreeMap::new(),
             requested: RequestedLimits::default(),
+            defaults: RequestedLimits::default(),
             limits: Limits::of(Kind::Run, RequestedLimits::default()).unwrap(),
             output_policy: OutputPolicy::Truncate,
             ttl_ms: None,

@@ -391,6 +391,8 @@ pub struct NewSandbox {
     pub labels: BTreeMap<String, String>,
     /// As they were asked for.
     pub requested: RequestedLimits,
+    /// Where nothing was asked for: those of its language, which are no wish of its creator's.
+    pub defaults: RequestedLimits,
     /// With defaults where nothing was asked for.
     pub limits: Limits,
     pub output_policy: OutputPolicy,
@@ -416,7 +418,6 @@ impl RunRequest {
             }
             files.push(source);
         }
-        let requested = self.limits.or(limits);
         let wait_ms = match self.wait_ms {
             Some(ms) => WAIT_MS.check(ms)?,
             None => 30_000,
@@ -440,8 +441,9 @@ impl RunRequest {
             stop_grace_ms: STOP_GRACE_DEFAULT_MS,
             env: env(self.env)?,
             labels: labels(self.labels)?,
-            requested,
-            limits: Limits::of(Kind::Run, requested)?,
+            requested: self.limits,
+            defaults: limits,
+            limits: Limits::of(Kind::Run, self.limits.or(limits))?,
             output_policy: self.output_policy,
             ttl_ms: None,
             idle_timeout_ms: None,
@@ -477,6 +479,7 @@ impl SandboxRequest {
             env: env(self.env)?,
             labels: labels(self.labels)?,
             requested: self.limits,
+            defaults: RequestedLimits::default(),
             limits: Limits::of(Kind::Sandbox, self.limits)?,
             output_policy: self.output_policy,
             ttl_ms: self.ttl_ms.map(|ms| TTL_MS.check(ms)).transpose()?,

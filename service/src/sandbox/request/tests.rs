@@ -25,6 +25,18 @@ fn a_language_stands_for_image_file_and_command() {
 }
 
 #[test]
+fn what_a_language_has_for_limits_was_not_asked_for() {
+    let own =
+        "[slow]\ntitle = \"Slow\"\nversion = \"1\"\nimage = \"x\"\nfile = \"x\"\nrun = [\"x\"]\nlimits = { pids = 9, wall_ms = 700 }\n";
+    let body = json!({"language": "slow", "source": "", "limits": {"wall_ms": 5}});
+    let request: RunRequest = serde_json::from_value(body).unwrap();
+    let (sandbox, _) = request.parse(&Languages::read(Some(own)).unwrap()).unwrap();
+    assert_eq!((sandbox.limits.pids(), sandbox.limits.wall_ms()), (9, Some(5)));
+    let asked: RequestedLimits = serde_json::from_value(json!({"wall_ms": 5})).unwrap();
+    assert_eq!(sandbox.requested, asked);
+}
+
+#[test]
 fn what_does_not_go_with_a_language_is_named() {
     let field = |body: Value| run(body).unwrap_err().field;
     assert_eq!(field(json!({})), "image");
