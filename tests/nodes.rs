@@ -255,3 +255,54 @@ async fn what_does_not_end_within_the_grace_is_evicted() {
     assert!(status.success(), "{}", service.log());
     assert_reason(&ended(&service, &id).await, "evicted");
 }
+
+#[tokio::test]
+async fn what_another_node_has_is_told_of_as_ended_by_nobody_who_cannot_end_it() {
+    let database = Database::start();
+    let (first, second) = (node(&database), node(&database));
+    let made = client(&first).post("/v1/sandboxes", &json!({ "image": "busybox", "command": ["sleep", "1000"] })).await.expect(201);
+    let path = format!("/v1/sandboxes/{}", made["id"].as_str().unwrap());
+    let run = begin(&first, "sleep 1000", 0).await;
+    client(&first).until(&path, |sandbox| sandbox["state"] == "running").await;
+
+    for verb in ["stop", "kill"] {
+        client(&second).post(&format!("{path}/{verb}"), &json!({})).await.problem(503, "keeper_unavailable");
+    }
+    client(&second).post(&format!("{path}/kill"), &json!({ "signal": "USR1" })).await.problem(503, "keeper_unavailable");
+    client(&second).delete(&path).await.problem(503, "keeper_unavailable");
+    client(&second).delete(&format!("/v1/runs/{run}")).await.problem(503, "keeper_unavailable");
+    let told = || {
+        database.ask("select coalesce(string_agg(kind, ' '), '') from events where kind in ('sandbox.killed', 'sandbox.stopped', 'sandbox.signaled')")
+    };
+    let told_by_others = told();
+    client(&first).delete(&format!("/v1/runs/{run}")).await.expect(200);
+
+    assert_eq!(told_by_others, "");
+    assert_eq!(told(), "sandbox.killed");
+    assert_eq!(client(&first).delete(&path).await.status, 204);
+}
+
+#[tokio::test]
+async fn whoever_waits_at_one_node_hears_of_what_happens_at_another() {
+    let database = Database::start();
+    let (first, second) = (node(&database), node(&database));
+    let made = client(&first).post("/v1/sandboxes", &json!({ "image": "busybox", "command": ["sleep", "1000"] })).await.expect(201);
+    let path = format!("/v1/sandboxes/{}", made["id"].as_str().unwrap());
+    client(&first).until(&path, |sandbox| sandbox["state"] == "running").await;
+    let wait = async |until: &str| client(&second).get(&format!("{path}/wait?until={until}&timeout_ms=60000")).await.expect(200);
+    // Long enough for the looks to have become rare: the fifth pause between them is of four seconds.
+    let later = async || tokio::time::sleep(Duration::from_secs(5)).await;
+
+    let started = std::time::Instant::now();
+    let (paused, ()) = tokio::join!(wait("paused"), async {
+        later().await;
+        client(&first).post(&format!("{path}/pause"), &json!({})).await.expect(200);
+    });
+    assert!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());
+    let (removed, ()) = tokio::join!(wait("removed"), async {
+        assert_eq!(client(&first).delete(&path).await.status, 204);
+    });
+
+    assert_eq!((&paused["result"], &paused["sandbox"]["state"]), (&json!("reached"), &json!("paused")));
+    assert_eq!((&removed["result"], &removed["sandbox"]), (&json!("reached"), &Value::Null));
+}

@@ -347,7 +347,8 @@ impl Engine {
                 return Ok(true);
             }
             let Some(sandbox) = self.find(tenant, Kind::Sandbox, id).await? else { return Ok(false) };
-            match self.live.get(id) {
+            // What another node has is not ended from here.
+            match self.live.get(id).filter(|live| !matches!(live.progress(), Progress::Queued)) {
                 Some(live) => {
                     if !std::mem::replace(&mut is_told, true) {
                         self.store.tell_of_sandbox(tenant, id, "sandbox.killed", &act).await?;

@@ -217,12 +217,14 @@ impl Engine {
             if sandbox.state.is_final() {
                 return Ok(Some(sandbox));
             }
-            if !std::mem::replace(&mut is_told, true) {
+            let live = self.live.get(id).filter(|live| !matches!(live.progress(), Progress::Queued));
+            // One that another node has is not ended from here.
+            let can_be_ended = live.is_some() || sandbox.state == State::Queued;
+            if can_be_ended && !std::mem::replace(&mut is_told, true) {
                 self.tell(owner, id, "sandbox.killed", json!({})).await?;
                 fail_point::reached("service.stop.told");
             }
-            let live = self.live.get(id);
-            match live.filter(|live| !matches!(live.progress(), Progress::Queued)) {
+            match live {
                 Some(live) => {
                     self.kill(&live, KillReason::StoppedByUser).await;
                     fail_point::reached("service.stop.ordered");
