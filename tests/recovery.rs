@@ -469,3 +469,29 @@ async fn a_start_that_a_crash_interrupted_is_told_and_can_be_made_again() {
     assert_reason(&lost["sandbox"], "infra_error");
     assert_exit(&again["sandbox"], 1);
 }
+
+#[tokio::test]
+async fn a_sandbox_that_was_still_being_started_is_told_to_run_by_the_next_service() {
+    let mut service = Service::start();
+    service.kill();
+    // So many files take their time at a fiftieth of a core: the next service finds that the keeper has it, and that it does not run yet.
+    let files: Vec<Value> = (0..1024).map(|i| json!({ "path": format!("/work/{i}"), "content": "x".repeat(512) })).collect();
+    let request = json!({ "image": "busybox", "command": ["sleep", "1000"], "files": files, "limits": { "cpu_millis": 20 } });
+    service.arm("service.launch.sent=return");
+    service.start_again().unwrap();
+    client(&service)
+        .request(reqwest::Method::POST, "/v1/sandboxes")
+        .json(&request)
+        .send()
+        .await
+        .expect_err("the service dies before it answers");
+    service.wait().unwrap();
+    service.arm("");
+    service.start_again().unwrap();
+
+    let client = client(&service);
+    let list = client.get("/v1/sandboxes").await.expect(200);
+    let path = format!("/v1/sandboxes/{}", list["items"][0]["id"].as_str().unwrap());
+    client.until(&path, |sandbox| sandbox["state"] == "running").await;
+    assert_eq!(client.post(&format!("{path}/pause"), &json!({})).await.expect(200)["state"], "paused");
+}

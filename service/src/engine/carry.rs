@@ -23,6 +23,9 @@ const LAUNCH_PATIENCE: Duration = Duration::from_secs(10);
 const SEARCHED_FOR: Duration = Duration::from_secs(120);
 /// Between two tries of a launch that the keeper was too busy for.
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
+/// Between two looks at whether a payload runs of whose launch nobody will hear: first this, then doubled up to the other.
+const LAUNCH_LOOK_MIN: Duration = Duration::from_millis(20);
+const LAUNCH_LOOK_MAX: Duration = Duration::from_secs(1);
 /// A run that ends before is never written as running: its row goes from its claim to its outcome.
 const MARK_RUNNING_AFTER: Duration = Duration::from_millis(200);
 
@@ -265,9 +268,11 @@ impl Engine {
         };
         let mut mark = std::pin::pin!(tokio::time::sleep(mark_after));
         let mut changes = live.changes();
+        // The answer to its launch was another service's, or was lost.
+        let mut unheard = std::pin::pin!(self.until_launched(live));
         // Whoever used it before this process was cannot say so any more.
         live.touch(self.clock.now());
-        let (mut is_marked, mut is_told_to_end) = (false, false);
+        let (mut is_heard, mut is_marked, mut is_told_to_end) = (false, false, false);
         loop {
             let (expires_at, idle_timeout_ms) = {
                 let now = changes.borrow_and_update();
@@ -282,7 +287,11 @@ impl Engine {
             tokio::select! {
                 biased;
                 ending = &mut ending => return ending,
-                () = &mut mark, if !is_marked => {
+                launched = &mut unheard, if !is_heard && live.launched().is_none() => {
+                    is_heard = true;
+                    live.running(launched);
+                }
+                () = &mut mark, if !is_marked && live.launched().is_some() => {
                     is_marked = true;
                     self.mark_running(live);
                 }
@@ -292,6 +301,20 @@ impl Engine {
                     self.kill(live, reason).await;
                 }
             }
+        }
+    }
+
+    /// How its payload was started, as soon as the keeper's records say so.
+    async fn until_launched(&self, live: &Live) -> Launched {
+        let mut pause = LAUNCH_LOOK_MIN;
+        loop {
+            self.keeper.connected().await;
+            let listed = self.keeper.list().await.unwrap_or_default();
+            if let Some(launched) = listed.into_iter().find(|record| record.id == live.sandbox.id).and_then(|record| record.launched) {
+                return launched;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LAUNCH_LOOK_MAX);
         }
     }
 
