@@ -16,12 +16,15 @@ fn service() -> Service {
 }
 
 async fn run(client: &Client, language: &str, source: &str) -> Value {
-    // Compilers are slow beside other tests.
-    let limits = json!({ "wall_ms": 60_000, "memory_bytes": 512 << 20, "disk_bytes": 64 << 20 });
-    client
-        .post("/v1/runs", &json!({ "language": language, "source": source, "stdin": "41\n", "limits": limits, "wait_ms": 90_000 }))
-        .await
-        .expect(200)
+    // All are slow beside other tests.
+    let limits = json!({ "wall_ms": 60_000 });
+    let mut request = json!({ "language": language, "source": source, "stdin": "41\n", "limits": limits, "wait_ms": 90_000 });
+    if ["c", "cpp"].contains(&language) {
+        request["compile"] = json!({ "limits": limits });
+        // What is compiled needs little itself.
+        request["limits"]["memory_bytes"] = json!(64 << 20);
+    }
+    client.post("/v1/runs", &request).await.expect(200)
 }
 
 #[tokio::test]
@@ -47,6 +50,8 @@ async fn every_language_that_is_built_in_runs_its_source() {
     for language in listed["items"].as_array().unwrap() {
         let name = language["name"].as_str().unwrap();
         assert_eq!(language["available"], true, "{language:#}");
+        assert_eq!(language["compile"].is_null(), !["c", "cpp"].contains(&name), "{language:#}");
+        assert_eq!(language["compile"].is_null(), language["compile_limits"].is_null(), "{language:#}");
         let (_, source) = sources.iter().find(|(known, _)| *known == name).unwrap_or_else(|| panic!("{name} is not tried here"));
         let run = run(&client, name, source).await;
         assert_eq!((&run["outcome"]["reason"], &run["outcome"]["exit_code"]), (&json!("exited"), &json!(0)), "{name}: {run:#}");
@@ -72,9 +77,11 @@ async fn source_that_does_not_compile_is_told_by_its_compiler() {
 
     let run = run(&service.client(), "c", "int main(void) { return x; }").await;
 
-    assert_eq!((&run["outcome"]["reason"], &run["outcome"]["exit_code"]), (&json!("exited"), &json!(1)), "{run:#}");
-    assert!(run["stderr"].as_str().unwrap().contains("main.c:1:"), "{run:#}");
-    assert_eq!(run["stdout"], "");
+    assert_eq!((&run["outcome"]["reason"], &run["state"]), (&json!("compile_failed"), &json!("failed")), "{run:#}");
+    let compile = &run["compile"];
+    assert_eq!((&compile["outcome"]["reason"], &compile["outcome"]["exit_code"]), (&json!("exited"), &json!(1)), "{run:#}");
+    assert!(compile["stderr"].as_str().unwrap().contains("main.c:1:"), "{run:#}");
+    assert_eq!((&run["stdout"], &run["stderr"]), (&json!(""), &json!("")));
 }
 
 #[tokio::test]
@@ -154,6 +161,8 @@ async fn what_does_not_go_with_a_language_is_refused_by_its_field() {
     assert_eq!(field(json!({ "language": "python", "source": "", "image": "python" })).await, "language");
     assert_eq!(field(json!({ "language": "python" })).await, "source");
     assert_eq!(field(json!({ "language": "python", "source": "", "command": ["x"] })).await, "command");
+    assert_eq!(field(json!({ "language": "python", "source": "", "compile": {} })).await, "compile");
+    assert_eq!(field(json!({ "language": "c", "source": "", "compile": { "command": ["cc"] } })).await, "compile.command");
     assert_eq!(
         field(json!({ "language": "python", "source": "", "files": [{ "path": "main.py", "content": "" }] })).await,
         "files[0].path"

@@ -3,6 +3,7 @@
 mod admit;
 mod capacity;
 mod carry;
+mod compile;
 mod exec;
 mod fair;
 mod files;
@@ -466,8 +467,10 @@ impl Engine {
     /// Records that it is to end, and tells the keeper. One that is not with the keeper yet ends as soon as it is.
     async fn kill(&self, live: &Live, reason: KillReason) {
         live.order_kill(reason);
-        if let Err(error) = self.keeper.kill(live.sandbox.id, reason).await {
-            tracing::debug!(sandbox.id = %live.sandbox.id, %error, "the keeper did not take the order to end it");
+        for id in live.names() {
+            if let Err(error) = self.keeper.kill(id, reason).await {
+                tracing::debug!(sandbox.id = %id, %error, "the keeper did not take the order to end it");
+            }
         }
     }
 
@@ -505,7 +508,8 @@ impl Engine {
 }
 
 impl Output {
-    fn of(tail: &LogTail) -> Self {
+    /// What stands in this.
+    pub fn of(tail: &LogTail) -> Self {
         let mut output =
             Self { stdout_omitted_bytes: tail.stdout_omitted_bytes, stderr_omitted_bytes: tail.stderr_omitted_bytes, ..Self::default() };
         for record in tail.records() {

@@ -1,6 +1,7 @@
 //! The domain: what a sandbox is, what may be asked for it, what becomes of it. Pure.
 
 mod change;
+mod compile;
 mod exec;
 mod language;
 mod limits;
@@ -16,14 +17,15 @@ pub mod words;
 use std::{collections::BTreeMap, fmt};
 
 pub use change::{Change, ChangeRequest, new_limits};
+pub use compile::{Compile, CompileEnd, NewCompile, is_step, run_id, step_id};
 pub use exec::{EXECS_MAX, Exec, ExecPlan, ExecRequest, ExecState, NewExec, SizeRequest};
 pub use language::{Language, Languages};
-pub use limits::{Bound, Limits, RequestedLimits, bound_of, bounds};
+pub use limits::{Bound, Limits, RequestedCompileLimits, RequestedLimits, bound_of, bounds};
 pub use log_tail::{LogTail, TailCollector};
 pub use outcome::{Finish, Outcome, Phases, Reason, Truncated, Usage};
 pub use program::{Capabilities, Program, StopOrder, User, spec};
 pub use quota::{
-    DefaultQuotas, Exceeded, PrincipalQuotaChanges, QuotaChanges, QuotaScope, Quotas, WAITS, WAITS_MAX, asked, bound_within,
+    DefaultQuotas, Exceeded, PrincipalQuotaChanges, QuotaChanges, QuotaScope, Quotas, WAITS, WAITS_MAX, asked, asked_of_steps, bound_within,
     defaults_within, whole,
 };
 pub use request::{
@@ -32,7 +34,10 @@ pub use request::{
     check_name, check_name_prefix,
 };
 pub use sandbox_core::protocol::{ImageId, SandboxId};
-use sandbox_core::{fence::Fences, protocol::OutputPolicy};
+use sandbox_core::{
+    fence::Fences,
+    protocol::{Medium, OutputPolicy},
+};
 use serde::{Deserialize, Serialize};
 pub use signal::{Signal, SignalRequest};
 pub use state::{Event, State};
@@ -106,6 +111,8 @@ pub struct Sandbox {
     pub name: Option<String>,
     pub image: ImageUsed,
     pub program: Program,
+    /// What is run before it, if anything.
+    pub compile: Option<Box<Compile>>,
     pub limits: Limits,
     pub output_policy: OutputPolicy,
     pub labels: BTreeMap<String, String>,
@@ -135,4 +142,23 @@ pub struct Sandbox {
     pub claims: u64,
     /// Whether Postgres has what it is to be given, should it have to be begun anew.
     pub keeps_input: bool,
+}
+
+impl Sandbox {
+    /// The memory that it may take up at any time of its life. Of a run with a compile step: what either needs, and beside the program what the step left in memory.
+    pub fn memory_bytes(&self) -> u64 {
+        let own = self.limits.memory_bytes();
+        let Some(compile) = &self.compile else { return own };
+        let left = match self.limits.disk_medium() {
+            Medium::Memory => self.limits.disk_bytes(),
+            Medium::Disk => 0,
+        };
+        compile.limits.memory_bytes().max(own.saturating_add(left))
+    }
+
+    /// The same for the processor.
+    pub fn cpu_millis(&self) -> u64 {
+        let own = self.limits.cpu_millis();
+        self.compile.as_ref().map_or(own, |compile| own.max(compile.limits.cpu_millis()))
+    }
 }

@@ -25,12 +25,16 @@ pub(crate) enum Payload {
     WallLimit,
     MemoryLimit,
     OutputLimit,
+    /// Prints what was made before it.
+    Compiled(u8),
+    /// Is not begun: what goes before it fails.
+    Uncompiled,
 }
 
 impl Payload {
     pub(crate) fn random(random: &mut Random) -> Self {
         let code = u8::try_from(random.below(100)).expect("below 100");
-        match random.below(13) {
+        match random.below(15) {
             0..=2 => Self::Echo(code),
             3..=5 => Self::Slow(code),
             6 => Self::Stdin,
@@ -39,7 +43,9 @@ impl Payload {
             9 => Self::OnDisk,
             10 => Self::WallLimit,
             11 => Self::MemoryLimit,
-            _ => Self::OutputLimit,
+            12 => Self::OutputLimit,
+            13 => Self::Compiled(code),
+            _ => Self::Uncompiled,
         }
     }
 
@@ -75,6 +81,16 @@ impl Payload {
                 request["output_policy"] = json!("kill");
                 json!(["flood", "0"])
             }
+            Self::Compiled(code) => {
+                request["files"] = json!([{ "path": "source", "content": label }]);
+                request["compile"] = step("sleep 0.1; mv source made; echo compiled");
+                request["stdin"] = json!("\n");
+                shell(format!("cat made - && exit {code}"))
+            }
+            Self::Uncompiled => {
+                request["compile"] = step("echo compiled; exit 3");
+                json!(["true"])
+            }
         };
         request
     }
@@ -92,7 +108,15 @@ impl Payload {
             Self::WallLimit => ("wall_timeout", None, String::new(), String::new()),
             Self::MemoryLimit => ("oom_killed", None, String::new(), String::new()),
             Self::OutputLimit => ("output_limit", None, flood(1000), String::new()),
+            Self::Compiled(code) => ("exited", Some(code), line, String::new()),
+            Self::Uncompiled => ("compile_failed", None, String::new(), String::new()),
         };
+        if matches!(self, Self::Compiled(_) | Self::Uncompiled) {
+            let (step, code) = (&run["compile"], if self == Self::Uncompiled { 3 } else { 0 });
+            if step["outcome"]["exit_code"] != code || step["stdout"] != "compiled\n" {
+                return Err(format!("{label} {self:?} was compiled with {step}"));
+            }
+        }
         let wanted = (reason, code.map(u64::from));
         let found = (outcome["reason"].as_str().unwrap_or_default(), outcome["exit_code"].as_u64());
         if found != wanted {
@@ -117,10 +141,16 @@ impl Payload {
             Self::OnDisk => label.len() + 1,
             Self::Big => BIG_BYTES,
             Self::OutputLimit => 1000,
-            Self::WallLimit | Self::MemoryLimit => 0,
+            Self::Compiled(_) => label.len() + 1,
+            Self::WallLimit | Self::MemoryLimit | Self::Uncompiled => 0,
         };
         bytes as u64
     }
+}
+
+/// A compile step.
+fn step(script: &str) -> Value {
+    json!({ "command": ["sh", "-c", script], "limits": { "memory_bytes": MEMORY_BYTES } })
 }
 
 /// What `flood` writes.

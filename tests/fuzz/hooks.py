@@ -65,6 +65,11 @@ def creation(body, is_valid):
     # Which languages there are is the operator's choice, so no schema lists them.
     if is_valid and "language" in body:
         body["language"] = "bash"
+        # Nor which of them are compiled.
+        body.pop("compile", None)
+    # What a compile step leaves is not kept there, whatever the step.
+    if is_valid and body.get("isolation") == "gvisor":
+        body.pop("compile", None)
     for wait in ("wait_ms", "stop_grace_ms"):
         if is_valid and wait in body:
             body[wait] = 50

@@ -7,7 +7,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::{App, caller::Caller, error::ApiError};
-use crate::sandbox::{Kind, Language, Limits, words};
+use crate::sandbox::{Language, Limits, words};
 
 /// All languages.
 #[derive(Debug, Serialize, ToSchema)]
@@ -32,11 +32,17 @@ struct LanguageView {
     available: bool,
     /// Where the source text is put, relative to the image's working folder.
     file: String,
+    /// Program and arguments of the compile step; null where there is none.
+    #[schema(required, min_items = 1)]
+    compile: Option<Vec<String>>,
     /// Program and arguments.
     #[schema(min_items = 1)]
     run: Vec<String>,
     /// Those of a run that asks for none.
     limits: Limits,
+    /// Those of its compile step.
+    #[schema(required)]
+    compile_limits: Option<Limits>,
 }
 
 /// What a run can be written in
@@ -53,9 +59,10 @@ struct LanguageView {
 pub(super) async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<LanguagesView>, ApiError> {
     let images: BTreeSet<_> = app.store.list_images(&caller.tenant).await?.into_iter().map(|image| image.reference).collect();
     let view = |(name, language): (&str, &Language)| {
-        let Language { title, version, image, file, run, limits } = language.clone();
-        let limits = Limits::of(Kind::Run, limits)?;
-        Ok(LanguageView { name: name.to_owned(), title, version, available: images.contains(&image), image, file, run, limits })
+        let (limits, compile_limits) = language.limits_in_force()?;
+        let Language { title, version, image, file, compile, run, .. } = language.clone();
+        let available = images.contains(&image);
+        Ok(LanguageView { name: name.to_owned(), title, version, available, image, file, compile, run, limits, compile_limits })
     };
     Ok(Json(LanguagesView { items: app.languages.iter().map(view).collect::<Result<_, ApiError>>()? }))
 }

@@ -34,6 +34,9 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
 ///
 /// Makes a sandbox, starts it, waits for its end up to `wait_ms`, and removes it. When the run outlasts the wait, the answer is 202 and the run goes on; ask
 /// for it at its `Location`. A client that goes away changes nothing. How the program ended, be it by a limit, is an `outcome`, not an error.
+///
+/// With `compile`, or in a language that is compiled, something is run before the program, with limits, output and outcome of its own. The program is then started in a fresh sandbox on the files
+/// that this left; if it did not exit with 0, the program is not started, the run is `failed`, and its outcome says `compile_failed`.
 #[utoipa::path(
     post,
     path = "/v1/runs",
@@ -43,6 +46,13 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
     request_body(content = RunRequest, description = "At most 16 MiB.", examples(
         ("hello" = (summary = "A command", value = json!({ "image": "busybox", "command": ["echo", "hello"] }))),
         ("language" = (summary = "A program's text in a language", value = json!({ "language": "python", "source": "print(input())", "stdin": "hello" }))),
+        ("compile" = (summary = "A program that is compiled first", value = json!({
+            "image": "gcc",
+            "files": [{ "path": "main.c", "content": "int main(void) { return 0; }" }],
+            "compile": { "command": ["gcc", "-o", "main", "main.c"], "limits": { "memory_bytes": 536_870_912, "wall_ms": 20_000 } },
+            "command": ["./main"],
+            "limits": { "memory_bytes": 67_108_864, "wall_ms": 1000 },
+        }))),
         ("full" = (summary = "A program with files, input and limits", value = json!({
             "image": "python",
             "command": ["python3", "main.py"],
@@ -104,9 +114,11 @@ async fn wait(app: &App, run: &mut Followed, patience: Duration) -> Option<Arc<F
         return in_time;
     }
     let is_stopping = app.engine.is_closing();
+    // One that is compiled is in Postgres with all that it needs to be begun anew.
+    let is_compiled = run.sandbox().compile.is_some();
     let patience = if is_stopping { STOP_PATIENCE } else { START_PATIENCE };
     let settled = run.until(|progress| match progress {
-        Progress::Starting => false,
+        Progress::Starting => is_compiled && (!is_stopping || app.engine.is_handed_over()),
         Progress::Running(_) | Progress::Paused(_) => !is_stopping || app.engine.is_handed_over(),
         Progress::Queued | Progress::Ended(_) | Progress::Gone => true,
     });

@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 
 use crate::{
     engine::Output,
-    sandbox::{Capabilities, Encoding, Kind, Limits, Network, Outcome, Sandbox, SandboxId, Signal, State, words},
+    sandbox::{Capabilities, Compile, Encoding, Kind, Limits, Network, Outcome, Sandbox, SandboxId, Signal, State, words},
 };
 
 /// What was asked for, and the content that this named then.
@@ -44,6 +44,9 @@ pub(super) struct RunView {
     output: Option<OutputView>,
     #[schema(required)]
     outcome: Option<Outcome>,
+    /// Null where nothing is run before the program.
+    #[schema(required)]
+    compile: Option<CompileView>,
     /// What stands around the program; null before it runs, if it never did, and for those of older versions.
     #[schema(required, value_type = Option<Vec<words::FenceName>>)]
     fences: Option<Vec<Fence>>,
@@ -60,6 +63,22 @@ pub(super) struct RunView {
     #[serde(with = "time::serde::rfc3339::option")]
     #[schema(required, value_type = Option<String>, format = DateTime)]
     finished_at: Option<OffsetDateTime>,
+}
+
+/// What is run before the program of a run. While it does, the run is `starting`.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Compile)]
+struct CompileView {
+    /// Program and arguments in force.
+    #[schema(min_items = 1)]
+    command: Vec<String>,
+    limits: Limits,
+    /// What it wrote: all that was kept.
+    #[serde(flatten)]
+    output: Option<OutputView>,
+    /// How it ended, with what it used. Null before that; if it never ran; and where a fault of this service's made it unknown.
+    #[schema(required)]
+    outcome: Option<Outcome>,
 }
 
 /// A sandbox as it is now.
@@ -132,7 +151,7 @@ pub(super) struct SandboxView {
     stop_grace_ms: u64,
 }
 
-/// What the program of a run wrote and was kept. There once the run ended.
+/// What the program of a run wrote and was kept. There once it ended.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = RunOutput)]
 pub(super) struct OutputView {
@@ -158,6 +177,7 @@ impl RunView {
             labels: sandbox.labels,
             output: output.map(OutputView::from),
             outcome: sandbox.outcome,
+            compile: sandbox.compile.map(|compile| CompileView::from(*compile)),
             fences: sandbox.fences.map(|fences| fences.iter().collect()),
             limits: sandbox.limits,
             attempt: sandbox.attempt,
@@ -209,6 +229,14 @@ impl From<Sandbox> for SandboxView {
             stop_signal: sandbox.program.stop.signal,
             stop_grace_ms: sandbox.program.stop.grace_ms,
         }
+    }
+}
+
+impl From<Compile> for CompileView {
+    fn from(compile: Compile) -> Self {
+        let Compile { program, limits, end } = compile;
+        let (output, outcome) = end.map(|end| (OutputView::from(Output::of(&end.log_tail)), end.outcome)).unzip();
+        Self { command: program.args, limits, output, outcome }
     }
 }
 

@@ -12,8 +12,8 @@ use uuid::Uuid;
 use super::{Engine, EngineError, Followed, Owner, capacity::Room, input};
 use crate::{
     sandbox::{
-        ImageUsed, Invalid, Kind, Limits, NewSandbox, Program, RequestedLimits, Sandbox, SandboxId, State, TenantId, WhenFull, asked,
-        defaults_within,
+        Compile, ImageUsed, Invalid, Kind, Limits, NewSandbox, Program, Quotas, Sandbox, SandboxId, State, TenantId, WhenFull, asked,
+        asked_of_steps, defaults_within,
     },
     store::{Admission, Admitted, HeldKey, Image, Input, Lease, Standing, StoreError},
 };
@@ -77,8 +77,8 @@ impl Undecided {
 enum Obstacle {
     ImageMoved,
     Unknown,
-    /// Nobody asked for a limit as large as its default: these will do.
-    DefaultTooLarge(Box<(RequestedLimits, Limits)>),
+    /// Nobody asked for a limit as large as its default: with these it will do.
+    DefaultTooLarge(Box<NewSandbox>),
 }
 
 impl Engine {
@@ -92,7 +92,7 @@ impl Engine {
                 Ok(followed) => return Ok(followed),
                 Err(Obstacle::ImageMoved) => self.images.forget(&owner.tenant, asked.image.as_str()),
                 Err(Obstacle::Unknown) => self.introduce(&owner).await?,
-                Err(Obstacle::DefaultTooLarge(less)) => (asked.requested, asked.limits) = *less,
+                Err(Obstacle::DefaultTooLarge(less)) => asked = *less,
             }
         }
         Err(EngineError::ImageNotFound(asked.image.as_str().to_owned()))
@@ -108,14 +108,16 @@ impl Engine {
         let created_at = self.clock.now();
         let image = self.image(&owner.tenant, asked.image.as_str()).await?;
         let image_found_at = self.clock.now();
-        let room = Room { memory_bytes: asked.limits.memory_bytes(), cpu_millis: asked.limits.cpu_millis(), sandboxes: 1 };
-        self.capacity.could_hold(room).map_err(EngineError::NoCapacity)?;
         // One that is upgraded is away for a moment.
         let keeper = tokio::time::timeout(KEEPER_PATIENCE, self.keeper.connected()).await.ok();
         let keeper = keeper.filter(|_| !self.stopping.is_cancelled()).ok_or(EngineError::KeeperUnavailable)?;
         if !keeper.isolation.contains(&asked.isolation) {
             return Err(Invalid::new("isolation", "this node does not offer it: `mayfly doctor` there says what is missing").into());
         }
+        let compile = asked.compile.as_ref().map(|step| {
+            let program = Program::of_step(&image.config, asked, step)?;
+            Ok::<_, Invalid>(Box::new(Compile { program, limits: step.limits, end: None }))
+        });
         let sandbox = Sandbox {
             id: SandboxId(Uuid::now_v7()),
             tenant: owner.tenant.clone(),
@@ -125,6 +127,7 @@ impl Engine {
             name: asked.name.clone(),
             image: ImageUsed { reference: image.reference.clone(), digest: image.digest.clone(), root: image.root.clone() },
             program: Program::resolve(&image.config, asked)?,
+            compile: compile.transpose()?,
             limits: asked.limits,
             output_policy: asked.output_policy,
             labels: asked.labels.clone(),
@@ -145,6 +148,8 @@ impl Engine {
             claims: 1,
             keeps_input: true,
         };
+        let room = Room { memory_bytes: sandbox.memory_bytes(), cpu_millis: sandbox.cpu_millis(), sandboxes: 1 };
+        self.capacity.could_hold(room).map_err(EngineError::NoCapacity)?;
         let image_took = (image_found_at - created_at).unsigned_abs();
 
         let empty = Input::default();
@@ -191,12 +196,15 @@ impl Engine {
         key: Option<&HeldKey>,
         input: &Input,
     ) -> Result<Admitted, EngineError> {
-        let ttl_ms = (new.kind == Kind::Sandbox).then_some(new.ttl_ms);
+        let asked = match new.kind {
+            Kind::Run => asked_of_steps(&sandbox.limits, sandbox.compile.as_ref().map(|step| &step.limits)),
+            Kind::Sandbox => asked(&sandbox.limits, Some(new.ttl_ms)),
+        };
         let admission = Admission {
             sandbox,
             lease,
             input,
-            asked: &asked(&sandbox.limits, ttl_ms),
+            asked: &asked,
             network: new.network(),
             isolation: new.isolation(),
             defaults: &self.tenancy.defaults,
@@ -253,14 +261,30 @@ fn refuse(refused: Admitted, asked: &NewSandbox) -> Result<Obstacle, EngineError
         Admitted::KeyLost => Err(EngineError::KeyLost),
         Admitted::QueueFull => Err(EngineError::Busy("there is no room now, and as many wait as may".to_owned())),
         Admitted::Exceeded(exceeded, quotas) => {
-            let requested = defaults_within(asked.requested, &asked.limits, &quotas);
-            match Limits::of(asked.kind, requested.or(asked.defaults)) {
-                Ok(limits) if requested != asked.requested => Ok(Obstacle::DefaultTooLarge(Box::new((requested, limits)))),
-                // What is asked for is too much, or nothing is as little as the quota.
-                Ok(_) | Err(_) => Err(EngineError::QuotaExceeded(Box::new(exceeded))),
-            }
+            // What is asked for is too much, or nothing is as little as the quota.
+            let less = with_defaults_within(asked, &quotas).ok_or_else(|| EngineError::QuotaExceeded(Box::new(exceeded)))?;
+            Ok(Obstacle::DefaultTooLarge(Box::new(less)))
         }
         // Neither is an answer to one that is to wait, nor a refusal.
         Admitted::Yes { .. } | Admitted::Behind => Err(EngineError::Busy("there is no room now".to_owned())),
     }
+}
+
+/// The same with lower limits where none were asked for, so that these quotas permit the defaults. `None`: that changes nothing, or cannot be.
+fn with_defaults_within(asked: &NewSandbox, quotas: &Quotas) -> Option<NewSandbox> {
+    let mut less = asked.clone();
+    less.requested = defaults_within(asked.requested, &asked.limits, quotas);
+    let step = less.compile.as_mut().map(|step| {
+        step.requested = defaults_within(step.requested, &step.limits, quotas);
+        step.requested.or(step.defaults)
+    });
+    let (limits, step_limits) = match asked.kind {
+        Kind::Run => Limits::of_steps(less.requested.or(less.defaults), step).ok()?,
+        Kind::Sandbox => (Limits::of(asked.kind, less.requested.or(less.defaults)).ok()?, None),
+    };
+    less.limits = limits;
+    if let Some((step, limits)) = less.compile.as_mut().zip(step_limits) {
+        step.limits = limits;
+    }
+    (less != *asked).then_some(less)
 }

@@ -4,7 +4,7 @@ use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use sandbox_core::{
     fail_point,
-    protocol::{Cause, Ending, FailureKind, KillReason, Launch, Launched, Layering, Supervision},
+    protocol::{Cause, Ending, FailureKind, KillReason, Launch, Launched, Layering, OutputPolicy, Supervision},
 };
 use time::OffsetDateTime;
 use tokio::time::Instant;
@@ -13,7 +13,7 @@ use super::{Engine, capacity::Reservation, input, lease::LEFT_TO_OTHERS, live::L
 use crate::{
     clock::at_us,
     runtime::{CallError, LaunchAnswer},
-    sandbox::{self, Kind, SandboxId, State},
+    sandbox::{self, Kind, Limits, SandboxId, State, step_id},
     store::{Input, Return},
 };
 
@@ -30,14 +30,14 @@ const LAUNCH_LOOK_MAX: Duration = Duration::from_secs(1);
 const MARK_RUNNING_AFTER: Duration = Duration::from_millis(200);
 
 /// What came of following a sandbox.
-enum Course {
+pub(super) enum Course {
     Ended(Box<Ending>),
     /// The keeper took it never. With `Some`, this node cannot run it, but another may.
     NotBegun(Option<Box<Ending>>),
 }
 
 /// Where the payload stands after the attempt to start it.
-enum Started<W> {
+pub(super) enum Started<W> {
     /// It is with the keeper. `wait` brings its end.
     WithKeeper {
         launched: Option<Launched>,
@@ -92,6 +92,7 @@ impl Engine {
             live.running(launched);
         }
         live.give_room(reservation);
+        self.recall_step(&live).await;
         if live.sandbox.kind == Kind::Sandbox {
             live.paused(live.sandbox.state == State::Paused);
             self.hold_to_row_later(&live);
@@ -114,15 +115,23 @@ impl Engine {
             return Course::Ended(self.ending(Cause::Killed(reason)));
         }
         let (has_stdin, has_files) = (input.stdin.is_some(), input.files.is_some());
-        let descriptors = match input::descriptors(Arc::clone(input)).await {
+        let mut descriptors = match input::descriptors(Arc::clone(input)).await {
             Ok(descriptors) => descriptors,
             Err(error) => return Course::Ended(self.infra_error(format!("its input could not be handed over: {error}"))),
         };
-        if live.sandbox.claims > 1 && !self.clear_former_attempt(live.sandbox.id).await {
+        if live.sandbox.claims > 1 && !self.clear_former_attempt(live).await {
             return Course::NotBegun(None);
         }
+        if let Some(step) = &live.sandbox.compile {
+            // What the files have become is in the layer; the program itself is given its input alone.
+            let files = descriptors.split_off(usize::from(has_stdin));
+            if let Some(course) = self.compile(live, step, &files).await {
+                return course;
+            }
+            live.go_on_from(Layering::Of(step_id(live.sandbox.id)));
+        }
         fail_point::reached("service.launch.given");
-        let launch = launch_of(live, has_stdin, has_files);
+        let launch = launch_of(live, has_stdin, has_files && live.sandbox.compile.is_none());
         match self.launch(launch, &descriptors).await {
             Started::Over(ending) => Course::Ended(ending),
             Started::NotBegun => Course::NotBegun(None),
@@ -144,18 +153,24 @@ impl Engine {
 
     /// Has the keeper end and forget what it may still have of an attempt before this one, whose names this one has too. False if that cannot be
     /// done now.
-    async fn clear_former_attempt(&self, id: SandboxId) -> bool {
+    async fn clear_former_attempt(&self, live: &Live) -> bool {
+        let id = live.sandbox.id;
         let cleared = async {
-            if let Ok(ended) = self.keeper.wait(id).await {
-                let told = self.keeper.kill(id, KillReason::Evicted).await;
-                if told.is_ok() {
-                    // However it ended, another attempt was decided on.
-                    drop(ended.await);
-                }
-            }
-            self.forget(id).await
+            // However it ended, another attempt was decided on.
+            self.end_leftover(id).await;
+            self.forget(id).await && (live.sandbox.compile.is_none() || self.clear_step(id).await)
         };
         tokio::time::timeout(LAUNCH_PATIENCE, cleared).await.unwrap_or(false)
+    }
+
+    /// Has the keeper end what it may have by this name, and waits for that.
+    pub(super) async fn end_leftover(&self, id: SandboxId) {
+        if let Ok(ended) = self.keeper.wait(id).await {
+            let told = self.keeper.kill(id, KillReason::Evicted).await;
+            if told.is_ok() {
+                drop(ended.await);
+            }
+        }
     }
 
     /// Whether another node may do what this one cannot: there is one, and not everybody has been asked for too long.
@@ -164,7 +179,7 @@ impl Engine {
         is_young && self.store.has_other_nodes(self.node).await.unwrap_or(false)
     }
 
-    async fn launch(
+    pub(super) async fn launch(
         &self,
         launch: Launch,
         descriptors: &[OwnedFd],
@@ -261,7 +276,7 @@ impl Engine {
     /// Waits for the end, through broken connections, and does what is due before it: the row's `running`, the end of the time to live, or of that in
     /// which it does nothing.
     async fn follow(&self, live: &Live, first: Option<impl Future<Output = Result<Box<Ending>, CallError>>>) -> Box<Ending> {
-        let mut ending = std::pin::pin!(self.wait_for_end(live, first));
+        let mut ending = std::pin::pin!(self.wait_for_end(live, live.sandbox.id, first));
         let mark_after = match live.sandbox.kind {
             Kind::Run => MARK_RUNNING_AFTER,
             Kind::Sandbox => Duration::ZERO,
@@ -318,8 +333,13 @@ impl Engine {
         }
     }
 
-    async fn wait_for_end(&self, live: &Live, first: Option<impl Future<Output = Result<Box<Ending>, CallError>>>) -> Box<Ending> {
-        let id = live.sandbox.id;
+    /// Waits for the end of what the keeper calls so: the payload, or the step before it.
+    pub(super) async fn wait_for_end(
+        &self,
+        live: &Live,
+        id: SandboxId,
+        first: Option<impl Future<Output = Result<Box<Ending>, CallError>>>,
+    ) -> Box<Ending> {
         let mut answer = match first {
             Some(first) => first.await,
             None => Err(CallError::Lost),
@@ -399,21 +419,26 @@ fn launch_of(live: &Live, has_stdin: bool, has_files: bool) -> Launch {
         image: sandbox.image.root.clone(),
         spec: sandbox::spec(sandbox.id, &sandbox.image.root, &sandbox.program, limits),
         isolation: sandbox.program.isolation,
-        supervision: Supervision {
-            wall_ms: limits.wall_ms(),
-            cpu_ms: limits.cpu_ms(),
-            output_bytes: limits.output_bytes(),
-            output_policy: sandbox.output_policy,
-            medium: limits.disk_medium(),
-            disk_bytes: limits.disk_bytes(),
-            inodes: limits.inodes(),
-            io: limits.io(),
-        },
+        supervision: supervision(limits, sandbox.output_policy),
         stdin: sandbox.program.stdin(has_stdin),
         has_files,
         terminal: sandbox.program.terminal,
         layer: live.layer(),
         keeps_layer: sandbox.keep_layer,
         volumes: Vec::new(),
+    }
+}
+
+/// What the keeper holds something to that has these limits.
+pub(super) const fn supervision(limits: &Limits, output_policy: OutputPolicy) -> Supervision {
+    Supervision {
+        wall_ms: limits.wall_ms(),
+        cpu_ms: limits.cpu_ms(),
+        output_bytes: limits.output_bytes(),
+        output_policy,
+        medium: limits.disk_medium(),
+        disk_bytes: limits.disk_bytes(),
+        inodes: limits.inodes(),
+        io: limits.io(),
     }
 }

@@ -138,8 +138,10 @@ impl Engine {
             }
             lost += 1;
             // Not an order that another attempt here would inherit.
-            let (keeper, id) = (self.keeper.clone(), live.sandbox.id);
-            tokio::spawn(async move { drop(tokio::time::timeout(KEEPER_PATIENCE, keeper.kill(id, KillReason::Evicted)).await) });
+            for id in live.names() {
+                let keeper = self.keeper.clone();
+                tokio::spawn(async move { drop(tokio::time::timeout(KEEPER_PATIENCE, keeper.kill(id, KillReason::Evicted)).await) });
+            }
         }
         tracing::warn!(lost, "this node was taken for dead; it has its lease again");
         Ok(())
@@ -209,7 +211,7 @@ impl Engine {
         }
         let total = Phases::ms((now - sandbox.created_at).unsigned_abs());
         let finish = Finish::without_usage(Cause::InfraError { message }, now, &sandbox.limits, Phases { total, ..Phases::default() });
-        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
+        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
         if self.store.finish(sandbox.id, Writer::Holder(*hold), &ended).await? {
             self.metrics.ended(sandbox.kind, &finish.outcome);
         }

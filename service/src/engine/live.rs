@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use sandbox_core::protocol::{KillReason, Launched, Layering};
+use sandbox_core::protocol::{KillReason, Launched, Layering, Usage};
 use time::OffsetDateTime;
 use tokio::sync::{Mutex as AsyncMutex, MutexGuard as AsyncMutexGuard, watch};
 
@@ -17,7 +17,7 @@ use super::{
 use crate::{
     clock::at_us,
     metrics::Metrics,
-    sandbox::{Event, Limits, LogTail, Sandbox, SandboxId, State},
+    sandbox::{CompileEnd, Event, Limits, LogTail, Sandbox, SandboxId, State, step_id},
     store::{Hold, Lease},
 };
 
@@ -52,6 +52,8 @@ pub(super) struct Live {
     turn: AsyncMutex<()>,
     /// What it goes on from.
     layer: Mutex<Layering>,
+    /// How its compile step ended, and what that used.
+    compiled: Mutex<Option<(CompileEnd, Usage)>>,
     /// Its room on this node.
     reservation: Mutex<Option<Reservation>>,
     /// When something was last asked of it.
@@ -107,6 +109,7 @@ impl Live {
             changeable: watch::channel(Changeable::of(&sandbox)).0,
             turn: AsyncMutex::new(()),
             layer: Mutex::new(Layering::Fresh),
+            compiled: Mutex::default(),
             reservation: Mutex::default(),
             active_at: Mutex::default(),
             sandbox,
@@ -130,14 +133,36 @@ impl Live {
     pub(super) fn now(&self) -> Sandbox {
         match &*self.progress.borrow() {
             Progress::Ended(finished) => finished.sandbox.clone(),
-            progress @ (Progress::Queued | Progress::Starting | Progress::Gone) => {
-                Sandbox { state: progress.state(), ..self.changeable.borrow().over(&self.sandbox) }
-            }
+            progress @ (Progress::Queued | Progress::Starting | Progress::Gone) => Sandbox { state: progress.state(), ..self.so_far() },
             progress @ (Progress::Running(launched) | Progress::Paused(launched)) => {
                 let (started_at, fences) = (Some(at_us(launched.started_at_us)), Some(launched.fences));
-                Sandbox { state: progress.state(), started_at, fences, ..self.changeable.borrow().over(&self.sandbox) }
+                Sandbox { state: progress.state(), started_at, fences, ..self.so_far() }
             }
         }
+    }
+
+    /// As it was admitted, with what was changed since, and with how its compile step ended.
+    fn so_far(&self) -> Sandbox {
+        let mut sandbox = self.changeable.borrow().over(&self.sandbox);
+        if let Some(compile) = &mut sandbox.compile {
+            compile.end = self.compiled().map(|(end, _)| end);
+        }
+        sandbox
+    }
+
+    /// Its compile step has ended like this, and used so much.
+    pub(super) fn note_compiled(&self, end: CompileEnd, used: Usage) {
+        *self.compiled.lock().unwrap_or_else(PoisonError::into_inner) = Some((end, used));
+    }
+
+    pub(super) fn compiled(&self) -> Option<(CompileEnd, Usage)> {
+        self.compiled.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// By which the keeper may know something of it: its payload, and before that its compile step.
+    pub(super) fn names(&self) -> impl Iterator<Item = SandboxId> + use<> {
+        let step = self.sandbox.compile.as_ref().map(|_| step_id(self.sandbox.id));
+        step.into_iter().chain([self.sandbox.id])
     }
 
     /// When and how its payload was started, if it runs.

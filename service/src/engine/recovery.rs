@@ -14,7 +14,7 @@ use sandbox_core::{
 
 use super::{Engine, Progress, capacity::Room, settle::After, unix_us};
 use crate::{
-    sandbox::{Sandbox, SandboxId, State},
+    sandbox::{Sandbox, SandboxId, State, is_step, run_id, step_id},
     store::{Input, Return, StoreError, Writer},
 };
 
@@ -69,9 +69,11 @@ impl Engine {
     /// Not those of the sandboxes in `others`.
     async fn drop_stray_logs(self: &Arc<Self>, others: &[SandboxId]) -> anyhow::Result<()> {
         let written = self.logs.list().context("looking for logs failed")?;
-        let mut needed: HashSet<SandboxId> = self.store.with_log(&written).await?.into_iter().collect();
+        // The log of a compile step is needed for as long as its run lives.
+        let runs: Vec<SandboxId> = written.iter().map(|id| run_id(*id)).collect();
+        let mut needed: HashSet<SandboxId> = self.store.with_log(&runs).await?.into_iter().collect();
         needed.extend(self.store.execs_among(&written, true).await?);
-        for id in written.into_iter().filter(|id| !needed.contains(id) && !others.contains(id)) {
+        for id in written.into_iter().filter(|id| !needed.contains(&run_id(*id)) && !others.contains(id)) {
             tokio::spawn(Arc::clone(self).forget_log(id));
         }
         Ok(())
@@ -102,14 +104,15 @@ impl Engine {
         let records = self.keeper.list().await?;
         let live: HashSet<SandboxId> = self.store.live_of(self.node).await?.into_iter().map(|row| row.id).collect();
         let mut unfollowed: Vec<SandboxId> = records.into_iter().map(|record| record.id).collect();
-        unfollowed.retain(|id| !live.contains(id) && self.live.get(*id).is_none() && self.execs.get(*id).is_none());
+        let is_carried = |id: SandboxId| live.contains(&id) || self.live.get(id).is_some();
+        unfollowed.retain(|id| !is_carried(run_id(*id)) && self.execs.get(*id).is_none());
         let execs = self.sort_out_execs(&unfollowed).await?;
         for id in unfollowed.into_iter().filter(|id| !execs.contains(id)) {
             match self.store.find_log(id).await? {
                 Some(stored) if stored.has_file => self.forget_record(id).await,
                 Some(_) => drop(tokio::spawn(Arc::clone(self).drop_leftover(id))),
-                // It waits for another attempt, which clears the way for itself, or its row is gone.
-                None if self.store.whereabouts(id).await?.is_some() => {}
+                // It waits for another attempt, which clears the way for itself, or its row is gone. Of a step that of its run says so.
+                None if self.store.whereabouts(run_id(id)).await?.is_some_and(|now| !is_step(id) || !now.state.is_final()) => {}
                 None => drop(tokio::spawn(Arc::clone(self).drop_leftover(id))),
             }
         }
@@ -122,8 +125,12 @@ impl Engine {
         let mut records: HashMap<_, _> = records.into_iter().map(|record| (record.id, record)).collect();
         let (mut adopted, mut lost) = (0_u32, 0_u32);
         for sandbox in rows {
-            let room = Room { memory_bytes: sandbox.limits.memory_bytes(), cpu_millis: sandbox.limits.cpu_millis(), sandboxes: 1 };
+            let room = Room { memory_bytes: sandbox.memory_bytes(), cpu_millis: sandbox.cpu_millis(), sandboxes: 1 };
             let record = records.remove(&sandbox.id);
+            if sandbox.compile.is_some() {
+                // Whatever has become of it, it is looked after with its run.
+                records.remove(&step_id(sandbox.id));
+            }
             // The keeper that there was at its claim would know it if it had been begun.
             let is_unbegun = record.is_none()
                 && sandbox.keeps_input
@@ -165,6 +172,13 @@ impl Engine {
         if let Ok(ended) = self.keeper.wait(id).await {
             // However it ended, nobody asks.
             drop(ended.await);
+        }
+        if is_step(id)
+            && let Err(error) = self.drop_layer(id).await
+        {
+            // Its record stays, and so it is found again.
+            tracing::warn!(sandbox.id = %id, %error, "what a leftover compile step wrote is still there");
+            return;
         }
         self.forget(id).await;
     }

@@ -51,7 +51,11 @@ impl Engine {
     async fn store_and_tell(self: &Arc<Self>, live: &Arc<Live>, ending: &Ending) -> After {
         // What was known before its keeper was lost is true all the same.
         let ending = Ending { launched: ending.launched.or_else(|| live.launched()), ..ending.clone() };
-        let finish = Finish::of(&ending, &live.limits(), phases(live, at_us(ending.ended_at_us)));
+        let mut finish = Finish::of(&ending, &live.limits(), phases(live, at_us(ending.ended_at_us)));
+        let compiled = live.compiled();
+        if let Some((step, used)) = &compiled {
+            finish = finish.behind(step, used);
+        }
         let id = live.sandbox.id;
         fail_point::reached("service.settle.heard");
         let read = self.read_tail(id).await;
@@ -62,7 +66,8 @@ impl Engine {
             Kind::Run => LogKept::Until(finish.finished_at + RUN_LOG_RETENTION),
             Kind::Sandbox => LogKept::UntilDeleted,
         };
-        let ended = Ended { finish: &finish, log_tail: &log_tail, log_file };
+        let compile = compiled.as_ref().map(|(step, _)| step);
+        let ended = Ended { finish: &finish, log_tail: &log_tail, compile, log_file };
         fail_point::reached("service.settle.read");
         if !self.until_clear(live, |hold| self.store.finish(id, Writer::Holder(hold), &ended)).await {
             return self.leave_to_others(live).await;
@@ -84,6 +89,7 @@ impl Engine {
             }
             LogKept::Until(_) | LogKept::UntilDeleted => self.forget_record(id).await,
         }
+        self.clear_step_of(live).await;
         fail_point::reached("service.settle.forgotten");
         After::Nothing
     }
@@ -91,6 +97,8 @@ impl Engine {
     /// Puts it back into the queue, however long that takes.
     pub(super) async fn give_back(&self, live: &Arc<Live>, why: Return<'_>) -> After {
         let id = live.sandbox.id;
+        // Whoever has it next compiles anew.
+        self.clear_step_of(live).await;
         if !self.until_clear(live, |hold| self.store.give_back(id, hold, why, self.clock.now())).await {
             return self.leave_to_others(live).await;
         }
@@ -148,6 +156,7 @@ impl Engine {
             Some(stored) if stored.has_file => self.forget_record(id).await,
             Some(_) | None => drop(self.forget(id).await),
         }
+        self.clear_step_of(live).await;
         let ended = self.until_heard(id, || self.store.ended_of(std::slice::from_ref(&live.sandbox.id))).await;
         match ended.into_iter().next() {
             Some((sandbox, log_tail)) => {
@@ -220,7 +229,7 @@ impl Engine {
             let total = Phases::ms((now - sandbox.created_at).unsigned_abs());
             let cause = Cause::InfraError { message: "the connection to the database broke while it was made".to_owned() };
             let finish = Finish::without_usage(cause, now, &sandbox.limits, Phases { total, ..Phases::default() });
-            let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
+            let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
             let hold = Hold { lease, claims: sandbox.claims };
             let writer = if sandbox.state == State::Queued { Writer::Queue } else { Writer::Holder(hold) };
             if engine.store_end(sandbox.id, writer, &ended).await {
@@ -256,7 +265,7 @@ impl Engine {
 
     /// Stores and tells the end of a sandbox that never left the queue.
     pub(super) async fn settle_queued(self: &Arc<Self>, sandbox: &Sandbox, finish: Finish) {
-        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
+        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
         match self.store.finish(sandbox.id, Writer::Queue, &ended).await {
             Ok(true) => {
                 self.metrics.ended(sandbox.kind, &finish.outcome);
@@ -281,7 +290,7 @@ impl Engine {
         // Its own cannot be read; of them only the outcome's message would speak, which says something else.
         let limits = Limits::of(Kind::Run, RequestedLimits::default()).expect("defaults are within their bounds");
         let finish = Finish::without_usage(cause, self.clock.now(), &limits, Phases::default());
-        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
+        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
         if self.store.finish(id, writer, &ended).await?
             && let Some(live) = self.live.get(id)
         {
@@ -316,7 +325,7 @@ fn unread(sandbox: &Sandbox, usage: &Usage) -> LogTail {
 }
 
 /// Where the time of this sandbox went, as far as the service knows.
-fn phases(live: &Live, ended_at: OffsetDateTime) -> Phases {
+pub(super) fn phases(live: &Live, ended_at: OffsetDateTime) -> Phases {
     let Sandbox { created_at, claimed_at, .. } = live.sandbox;
     let since_created = |at: OffsetDateTime| Duration::try_from(at - created_at).unwrap_or(Duration::ZERO);
     Phases {

@@ -229,7 +229,7 @@ impl Engine {
         Ok(())
     }
 
-    async fn drop_layer(&self, id: SandboxId) -> Result<(), CallError> {
+    pub(super) async fn drop_layer(&self, id: SandboxId) -> Result<(), CallError> {
         let deadline = Instant::now() + LAYER_PATIENCE;
         loop {
             match self.in_time(self.keeper.drop_layer(id)).await {

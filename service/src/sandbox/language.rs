@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 use sandbox_core::files::PATH_BYTES_MAX;
 use serde::Deserialize;
 
-use super::{ImageReference, Kind, Limits, RequestedLimits};
+use super::{ImageReference, Invalid, Limits, RequestedCompileLimits, RequestedLimits};
 
 const BUILT_IN: &str = include_str!("languages.toml");
 
@@ -22,11 +22,17 @@ pub struct Language {
     pub image: String,
     /// Where the source text is put, relative to the image's working folder.
     pub file: String,
+    /// Program and arguments of the compile step, if there is one.
+    #[serde(default)]
+    pub compile: Option<Vec<String>>,
     /// Program and arguments.
     pub run: Vec<String>,
     /// Limits of its runs where a request names none, as far as they differ from those of other runs.
     #[serde(default)]
     pub limits: RequestedLimits,
+    /// The same of its compile step.
+    #[serde(default)]
+    pub compile_limits: RequestedCompileLimits,
 }
 
 /// All languages, each proven to be sound.
@@ -75,10 +81,18 @@ impl Language {
             && self.file.split('/').all(|part| !matches!(part, "" | "." | ".."))
             && !self.file.contains('\0');
         ensure!(is_file, "file: a relative path through no `..`");
-        ensure!(self.run.first().is_some_and(|program| !program.is_empty()), "run: a program, and its arguments");
-        ensure!(self.run.iter().all(|arg| !arg.contains('\0')), "run: no argument can hold a zero byte");
-        Limits::of(Kind::Run, self.limits)?;
+        for (field, command) in [("run", Some(&self.run)), ("compile", self.compile.as_ref())] {
+            let Some(command) = command else { continue };
+            ensure!(command.first().is_some_and(|program| !program.is_empty()), "{field}: a program, and its arguments");
+            ensure!(command.iter().all(|arg| !arg.contains('\0')), "{field}: no argument can hold a zero byte");
+        }
+        self.limits_in_force()?;
         Ok(())
+    }
+
+    /// Limits of a run that asks for none, and of its compile step.
+    pub fn limits_in_force(&self) -> Result<(Limits, Option<Limits>), Invalid> {
+        Limits::of_steps(self.limits, self.compile.as_ref().map(|_| self.compile_limits.into()))
     }
 }
 
@@ -118,6 +132,11 @@ mod tests {
             assert!(fault.contains("the language x") && fault.contains(field), "{field} = {value}: {fault}");
         }
         assert!(fault(&language("limits", "{ wall_ms = 0 }")).contains("limits.wall_ms"));
+        assert!(fault(&language("compile", "[]")).contains("compile: a program"));
+        let compiled = language("compile", "[\"cc\"]");
+        assert!(Languages::read(Some(&compiled)).is_ok(), "the control failed");
+        assert!(fault(&format!("{compiled}compile_limits = {{ pids = 0 }}\n")).contains("compile.limits.pids"));
+        assert!(fault(&format!("{compiled}compile_limits = {{ disk_bytes = 65536 }}\n")).contains("disk_bytes"));
         assert!(fault(&language("colour", "\"red\"")).contains("colour"));
         assert!(fault(&language("version", "\"1\"").replace("[x]", "[\"X Y\"]")).contains("its name"));
         assert!(fault("[x]").contains("missing field"));

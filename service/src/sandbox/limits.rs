@@ -4,7 +4,7 @@ use sandbox_core::protocol::{IoLimits, Medium};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Kind, change::RequestedChange, request, request::Invalid, words};
+use super::{Kind, LogTail, change::RequestedChange, request, request::Invalid, words};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -45,8 +45,15 @@ const IO_OPS_PER_S: Bound =
 pub(super) const EXEC_WALL_MS: Bound = Bound { default: None, ..WALL_MS };
 pub(super) const EXEC_OUTPUT_BYTES: Bound = OUTPUT_BYTES;
 
+/// Of a compile step: compilers need more than what they make.
+const COMPILE_MEMORY_BYTES: Bound = Bound { field: "compile.limits.memory_bytes", default: Some(512 * MIB), ..MEMORY_BYTES };
+const COMPILE_WALL_MS: Bound = Bound { field: "compile.limits.wall_ms", default: Some(30_000), ..WALL_MS };
+/// No more than is stored: what a compiler says first is what counts.
+const COMPILE_OUTPUT_BYTES: Bound =
+    Bound { field: "compile.limits.output_bytes", unit: "bytes", min: 0, default: Some(64 * KIB), max: LogTail::STORED_BYTES as u64 };
+
 /// Every bound that a request is held to.
-pub fn bounds() -> [&'static Bound; 24] {
+pub fn bounds() -> [&'static Bound; 27] {
     [
         &MEMORY_BYTES,
         &CPU_MILLIS,
@@ -60,6 +67,9 @@ pub fn bounds() -> [&'static Bound; 24] {
         &FILE_SIZE_BYTES,
         &IO_BYTES_PER_S,
         &IO_OPS_PER_S,
+        &COMPILE_MEMORY_BYTES,
+        &COMPILE_WALL_MS,
+        &COMPILE_OUTPUT_BYTES,
         &request::WAIT_MS,
         &request::RETRY,
         &request::TTL_MS,
@@ -164,6 +174,67 @@ impl RequestedLimits {
     }
 }
 
+/// Limits of a compile step as a request names them; every one may be absent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(
+    description = "Limits of a compile step, apart from those of its run. The writable layer is one for both: its size is the run's. Absent ones get their default, or the largest value \
+                   that the caller's quotas permit if that is less."
+)]
+pub struct RequestedCompileLimits {
+    #[schema(extensions(("x-bound" = json!(COMPILE_MEMORY_BYTES))))]
+    memory_bytes: Option<u64>,
+    /// Thousandths of a core.
+    #[schema(extensions(("x-bound" = json!(CPU_MILLIS))))]
+    cpu_millis: Option<u64>,
+    /// Processes and threads at one time.
+    #[schema(extensions(("x-bound" = json!(PIDS))))]
+    pids: Option<u64>,
+    /// Real time.
+    #[schema(extensions(("x-bound" = json!(COMPILE_WALL_MS))))]
+    wall_ms: Option<u64>,
+    /// CPU time of all processes together. Absent, there is no such limit.
+    #[schema(extensions(("x-bound" = json!(CPU_MS))))]
+    cpu_ms: Option<u64>,
+    /// Of stdout, and as many of stderr; what comes after is dropped.
+    #[schema(extensions(("x-bound" = json!(COMPILE_OUTPUT_BYTES))))]
+    output_bytes: Option<u64>,
+    /// Descriptors of one process.
+    #[schema(extensions(("x-bound" = json!(OPEN_FILES))))]
+    open_files: Option<u64>,
+    /// Of one file. Absent, it is the run's `disk_bytes`.
+    #[schema(extensions(("x-bound" = json!(FILE_SIZE_BYTES))))]
+    file_size_bytes: Option<u64>,
+    /// As that of a run.
+    #[schema(extensions(("x-bound" = json!(IO_BYTES_PER_S))))]
+    io_bytes_per_s: Option<u64>,
+    /// As that of a run.
+    #[schema(extensions(("x-bound" = json!(IO_OPS_PER_S))))]
+    io_ops_per_s: Option<u64>,
+}
+
+impl From<RequestedCompileLimits> for RequestedLimits {
+    fn from(asked: RequestedCompileLimits) -> Self {
+        let RequestedCompileLimits { memory_bytes, cpu_millis, pids, wall_ms, cpu_ms, output_bytes, open_files, file_size_bytes, .. } =
+            asked;
+        let RequestedCompileLimits { io_bytes_per_s, io_ops_per_s, .. } = asked;
+        Self {
+            memory_bytes,
+            cpu_millis,
+            pids,
+            wall_ms,
+            cpu_ms,
+            output_bytes,
+            disk_bytes: None,
+            inodes: None,
+            open_files,
+            file_size_bytes,
+            io_bytes_per_s,
+            io_ops_per_s,
+        }
+    }
+}
+
 /// The limits in force. Holding them proves that every bound was checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[schema(description = "The limits in force.")]
@@ -212,10 +283,8 @@ impl Limits {
         let inodes = INODES.check_or(asked.inodes, 4096)?;
         // What is larger than all its memory cannot be kept there.
         let disk_medium = if disk_bytes > memory_bytes { Medium::Disk } else { Medium::Memory };
-        let inodes_max = 16_384 + disk_bytes / (8 * KIB);
-        if disk_medium == Medium::Disk && inodes > inodes_max {
-            let detail = format!("{inodes} are too many for {}: on disk at most {inodes_max}", bytes_for_people(disk_bytes));
-            return Err(Invalid::new(INODES.field, detail));
+        if disk_medium == Medium::Disk {
+            check_inodes_on_disk(inodes, disk_bytes)?;
         }
         Ok(Self {
             memory_bytes,
@@ -235,6 +304,30 @@ impl Limits {
             io_ops_per_s: IO_OPS_PER_S.check_or(asked.io_ops_per_s, io_ops_per_s())?,
             disk_medium,
         })
+    }
+
+    /// Those of a run and of the compile step before it, if there is one. Both have one writable layer, which is as large as the run's, and on disk where either has too
+    /// little memory for it.
+    pub fn of_steps(run: RequestedLimits, compile: Option<RequestedLimits>) -> Result<(Self, Option<Self>), Invalid> {
+        let mut run = Self::of(Kind::Run, run)?;
+        let Some(asked) = compile else { return Ok((run, None)) };
+        let asked = RequestedLimits {
+            memory_bytes: COMPILE_MEMORY_BYTES.check_or_default(asked.memory_bytes)?,
+            wall_ms: COMPILE_WALL_MS.check_or_default(asked.wall_ms)?,
+            output_bytes: COMPILE_OUTPUT_BYTES.check_or_default(asked.output_bytes)?,
+            disk_bytes: Some(run.disk_bytes),
+            // Of the layer, not of this step.
+            inodes: None,
+            ..asked
+        };
+        let mut compile =
+            Self::of(Kind::Run, asked).map_err(|invalid| Invalid { field: format!("compile.{}", invalid.field), ..invalid })?;
+        compile.inodes = run.inodes;
+        if [run.disk_medium, compile.disk_medium].contains(&Medium::Disk) {
+            check_inodes_on_disk(run.inodes, run.disk_bytes)?;
+            (run.disk_medium, compile.disk_medium) = (Medium::Disk, Medium::Disk);
+        }
+        Ok((run, Some(compile)))
     }
 
     /// These with what was asked for in their place.
@@ -305,6 +398,15 @@ impl Limits {
     }
 }
 
+fn check_inodes_on_disk(inodes: u64, disk_bytes: u64) -> Result<(), Invalid> {
+    let inodes_max = 16_384 + disk_bytes / (8 * KIB);
+    if inodes > inodes_max {
+        let detail = format!("{inodes} are too many for {}: on disk at most {inodes_max}", bytes_for_people(disk_bytes));
+        return Err(Invalid::new(INODES.field, detail));
+    }
+    Ok(())
+}
+
 /// A number of bytes for people: in the largest unit that it is a whole number of.
 pub(super) fn bytes_for_people(bytes: u64) -> String {
     [(GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")]
@@ -342,6 +444,39 @@ mod tests {
         assert_eq!(of(64 * MIB, 64 * MIB + 1, None).unwrap().disk_medium(), Medium::Disk);
         assert_eq!(of(64 * MIB, 128 * MIB, Some(32_768)).unwrap().inodes(), 32_768);
         assert_eq!(of(64 * MIB, 128 * MIB, Some(32_769)).unwrap_err().field, "limits.inodes");
+    }
+
+    #[test]
+    fn a_compile_step_has_limits_of_its_own_on_the_runs_layer() {
+        let asked = RequestedLimits { memory_bytes: Some(128 * MIB), wall_ms: Some(5), inodes: Some(100), ..Default::default() };
+        let (run, compile) = Limits::of_steps(asked, Some(RequestedLimits { pids: Some(7), ..Default::default() })).unwrap();
+        let compile = compile.unwrap();
+        assert_eq!((run.memory_bytes(), run.wall_ms(), run.pids(), run.disk_medium()), (128 * MIB, Some(5), 64, Medium::Memory));
+        assert_eq!((compile.memory_bytes(), compile.wall_ms(), compile.pids()), (512 * MIB, Some(30_000), 7));
+        assert_eq!((compile.output_bytes(), compile.inodes(), compile.disk_bytes()), (64 * KIB, 100, run.disk_bytes()));
+        assert_eq!(Limits::of_steps(asked, None), Ok((run, None)));
+    }
+
+    #[test]
+    fn the_layer_of_both_is_where_the_one_with_less_memory_has_it() {
+        let of = |memory_bytes, step_memory_bytes, inodes| {
+            let run = RequestedLimits { memory_bytes: Some(memory_bytes), inodes, ..Default::default() };
+            Limits::of_steps(run, Some(RequestedLimits { memory_bytes: Some(step_memory_bytes), ..Default::default() }))
+                .map(|(run, compile)| (run.disk_medium(), compile.unwrap().disk_medium()))
+        };
+        assert_eq!(of(64 * MIB, 64 * MIB, None), Ok((Medium::Memory, Medium::Memory)));
+        assert_eq!(of(32 * MIB, 64 * MIB, None), Ok((Medium::Disk, Medium::Disk)));
+        assert_eq!(of(64 * MIB, 32 * MIB, None), Ok((Medium::Disk, Medium::Disk)));
+        assert!(of(64 * MIB, 64 * MIB, Some(100_000)).is_ok());
+        assert_eq!(of(64 * MIB, 32 * MIB, Some(100_000)).unwrap_err().field, "limits.inodes");
+    }
+
+    #[test]
+    fn what_a_compile_step_cannot_have_is_named_as_its_own() {
+        let fault = |asked: RequestedLimits| Limits::of_steps(RequestedLimits::default(), Some(asked)).unwrap_err();
+        assert_eq!(fault(RequestedLimits { pids: Some(0), ..Default::default() }).field, "compile.limits.pids");
+        let output = fault(RequestedLimits { output_bytes: Some(MIB), ..Default::default() });
+        assert_eq!((output.field.as_str(), output.bound), ("compile.limits.output_bytes", Some(&COMPILE_OUTPUT_BYTES)));
     }
 
     #[test]

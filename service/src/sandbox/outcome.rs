@@ -52,6 +52,8 @@ pub enum Reason {
     Expired,
     Evicted,
     StartFailed,
+    /// The compile step did not succeed, so the program was not started. How that step ended stands in `compile`.
+    CompileFailed,
     InfraError,
 }
 
@@ -132,6 +134,7 @@ impl Reason {
             Self::Expired => "expired",
             Self::Evicted => "evicted",
             Self::StartFailed => "start_failed",
+            Self::CompileFailed => "compile_failed",
             Self::InfraError => "infra_error",
         }
     }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::{ImageId, Invalid, Limits, NewSandbox, SandboxId, Signal};
+use super::{ImageId, Invalid, Limits, NewCompile, NewSandbox, SandboxId, Signal};
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -126,6 +126,13 @@ impl Program {
 }
 
 impl Program {
+    /// The program of a compile step: its own command and environment, and all else as the run's.
+    pub fn of_step(image: &ImageConfiguration, asked: &NewSandbox, step: &NewCompile) -> Result<Self, Invalid> {
+        // The image's entry point would stand before it.
+        let (entrypoint, command) = (Some(vec![]), Some(step.command.clone()));
+        Self::resolve(image, &NewSandbox { entrypoint, command, env: step.env.clone(), stdin_open: false, terminal: None, ..asked.clone() })
+    }
+
     /// Where its standard input comes from.
     pub const fn stdin(&self, has_content: bool) -> Stdin {
         match (has_content, self.terminal, self.stdin_open) {
@@ -234,6 +241,7 @@ mod tests {
             name: None,
             entrypoint: None,
             command: None,
+            compile: None,
             workdir: None,
             user: None,
             capabilities: Capabilities::None,

@@ -271,7 +271,9 @@ fn leaf(field: &str) -> &str {
 
 /// The bound as it is for whoever has these quotas; `None` stands for no such quota.
 pub fn bound_within(bound: &Bound, quotas: &Quotas) -> Bound {
-    let Some(largest) = quotas.largest(bound.field).filter(|_| is_limited(bound)) else { return *bound };
+    // What holds for a run holds for its compile step.
+    let is_bounded = is_limited(bound) || bound.field.starts_with("compile.limits.");
+    let Some(largest) = quotas.largest(bound.field).filter(|_| is_bounded) else { return *bound };
     let max = bound.max.min(largest);
     Bound { max, default: bound.default.map(|default| default.min(max)), ..*bound }
 }
@@ -283,6 +285,24 @@ pub fn asked(limits: &Limits, ttl_ms: Option<Option<u64>>) -> Value {
         fields.insert("ttl_ms".to_owned(), ttl_ms.into());
     }
     asked
+}
+
+/// The same of a run and of its compile step, if it has one: of each field the larger.
+pub fn asked_of_steps(limits: &Limits, compile: Option<&Limits>) -> Value {
+    let mut larger = asked(limits, None);
+    let Some(Value::Object(others)) = compile.map(|compile| asked(compile, None)) else { return larger };
+    for (name, other) in others {
+        let is_larger = match (larger[&name].as_u64(), other.as_u64()) {
+            (Some(own), Some(other)) => other > own,
+            // Nothing is larger than no limit.
+            (_, None) => other.is_null(),
+            (None, Some(_)) => false,
+        };
+        if is_larger {
+            larger[&name] = other;
+        }
+    }
+    larger
 }
 
 /// The requested limits with what was not asked for set to the largest value that these quotas permit, where the default is larger.
@@ -371,10 +391,22 @@ mod tests {
 
     #[test]
     fn a_bound_is_the_nearer_of_ours_and_the_quotas() {
-        let quotas = quotas(json!({"largest_pids": 10, "largest_memory_bytes": 1_u64 << 60}));
+        let quotas = quotas(json!({"largest_pids": 10, "largest_memory_bytes": 1_u64 << 60, "largest_wall_ms": 10}));
         let of = |field| bound_within(crate::sandbox::bound_of(field).unwrap(), &quotas);
         assert_eq!((of("limits.pids").max, of("limits.pids").default), (10, Some(10)));
         assert_eq!(of("limits.memory_bytes").max, 4 << 30);
+        assert_eq!(of("compile.limits.wall_ms").default, Some(10));
+    }
+
+    #[test]
+    fn a_run_and_its_compile_step_ask_for_the_larger_of_both() {
+        let limits = |value| Limits::of(SandboxKind::Run, serde_json::from_value(value).unwrap()).unwrap();
+        let run = limits(json!({"memory_bytes": 64 << 20, "pids": 9, "cpu_ms": 5, "wall_ms": 7}));
+        let compile = limits(json!({"memory_bytes": 128 << 20, "pids": 8}));
+        let larger = asked_of_steps(&run, Some(&compile));
+        assert_eq!((&larger["memory_bytes"], &larger["pids"]), (&json!(128 << 20), &json!(9)));
+        assert_eq!((&larger["cpu_ms"], &larger["wall_ms"]), (&Value::Null, &json!(10_000)));
+        assert_eq!(asked_of_steps(&run, None), asked(&run, None));
     }
 
     #[test]

@@ -10,7 +10,10 @@ use sandbox_core::{
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
-use super::{Bound, Capabilities, Kind, Languages, Limits, RequestedLimits, SandboxId, Signal, SignalRequest, User, words};
+use super::{
+    Bound, Capabilities, Kind, Languages, Limits, NewCompile, RequestedCompileLimits, RequestedLimits, SandboxId, Signal, SignalRequest,
+    User, words,
+};
 
 /// How long `POST /v1/runs` waits for the end before it answers 202.
 pub const WAIT_MS: Bound = Bound { field: "wait_ms", unit: "milliseconds", min: 0, default: Some(30_000), max: 300_000 };
@@ -91,6 +94,8 @@ pub struct RunRequest {
     #[serde(default, deserialize_with = "given")]
     #[schema(required = false, value_type = String)]
     source: Option<String>,
+    /// What is run before the program, in a sandbox of its own. A language that is compiled has one without being asked for it. Not under gVisor.
+    compile: Option<CompileRequest>,
     /// In place of the image's; an empty list: none. Without one, what the image has.
     #[schema(value_type = Option<words::Entrypoint>)]
     entrypoint: Option<Vec<String>>,
@@ -139,6 +144,23 @@ pub struct RunRequest {
     /// node died may then have run, in part, before.
     #[schema(extensions(("x-bound" = json!(RETRY))))]
     retry: Option<u64>,
+}
+
+/// A step before the program, in a sandbox of its own that has the run's files, image, working folder, user and capabilities. If it exits with 0, the program is started in a
+/// fresh sandbox on the files as they then are, and is given the run's `stdin`; otherwise it is not started, and the run's `outcome` says `compile_failed`.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = NewCompile)]
+struct CompileRequest {
+    /// Program and arguments, without the image's entry point. Needed with an image; a language has its own.
+    #[schema(value_type = Option<words::Command>)]
+    command: Option<Vec<String>>,
+    /// Its own, over the image's; the program's is not there.
+    #[serde(default)]
+    #[schema(value_type = words::Env)]
+    env: BTreeMap<String, String>,
+    #[serde(default)]
+    limits: RequestedCompileLimits,
 }
 
 /// Body of `POST /v1/sandboxes`.
@@ -284,6 +306,15 @@ struct Made {
     command: Option<Vec<String>>,
     source: Option<File>,
     limits: RequestedLimits,
+    compile: Option<Step>,
+}
+
+/// A compile step before its limits are held against those of the run.
+struct Step {
+    command: Vec<String>,
+    env: BTreeMap<String, String>,
+    requested: RequestedLimits,
+    defaults: RequestedLimits,
 }
 
 /// How bytes stand in the text beside it.
@@ -374,6 +405,8 @@ pub struct NewSandbox {
     /// Instead of the image's.
     pub entrypoint: Option<Vec<String>>,
     pub command: Option<Vec<String>>,
+    /// What is run before that.
+    pub compile: Option<NewCompile>,
     pub workdir: Option<String>,
     /// Whom to run as instead of the image's user.
     pub user: Option<User>,
@@ -410,13 +443,27 @@ impl RunRequest {
     pub fn parse(self, languages: &Languages) -> Result<(NewSandbox, u64), Invalid> {
         let Network::None = self.network;
         let asked = (entrypoint(self.entrypoint)?, command(self.command)?);
-        let Made { image, entrypoint, command, source, limits } = made(self.image, self.language, self.source, asked, languages)?;
+        let compile = self.compile.map(CompileRequest::parse).transpose()?;
+        let Made { image, entrypoint, command, source, limits, compile } =
+            made(self.image, self.language, self.source, asked, compile, languages)?;
         let mut files = files(self.files)?;
         if let Some(source) = source {
             if let Some(at) = files.iter().position(|file| file.path == source.path) {
                 return Err(Invalid::new(format!("files[{at}].path"), "that is where the source text is put"));
             }
             files.push(source);
+        }
+        let (in_force, compile_limits) =
+            Limits::of_steps(self.limits.or(limits), compile.as_ref().map(|step| step.requested.or(step.defaults)))?;
+        let compile = compile.zip(compile_limits).map(|(Step { command, env, requested, defaults }, limits)| NewCompile {
+            command,
+            env,
+            requested,
+            defaults,
+            limits,
+        });
+        if compile.is_some() && self.isolation != Isolation::Container {
+            return Err(Invalid::new("isolation", "what a compile step leaves is not kept under gVisor"));
         }
         let wait_ms = match self.wait_ms {
             Some(ms) => WAIT_MS.check(ms)?,
@@ -429,6 +476,7 @@ impl RunRequest {
             name: None,
             entrypoint,
             command,
+            compile,
             workdir: workdir(self.workdir)?,
             user: self.user.map(|user| User::parse("user", &user)).transpose()?,
             capabilities: self.capabilities,
@@ -443,7 +491,7 @@ impl RunRequest {
             labels: labels(self.labels)?,
             requested: self.limits,
             defaults: limits,
-            limits: Limits::of(Kind::Run, self.limits.or(limits))?,
+            limits: in_force,
             output_policy: self.output_policy,
             ttl_ms: None,
             idle_timeout_ms: None,
@@ -466,6 +514,7 @@ impl SandboxRequest {
             name: self.name.map(check_name).transpose()?,
             entrypoint: entrypoint(self.entrypoint)?,
             command: command(self.command)?,
+            compile: None,
             workdir: workdir(self.workdir)?,
             user: self.user.map(|user| User::parse("user", &user)).transpose()?,
             capabilities: self.capabilities,
@@ -515,13 +564,37 @@ impl NewSandbox {
     }
 
     fn args_and_env_fit(&self) -> Result<(), Invalid> {
-        let args: usize = self.entrypoint.iter().chain(&self.command).flatten().map(|arg| arg.len() + 1).sum();
-        let env: usize = self.env.iter().map(|(key, value)| key.len() + value.len() + 2).sum();
-        if args + env > ARGS_ENV_BYTES_MAX {
-            let field = if args > env { "command" } else { "env" };
-            return Err(Invalid::new(field, format!("command and env together are {} bytes; at most {ARGS_ENV_BYTES_MAX}", args + env)));
-        }
-        Ok(())
+        fit("", self.entrypoint.iter().chain(&self.command).flatten(), &self.env)?;
+        self.compile.as_ref().map_or(Ok(()), |step| fit("compile.", step.command.iter(), &step.env))
+    }
+}
+
+fn fit<'a>(of: &str, args: impl Iterator<Item = &'a String>, env: &BTreeMap<String, String>) -> Result<(), Invalid> {
+    let args: usize = args.map(|arg| arg.len() + 1).sum();
+    let env: usize = env.iter().map(|(key, value)| key.len() + value.len() + 2).sum();
+    if args + env > ARGS_ENV_BYTES_MAX {
+        let field = if args > env { "command" } else { "env" };
+        let detail = format!("command and env together are {} bytes; at most {ARGS_ENV_BYTES_MAX}", args + env);
+        return Err(Invalid::new(format!("{of}{field}"), detail));
+    }
+    Ok(())
+}
+
+/// What is asked of a compile step.
+struct CompileAsked {
+    command: Option<Vec<String>>,
+    env: BTreeMap<String, String>,
+    limits: RequestedLimits,
+}
+
+impl CompileRequest {
+    fn parse(self) -> Result<CompileAsked, Invalid> {
+        let of_step = |invalid: Invalid| Invalid { field: format!("compile.{}", invalid.field), ..invalid };
+        Ok(CompileAsked {
+            command: command(self.command).map_err(of_step)?,
+            env: env(self.env).map_err(of_step)?,
+            limits: self.limits.into(),
+        })
     }
 }
 
@@ -537,6 +610,7 @@ fn made(
     language: Option<String>,
     source: Option<String>,
     (entrypoint, command): (Option<Vec<String>>, Option<Vec<String>>),
+    compile: Option<CompileAsked>,
     languages: &Languages,
 ) -> Result<Made, Invalid> {
     let (image, language) = match (image, language) {
@@ -549,18 +623,31 @@ fn made(
             return Err(Invalid::new("source", "only a run in a `language` has this; with an image it is one of `files`"));
         }
         let image = ImageReference::parse("image", image)?;
-        return Ok(Made { image, entrypoint, command, source: None, limits: RequestedLimits::default() });
+        let compile = compile.map(|CompileAsked { command, env, limits }| {
+            let command =
+                command.ok_or_else(|| Invalid::new("compile.command", "this field is missing: the program, and its arguments"))?;
+            Ok(Step { command, env, requested: limits, defaults: RequestedLimits::default() })
+        });
+        return Ok(Made { image, entrypoint, command, source: None, limits: RequestedLimits::default(), compile: compile.transpose()? });
     }
     let name = language.unwrap_or_default();
     let language = languages
         .get(&name)
         .ok_or_else(|| Invalid::new("language", format!("there is no such language; there are {}", languages.names())))?;
     let text = source.ok_or_else(|| Invalid::new("source", "this field is missing: the program's text"))?;
-    for (field, given) in [("entrypoint", &entrypoint), ("command", &command)] {
+    let compile_command = compile.as_ref().and_then(|asked| asked.command.clone());
+    for (field, given) in [("entrypoint", &entrypoint), ("command", &command), ("compile.command", &compile_command)] {
         if given.is_some() {
             return Err(Invalid::new(field, "a language has its own"));
         }
     }
+    if compile.is_some() && language.compile.is_none() {
+        return Err(Invalid::new("compile", format!("{name} is not compiled")));
+    }
+    let compile = language.compile.clone().map(|command| {
+        let (env, limits) = compile.map(|asked| (asked.env, asked.limits)).unwrap_or_default();
+        Step { command, env, requested: limits, defaults: language.compile_limits.into() }
+    });
     Ok(Made {
         image: ImageReference::parse("image", language.image.clone())?,
         // The image's own would stand before it.
@@ -568,6 +655,7 @@ fn made(
         command: Some(language.run.clone()),
         source: Some(File { path: language.file.clone(), mode: 0o644, content: Content(text.into_bytes()) }),
         limits: language.limits,
+        compile,
     })
 }
 

@@ -13,7 +13,7 @@ pub struct Admission<'a> {
     pub sandbox: &'a Sandbox,
     /// Who claims it; it counts only where it does not wait.
     pub lease: Lease,
-    /// What it is to be given; kept where it waits or may be tried again.
+    /// What it is to be given; kept where it waits, may be tried again, or is compiled first.
     pub input: &'a Input,
     /// What was asked of each field that a quota can bound.
     pub asked: &'a Value,
@@ -54,7 +54,8 @@ impl Store {
     pub async fn admit(&self, admission: Admission<'_>) -> Result<Admitted, StoreError> {
         let Admission { sandbox, lease, input, asked, network, isolation, defaults, queue_max, key } = admission;
         let claimed = sandbox.state != State::Queued;
-        let is_kept = !claimed || sandbox.retries_left > 0;
+        // A service that dies while it is compiled leaves one that was not begun.
+        let is_kept = !claimed || sandbox.retries_left > 0 || sandbox.compile.is_some();
         let has_input = input.files.is_some() || input.stdin.is_some();
         let row = sqlx::query!(
             r#"with image as (
@@ -135,10 +136,10 @@ impl Store {
                 insert into sandboxes (
                     id, tenant, principal, kind, state, name, image_reference, image_digest, image_root, program, limits, output_policy,
                     labels, memory_bytes, cpu_millis, created_at, expires_at, node, claimed_at, epoch, retries_left, claims, keeps_input,
-                    ttl_ms, idle_timeout_ms, auto_remove, keep_layer
+                    ttl_ms, idle_timeout_ms, auto_remove, keep_layer, compile
                 )
                 select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $33, $34, case when $5 = 'queued' then 0 else 1 end, $37,
-                    $38, $39, $40, $41
+                    $38, $39, $40, $41, $42
                 from principal, image
                 where image.digest = $8
                     and ($35::text is null or exists (select 1 from held))
@@ -206,8 +207,8 @@ impl Store {
             Json(&sandbox.limits) as _,
             policy_name(sandbox.output_policy),
             Json(&sandbox.labels) as _,
-            bigint(sandbox.limits.memory_bytes()),
-            bigint(sandbox.limits.cpu_millis()),
+            bigint(sandbox.memory_bytes()),
+            bigint(sandbox.cpu_millis()),
             sandbox.created_at,
             sandbox.expires_at as _,
             claimed.then_some(lease.node.0) as _,
@@ -234,6 +235,7 @@ impl Store {
             sandbox.idle_timeout_ms.map(bigint) as _,
             sandbox.auto_remove,
             sandbox.keep_layer,
+            sandbox.compile.as_ref().map(Json) as _,
         )
         .fetch_one(&self.pool)
         .await?;

@@ -10,7 +10,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::{Hold, Lease, NodeId, Store, StoreError, admission::day_of, bigint, damaged, events::Act, unsigned};
-use crate::sandbox::{Finish, ImageUsed, Kind, LogTail, Sandbox, SandboxId, State, TenantId};
+use crate::sandbox::{Compile, CompileEnd, Finish, ImageUsed, Kind, LogTail, Sandbox, SandboxId, State, TenantId};
 
 /// Which sandboxes of a tenant to list.
 #[derive(Debug, Clone, Default)]
@@ -66,6 +66,8 @@ pub struct Held {
 pub struct Ended<'a> {
     pub finish: &'a Finish,
     pub log_tail: &'a LogTail,
+    /// That of its compile step, if it had one and that is known.
+    pub compile: Option<&'a CompileEnd>,
     pub log_file: LogKept,
 }
 
@@ -121,6 +123,11 @@ pub(super) struct Row {
     pub(super) image_digest: String,
     pub(super) image_root: String,
     pub(super) program: Value,
+    pub(super) compile: Option<Value>,
+    pub(super) compile_outcome: Option<Value>,
+    pub(super) compile_log_tail: Option<Vec<u8>>,
+    pub(super) compile_stdout_omitted_bytes: i64,
+    pub(super) compile_stderr_omitted_bytes: i64,
     pub(super) limits: Value,
     pub(super) output_policy: String,
     pub(super) labels: Value,
@@ -149,7 +156,8 @@ macro_rules! select_sandboxes {
             crate::store::sandboxes::Row,
             r#"select id, tenant, principal, kind, state, name, image_reference, image_digest, image_root,
                 program, limits, output_policy, labels, created_at, claimed_at, started_at, finished_at, expires_at, outcome, fences, attempt, retries_left,
-                claims, keeps_input, ttl_ms, idle_timeout_ms, auto_remove, keep_layer, starts
+                claims, keeps_input, ttl_ms, idle_timeout_ms, auto_remove, keep_layer, starts, compile, compile_outcome, compile_log_tail,
+                compile_stdout_omitted_bytes, compile_stderr_omitted_bytes
             from sandboxes
             where "# + $condition
             $(, $argument)*
@@ -159,7 +167,8 @@ macro_rules! select_sandboxes {
 pub(super) use select_sandboxes;
 
 impl Row {
-    pub(super) fn read(self) -> Result<Sandbox, StoreError> {
+    pub(super) fn read(mut self) -> Result<Sandbox, StoreError> {
+        let compile = self.read_compile()?;
         Ok(Sandbox {
             id: SandboxId(self.id),
             tenant: TenantId::proven(self.tenant),
@@ -177,6 +186,7 @@ impl Row {
                 root: self.image_root.try_into().map_err(damaged)?,
             },
             program: json("program", self.program)?,
+            compile,
             limits: json("limits", self.limits)?,
             output_policy: match self.output_policy.as_str() {
                 "truncate" => OutputPolicy::Truncate,
@@ -202,6 +212,22 @@ impl Row {
             claims: unsigned(self.claims),
             keeps_input: self.keeps_input,
         })
+    }
+}
+
+impl Row {
+    fn read_compile(&mut self) -> Result<Option<Box<Compile>>, StoreError> {
+        let Some(compile) = self.compile.take() else { return Ok(None) };
+        let mut compile: Box<Compile> = json("compile step", compile)?;
+        if let Some(outcome) = self.compile_outcome.take() {
+            let log_tail = LogTail {
+                bytes: self.compile_log_tail.take().unwrap_or_default(),
+                stdout_omitted_bytes: unsigned(self.compile_stdout_omitted_bytes),
+                stderr_omitted_bytes: unsigned(self.compile_stderr_omitted_bytes),
+            };
+            compile.end = Some(CompileEnd { outcome: json("compile step's outcome", outcome)?, log_tail });
+        }
+        Ok(Some(compile))
     }
 }
 
@@ -365,7 +391,7 @@ impl Store {
     /// Stores the end of a sandbox that is live, with its line in the ledger and its event: all or nothing. False if it is not the writer's to
     /// say: its end was stored before, or somebody else has it.
     pub async fn finish(&self, id: SandboxId, writer: Writer, ended: &Ended<'_>) -> Result<bool, StoreError> {
-        let Ended { finish, log_tail, log_file } = ended;
+        let Ended { finish, log_tail, compile, log_file } = ended;
         let hold = match writer {
             Writer::Queue => None,
             Writer::Holder(hold) => Some(hold),
@@ -375,7 +401,11 @@ impl Store {
             LogKept::Until(at) => (true, Some(at)),
             LogKept::UntilDeleted => (true, None),
         };
-        let log_bytes = log_tail.data_bytes() + log_tail.stdout_omitted_bytes + log_tail.stderr_omitted_bytes;
+        let compile_tail = compile.map(|step| &step.log_tail);
+        let log_bytes = log_tail.data_bytes()
+            + log_tail.stdout_omitted_bytes
+            + log_tail.stderr_omitted_bytes
+            + compile_tail.map_or(0, LogTail::data_bytes);
         let count = sqlx::query_scalar!(
             r#"with before as (
                 select id, state as was from sandboxes
@@ -387,7 +417,8 @@ impl Store {
                 update sandboxes
                 set state = $3, outcome = $4, reason = $5, started_at = coalesce($6, started_at), finished_at = $7, log_tail = $8,
                     stdout_omitted_bytes = $9, stderr_omitted_bytes = $10, has_log_file = $11, log_expires_at = $12, log_bytes = $17,
-                    fences = coalesce($19, fences)
+                    fences = coalesce($19, fences), compile_outcome = $22, compile_log_tail = $23, compile_stdout_omitted_bytes = $24,
+                    compile_stderr_omitted_bytes = $25
                 from before
                 where sandboxes.id = before.id
                 returning sandboxes.id, tenant, principal, kind, memory_bytes, cpu_millis, labels, claims, (was = 'queued')::integer as was_queued
@@ -447,6 +478,10 @@ impl Store {
             finish.fences.map(|fences| fences.bits().cast_signed()) as _,
             hold.map(|hold| bigint(hold.lease.epoch)) as _,
             hold.map(|hold| bigint(hold.claims)) as _,
+            compile.map(|step| Json(&step.outcome)) as _,
+            compile_tail.map(|tail| tail.bytes.as_slice()) as _,
+            compile_tail.map_or(0, |tail| bigint(tail.stdout_omitted_bytes)),
+            compile_tail.map_or(0, |tail| bigint(tail.stderr_omitted_bytes)),
         )
         .fetch_one(&self.pool)
         .await?;

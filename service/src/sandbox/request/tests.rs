@@ -50,6 +50,36 @@ fn what_does_not_go_with_a_language_is_named() {
 }
 
 #[test]
+fn a_language_that_is_compiled_has_a_step_with_its_own_limits() {
+    let compile = |body: Value| run(body).unwrap().0.compile;
+    let step = compile(json!({"language": "c", "source": ""})).unwrap();
+    assert_eq!((step.command[0].as_str(), step.limits.wall_ms(), step.limits.memory_bytes()), ("gcc", Some(30_000), 512 << 20));
+    let asked = json!({"language": "c", "source": "", "compile": {"env": {"A": "b"}, "limits": {"wall_ms": 5}}, "limits": {"wall_ms": 7}});
+    let (asked, _) = run(asked).unwrap();
+    let step = asked.compile.unwrap();
+    assert_eq!((asked.limits.wall_ms(), step.limits.wall_ms(), step.env["A"].as_str()), (Some(7), Some(5), "b"));
+    assert_eq!((asked.env.len(), compile(json!({"language": "python", "source": ""}))), (0, None));
+}
+
+#[test]
+fn what_a_compile_step_cannot_be_is_named() {
+    let field = |body: Value| run(body).unwrap_err().field;
+    assert_eq!(field(json!({"image": "a", "compile": {}})), "compile.command");
+    assert_eq!(field(json!({"image": "a", "compile": {"command": []}})), "compile.command");
+    assert_eq!(field(json!({"image": "a", "compile": {"command": ["a"], "env": {"A=B": "c"}}})), "compile.env");
+    assert_eq!(field(json!({"image": "a", "compile": {"command": ["a".repeat(70_000)]}})), "compile.command");
+    assert_eq!(field(json!({"image": "a", "compile": {"command": ["a"], "limits": {"wall_ms": 0}}})), "compile.limits.wall_ms");
+    assert_eq!(field(json!({"image": "a", "compile": {"command": ["a"]}, "isolation": "gvisor"})), "isolation");
+    assert_eq!(field(json!({"language": "c", "source": "", "compile": {"command": ["cc"]}})), "compile.command");
+    assert_eq!(field(json!({"language": "python", "source": "", "compile": {}})), "compile");
+    assert!(
+        serde_json::from_value::<RunRequest>(json!({"image": "a", "compile": {"command": ["a"], "limits": {"disk_bytes": 1 << 20}}}))
+            .is_err()
+    );
+    assert!(run(json!({"image": "a", "compile": {"command": ["a"]}})).is_ok());
+}
+
+#[test]
 fn a_file_in_base64_holds_the_decoded_bytes() {
     let body = json!({"image": "a", "files": [{"path": "x", "content": "/w==", "encoding": "base64", "mode": "0755"}]});
     let (sandbox, _) = run(body).unwrap();

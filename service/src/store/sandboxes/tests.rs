@@ -6,7 +6,7 @@ use sqlx::PgPool;
 
 use super::*;
 use crate::{
-    sandbox::{DefaultQuotas, Limits, Owner, Phases, Quotas, RequestedLimits, asked},
+    sandbox::{Compile, CompileEnd, DefaultQuotas, Limits, Owner, Phases, Quotas, RequestedLimits, asked},
     store::{Admission, Admitted, Input, NewImage, NodeCapacity},
 };
 
@@ -22,6 +22,7 @@ pub(crate) fn sandbox(tenant: &str, kind: Kind, name: Option<&str>) -> Sandbox {
         name: name.map(Into::into),
         image: ImageUsed { reference: "python".into(), digest: format!("sha256:{root}"), root: root.try_into().unwrap() },
         program: serde_json::from_value(json!({"args": ["a"], "env": [], "cwd": "/", "user": {"ids": {"uid": 0, "gid": 0}}})).unwrap(),
+        compile: None,
         limits: Limits::of(kind, RequestedLimits::default()).unwrap(),
         output_policy: OutputPolicy::Truncate,
         labels: BTreeMap::from([("exercise".into(), "7".into())]),
@@ -121,6 +122,53 @@ async fn a_sandbox_reads_back_as_it_was_admitted(pool: PgPool) {
     assert_eq!(store.live_of(lease.node).await.unwrap(), [sandbox]);
 }
 
+/// A run that is compiled first, with more memory than it has itself.
+fn compiled() -> Sandbox {
+    let run = sandbox("acme", Kind::Run, None);
+    let (limits, step) = Limits::of_steps(RequestedLimits::default(), Some(RequestedLimits::default())).unwrap();
+    let compile = Compile { program: run.program.clone(), limits: step.unwrap(), end: None };
+    Sandbox { limits, compile: Some(Box::new(compile)), ..run }
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn a_run_with_a_compile_step_counts_as_what_is_larger_and_keeps_what_it_is_given(pool: PgPool) {
+    let (store, lease) = store_with_node(pool.clone()).await;
+    let run = compiled();
+    let input = Input { files: Some(vec![1]), stdin: Some(vec![2]) };
+    assert!(admit_with(&store, &run, lease, &input).await);
+    assert_eq!(store.find(&run.tenant, run.id).await.unwrap(), Some(run.clone()));
+    let live = async || sqlx::query_scalar!("select live_memory_bytes from tenants where id = 'acme'").fetch_one(&pool).await.unwrap();
+    assert_eq!(live().await, 512 << 20);
+
+    // As a service does that finds it claimed, and not begun.
+    let hold = Hold { lease, claims: 1 };
+    let none = Input::default();
+    let again = crate::store::Return::NotBegun { input: &none, until: None };
+    assert!(store.give_back(run.id, hold, again, OffsetDateTime::UNIX_EPOCH).await.unwrap());
+    let (claimed, given) = store.claim(run.id, lease, OffsetDateTime::UNIX_EPOCH).await.unwrap().unwrap();
+    assert_eq!((claimed.compile, given), (run.compile.clone(), input));
+
+    let finish = lost(&run);
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
+    assert!(store.finish(run.id, Writer::Holder(Hold { lease, claims: 2 }), &ended).await.unwrap());
+    assert_eq!(live().await, 0);
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn the_end_of_a_compile_step_is_stored_with_that_of_its_run(pool: PgPool) {
+    let (store, lease) = store_with_node(pool).await;
+    let run = compiled();
+    assert!(admit(&store, &run, lease).await);
+    let finish = lost(&run);
+    let log_tail = LogTail { bytes: vec![1, 2], stdout_omitted_bytes: 3, stderr_omitted_bytes: 4 };
+    let step = CompileEnd { outcome: finish.outcome.clone(), log_tail };
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: Some(&step), log_file: LogKept::No };
+    assert!(store.finish(run.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap());
+
+    let stored = store.find(&run.tenant, run.id).await.unwrap().unwrap();
+    assert_eq!(stored.compile.and_then(|compile| compile.end), Some(step));
+}
+
 #[sqlx::test(migrations = "../migrations")]
 async fn another_tenants_sandbox_is_not_found(pool: PgPool) {
     let (store, lease) = store_with_node(pool).await;
@@ -158,7 +206,7 @@ async fn an_end_is_stored_and_counted_once(pool: PgPool) {
     assert!(admit(&store, &sandbox, lease).await);
     let finish = lost(&sandbox);
     let tail = LogTail { bytes: vec![1, 2], stdout_omitted_bytes: 3, stderr_omitted_bytes: 0 };
-    let ended = Ended { finish: &finish, log_tail: &tail, log_file: LogKept::UntilDeleted };
+    let ended = Ended { finish: &finish, log_tail: &tail, compile: None, log_file: LogKept::UntilDeleted };
 
     assert!(store.finish(sandbox.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap());
     assert!(!store.finish(sandbox.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap());
@@ -182,7 +230,7 @@ async fn an_end_that_knows_no_start_leaves_the_one_that_was_noted(pool: PgPool) 
     let started_at = OffsetDateTime::UNIX_EPOCH + std::time::Duration::from_secs(1);
     store.mark_running(sandbox.id, Hold { lease, claims: 1 }, started_at, Fences::everywhere()).await.unwrap();
     let finish = lost(&sandbox);
-    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
     store.finish(sandbox.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap();
     assert_eq!(store.find(&sandbox.tenant, sandbox.id).await.unwrap().unwrap().started_at, Some(started_at));
 }
@@ -196,7 +244,7 @@ async fn a_running_sandbox_is_not_deleted_and_an_ended_one_is(pool: PgPool) {
     assert_eq!(store.delete(&sandbox.tenant, sandbox.id, &act()).await.unwrap(), None);
 
     let finish = lost(&sandbox);
-    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
     store.finish(sandbox.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap();
     let deleted = store.delete(&sandbox.tenant, sandbox.id, &act()).await.unwrap();
     assert_eq!(deleted, Some(Deleted { state: State::Failed, has_log_file: false }));
@@ -237,7 +285,7 @@ async fn filters_of_a_list_are_combined_and_go_in_both_orders(pool: PgPool) {
         assert!(admit(&store, sandbox, lease).await);
     }
     let finish = lost(&web);
-    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), log_file: LogKept::No };
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
     assert!(store.finish(web.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap());
     let list = async |filter: Filter| -> Vec<SandboxId> {
         let filter = Filter { limit: 10, order: Order::OldestFirst, ..filter };
