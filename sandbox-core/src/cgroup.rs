@@ -83,6 +83,9 @@ pub(crate) struct Group {
     /// The most memory that it had before its limit was lowered, in bytes.
     #[serde(default)]
     peak_before: u64,
+    /// Those of its volumes, which others may use, too.
+    #[serde(default)]
+    shared_devices: Vec<Device>,
 }
 
 /// Which hierarchies this machine has, by controller. `None` for a controller that is not there.
@@ -168,7 +171,7 @@ impl Tree {
     /// A fresh group, without limits yet.
     pub(crate) fn make(&self, name: String) -> io::Result<Group> {
         let Self { mode, devices, places, .. } = *self;
-        let mut group = Group { name, mode, devices, places, folders: Vec::new(), io: None, own_device: None, peak_before: 0 };
+        let mut group = Group { name, mode, devices, places, folders: Vec::new(), io: None, own_device: None, peak_before: 0, shared_devices: Vec::new() };
         for parent in &self.parents {
             let made = mkdirat(parent, &group.name, Mode::from_raw_mode(0o755)).and_then(|()| open_folder(parent.as_fd(), &group.name));
             match made {

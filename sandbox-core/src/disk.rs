@@ -6,6 +6,7 @@
 
 mod image;
 mod quota;
+pub(crate) mod volume;
 
 use std::{
     io,
@@ -102,11 +103,7 @@ impl Disks {
     /// Refuses a layer that would take the last of the disk, on which logs, images and perhaps the database are too: whoever asks for much is
     /// told so, and the others go on.
     fn leave_some(&self, bytes: u64) -> io::Result<()> {
-        if Space::of(open(&self.folder)?.as_fd())?.leaves_enough(bytes) {
-            return Ok(());
-        }
-        let step = format!("setting {bytes} bytes aside in {} and leaving the node its share", self.folder.display());
-        Err(at(step)(io::ErrorKind::StorageFull.into()))
+        leave_some(&self.folder, bytes)
     }
 
     /// Removes what there is of a layer; the last step is to let go of `mount`.
@@ -126,6 +123,14 @@ impl Disks {
             }
         }
     }
+}
+
+fn leave_some(folder: &Path, bytes: u64) -> io::Result<()> {
+    if Space::of(open(folder)?.as_fd())?.leaves_enough(bytes) {
+        return Ok(());
+    }
+    let step = format!("setting {bytes} bytes aside in {} and leaving the node its share", folder.display());
+    Err(at(step)(io::ErrorKind::StorageFull.into()))
 }
 
 /// What a disk has.

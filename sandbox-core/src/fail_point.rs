@@ -55,6 +55,10 @@ pub const STEPS: &[&str] = &[
     // An image: its folder is made; it has its name.
     "keeper.unpack.begun",
     "keeper.unpack.committed",
+    // A volume: somebody is to make or remove it; he has; it is mounted for a sandbox.
+    "keeper.volume.begun",
+    "keeper.volume.done",
+    "keeper.volume.mounted",
     // An upgrade: a child tries the new program; that says it can; the state is written down; the new program has it.
     "keeper.upgrade.trial_begun",
     "keeper.upgrade.accepted",

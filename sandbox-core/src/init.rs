@@ -30,7 +30,7 @@ use crate::{
     error::{Kind, LaunchError, Step},
     protocol::{
         Isolation,
-        init::{Layer, Order, Report, WaitStatus},
+        init::{Layer, Order, Report, Setup, WaitStatus},
     },
     rootfs::Tree,
     sys, transport,
@@ -60,20 +60,26 @@ fn live(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<(), La
         return Err(unexpected()).step("reading the orders");
     };
     let joined_at_us = setup::join_cgroups(setup.cgroup_hierarchies, setup.fences, descriptors)?;
-    let layer = match setup.layer {
-        Layer::Own => None,
-        Layer::New | Layer::Kept => Some(layer(control, descriptors)?),
-    };
+    let disks = Disks::receive(control, &setup, descriptors)?;
     if setup.isolation == Isolation::Gvisor {
-        return gvisor::live(control, &setup, layer, descriptors);
+        return gvisor::live(control, &setup, disks, descriptors);
     }
-    let tree = setup::enter(&setup, layer, descriptors)?;
+    let tree = setup::enter(&setup, disks, descriptors)?;
     transport::send(control.as_fd(), &Report::Ready, &[]).step("reporting that the sandbox is built")?;
     let start = match receive(control, descriptors).step("reading the orders")? {
         Some(Order::Start(start)) => start,
         // Nothing ever runs here.
         Some(Order::Tree) => return visit(control, &tree, descriptors).step("working on files"),
-        Some(Order::Setup(_) | Order::Layer | Order::Kill | Order::Signal { .. } | Order::Exec(_) | Order::KillExec { .. }) | None => {
+        Some(
+            Order::Setup(_)
+            | Order::Layer
+            | Order::Volumes { .. }
+            | Order::Kill
+            | Order::Signal { .. }
+            | Order::Exec(_)
+            | Order::KillExec { .. },
+        )
+        | None => {
             return Err(unexpected()).step("reading the orders");
         }
     };
@@ -102,12 +108,45 @@ fn live(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<(), La
     receive(control, descriptors).step("waiting for the end").map(drop)
 }
 
-/// Waits for the writable layer, which takes longer to make than an init to start.
-fn layer(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<OwnedFd, LaunchError> {
-    let Some(Order::Layer) = receive(control, descriptors).step("reading the orders")? else {
-        return Err(unexpected()).step("reading the orders");
-    };
-    descriptors.pop_back().ok_or_else(unexpected).step_on("reading the orders", "writable layer")
+/// What takes longer to make ready than an init to start.
+#[derive(Debug)]
+struct Disks {
+    /// The writable layer, if it is not init's to make.
+    layer: Option<OwnedFd>,
+    /// For each place of a volume, the number of the loop device that it is behind.
+    volumes: Vec<u32>,
+}
+
+impl Disks {
+    /// Waits for all that the setup says will come, in whatever order it comes.
+    fn receive(control: &OwnedFd, setup: &Setup, descriptors: &mut VecDeque<OwnedFd>) -> Result<Self, LaunchError> {
+        let has_layer = match setup.layer {
+            Layer::Own => false,
+            Layer::New | Layer::Kept => true,
+        };
+        let mut disks = Self { layer: None, volumes: Vec::new() };
+        while disks.layer.is_some() != has_layer || disks.volumes.len() != setup.volumes.len() {
+            match receive(control, descriptors).step("reading the orders")? {
+                Some(Order::Layer) if has_layer => {
+                    disks.layer = Some(descriptors.pop_back().ok_or_else(unexpected).step_on("reading the orders", "writable layer")?);
+                }
+                Some(Order::Volumes { devices }) if devices.len() == setup.volumes.len() => disks.volumes = devices,
+                Some(
+                    Order::Setup(_)
+                    | Order::Layer
+                    | Order::Volumes { .. }
+                    | Order::Start(_)
+                    | Order::Kill
+                    | Order::Signal { .. }
+                    | Order::Tree
+                    | Order::Exec(_)
+                    | Order::KillExec { .. },
+                )
+                | None => return Err(unexpected()).step("reading the orders"),
+            }
+        }
+        Ok(disks)
+    }
 }
 
 /// Waits until the payload has ended and everything else in the sandbox is dead too.
@@ -142,7 +181,9 @@ fn supervise(
                 }
                 // The keeper is gone. Without it nothing holds this sandbox to its limits.
                 None => std::process::exit(1),
-                Some(Order::Setup(_) | Order::Layer | Order::Start(_) | Order::Signal { .. }) => return Err(unexpected()),
+                Some(Order::Setup(_) | Order::Layer | Order::Volumes { .. } | Order::Start(_) | Order::Signal { .. }) => {
+                    return Err(unexpected());
+                }
             }
         }
         loop {
@@ -206,9 +247,15 @@ fn visit(control: &OwnedFd, tree: &Tree, descriptors: &mut VecDeque<OwnedFd>) ->
                 Some(Order::Tree) => {}
                 Some(Order::Kill) => kill_all()?,
                 None => std::process::exit(1),
-                Some(Order::Setup(_) | Order::Layer | Order::Start(_) | Order::Signal { .. } | Order::Exec(_) | Order::KillExec { .. }) => {
-                    return Err(unexpected());
-                }
+                Some(
+                    Order::Setup(_)
+                    | Order::Layer
+                    | Order::Volumes { .. }
+                    | Order::Start(_)
+                    | Order::Signal { .. }
+                    | Order::Exec(_)
+                    | Order::KillExec { .. },
+                ) => return Err(unexpected()),
             }
         }
     }

@@ -30,6 +30,7 @@ mod terminal;
 mod timer;
 mod tree;
 mod upgrade;
+mod volume;
 mod worker;
 
 use std::{
@@ -64,10 +65,11 @@ use terminal::Typist;
 use timer::{Due, Timer};
 pub use upgrade::Invocation;
 use upgrade::Trial;
+use volume::Volumes;
 
 use crate::{
     cgroup::Tree,
-    disk::Disks,
+    disk::{Disks, volume::VolumeFiles},
     error::at,
     fail_point::reached,
     fence::Fences,
@@ -89,6 +91,8 @@ pub struct Options {
     pub logs: PathBuf,
     /// The folder of writable layers that are on disk.
     pub disks: PathBuf,
+    /// The folder of volumes.
+    pub volumes: PathBuf,
     /// The group id that may connect and read logs.
     pub group: u32,
     /// The programs that run inside sandboxes.
@@ -151,10 +155,12 @@ enum Source {
     Typed,
     /// Who types what ends the input of one.
     Typist,
+    /// Who is at a volume.
+    Volume,
 }
 
 impl Source {
-    const ALL: [Self; 17] = [
+    const ALL: [Self; 18] = [
         Self::Listener,
         Self::Signals,
         Self::Timer,
@@ -172,6 +178,7 @@ impl Source {
         Self::Memory,
         Self::Typed,
         Self::Typist,
+        Self::Volume,
     ];
 
     fn number(self, serial: u64) -> u64 {
@@ -201,6 +208,8 @@ pub struct Keeper {
     next_serial: u64,
     slots: Slots,
     layers: Layers,
+    volumes: Volumes,
+    volume_files: VolumeFiles,
     lot: Lot,
     /// The keeper's own UTS namespace.
     own_uts: OwnedFd,
@@ -220,6 +229,8 @@ pub struct Keeper {
     /// How much may be prepared ahead at a time.
     ahead_max: usize,
     execs_max: usize,
+    /// How many volumes may be in use at a time.
+    volumes_max: usize,
     buffer: Vec<u8>,
     shutdown: Option<Vec<Asker>>,
     trial: Option<Trial>,
@@ -239,6 +250,7 @@ struct Means {
     cores: u64,
     ahead_max: usize,
     execs_max: usize,
+    volumes_max: usize,
     hello: Hello,
 }
 
@@ -261,7 +273,7 @@ fn go_on(options: &Options, description: RawFd) -> io::Result<()> {
 impl Means {
     /// `known`: the fences that this keeper has set up already, by the program before.
     fn load(options: &Options, tree: &Tree, known: Option<Fences>) -> io::Result<Self> {
-        let Room { sandboxes_max, ahead_max, execs_max } = Room::make(tree)?;
+        let Room { sandboxes_max, ahead_max, execs_max, volumes_max } = Room::make(tree)?;
         let fences = known.map_or_else(|| claim::fences(options), Ok)?;
         let gvisor = Gvisor::open(options)?;
         let hello = Hello {
@@ -276,7 +288,7 @@ impl Means {
         };
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
         let seccomp = crate::seccomp::program().iter().map(|i| (i.code, i.jt, i.jf, i.k)).collect();
-        Ok(Self { programs: build::Programs::load(options)?, gvisor, seccomp, cores, ahead_max, execs_max, hello })
+        Ok(Self { programs: build::Programs::load(options)?, gvisor, seccomp, cores, ahead_max, execs_max, volumes_max, hello })
     }
 }
 
@@ -304,9 +316,10 @@ impl Keeper {
         build::settle(&stage)?;
         let store = Store::open(&options.images)?;
         let disks = Disks::open(&options.disks, crate::cgroup::discover().mode)?;
+        let volume_files = VolumeFiles::open(&options.volumes)?;
         let tree = Tree::open(&claim::name_of(number), claim::devices(options)?)?;
         let ranges = Ranges::new(claim::first_id(number), SANDBOXES_MAX);
-        let Means { programs, gvisor, seccomp, cores, ahead_max, execs_max, hello } = Means::load(options, &tree, None)?;
+        let Means { programs, gvisor, seccomp, cores, ahead_max, execs_max, volumes_max, hello } = Means::load(options, &tree, None)?;
         claim::sweep_disks(&disks, &options.run, number)?;
         // Only now is everything dead that could write to a log.
         let mut records = Records::default();
@@ -332,6 +345,8 @@ impl Keeper {
             next_serial: 1,
             slots,
             layers: Layers::default(),
+            volumes: Volumes::default(),
+            volume_files,
             lot: Lot::default(),
             own_uts: std::fs::File::open("/proc/self/ns/uts")?.into(),
             tree,
@@ -349,6 +364,7 @@ impl Keeper {
             cores,
             ahead_max,
             execs_max,
+            volumes_max,
             buffer: vec![0; log::DATA_BYTES_MAX],
             shutdown: None,
             trial: None,
@@ -443,6 +459,10 @@ impl Keeper {
                 warn(format_args!("following the removal of a layer failed: {error}"));
                 Ok(())
             }
+            Source::Volume => {
+                warn(format_args!("following a volume failed: {error}"));
+                Ok(())
+            }
             Source::Trial => {
                 warn(format_args!("not upgrading: {error}"));
                 Ok(())
@@ -490,6 +510,7 @@ impl Keeper {
             Source::Memory => self.on_lowered(serial),
             Source::Typed => self.on_typed(serial),
             Source::Typist => self.on_typist(serial),
+            Source::Volume => self.on_volume(serial),
         }
     }
 
@@ -523,6 +544,7 @@ impl Keeper {
     fn is_done(&mut self) -> io::Result<bool> {
         let is_empty = self.lot.len() == 0
             && self.layers.is_empty()
+            && self.volumes.is_empty()
             && self.execs.is_empty()
             && self.sandboxes.values().all(|sandbox| sandbox.body.is_none() && sandbox.is_told);
         let Some(askers) = self.shutdown.take_if(|_| is_empty) else { return Ok(false) };

@@ -13,9 +13,10 @@ use serde_json::Value;
 use crate::{
     cgroup::Limits,
     fence::{Fence, FenceUnknown, Fences},
+    files::PATH_BYTES_MAX,
     keeper::{Weakening, gvisor},
     privileges,
-    protocol::{Exec, IoLimits, Launch, Medium, NewLimits, NewTime, Supervision, init::User},
+    protocol::{Exec, IoLimits, Isolation, Launch, Medium, NewLimits, NewTime, Supervision, VOLUMES_MAX, VolumeMount, init::User},
 };
 
 /// A launch that was checked: everything in it is within the node's policy.
@@ -48,6 +49,9 @@ const DISK_BYTES_MAX: u64 = 1 << 40;
 /// A layer on disk may have so many inodes, and one more for so many bytes: more than ext4 has room for in each of its groups cannot be had.
 const INODES_MAX_BASE: u64 = 16_384;
 const BYTES_FOR_INODE: u64 = 8192;
+
+/// The longest name of a file that Linux knows (`NAME_MAX`).
+const NAME_BYTES_MAX: usize = 255;
 
 /// Every field that a spec may have, by its path. Fields that are absent, `null`, `false` or empty ask for nothing and pass.
 const ACCEPTED: [&str; 20] = [
@@ -104,6 +108,7 @@ impl Plan {
         let limits = limits(linux.resources().as_ref().ok_or_else(|| missing("linux.resources"))?)?;
         check_layer(launch.supervision)?;
         check_io(launch.supervision.io)?;
+        check_volumes(launch)?;
         let process = spec.process().as_ref().ok_or_else(|| missing("process"))?;
         let without = match weakening {
             Weakening::Allowed => without(spec.annotations().as_ref())?,
@@ -239,6 +244,53 @@ fn check_layer(supervision: Supervision) -> Result<(), Refused> {
         return Err(Refused(format!("a writable layer of {disk_bytes} bytes on disk must have 1 to {inodes_max} inodes")));
     }
     Ok(())
+}
+
+/// The bounds of a volume.
+pub(crate) fn check_volume(bytes: u64, inodes: u64) -> Result<(), Refused> {
+    if !(DISK_BYTES_MIN..=DISK_BYTES_MAX).contains(&bytes) {
+        return Err(Refused(format!("a volume must have {DISK_BYTES_MIN} to {DISK_BYTES_MAX} bytes")));
+    }
+    let inodes_max = INODES_MAX_BASE + bytes / BYTES_FOR_INODE;
+    if !(1..=inodes_max).contains(&inodes) {
+        return Err(Refused(format!("a volume of {bytes} bytes must have 1 to {inodes_max} inodes")));
+    }
+    Ok(())
+}
+
+/// Where volumes may stand. Whether there are such volumes is not decided here.
+fn check_volumes(launch: &Launch) -> Result<(), Refused> {
+    /// Of the sandbox's own making: nothing of anybody's is mounted there.
+    const OURS: [&str; 3] = ["proc", "sys", "dev"];
+    if launch.volumes.is_empty() {
+        return Ok(());
+    }
+    if launch.isolation != Isolation::Container {
+        return Err(Refused("there are no volumes under gVisor".to_owned()));
+    }
+    if launch.volumes.len() > VOLUMES_MAX {
+        return Err(Refused(format!("a sandbox may have {VOLUMES_MAX} volumes")));
+    }
+    let mut paths = Vec::new();
+    for VolumeMount { path, .. } in &launch.volumes {
+        let parts: Vec<&str> = path.strip_prefix('/').unwrap_or_default().split('/').collect();
+        let is_sound = path.len() <= PATH_BYTES_MAX
+            && parts
+                .iter()
+                .all(|part| !part.is_empty() && part.len() <= NAME_BYTES_MAX && ![".", ".."].contains(part) && !part.contains('\0'));
+        if !is_sound {
+            return Err(Refused(format!("{path:?} is no absolute path of folders, without `.` and `..`")));
+        }
+        if parts.first().is_some_and(|first| OURS.contains(first)) {
+            return Err(Refused(format!("no volume can be at {path}")));
+        }
+        paths.push(parts);
+    }
+    paths.sort_unstable();
+    match paths.iter().zip(paths.iter().skip(1)).find(|(outer, inner)| inner.starts_with(outer)) {
+        Some((_, inner)) => Err(Refused(format!("/{} is at or within the place of another volume", inner.join("/")))),
+        None => Ok(()),
+    }
 }
 
 fn check_io(io: IoLimits) -> Result<(), Refused> {

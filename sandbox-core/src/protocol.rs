@@ -257,6 +257,7 @@ pub struct Launch {
     pub layer: Layering,
     /// Whether the writable layer stays when it ends, until [`Request::DropLayer`] or the end of this keeper.
     pub keeps_layer: bool,
+    /// At most [`VOLUMES_MAX`]. None under gVisor.
     pub volumes: Vec<VolumeMount>,
 }
 
@@ -270,15 +271,38 @@ pub enum Layering {
 }
 
 /// Names one volume, everywhere and for good.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct VolumeId(pub Uuid);
+
+impl fmt::Display for VolumeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.hyphenated().fmt(f)
+    }
+}
+
+impl fmt::Debug for VolumeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for VolumeId {
+    type Err = uuid::Error;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.parse().map(Self)
+    }
+}
+
+/// The most volumes of one sandbox.
+pub const VOLUMES_MAX: usize = 16;
 
 /// Where a volume stands in a sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeMount {
     pub volume: VolumeId,
-    /// Absolute. Made if it is not there.
+    /// Absolute, of folders between single slashes, none of them `.` or `..`; not below `/proc`, `/sys` or `/dev`, and not within another volume's. Made if it is
+    /// not there; a link on the way is refused.
     pub path: String,
     pub is_read_only: bool,
 }

@@ -23,7 +23,10 @@ use crate::{
     disk,
     error::{LaunchError, Step},
     fence::{Fence, Fences},
-    protocol::{Isolation, init::Layer},
+    protocol::{
+        Isolation,
+        init::{Layer, Place},
+    },
     sys::{self, MountAttributes},
 };
 
@@ -40,6 +43,8 @@ pub(crate) struct Layout<'a> {
     pub(crate) fences: Fences,
     /// The SELinux label of its files.
     pub(crate) label: Option<&'a str>,
+    /// Of the volumes, in their order.
+    pub(crate) volumes: &'a [Place],
 }
 
 /// The parts that the keeper prepares: detached mounts, read-only, mapped into the sandbox's ids.
@@ -52,6 +57,8 @@ pub(crate) struct Parts {
     pub(crate) target: Option<OwnedFd>,
     /// The writable layer, with [`FOLDERS`] in it ([`crate::disk`]). Without it, it is made in memory.
     pub(crate) layer: Option<OwnedFd>,
+    /// One for each place, mapped and as writable as it may be.
+    pub(crate) volumes: Vec<OwnedFd>,
 }
 
 /// What the writable layer's own file system has: the upper and the working folder of the overlay, and mount points.
@@ -75,7 +82,7 @@ pub(crate) mod base {
 ///
 /// The working folder must be an empty folder that exists in this mount namespace: the tree is built on it.
 pub(crate) fn enter(layout: Layout<'_>, parts: Parts) -> Result<Tree, LaunchError> {
-    let Layout { id_base, layer, disk_bytes, inodes, shm_bytes, isolation, fences, label } = layout;
+    let Layout { id_base, layer, disk_bytes, inodes, shm_bytes, isolation, fences, label, volumes } = layout;
     // Modes below are meant as they stand; init sets the payload's umask later.
     rustix::process::umask(Mode::empty());
     let of_runsc = if isolation == Isolation::Gvisor { hull::own_inodes(parts.image.as_fd()) } else { 0 };
@@ -115,6 +122,10 @@ pub(crate) fn enter(layout: Layout<'_>, parts: Parts) -> Result<Tree, LaunchErro
     }
     if let Some(target) = parts.target {
         attach(&target, open_folder(root.as_fd(), "image")?.as_fd()).step("attaching the image that is being made")?;
+    }
+    for (place, volume) in volumes.iter().zip(&parts.volumes) {
+        let folder = make_place(root.as_fd(), &place.path, id_base).spec("making the place of a volume", &place.path)?;
+        attach(volume, folder.as_fd()).step_on("attaching a volume", &place.path)?;
     }
 
     pivot(&root)?;
@@ -257,6 +268,45 @@ pub(crate) fn map_layer(folder: BorrowedFd<'_>, namespace: BorrowedFd<'_>, read_
     Ok(mount)
 }
 
+/// The files of the volume behind loop device `number`, mapped to the ids of `namespace`: as they are numbered in its file system they are numbered in every sandbox.
+/// It is mounted already; this is one more mount of the same, which passes over the working folder of the calling process.
+pub(crate) fn map_volume(number: u32, label: Option<&str>, namespace: BorrowedFd<'_>, read_only: bool) -> std::io::Result<OwnedFd> {
+    let fs = fsopen("ext4", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&fs, "source", format!("/dev/loop{number}"))?;
+    if let Some(label) = label {
+        fsconfig_set_string(&fs, "context", label)?;
+    }
+    fsconfig_create(&fs)?;
+    let whole = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, NOSUID_NODEV)?;
+    // Of what is attached nowhere no part can be cloned before Linux 6.15. Here it stays until this process lets go of the host's root.
+    move_mount(&whole, "", CWD, ".", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    let content = clone_mount(&whole, disk::volume::CONTENT)?;
+    let attributes = MountAttributes { read_only, nosuid: true, nodev: true, noexec: false, idmap: Some(namespace) };
+    sys::set_mount_attributes(content.as_fd(), attributes)?;
+    Ok(content)
+}
+
+/// The folder of this path below `root`, made where it is missing. No link is followed and no other mount entered: what an image, or a payload before, put in
+/// the way leads nowhere.
+fn make_place(root: BorrowedFd<'_>, path: &str, id_base: u32) -> std::io::Result<OwnedFd> {
+    let resolve = NO_LINKS | ResolveFlags::NO_XDEV;
+    let open =
+        |at: BorrowedFd<'_>, name: &str| openat2(at, name, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty(), resolve);
+    let mut folder = root.try_clone_to_owned()?;
+    for name in path.split('/').filter(|name| !name.is_empty()) {
+        folder = match open(folder.as_fd(), name) {
+            Err(rustix::io::Errno::NOENT) => {
+                mkdirat(&folder, name, Mode::from_raw_mode(0o755))?;
+                chown(folder.as_fd(), name, id_base)?;
+                open(folder.as_fd(), name)?
+            }
+            Err(rustix::io::Errno::LOOP) => return Err(std::io::Error::other(format!("{name} is a link"))),
+            found => found?,
+        };
+    }
+    Ok(folder)
+}
+
 pub(crate) fn clone_mount(folder: impl AsFd, name: &str) -> rustix::io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     open_tree(folder, name, flags)
@@ -360,4 +410,35 @@ fn open_existing(at: BorrowedFd<'_>, name: &str) -> Result<Option<OwnedFd>, Laun
 
 pub(crate) fn chown(at: BorrowedFd<'_>, name: &str, id: u32) -> rustix::io::Result<()> {
     chownat(at, name, Some(Uid::from_raw(id)), Some(Gid::from_raw(id)), rustix::fs::AtFlags::SYMLINK_NOFOLLOW)
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::openat;
+
+    use super::*;
+
+    /// Needs root, as what it tests does.
+    #[test]
+    fn the_place_of_a_volume_is_never_behind_a_link() {
+        let (tree, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::os::unix::fs::symlink(outside.path(), tree.path().join("out")).unwrap();
+        let root: OwnedFd = std::fs::File::open(tree.path()).unwrap().into();
+        let make = |path: &str| make_place(root.as_fd(), path, 0);
+
+        assert!(make("/out").is_err() && make("/out/below").is_err());
+        assert!(make("/a/b").is_ok() && tree.path().join("a/b").is_dir());
+
+        assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
+        // The control: by path alone it is made outside.
+        mkdirat(openat(&root, "out", OFlags::PATH, Mode::empty()).unwrap(), "below", Mode::from_raw_mode(0o755)).unwrap();
+        assert!(outside.path().join("below").is_dir());
+    }
+
+    #[test]
+    fn the_place_of_a_volume_is_on_no_other_mount() {
+        let root: OwnedFd = std::fs::File::open("/").unwrap().into();
+        assert!(make_place(root.as_fd(), "/proc/self", 0).is_err());
+        assert!(openat2(&root, "proc/1", OFlags::PATH | OFlags::DIRECTORY, Mode::empty(), NO_LINKS).is_ok(), "the control: there it is");
+    }
 }

@@ -27,11 +27,15 @@ impl std::fmt::Display for Device {
 pub(crate) struct Devices {
     pub(crate) images: Option<Device>,
     pub(crate) disks: Option<Device>,
+    #[serde(default)]
+    pub(crate) volumes: Option<Device>,
 }
 
 impl Devices {
     fn all(self) -> impl Iterator<Item = Device> {
-        self.images.into_iter().chain(self.disks.filter(|disks| Some(*disks) != self.images))
+        let disks = self.disks.filter(|disks| Some(*disks) != self.images);
+        let volumes = self.volumes.filter(|volumes| Some(*volumes) != self.images && Some(*volumes) != self.disks);
+        self.images.into_iter().chain(disks).chain(volumes)
     }
 }
 
@@ -102,7 +106,14 @@ impl Group {
         Ok(())
     }
 
-    fn limit_io_on(&self, device: Device, io: IoLimits) -> io::Result<()> {
+    /// Holds the group to `io` on a device that others use, too.
+    pub(crate) fn limit_io_on_shared(&mut self, device: Device, io: IoLimits) -> io::Result<()> {
+        self.limit_io_on(device, io)?;
+        self.shared_devices.push(device);
+        Ok(())
+    }
+
+    pub(super) fn limit_io_on(&self, device: Device, io: IoLimits) -> io::Result<()> {
         let IoLimits { bytes_per_s, ops_per_s } = io;
         if self.mode == CgroupMode::V2 {
             let limits = format!("rbps={bytes_per_s} wbps={bytes_per_s} riops={ops_per_s} wiops={ops_per_s}");

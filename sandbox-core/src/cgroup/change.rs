@@ -100,6 +100,7 @@ impl Group {
         // Some of it may be set already: written in any case.
         self.io = None;
         self.limit_io(io)?;
+        self.shared_devices.iter().try_for_each(|device| self.limit_io_on(*device, io))?;
         match self.own_device {
             Some(device) => self.limit_io_on_own(device, io),
             None => Ok(()),

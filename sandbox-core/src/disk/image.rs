@@ -19,23 +19,18 @@ use super::{BLOCK_BYTES, Made, OWN_BLOCKS, OWN_INODES, Order, make_folders};
 use crate::{cgroup::Device, error::at, rootfs::NOSUID_NODEV, sys};
 
 pub(super) fn make(folder: &Path, order: Order) -> io::Result<(OwnedFd, Made)> {
-    let bytes = image_bytes(order.bytes, order.inodes);
-    let image = openat(CWD, folder, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(0o600))
-        .map_err(|e| at(format_args!("making a file in {}", folder.display()))(e.into()))?;
-    fallocate(&image, FallocateFlags::empty(), 0, bytes)
-        .map_err(|e| at(format_args!("setting {bytes} bytes aside in {}", folder.display()))(e.into()))?;
-    format(image.as_fd(), order.inodes)?;
-    let (device, number) = attach(image.as_fd())?;
+    let image = set_aside(folder, image_bytes(order.bytes / BLOCK_BYTES + OWN_BLOCKS, order.inodes))?;
+    format(image.as_fd(), order.inodes, Journal::None)?;
+    let Attached { device, number } = attach(image.as_fd())?;
     let stat = rustix::fs::fstat(&device)?;
-    let mount = mount(number).map_err(at("mounting the layer's file system"))?;
+    // Nothing in it has to outlast a crash, and a payload's flushes would become the node's.
+    let mount = mount(number, &[("nobarrier", None)]).map_err(at("mounting the layer's file system"))?;
     // From here on the mount alone holds the device, and the device the file.
     drop((device, image));
-    // Turning a part of a reserved stretch into zeroes would tell the loop device to give the file's space back.
-    let zeroing = format!("/sys/fs/ext4/loop{number}/extent_max_zeroout_kb");
-    std::fs::write(&zeroing, "0").map_err(at(&zeroing))?;
     let root = openat(&mount, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     make_folders(root.as_fd(), order.id_base).map_err(at("making the layer's folders"))?;
-    trim(root.as_fd(), order).map_err(at("giving the layer its size"))?;
+    let (blocks, inodes) = (order.bytes / BLOCK_BYTES + OWN_BLOCKS, order.inodes + OWN_INODES);
+    trim(root.as_fd(), blocks, inodes).map_err(at("giving the layer its size"))?;
     if order.is_synchronous {
         let fs = fspick(&mount, "", FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH)?;
         fsconfig_set_flag(&fs, "sync")?;
@@ -50,10 +45,19 @@ const GROUP_BLOCKS: u64 = 8 * BLOCK_BYTES;
 /// Inodes whose table fills one block.
 const BLOCK_INODES: u64 = 16;
 
-/// How large a file must be for a file system that has at least so much room for payloads. What is too much is taken away by [`trim`].
-fn image_bytes(bytes: u64, inodes: u64) -> u64 {
+/// A file without a name, with its space set aside.
+pub(super) fn set_aside(folder: &Path, bytes: u64) -> io::Result<OwnedFd> {
+    let image = openat(CWD, folder, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from_raw_mode(0o600))
+        .map_err(|e| at(format_args!("making a file in {}", folder.display()))(e.into()))?;
+    fallocate(&image, FallocateFlags::empty(), 0, bytes)
+        .map_err(|e| at(format_args!("setting {bytes} bytes aside in {}", folder.display()))(e.into()))?;
+    Ok(image)
+}
+
+/// How large a file must be for a file system that has room for at least so many blocks and inodes. What is too much is taken away by [`trim`].
+pub(super) fn image_bytes(blocks: u64, inodes: u64) -> u64 {
     // Root, lost+found (four), the folders, the overlay's, and those of `spare`.
-    let content = bytes / BLOCK_BYTES + OWN_BLOCKS + 32;
+    let content = blocks + 32;
     let tables = inodes / BLOCK_INODES + 4;
     // Of each group: two bitmaps, a block of inodes that rounding may add. Of some: the superblock and descriptors of 32 bytes.
     let groups = (content + tables) / GROUP_BLOCKS + 2;
@@ -68,15 +72,29 @@ fn image_bytes(bytes: u64, inodes: u64) -> u64 {
     blocks * BLOCK_BYTES
 }
 
-/// Makes the file system: no journal, since nobody looks at it after a crash; no table is written, since the file reads as zeroes.
-fn format(image: BorrowedFd<'_>, inodes: u64) -> io::Result<()> {
+/// Whether somebody looks at a file system after a crash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Journal {
+    None,
+    /// Of so many MiB.
+    Of(u64),
+}
+
+/// Makes the file system. No table is written, since the file reads as zeroes.
+pub(super) fn format(image: BorrowedFd<'_>, inodes: u64, journal: Journal) -> io::Result<()> {
     const FEATURES: &str =
         "none,dir_index,dir_nlink,extent,extra_isize,filetype,flex_bg,huge_file,large_file,sparse_super,uninit_bg,verity";
+    let (features, size) = match journal {
+        Journal::None => (FEATURES.to_owned(), None),
+        Journal::Of(mib) => (format!("{FEATURES},has_journal"), Some(format!("size={mib}"))),
+    };
     let inodes = (inodes + 64).to_string();
-    let arguments = ["mke2fs", "-q", "-F", "-b", "4096", "-I", "256", "-m", "0", "-e", "remount-ro", "-N", &inodes, "-O", FEATURES];
+    let mut arguments =
+        vec!["mke2fs", "-q", "-F", "-b", "4096", "-I", "256", "-m", "0", "-e", "remount-ro", "-N", &inodes, "-O", &features];
+    arguments.extend(size.iter().flat_map(|size| ["-J", size]));
     // Discarding would give back the space that was set aside.
-    let extended = ["-E", "nodiscard,assume_storage_prezeroed=1", "/proc/self/fd/3"];
-    let said = run(&["/usr/sbin/mke2fs", "/sbin/mke2fs"], &[&arguments[..], &extended[..]].concat(), image)?;
+    arguments.extend(["-E", "nodiscard,assume_storage_prezeroed=1", "/proc/self/fd/3"]);
+    let said = run(&["/usr/sbin/mke2fs", "/sbin/mke2fs"], &arguments, image)?;
     if let Some(said) = said { Err(io::Error::other(format!("mke2fs failed: {}", said.trim()))) } else { Ok(()) }
 }
 
@@ -136,8 +154,15 @@ fn become_program(
     }
 }
 
+/// A loop device before an image.
+#[derive(Debug)]
+pub(super) struct Attached {
+    pub(super) device: OwnedFd,
+    pub(super) number: u32,
+}
+
 /// Puts a loop device before the image. Other keepers look for a free one at the same time, and may be faster with the one that was found.
-fn attach(image: BorrowedFd<'_>) -> io::Result<(OwnedFd, u32)> {
+pub(super) fn attach(image: BorrowedFd<'_>) -> io::Result<Attached> {
     const TRIES_MAX: u32 = 1000;
     let open = |path: &str| openat(CWD, path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|e| at(path.to_owned())(e.into()));
     let control = open("/dev/loop-control")?;
@@ -147,25 +172,33 @@ fn attach(image: BorrowedFd<'_>) -> io::Result<(OwnedFd, u32)> {
         match sys::configure_loop_device(device.as_fd(), image, 4096) {
             Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {}
             Err(error) => return Err(at(format_args!("setting up loop device {number}"))(error)),
-            Ok(()) => return Ok((device, number)),
+            Ok(()) => return Ok(Attached { device, number }),
         }
     }
     Err(io::Error::other("every free loop device was somebody else's a moment later"))
 }
 
-fn mount(number: u32) -> io::Result<OwnedFd> {
+/// Mounts the file system behind a loop device with these options, some of which have a value.
+pub(super) fn mount(number: u32, options: &[(&str, Option<&str>)]) -> io::Result<OwnedFd> {
     let fs = fsopen("ext4", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&fs, "source", format!("/dev/loop{number}"))?;
     fsconfig_set_flag(&fs, "noinit_itable")?;
-    // Nothing in it has to outlast a crash, and a payload's flushes would become the node's.
-    fsconfig_set_flag(&fs, "nobarrier")?;
+    for (name, value) in options {
+        match value {
+            Some(value) => fsconfig_set_string(&fs, *name, *value)?,
+            None => fsconfig_set_flag(&fs, *name)?,
+        }
+    }
     fsconfig_create(&fs)?;
-    Ok(fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, NOSUID_NODEV)?)
+    let mount = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, NOSUID_NODEV)?;
+    // Turning a part of a reserved stretch into zeroes would tell the loop device to give the file's space back.
+    let zeroing = format!("/sys/fs/ext4/loop{number}/extent_max_zeroout_kb");
+    std::fs::write(&zeroing, "0").map_err(at(&zeroing))?;
+    Ok(mount)
 }
 
-/// Takes away what rounding gave too much, inodes first.
-fn trim(root: BorrowedFd<'_>, order: Order) -> io::Result<()> {
-    let (blocks, inodes) = (order.bytes / BLOCK_BYTES + OWN_BLOCKS, order.inodes + OWN_INODES);
+/// Takes away what rounding gave too much, inodes first: so many of both stay free.
+pub(super) fn trim(root: BorrowedFd<'_>, blocks: u64, inodes: u64) -> io::Result<()> {
     mkdirat(root, "spare", Mode::from_raw_mode(0o700))?;
     let spare = openat(root, "spare", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     let filler = openat(&spare, "filler", OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC, Mode::from_raw_mode(0o600))?;

@@ -27,6 +27,7 @@ use rustix::{
 use serde_json::json;
 
 use super::{
+    Disks,
     guest::{self, Said},
     kill_all, monotonic_ns, next, own_cpu_us, receive, setup, unexpected,
 };
@@ -53,13 +54,8 @@ const PID_FILE: &str = "/run/kernel.pid";
 const SAID_CHARS_MAX: usize = 512;
 
 /// The life of such an init, from the first order on.
-pub(super) fn live(
-    control: &OwnedFd,
-    setup: &Setup,
-    layer: Option<OwnedFd>,
-    descriptors: &mut VecDeque<OwnedFd>,
-) -> Result<(), LaunchError> {
-    let Booting { tree, mut guest, furniture } = boot(setup, layer, descriptors)?;
+pub(super) fn live(control: &OwnedFd, setup: &Setup, disks: Disks, descriptors: &mut VecDeque<OwnedFd>) -> Result<(), LaunchError> {
+    let Booting { tree, mut guest, furniture } = boot(setup, disks, descriptors)?;
     match guest.event(control, descriptors).step("starting gVisor")? {
         Event::Said(Said::Ready) => {}
         Event::Gone => return Err(guest.why_gone()),
@@ -114,7 +110,15 @@ pub(super) fn live(
             }
             Event::Said(Said::Ended(status)) if processes.is_some() => break (status, monotonic_ns()),
             Event::Gone => return Err(guest.why_gone()),
-            Event::Order(Order::Setup(_) | Order::Layer | Order::Start(_) | Order::Exec(_) | Order::KillExec { .. } | Order::Tree)
+            Event::Order(
+                Order::Setup(_)
+                | Order::Layer
+                | Order::Volumes { .. }
+                | Order::Start(_)
+                | Order::Exec(_)
+                | Order::KillExec { .. }
+                | Order::Tree,
+            )
             | Event::Said(Said::Ready | Said::Started | Said::Failed { .. } | Said::Ended(_)) => {
                 return Err(unexpected()).step("supervising gVisor");
             }
@@ -139,10 +143,10 @@ pub(super) fn live(
 ///
 /// The order is that of [`setup::enter`]. Landlock and the filter of system calls are left out: the one forbids every mount, the other
 /// most of what a kernel in user space is made of. `runsc` has fences of its own in their place.
-fn boot(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut VecDeque<OwnedFd>) -> Result<Booting, LaunchError> {
+fn boot(setup: &Setup, disks: Disks, descriptors: &mut VecDeque<OwnedFd>) -> Result<Booting, LaunchError> {
     // While there is a /proc that has it: this very program, as it was sealed by the keeper.
     let own_program = std::fs::read("/proc/self/exe").step("reading the program for inside")?;
-    let (tree, user_namespace) = setup::build(setup, layer, descriptors)?;
+    let (tree, user_namespace) = setup::build(setup, disks, descriptors)?;
     let runsc = next(descriptors, "gVisor's program")?;
     let furniture = hull::furnish(&own_program, config(setup).as_bytes(), setup.id_base)?;
     drop(own_program);

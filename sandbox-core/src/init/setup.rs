@@ -17,14 +17,14 @@ use nix::{
 
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 
-use super::{next, own_cpu_us};
+use super::{Disks, next, own_cpu_us};
 use crate::{
     apparmor,
     error::{LaunchError, Step},
     fence::{Fence, Fences},
     ids, landlock,
     privileges::{self, disarm_root, limit_bounding_set},
-    protocol::init::Setup,
+    protocol::init::{Place, Setup},
     rootfs::{self, Layout, Parts, Tree},
     sys,
 };
@@ -79,9 +79,9 @@ pub(super) fn join_cgroups(hierarchies: u32, fences: Fences, descriptors: &mut V
 ///
 /// The order is the kernel's: what needs the host's root first, then init's own id, the user namespace after the last mount, capabilities
 /// after the namespace, the filter last.
-pub(super) fn enter(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut VecDeque<OwnedFd>) -> Result<Tree, LaunchError> {
+pub(super) fn enter(setup: &Setup, disks: Disks, descriptors: &mut VecDeque<OwnedFd>) -> Result<Tree, LaunchError> {
     let fences = setup.fences;
-    let (tree, user_namespace) = build(setup, layer, descriptors)?;
+    let (tree, user_namespace) = build(setup, disks, descriptors)?;
     // As the host's root still, which may set any limit.
     for (resource, soft, hard) in RESOURCES {
         sys::bound_rlimit(resource, soft, hard).step_on("setting a resource limit", resource)?;
@@ -146,13 +146,18 @@ fn become_inits_user(setup: &Setup) -> Result<(), LaunchError> {
 }
 
 /// Builds the tree around this process, as the host's root still. Returns it with the user namespace that is to be entered.
-pub(super) fn build(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut VecDeque<OwnedFd>) -> Result<(Tree, OwnedFd), LaunchError> {
+pub(super) fn build(setup: &Setup, disks: Disks, descriptors: &mut VecDeque<OwnedFd>) -> Result<(Tree, OwnedFd), LaunchError> {
     let user_namespace = next(descriptors, "user namespace")?;
+    let label = setup.labels.as_ref().and_then(|labels| labels.mount.as_deref());
+    let volume = |(place, device): (&Place, &u32)| {
+        rootfs::map_volume(*device, label, user_namespace.as_fd(), place.is_read_only).step_on("mounting a volume", &place.path)
+    };
     let parts = Parts {
         image: next(descriptors, "image")?,
         base: next(descriptors, "base layer")?,
         target: if setup.has_target { Some(next(descriptors, "target")?) } else { None },
-        layer,
+        layer: disks.layer,
+        volumes: setup.volumes.iter().zip(&disks.volumes).map(volume).collect::<Result<_, _>>()?,
     };
     // Its orders are the limits: among busy processes of its group it comes first.
     sys::prefer_this_process(NICE).step("raising init's priority")?;
@@ -165,7 +170,8 @@ pub(super) fn build(setup: &Setup, layer: Option<OwnedFd>, descriptors: &mut Vec
         shm_bytes: setup.shm_bytes,
         isolation: setup.isolation,
         fences: setup.fences,
-        label: setup.labels.as_ref().and_then(|labels| labels.mount.as_deref()),
+        label,
+        volumes: &setup.volumes,
     };
     if !setup.fences.has(Fence::Descriptors) {
         leak_the_hosts_root().step("leaking the host's root")?;

@@ -33,8 +33,8 @@ use crate::{
     fence::{Fence, Fences},
     init::CONTROL,
     protocol::{
-        CgroupMode, Isolation, Medium,
-        init::{Order, Setup},
+        CgroupMode, Isolation, Medium, VolumeMount,
+        init::{Order, Place, Setup},
     },
     rootfs::map_layer,
     sys::{self, Child, Cloned},
@@ -88,6 +88,7 @@ pub(super) struct Blueprint<'a> {
     pub(super) capabilities: u64,
     pub(super) isolation: Isolation,
     pub(super) fences: Fences,
+    pub(super) volumes: &'a [VolumeMount],
 }
 
 /// Why no sandbox was built.
@@ -124,6 +125,7 @@ impl Keeper {
                 capabilities,
                 isolation: Isolation::Container,
                 fences,
+                volumes: &[],
             })
         });
         match built {
@@ -222,6 +224,7 @@ impl Keeper {
             shm_bytes: SHM_BYTES,
             cgroup_hierarchies: u32::try_from(tasks.len()).map_err(io::Error::other)?,
             has_target: target.is_some(),
+            volumes: blueprint.volumes.iter().map(|mount| Place { path: mount.path.clone(), is_read_only: mount.is_read_only }).collect(),
             payload_capabilities: blueprint.capabilities,
             fences: blueprint.fences,
             labels: self.labels.clone().filter(|_| blueprint.fences.has(Fence::Selinux)),

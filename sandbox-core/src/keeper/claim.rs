@@ -122,7 +122,7 @@ pub(super) fn devices(options: &Options) -> io::Result<Devices> {
         }
         Ok::<_, io::Error>(device)
     };
-    Ok(Devices { images: of(&options.images)?, disks: of(&options.disks)? })
+    Ok(Devices { images: of(&options.images)?, disks: of(&options.disks)?, volumes: of(&options.volumes)? })
 }
 
 /// The empty folder that the sandboxes of keeper `number` build their trees on.

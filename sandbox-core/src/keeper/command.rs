@@ -25,6 +25,9 @@ struct Arguments {
     /// Folder of writable layers that are on disk
     #[arg(long)]
     disks: PathBuf,
+    /// Folder of volumes [default: `volumes` beside the folder of writable layers]
+    #[arg(long)]
+    volumes: Option<PathBuf>,
     /// Group, by name or number, that may connect and read logs
     #[arg(long)]
     group: String,
@@ -66,6 +69,7 @@ pub fn run(programs: &Path, weakening: Weakening) -> anyhow::Result<()> {
         socket: arguments.socket,
         images: arguments.images,
         logs: arguments.logs,
+        volumes: arguments.volumes.unwrap_or_else(|| arguments.disks.parent().unwrap_or(Path::new(".")).join("volumes")),
         disks: arguments.disks,
         group,
         init: programs.join("sandbox-init"),

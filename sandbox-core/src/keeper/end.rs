@@ -167,6 +167,7 @@ impl Keeper {
         let id_base = body.slot.id_base;
         self.slots.give_back(id_base);
         self.layer_freed(serial, has_files);
+        self.volumes_freed(serial);
         if self.lot.remove(serial).is_some() {
             return Ok(());
         }

@@ -32,7 +32,7 @@ use crate::{
     privileges,
     protocol::{
         Answer, Cause, FailureKind, ImageId, IoLimits, Isolation, Launch, Medium, OutputPolicy, SandboxId, Stdin, Supervision,
-        UnpackLimits, Unpacked,
+        UnpackLimits, Unpacked, VolumeMount,
         init::{self, Order, Program, User},
     },
     rootfs::base,
@@ -44,6 +44,7 @@ struct Preparation {
     image: OwnedFd,
     image_id: Option<ImageId>,
     layer: Wish,
+    volumes: Vec<VolumeMount>,
     target: Option<OwnedFd>,
     limits: Limits,
     supervision: Supervision,
@@ -109,6 +110,7 @@ impl Keeper {
             (stdin, None)
         };
         let layer = self.check_layer(&launch)?;
+        self.check_volumes(&launch)?;
         let image = self.store.image(&launch.image).map_err(|error| {
             Box::new(if error.kind() == io::ErrorKind::NotFound {
                 failed(FailureKind::Gone, format!("this node has no image {}", launch.image))
@@ -147,6 +149,7 @@ impl Keeper {
             image,
             image_id: Some(launch.image),
             layer,
+            volumes: launch.volumes,
             target: None,
             limits: plan.limits,
             supervision: launch.supervision,
@@ -215,6 +218,7 @@ impl Keeper {
             image: self.store.empty().try_clone()?,
             image_id: None,
             layer: Wish::NONE,
+            volumes: Vec::new(),
             target: Some(target),
             limits: UNPACK_LIMITS,
             supervision: Supervision {
@@ -283,6 +287,7 @@ impl Keeper {
         let Preparation {
             purpose,
             image_id,
+            volumes,
             supervision,
             sink,
             limits,
@@ -337,12 +342,14 @@ impl Keeper {
             launch_asker,
             waiters: Vec::new(),
             pending: Some(Pending { start: program, descriptors, limits, hostname }),
+            volumes,
+            are_volumes_given: false,
             body: Some(body),
         };
         self.sandboxes.insert(serial, sandbox);
         reached("keeper.launch.recorded");
         // What fails from here on is the sandbox's end, and is cleaned up like any other.
-        let watched = self.watch_new(serial, received_at_ns);
+        let watched = self.watch_new(serial, received_at_ns).and_then(|()| self.use_volumes(serial));
         if let Err(error) = watched {
             return self.contain(Source::Control, serial, Err(error));
         }
@@ -391,6 +398,7 @@ impl Keeper {
             image,
             image_id: Some(shape.image),
             layer: Wish { of: Some(id), is_kept: true },
+            volumes: Vec::new(),
             target: None,
             limits: shape.limits,
             supervision: supervision_of_visit(&shape.supervision),
@@ -482,13 +490,17 @@ impl Preparation {
             capabilities: self.capabilities,
             isolation: self.isolation,
             fences: self.fences,
+            volumes: &self.volumes,
         }
     }
 
-    /// Which parked sandboxes will do; none for our own programs, which are rare, none that would set space on disk aside unasked, and none
-    /// under gVisor, whose kernel takes memory while it waits.
+    /// Which parked sandboxes will do; none for our own programs, which are rare, none that would set space on disk aside unasked or has
+    /// volumes, and none under gVisor, whose kernel takes memory while it waits.
     fn class(&self) -> Option<Class> {
-        let is_small = self.supervision.medium == Medium::Memory && self.isolation == Isolation::Container && self.layer.is_none();
+        let is_small = self.supervision.medium == Medium::Memory
+            && self.isolation == Isolation::Container
+            && self.layer.is_none()
+            && self.volumes.is_empty();
         let image = self.image_id.clone().filter(|_| is_small)?;
         let Supervision { disk_bytes, inodes, .. } = self.supervision;
         Some(Class { image, disk_bytes, inodes, capabilities: self.capabilities, fences: self.fences })

@@ -176,9 +176,15 @@ impl Keeper {
             },
             Request::Resize { id, size } => self.resize(id, size),
             Request::Exec(exec) => return self.exec(asker, *exec, descriptors),
-            Request::MakeVolume { .. } | Request::RemoveVolume { .. } | Request::Volumes => {
-                failed(FailureKind::Refused, "this keeper does not do that")
+            Request::MakeVolume { volume, bytes, inodes } => {
+                self.make_volume(asker, volume, bytes, inodes);
+                return Ok(());
             }
+            Request::RemoveVolume { volume } => {
+                self.remove_volume(asker, volume);
+                return Ok(());
+            }
+            Request::Volumes => self.list_volumes(),
             Request::Tree { .. } if self.shutdown.is_some() => failed(FailureKind::Busy, "the keeper is stopping"),
             Request::Tree { id } => return self.tree(asker, id, descriptors),
             Request::DropLayer { id } => self.drop_layer(id),

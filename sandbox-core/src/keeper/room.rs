@@ -21,6 +21,11 @@ const OF_EXEC: u64 = 8;
 /// Execs of one keeper at a time, and what part of the descriptors is theirs where there are few.
 const EXECS_MAX: u64 = 4096;
 const PART_OF_EXECS: u64 = 16;
+/// Of a volume in use: its mount, or the two of who is at it, and the two of who removes it.
+const OF_VOLUME: u64 = 4;
+/// Volumes in use at a time, and what part of the descriptors is theirs where there are few.
+const VOLUMES_MAX: u64 = 1024;
+const PART_OF_VOLUMES: u64 = 32;
 /// For connections, for what a message brings along, for files that are open for a moment, for the keeper's own.
 const RESERVE: u64 = 64 + 130 + 62;
 /// The most sandboxes, and parts of such, that are prepared ahead.
@@ -34,13 +39,15 @@ pub(super) struct Room {
     pub(super) ahead_max: usize,
     /// How many execs there may be in all sandboxes together.
     pub(super) execs_max: usize,
+    /// How many volumes may be in use at a time.
+    pub(super) volumes_max: usize,
 }
 
 impl Room {
     /// Raises the limit of descriptors as far as it takes and this process may.
     pub(super) fn make(tree: &Tree) -> io::Result<Self> {
         let each = OF_SANDBOX + tree.hierarchies();
-        let wanted = RESERVE + (u64::from(SANDBOXES_MAX) + AHEAD_MAX) * each + EXECS_MAX * OF_EXEC;
+        let wanted = RESERVE + (u64::from(SANDBOXES_MAX) + AHEAD_MAX) * each + EXECS_MAX * OF_EXEC + VOLUMES_MAX * OF_VOLUME;
         let found = getrlimit(Resource::Nofile);
         let hard = found.maximum.unwrap_or(u64::MAX);
         // Shells and init systems allow far fewer than this machine can have; more than the hard limit takes a capability (setrlimit(2)).
@@ -58,6 +65,8 @@ impl Room {
     fn of(descriptors: u64, each: u64) -> Self {
         let descriptors = descriptors.saturating_sub(RESERVE);
         // What sandboxes need at the most leaves the rest to execs.
+        let volumes = (descriptors / PART_OF_VOLUMES / OF_VOLUME).min(VOLUMES_MAX);
+        let descriptors = descriptors - volumes * OF_VOLUME;
         let of_sandboxes = (u64::from(SANDBOXES_MAX) + AHEAD_MAX) * each;
         let execs = descriptors.saturating_sub(of_sandboxes).max(descriptors / PART_OF_EXECS) / OF_EXEC;
         let execs = execs.min(EXECS_MAX);
@@ -68,6 +77,7 @@ impl Room {
             sandboxes_max: u32::try_from(sandboxes).unwrap_or(SANDBOXES_MAX),
             ahead_max: usize::try_from(ahead).unwrap_or(0),
             execs_max: usize::try_from(execs).unwrap_or(0),
+            volumes_max: usize::try_from(volumes).unwrap_or(0),
         }
     }
 }
@@ -129,6 +139,7 @@ mod tests {
         for descriptors in [0, 256, 512, 1024, 20_000, 1 << 20] {
             let room = Room::of(descriptors, 19);
             let taken = (u64::from(room.sandboxes_max) + room.ahead_max as u64) * 19 + room.execs_max as u64 * OF_EXEC;
+            let taken = taken + room.volumes_max as u64 * OF_VOLUME;
             assert!(taken == 0 || taken + RESERVE <= descriptors, "{descriptors}: {room:?}");
             assert!(room.sandboxes_max as usize >= room.ahead_max);
         }

@@ -17,7 +17,7 @@ use crate::{
     fence::Fences,
     log::Kind,
     protocol::{
-        Cause, Ending, ImageId, KillReason, Launched, Limit, SandboxId, Supervision, Unpacked, Usage,
+        Cause, Ending, ImageId, KillReason, Launched, Limit, SandboxId, Supervision, Unpacked, Usage, VolumeMount,
         init::{self, Processes, WaitStatus},
     },
     sys::Child,
@@ -112,6 +112,11 @@ pub(super) struct Sandbox {
     pub(super) waiters: Vec<Asker>,
     /// What is to be given to init when it is ready.
     pub(super) pending: Option<Pending>,
+    #[serde(default)]
+    pub(super) volumes: Vec<VolumeMount>,
+    /// Whether its init was told where they are.
+    #[serde(default)]
+    pub(super) are_volumes_given: bool,
     /// `None` once everything of it is gone but its record, which is in [`super::records`].
     pub(super) body: Option<Body>,
 }

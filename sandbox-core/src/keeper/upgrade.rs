@@ -34,11 +34,12 @@ use super::{
     slot::Slots,
     store::Store,
     timer::{Due, Timer},
+    volume::Volumes,
     warn,
 };
 use crate::{
     cgroup::Tree,
-    disk::Disks,
+    disk::{Disks, volume::VolumeFiles},
     fail_point::reached,
     fence::Fences,
     handover, log,
@@ -89,6 +90,7 @@ struct Given<'a> {
     next_serial: u64,
     slots: &'a Slots,
     layers: &'a Layers,
+    volumes: &'a Volumes,
     lot: &'a Lot,
     /// Found once: what a program on trial did to the host's profiles would be done to the sandboxes that run.
     fences: Fences,
@@ -119,6 +121,8 @@ pub(super) struct Taken {
     /// Of a program that keeps none there are none.
     #[serde(default)]
     pub(super) layers: Layers,
+    #[serde(default)]
+    pub(super) volumes: Volumes,
     pub(super) lot: Lot,
     /// `None` from a program that did not say.
     #[serde(default)]
@@ -262,6 +266,7 @@ impl Keeper {
             next_serial: self.next_serial,
             slots: &self.slots,
             layers: &self.layers,
+            volumes: &self.volumes,
             lot: &self.lot,
             fences: self.hello.fences,
             tree: &self.tree,
@@ -295,6 +300,7 @@ impl Keeper {
             next_serial,
             slots,
             layers,
+            volumes,
             lot,
             fences,
             tree,
@@ -318,6 +324,8 @@ impl Keeper {
             next_serial,
             slots,
             layers,
+            volumes,
+            volume_files: VolumeFiles::open(&options.volumes)?,
             lot,
             own_uts: File::open("/proc/self/ns/uts")?.into(),
             tree,
@@ -335,6 +343,7 @@ impl Keeper {
             cores: means.cores,
             ahead_max: means.ahead_max,
             execs_max: means.execs_max,
+            volumes_max: means.volumes_max,
             buffer: vec![0; log::DATA_BYTES_MAX],
             shutdown: None,
             trial: None,
@@ -347,6 +356,7 @@ impl Keeper {
         keeper.sandboxes.iter().try_for_each(|(serial, sandbox)| keeper.watch_sandbox(*serial, sandbox))?;
         keeper.execs.iter().try_for_each(|(serial, exec)| keeper.watch_exec_again(*serial, exec))?;
         keeper.lot.bodies().try_for_each(|(serial, body)| keeper.watch_body(serial, body))?;
+        keeper.volumes.workers().try_for_each(|(serial, socket)| keeper.watch(socket, Source::Volume, serial))?;
         for (serial, disk) in keeper.layers.removing() {
             disk.socket().map_or(Ok(()), |socket| keeper.watch(socket, Source::Layer, serial))?;
         }

@@ -34,7 +34,7 @@ fn check_by(spec: &Value, weakening: Weakening) -> Result<Plan, Refused> {
         id: SandboxId(uuid::Uuid::nil()),
         image: IMAGE.parse().unwrap(),
         spec: serde_json::to_vec(spec).unwrap(),
-        isolation: crate::protocol::Isolation::Container,
+        isolation: Isolation::Container,
         supervision: Supervision {
             wall_ms: Some(1000),
             cpu_ms: None,

@@ -37,6 +37,16 @@ pub enum Order {
     Exec(Box<Exec>),
     /// Kill such a process and all that is in its session.
     KillExec { number: u64 },
+    /// The volumes, if the setup has places for some: for each, in that order, the number of the loop device that it is behind. Before or after [`Order::Layer`].
+    Volumes { devices: Vec<u32> },
+}
+
+/// Where a volume is to be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// As in [`crate::protocol::VolumeMount`].
+    pub path: String,
+    pub is_read_only: bool,
 }
 
 /// The sandbox, but for what it runs.
@@ -53,6 +63,7 @@ pub struct Setup {
     pub shm_bytes: u64,
     pub cgroup_hierarchies: u32,
     pub has_target: bool,
+    pub volumes: Vec<Place>,
     /// Capabilities that the payload may have, as a bit mask.
     pub payload_capabilities: u64,
     /// What is to stand around the payload. One of them that cannot be set up is a failed start.

@@ -16,7 +16,7 @@ use sandbox_core::{
     log,
     protocol::{
         Answer, Ending, Failure, Hello, ImageId, IoLimits, Isolation, KillReason, Launch, Launched, Layering, Medium, OutputPolicy, Record,
-        Request, SandboxId, Stdin, Supervision, UnpackLimits, WindowSize,
+        Request, SandboxId, Stdin, Supervision, UnpackLimits, VolumeMount, WindowSize,
     },
 };
 use serde_json::{Value, json};
@@ -80,6 +80,8 @@ impl Node {
             .arg(at("logs"))
             .arg("--disks")
             .arg(disks)
+            .arg("--volumes")
+            .arg(at("volumes"))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -141,6 +143,11 @@ impl Node {
     /// The folder of its writable layers on disk.
     pub(crate) fn disks(&self) -> &Path {
         &self.disks
+    }
+
+    /// The folder of its volumes.
+    pub(crate) fn volumes(&self) -> PathBuf {
+        self.folder.path().join("volumes")
     }
 
     /// Kills it. Its folders stay until what this returns is dropped.
@@ -290,6 +297,7 @@ pub(crate) struct Run {
     pub(crate) terminal: Option<WindowSize>,
     pub(crate) layer: Layering,
     pub(crate) keeps_layer: bool,
+    pub(crate) volumes: Vec<VolumeMount>,
     pub(crate) files: Vec<u8>,
 }
 
@@ -339,6 +347,7 @@ pub(crate) fn command(args: &[&str]) -> Run {
         terminal: None,
         layer: Layering::Fresh,
         keeps_layer: false,
+        volumes: Vec::new(),
         files: Vec::new(),
     }
 }
@@ -404,7 +413,7 @@ impl Run {
             terminal: self.terminal,
             layer: self.layer,
             keeps_layer: self.keeps_layer,
-            volumes: Vec::new(),
+            volumes: self.volumes.clone(),
         }))
     }
 

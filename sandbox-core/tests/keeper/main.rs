@@ -23,4 +23,5 @@ mod records;
 mod terminal;
 mod tree;
 mod upgrade;
+mod volumes;
 mod walls;

@@ -48,6 +48,8 @@ fn sandbox(decision: Option<Decision>) -> Sandbox {
         launch_asker: None,
         waiters: Vec::new(),
         pending: None,
+        volumes: Vec::new(),
+        are_volumes_given: false,
         body: None,
     }
 }
