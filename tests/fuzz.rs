@@ -33,7 +33,7 @@ async fn no_request_finds_an_answer_that_the_contract_does_not_promise() {
     let token = token::sign(&claims, &place.secret_file());
     // What is refused for a quota tries nothing.
     let admin = mayfly_tests::Client::with_token(place, Some(token.clone()));
-    let quotas = json!({ "sandboxes": null, "queued": null, "log_bytes": null, "image_bytes": null, "webhooks": null });
+    let quotas = json!({ "sandboxes": null, "queued": null, "log_bytes": null, "image_bytes": null, "webhooks": null, "volumes": null, "volume_bytes": 256_u64 << 20 });
     admin.get("/v1/quota").await.expect(200);
     admin.patch(&format!("/v1/admin/tenants/{tenant}"), &json!({ "quotas": quotas })).await.expect(200);
     let said = place.data_dir.parent().expect("it lies in the service's folder").join("fuzz.txt");

@@ -79,6 +79,14 @@ async fn make(owner: &Client, part: &str, before: &[Made], template: &str) -> Ma
             owner.post_raw(&format!("/v1/images/import?reference={}", made.id), "application/x-tar", archive).await.expect(201);
             made
         }
+        ("/v1/volumes/{name}", []) => {
+            // What never was has a name of the same length.
+            let name = || format!("v-{}", uuid::Uuid::new_v4());
+            let volume = Made { id: name(), absent: name() };
+            let request = json!({ "name": volume.id, "size_bytes": 4 << 20, "labels": { "mark": mark(owner) } });
+            owner.post("/v1/volumes", &request).await.expect(201);
+            volume
+        }
         ("/v1/webhooks/{id}", []) => {
             let url = format!("https://{}.example/", mark(owner));
             uuid(owner.post("/v1/webhooks", &json!({ "url": url })).await.expect(201))

@@ -103,6 +103,12 @@ pub const STEPS: &[&str] = &[
     // A start: what is there is known; it is followed.
     "service.recover.listed",
     "service.recover.taken",
+    // A volume: it has its row; its file; the row says so. It has no name any more; no file.
+    "service.volume.begun",
+    "service.volume.made",
+    "service.volume.stored",
+    "service.volume.ended",
+    "service.volume.removed",
     // A request with an idempotency key: it is noted that what must not be done twice is begun; what it asks for is done, and its answer is not
     // kept yet.
     "service.idempotency.begun",

@@ -28,6 +28,7 @@ mod sandboxes;
 mod stats;
 mod stream;
 mod view;
+mod volumes;
 mod webhooks;
 
 use std::{any::Any, sync::Arc, time::Duration};
@@ -143,6 +144,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(events::read))
         .merge(admin::router())
         .merge(nodes::router())
+        .merge(volumes::router())
         .merge(webhooks::router())
         .routes(routes!(operations::health))
         .routes(routes!(operations::ready))

@@ -20,6 +20,7 @@ mod start;
 mod stdin;
 mod update;
 mod upkeep;
+mod volume;
 mod wait;
 
 use std::{
@@ -118,6 +119,8 @@ pub struct Engine {
     waits: wait::Waits,
     /// The room of layers that are kept here of what has ended.
     kept: start::KeptRooms,
+    /// Volumes that are being made.
+    making: volume::Making,
     /// Wakes the scheduler.
     wake: Arc<Notify>,
     /// Wakes who renews the lease: what is wanted of this node has changed.
@@ -165,6 +168,13 @@ pub enum EngineError {
     Refused(String),
     #[error("what it wrote is not kept any more")]
     LayerLost,
+    #[error("there is no volume {0}")]
+    VolumeNotFound(String),
+    #[error("{0}")]
+    VolumeInUse(String),
+    /// It is on a node that cannot do what is asked for.
+    #[error("{0}")]
+    VolumeElsewhere(String),
     /// Another attempt at the same request goes on with it.
     #[error("the key of this request is held by another attempt")]
     KeyLost,
@@ -228,6 +238,7 @@ impl Engine {
             inputs: stdin::Inputs::default(),
             waits: wait::Waits::default(),
             kept: start::KeptRooms::default(),
+            making: volume::Making::default(),
             store,
             keeper,
             clock,

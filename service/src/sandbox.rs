@@ -12,6 +12,7 @@ mod quota;
 mod request;
 mod signal;
 mod state;
+mod volume;
 pub mod words;
 
 use std::{collections::BTreeMap, fmt};
@@ -43,6 +44,7 @@ pub use signal::{Signal, SignalRequest};
 pub use state::{Event, State};
 use time::OffsetDateTime;
 use utoipa::ToSchema;
+pub use volume::{Mount, MountRequest, NewVolume, SIZE_BYTES, Volume, VolumeRequest};
 
 /// Names a tenant. A verified token or a row of ours is where it comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]

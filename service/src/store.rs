@@ -15,6 +15,7 @@ mod queue;
 mod sandboxes;
 mod tenants;
 mod usage;
+mod volumes;
 mod webhooks;
 
 use std::{sync::Arc, time::Duration};
@@ -36,6 +37,7 @@ pub use sandboxes::{Deleted, Ended, Everyones, Filter, Held, LogKept, Order, Sto
 use sqlx::{Connection as _, PgConnection, postgres::PgConnectOptions};
 pub use tenants::{Account, Change, OfTenant, Standing, Suspension, Used, Who};
 pub use usage::{GroupBy, TimeUnit, UsageLine, UsageQuery};
+pub use volumes::{Unfinished, VolumeBegun, VolumeEnd, VolumeFilter};
 pub use webhooks::{Created as CreatedWebhook, NewWebhook, Rotation, Webhook, WebhookChange};
 
 /// Postgres, with a bounded number of connections, and of those who wait for one.

@@ -73,6 +73,11 @@ def creation(body, is_valid):
     for wait in ("wait_ms", "stop_grace_ms"):
         if is_valid and wait in body:
             body[wait] = 50
+    # That volumes stand beside each other, and not under gVisor, is beyond JSON Schema.
+    if is_valid and body.get("isolation") == "gvisor":
+        body.pop("volumes", None)
+    for number, mount in enumerate(body.get("volumes") or [] if is_valid else []):
+        mount["path"] = f"/volume-{number}"
     # Limits that bound each other: inodes on disk, and the memory that another kernel needs.
     limits = body.get("limits")
     if is_valid and isinstance(limits, dict):

@@ -18,6 +18,19 @@ pub struct Footprint {
     marker: String,
 }
 
+/// Loop devices before files below this folder, each with its file.
+#[must_use]
+pub fn loop_devices_of(folder: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for device in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+        let backing = fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
+        if Path::new(backing.trim()).starts_with(folder) {
+            found.push(format!("{} on {}", device.file_name().display(), backing.trim()));
+        }
+    }
+    found
+}
+
 impl Footprint {
     /// Of the keeper and service over `data_dir`. Both must run.
     #[must_use]

@@ -201,11 +201,8 @@ impl Snapshot {
     }
 
     fn add_loop_devices(&mut self, data_dir: &Path) {
-        for device in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
-            let backing = fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
-            if Path::new(backing.trim()).starts_with(data_dir) {
-                self.add("loop device", format!("{} on {}", device.file_name().display(), backing.trim()));
-            }
+        for device in host::loop_devices_of(data_dir) {
+            self.add("loop device", device);
         }
     }
 

@@ -43,6 +43,14 @@ pub enum ApiError {
     /// It cannot go on from what it wrote before.
     #[error("what it wrote is not kept any more; with `fresh` it can be started without that")]
     LayerLost,
+    #[error("there is no volume {0}")]
+    VolumeNotFound(String),
+    /// A sandbox has it.
+    #[error("{0}")]
+    VolumeInUse(String),
+    /// It is on a node that cannot do what is asked for.
+    #[error("{0}")]
+    VolumeElsewhere(String),
     #[error("the Idempotency-Key was used for another request")]
     KeyReused,
     /// By an attempt that was cut off, and of which nobody heard how far it came.
@@ -104,6 +112,9 @@ pub enum Code {
     Conflict,
     WrongState,
     LayerLost,
+    VolumeNotFound,
+    VolumeInUse,
+    VolumeElsewhere,
     IdempotencyKeyReused,
     IdempotencyKeyInUse,
     OutcomeUnknown,
@@ -205,6 +216,9 @@ impl ApiError {
             Self::Conflict(_) => (StatusCode::CONFLICT, Code::Conflict, "Conflict"),
             Self::WrongState(_) => (StatusCode::CONFLICT, Code::WrongState, "Wrong state"),
             Self::LayerLost => (StatusCode::CONFLICT, Code::LayerLost, "Layer lost"),
+            Self::VolumeNotFound(_) => (StatusCode::NOT_FOUND, Code::VolumeNotFound, "Volume not found"),
+            Self::VolumeInUse(_) => (StatusCode::CONFLICT, Code::VolumeInUse, "Volume in use"),
+            Self::VolumeElsewhere(_) => (StatusCode::CONFLICT, Code::VolumeElsewhere, "Volume elsewhere"),
             Self::KeyReused => (StatusCode::CONFLICT, Code::IdempotencyKeyReused, "Key reused"),
             Self::OutcomeUnknown => (StatusCode::CONFLICT, Code::OutcomeUnknown, "Outcome unknown"),
             Self::KeyInUse => (StatusCode::CONFLICT, Code::IdempotencyKeyInUse, "Key in use"),
@@ -251,6 +265,9 @@ impl ApiError {
             | Self::Conflict(_)
             | Self::WrongState(_)
             | Self::LayerLost
+            | Self::VolumeNotFound(_)
+            | Self::VolumeInUse(_)
+            | Self::VolumeElsewhere(_)
             | Self::KeyReused
             | Self::OutcomeUnknown
             | Self::PayloadTooLarge(_)
@@ -411,6 +428,9 @@ impl From<EngineError> for ApiError {
             EngineError::NameTaken => StoreError::NameTaken.into(),
             EngineError::WrongState(state) => Self::WrongState(state),
             EngineError::LayerLost => Self::LayerLost,
+            EngineError::VolumeNotFound(name) => Self::VolumeNotFound(name),
+            EngineError::VolumeInUse(why) => Self::VolumeInUse(why),
+            EngineError::VolumeElsewhere(why) => Self::VolumeElsewhere(why),
             EngineError::Refused(why) => Self::Conflict(why),
             EngineError::KeyLost => Self::KeyInUse,
             EngineError::OutcomeUnknown => Self::OutcomeUnknown,

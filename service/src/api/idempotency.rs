@@ -19,6 +19,7 @@ use axum::{
 };
 use fingerprint::Hashed;
 use http_body_util::BodyExt as _;
+use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
 use tracing::Instrument as _;
 use uuid::Uuid;
@@ -100,6 +101,14 @@ impl<S: Send + Sync> FromRequestParts<S> for Keyed {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
         Ok(parts.extensions.get().cloned().unwrap_or_default())
     }
+}
+
+/// The id of what a request with a key makes, so that it is the same however often the work is done.
+pub(super) fn keyed_uuid(caller: &Caller, keyed: &Keyed) -> Option<Uuid> {
+    let held = keyed.key.as_ref()?;
+    let name = [caller.tenant.as_str(), &caller.principal, &held.name.key].join("\n");
+    let digest = Sha256::digest(name.as_bytes());
+    Some(uuid::Builder::from_custom_bytes(digest[..16].try_into().expect("a digest has 32 bytes")).into_uuid())
 }
 
 /// Sees to it that a POST with a key has one effect and one answer. One without is none of its business.

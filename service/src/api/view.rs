@@ -13,7 +13,9 @@ use utoipa::ToSchema;
 
 use crate::{
     engine::Output,
-    sandbox::{Capabilities, Compile, Encoding, Kind, Limits, Network, Outcome, Sandbox, SandboxId, Signal, State, words},
+    sandbox::{
+        Capabilities, Compile, Encoding, Kind, Limits, Mount, MountRequest, Network, Outcome, Sandbox, SandboxId, Signal, State, words,
+    },
 };
 
 /// What was asked for, and the content that this named then.
@@ -149,6 +151,8 @@ pub(super) struct SandboxView {
     #[schema(value_type = String, pattern = "^SIG")]
     stop_signal: Signal,
     stop_grace_ms: u64,
+    /// The volumes that stand in it.
+    volumes: Vec<MountRequest>,
 }
 
 /// What the program of a run wrote and was kept. There once it ended.
@@ -228,6 +232,7 @@ impl From<Sandbox> for SandboxView {
             tty: sandbox.program.terminal,
             stop_signal: sandbox.program.stop.signal,
             stop_grace_ms: sandbox.program.stop.grace_ms,
+            volumes: sandbox.program.volumes.iter().map(Mount::request).collect(),
         }
     }
 }

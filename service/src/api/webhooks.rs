@@ -11,7 +11,6 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use sha2::{Digest as _, Sha256};
 use time::{Duration, OffsetDateTime, format_description::well_known::Rfc3339};
 use utoipa::ToSchema;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -24,7 +23,7 @@ use super::{
     contract::{parameter, refusal},
     error::ApiError,
     events::EventView,
-    idempotency::Keyed,
+    idempotency::{Keyed, keyed_uuid},
     json, query,
 };
 use crate::{
@@ -555,10 +554,7 @@ pub(super) fn with_secret(app: &App, body: Vec<u8>) -> Vec<u8> {
 
 /// The id of a webhook that this request makes. A second attempt with the same key makes the same one.
 async fn keyed_id(app: &App, caller: &Caller, keyed: &Keyed, now: OffsetDateTime) -> Result<Uuid, ApiError> {
-    let Some(held) = &keyed.key else { return Ok(Uuid::now_v7()) };
-    let name = [caller.tenant.as_str(), &caller.principal, &held.name.key].join("\n");
-    let digest = Sha256::digest(name.as_bytes());
-    let id = uuid::Builder::from_custom_bytes(digest[..16].try_into().expect("a digest has 32 bytes")).into_uuid();
+    let Some(id) = keyed_uuid(caller, keyed) else { return Ok(Uuid::now_v7()) };
     // Made by a request of so long ago that its key is forgotten: the key is a new one.
     let earlier = app.store.find_webhook(&caller.tenant, id).await?;
     let is_forgotten = earlier.is_some_and(|earlier| earlier.created_at + app.idempotency.retention() < now);

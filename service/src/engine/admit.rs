@@ -15,7 +15,7 @@ use crate::{
         Compile, ImageUsed, Invalid, Kind, Limits, NewSandbox, Program, Quotas, Sandbox, SandboxId, State, TenantId, WhenFull, asked,
         asked_of_steps, defaults_within,
     },
-    store::{Admission, Admitted, HeldKey, Image, Input, Lease, Standing, StoreError},
+    store::{Admission, Admitted, HeldKey, Image, Input, Lease, NodeId, Standing, StoreError},
 };
 
 /// How long a request waits for a keeper that is away.
@@ -76,6 +76,8 @@ impl Undecided {
 /// What is in the way of a sandbox, and may be out of it at the next attempt.
 enum Obstacle {
     ImageMoved,
+    /// The next attempt says which.
+    VolumeGone,
     Unknown,
     /// Nobody asked for a limit as large as its default: with these it will do.
     DefaultTooLarge(Box<NewSandbox>),
@@ -90,6 +92,7 @@ impl Engine {
         for _ in 0..ATTEMPTS {
             match self.try_to_admit(&owner, &asked, key.as_ref(), &mut input).await? {
                 Ok(followed) => return Ok(followed),
+                Err(Obstacle::VolumeGone) => {}
                 Err(Obstacle::ImageMoved) => self.images.forget(&owner.tenant, asked.image.as_str()),
                 Err(Obstacle::Unknown) => self.introduce(&owner).await?,
                 Err(Obstacle::DefaultTooLarge(less)) => asked = *less,
@@ -114,8 +117,9 @@ impl Engine {
         if !keeper.isolation.contains(&asked.isolation) {
             return Err(Invalid::new("isolation", "this node does not offer it: `mayfly doctor` there says what is missing").into());
         }
+        let (mounts, wanted_node) = self.mounts(&owner.tenant, &asked.volumes).await?;
         let compile = asked.compile.as_ref().map(|step| {
-            let program = Program::of_step(&image.config, asked, step)?;
+            let program = Program { volumes: mounts.clone(), ..Program::of_step(&image.config, asked, step)? };
             Ok::<_, Invalid>(Box::new(Compile { program, limits: step.limits, end: None }))
         });
         let sandbox = Sandbox {
@@ -126,8 +130,8 @@ impl Engine {
             state: State::Starting,
             name: asked.name.clone(),
             image: ImageUsed { reference: image.reference.clone(), digest: image.digest.clone(), root: image.root.clone() },
-            program: Program::resolve(&image.config, asked)?,
             compile: compile.transpose()?,
+            program: Program { volumes: mounts, ..Program::resolve(&image.config, asked)? },
             limits: asked.limits,
             output_policy: asked.output_policy,
             labels: asked.labels.clone(),
@@ -155,11 +159,13 @@ impl Engine {
         let empty = Input::default();
         let lease = self.lease();
         let hindrance = self.hindrance();
-        if hindrance.is_none()
+        let is_for_here = wanted_node.is_none_or(|node| node == self.node);
+        if is_for_here
+            && hindrance.is_none()
             && !self.has_queue()
             && let Some(mut reservation) = self.capacity.reserve(room)
         {
-            let answer = self.ask_store(&sandbox, lease, asked, key, input.as_ref().unwrap_or(&empty)).await?;
+            let answer = self.ask_store((&sandbox, wanted_node), lease, asked, key, input.as_ref().unwrap_or(&empty)).await?;
             if let Admitted::Yes { weight } = answer {
                 fail_point::reached("service.admit.claimed");
                 reservation.count_for(owner, weight);
@@ -178,7 +184,7 @@ impl Engine {
         let queued = Sandbox { state: State::Queued, claimed_at: None, claims: 0, ..sandbox };
         // Known before it can be claimed, so that whoever claims it finds those who wait for it.
         let live = self.live.insert(queued.clone(), lease, image_took);
-        let answer = self.ask_store(&queued, lease, asked, key, input.as_ref().unwrap_or(&empty)).await;
+        let answer = self.ask_store((&queued, wanted_node), lease, asked, key, input.as_ref().unwrap_or(&empty)).await;
         if !matches!(answer, Ok(Admitted::Yes { .. })) {
             self.live.remove(queued.id);
             return refuse(answer?, asked).map(Err);
@@ -190,7 +196,7 @@ impl Engine {
 
     async fn ask_store(
         self: &Arc<Self>,
-        sandbox: &Sandbox,
+        (sandbox, wanted_node): (&Sandbox, Option<NodeId>),
         lease: Lease,
         new: &NewSandbox,
         key: Option<&HeldKey>,
@@ -209,6 +215,7 @@ impl Engine {
             isolation: new.isolation(),
             defaults: &self.tenancy.defaults,
             queue_max: self.tenancy.queue_max,
+            wanted_node,
             key,
         };
         self.undecided.insert(sandbox.id);
@@ -256,6 +263,7 @@ impl Engine {
 fn refuse(refused: Admitted, asked: &NewSandbox) -> Result<Obstacle, EngineError> {
     match refused {
         Admitted::ImageMoved => Ok(Obstacle::ImageMoved),
+        Admitted::VolumeGone => Ok(Obstacle::VolumeGone),
         Admitted::Unknown => Ok(Obstacle::Unknown),
         Admitted::Suspended => Err(EngineError::Suspended),
         Admitted::KeyLost => Err(EngineError::KeyLost),

@@ -13,7 +13,7 @@ use super::{Engine, capacity::Reservation, input, lease::LEFT_TO_OTHERS, live::L
 use crate::{
     clock::at_us,
     runtime::{CallError, LaunchAnswer},
-    sandbox::{self, Kind, Limits, SandboxId, State, step_id},
+    sandbox::{self, Kind, Limits, Mount, SandboxId, State, step_id},
     store::{Input, Return},
 };
 
@@ -175,6 +175,9 @@ impl Engine {
 
     /// Whether another node may do what this one cannot: there is one, and not everybody has been asked for too long.
     async fn could_be_elsewhere(&self, live: &Live) -> bool {
+        if !live.sandbox.program.volumes.is_empty() {
+            return false;
+        }
         let is_young = self.clock.now() - live.sandbox.created_at < SEARCHED_FOR;
         is_young && self.store.has_other_nodes(self.node).await.unwrap_or(false)
     }
@@ -425,7 +428,7 @@ fn launch_of(live: &Live, has_stdin: bool, has_files: bool) -> Launch {
         terminal: sandbox.program.terminal,
         layer: live.layer(),
         keeps_layer: sandbox.keep_layer,
-        volumes: Vec::new(),
+        volumes: sandbox.program.volumes.iter().map(Mount::order).collect(),
     }
 }
 

@@ -29,6 +29,9 @@ impl Engine {
         fail_point::reached("service.recover.listed");
         let mut leftover = self.take_over(rows, records).await;
         self.know_kept_layers().await?;
+        if let Err(error) = self.tend_volumes().await {
+            tracing::warn!(error = format!("{error:#}"), "what is left of volumes may stay; the next look removes it");
+        }
         fail_point::reached("service.recover.taken");
         self.take_over_execs(None).await.context("reading this node's execs failed")?;
         let execs = self.sort_out_execs(&leftover).await?;

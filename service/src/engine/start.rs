@@ -110,6 +110,7 @@ impl Engine {
         if let Some(why) = self.hindrance() {
             return Err(EngineError::Busy(why));
         }
+        self.check_mounts(&sandbox).await?;
         let keeper = self.keeper.hello().filter(|_| !self.is_closing()).ok_or(EngineError::KeeperUnavailable)?.started_at_us;
         let kept = self.kept.take(id, keeper);
         if kept.is_none() && !is_fresh {

@@ -45,6 +45,9 @@ impl Engine {
             if let Err(error) = self.drop_old_layers().await {
                 tracing::warn!(%error, "dropping layers that nobody needs failed");
             }
+            if let Err(error) = self.tend_volumes().await {
+                tracing::warn!(error = format!("{error:#}"), "removing what is left of volumes failed");
+            }
             if let Err(error) = self.drop_old_rows().await {
                 tracing::warn!(%error, "dropping old rows failed");
             }

@@ -4,7 +4,7 @@ use sandbox_core::protocol::{IoLimits, Medium};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Kind, LogTail, change::RequestedChange, request, request::Invalid, words};
+use super::{Kind, LogTail, change::RequestedChange, request, request::Invalid, volume, words};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -53,7 +53,7 @@ const COMPILE_OUTPUT_BYTES: Bound =
     Bound { field: "compile.limits.output_bytes", unit: "bytes", min: 0, default: Some(64 * KIB), max: LogTail::STORED_BYTES as u64 };
 
 /// Every bound that a request is held to.
-pub fn bounds() -> [&'static Bound; 27] {
+pub fn bounds() -> [&'static Bound; 28] {
     [
         &MEMORY_BYTES,
         &CPU_MILLIS,
@@ -82,6 +82,7 @@ pub fn bounds() -> [&'static Bound; 27] {
         &request::LIST_LIMIT,
         &request::TAIL_LINES,
         &request::INTERVAL_MS,
+        &volume::SIZE_BYTES,
     ]
 }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::{ImageId, Invalid, Limits, NewCompile, NewSandbox, SandboxId, Signal};
+use super::{ImageId, Invalid, Limits, Mount, NewCompile, NewSandbox, SandboxId, Signal};
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -38,6 +38,9 @@ pub struct Program {
     pub terminal: Option<WindowSize>,
     #[serde(default)]
     pub stop: StopOrder,
+    /// What of its tenant's stands in it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<Mount>,
 }
 
 /// How its end is asked for where nothing else is said.
@@ -121,6 +124,7 @@ impl Program {
             terminal: asked.terminal,
             // What an image says that is no signal is as good as nothing.
             stop: StopOrder { signal: asked.stop_signal.or(of_image).unwrap_or(Signal::TERM), grace_ms: asked.stop_grace_ms },
+            volumes: Vec::new(),
         })
     }
 }
@@ -262,6 +266,7 @@ mod tests {
             idle_timeout_ms: None,
             auto_remove: false,
             keep_layer: false,
+            volumes: vec![],
             when_full: WhenFull::Queue,
             retries: 0,
         }

@@ -18,7 +18,7 @@ const LARGEST: &str = "largest_";
 const NUMBER_MAX: u64 = (1 << 53) - 1;
 
 /// Quotas by number that are counted, with what they count. Those from `execs` on are a tenant's alone.
-const COUNTED: [(&str, &str); 13] = [
+const COUNTED: [(&str, &str); 14] = [
     ("sandboxes", "sandboxes and runs that have not ended"),
     ("memory_bytes", "bytes of their memory limits together"),
     ("cpu_millis", "thousandths of a core of their CPU limits together"),
@@ -30,10 +30,11 @@ const COUNTED: [(&str, &str); 13] = [
     ("execs", "processes in one sandbox that were started in it and have not ended"),
     ("image_bytes", "bytes of imported images"),
     ("volume_bytes", "bytes of volumes"),
+    ("volumes", "volumes"),
     ("webhooks", "webhooks"),
     ("kept_layers", "sandboxes that keep their layers"),
 ];
-const TENANT_ONLY: [&str; 5] = ["execs", "image_bytes", "volume_bytes", "webhooks", "kept_layers"];
+const TENANT_ONLY: [&str; 6] = ["execs", "image_bytes", "volume_bytes", "volumes", "webhooks", "kept_layers"];
 
 /// Waits for sandboxes at one time, of one tenant, at one node: no quota, but a bound that is told like one.
 pub const WAITS: &str = "waits";
@@ -154,6 +155,7 @@ impl Default for DefaultQuotas {
             ("log_bytes", 10 * GIB),
             ("image_bytes", 32 * GIB),
             ("volume_bytes", 32 * GIB),
+            ("volumes", 256),
             ("webhooks", 16),
             ("kept_layers", 16),
         ];

@@ -11,8 +11,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 use super::{
-    Bound, Capabilities, Kind, Languages, Limits, NewCompile, RequestedCompileLimits, RequestedLimits, SandboxId, Signal, SignalRequest,
-    User, words,
+    Bound, Capabilities, Kind, Languages, Limits, MountRequest, NewCompile, RequestedCompileLimits, RequestedLimits, SandboxId, Signal,
+    SignalRequest, User, volume, words,
 };
 
 /// How long `POST /v1/runs` waits for the end before it answers 202.
@@ -137,6 +137,10 @@ pub struct RunRequest {
     network: Network,
     #[serde(default)]
     when_full: WhenFull,
+    /// The tenant's volumes that are to stand in it. Not under gVisor.
+    #[serde(default)]
+    #[schema(max_items = 16)]
+    volumes: Vec<MountRequest>,
     /// How long to wait for the end, in milliseconds.
     #[schema(extensions(("x-bound" = json!(WAIT_MS))))]
     wait_ms: Option<u64>,
@@ -213,6 +217,10 @@ pub struct SandboxRequest {
     network: Network,
     #[serde(default)]
     when_full: WhenFull,
+    /// The tenant's volumes that are to stand in it. Not under gVisor.
+    #[serde(default)]
+    #[schema(max_items = 16)]
+    volumes: Vec<MountRequest>,
     /// How long it lives from its creation, in milliseconds; absent, until its end or its deletion.
     #[schema(extensions(("x-bound" = json!(TTL_MS))))]
     ttl_ms: Option<u64>,
@@ -433,6 +441,7 @@ pub struct NewSandbox {
     pub idle_timeout_ms: Option<u64>,
     pub auto_remove: bool,
     pub keep_layer: bool,
+    pub volumes: Vec<MountRequest>,
     pub when_full: WhenFull,
     /// How often it is tried again after an `infra_error`.
     pub retries: u32,
@@ -497,6 +506,7 @@ impl RunRequest {
             idle_timeout_ms: None,
             auto_remove: false,
             keep_layer: false,
+            volumes: volumes(self.volumes, self.isolation)?,
             when_full: self.when_full,
             retries: u32::try_from(retries).unwrap_or(u32::MAX),
         };
@@ -535,6 +545,7 @@ impl SandboxRequest {
             idle_timeout_ms: self.idle_timeout_ms.map(|ms| IDLE_TIMEOUT_MS.check(ms)).transpose()?,
             auto_remove: self.auto_remove,
             keep_layer: self.keep_layer,
+            volumes: volumes(self.volumes, self.isolation)?,
             when_full: self.when_full,
             retries: 0,
         };
@@ -596,6 +607,13 @@ impl CompileRequest {
             limits: self.limits.into(),
         })
     }
+}
+
+fn volumes(volumes: Vec<MountRequest>, isolation: Isolation) -> Result<Vec<MountRequest>, Invalid> {
+    if !volumes.is_empty() && isolation != Isolation::Container {
+        return Err(Invalid::new("volumes", "there are no volumes under gVisor"));
+    }
+    volume::mounts(volumes)
 }
 
 fn entrypoint(entrypoint: Option<Vec<String>>) -> Result<Option<Vec<String>>, Invalid> {

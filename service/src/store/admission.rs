@@ -1,10 +1,13 @@
 //! The way in: one statement that locks the tenant, holds the request against every quota, inserts the sandbox and counts it.
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 use sqlx::types::Json;
 use time::OffsetDateTime;
+use uuid::Uuid;
 
-use super::{HeldKey, Input, Lease, Store, StoreError, bigint, damaged, queue::CHANNEL, sandboxes::policy_name, unsigned};
+use super::{HeldKey, Input, Lease, NodeId, Store, StoreError, bigint, damaged, queue::CHANNEL, sandboxes::policy_name, unsigned};
 use crate::sandbox::{DefaultQuotas, Exceeded, QuotaScope, Quotas, Sandbox, State};
 
 /// A sandbox that somebody wants, in the state that it is to have: claimed by this node, or queued.
@@ -22,6 +25,8 @@ pub struct Admission<'a> {
     pub defaults: &'a DefaultQuotas,
     /// How many may wait in all.
     pub queue_max: u64,
+    /// The node of its volumes, which alone can run it.
+    pub wanted_node: Option<NodeId>,
     /// Where its request may be sent again: the key, which must be held.
     pub key: Option<&'a HeldKey>,
 }
@@ -39,6 +44,8 @@ pub enum Admitted {
     QueueFull,
     /// Its reference names another image by now, or none.
     ImageMoved,
+    /// One of its volumes is none any more.
+    VolumeGone,
     /// There is no such tenant, or none of its principals has this name.
     Unknown,
     Suspended,
@@ -52,7 +59,9 @@ impl Store {
     /// Inserts the sandbox, or nothing. A row that is locked is read as it is now, not as it was when the statement began: what is counted
     /// in the tenant's and the principal's row is exact, however many ask at once.
     pub async fn admit(&self, admission: Admission<'_>) -> Result<Admitted, StoreError> {
-        let Admission { sandbox, lease, input, asked, network, isolation, defaults, queue_max, key } = admission;
+        let Admission { sandbox, lease, input, asked, network, isolation, defaults, queue_max, wanted_node, key } = admission;
+        let volumes: BTreeSet<Uuid> = sandbox.program.volumes.iter().map(|mount| mount.volume.0).collect();
+        let volumes: Vec<Uuid> = volumes.into_iter().collect();
         let claimed = sandbox.state != State::Queued;
         // A service that dies while it is compiled leaves one that was not begun.
         let is_kept = !claimed || sandbox.retries_left > 0 || sandbox.compile.is_some();
@@ -68,6 +77,9 @@ impl Store {
             ), principal as (
                 -- after the tenant, always
                 select * from principals where tenant = $2 and name = $3 and exists (select 1 from tenant) for no key update
+            ), volume as (
+                -- after the tenant, always: whoever ends one has that lock, too
+                select id from volumes where id = any($42) and tenant = $2 and state = 'ready' and exists (select 1 from tenant) for share
             ), scope as (
                 select 1 as turn, 'tenant' as name, suspended_at, live, live_memory_bytes, live_cpu_millis, queued, log_bytes,
                     bucket_micros, bucket_at, day, day_runs, day_cpu_us, jsonb_strip_nulls($28::jsonb || quotas) as quotas
@@ -136,12 +148,13 @@ impl Store {
                 insert into sandboxes (
                     id, tenant, principal, kind, state, name, image_reference, image_digest, image_root, program, limits, output_policy,
                     labels, memory_bytes, cpu_millis, created_at, expires_at, node, claimed_at, epoch, retries_left, claims, keeps_input,
-                    ttl_ms, idle_timeout_ms, auto_remove, keep_layer, compile
+                    ttl_ms, idle_timeout_ms, auto_remove, keep_layer, wanted_node, compile
                 )
                 select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $33, $34, case when $5 = 'queued' then 0 else 1 end, $37,
-                    $38, $39, $40, $41, $42
+                    $38, $39, $40, $41, $43, $44
                 from principal, image
                 where image.digest = $8
+                    and (select count(*) from volume) = cardinality($42)
                     and ($35::text is null or exists (select 1 from held))
                     and not exists (select 1 from used where suspended_at is not null)
                     and not exists (select 1 from first)
@@ -173,6 +186,8 @@ impl Store {
             ), given as (
                 insert into inputs (sandbox, files, stdin)
                 select id, $22, $23 from added where ($22::bytea is not null or $23::bytea is not null)
+            ), mounted as (
+                insert into mounts (sandbox, volume) select added.id, volume.id from added, volume
             ), told as (
                 insert into events (tenant, sandbox, kind, at, data, actor_tenant, actor)
                 select $2, id, 'sandbox.created', $16, $24, $2, $3 from added
@@ -184,6 +199,7 @@ impl Store {
                     when exists (select 1 from used where suspended_at is not null) then 'suspended'
                     when exists (select 1 from added) then 'added'
                     when not exists (select 1 from image where digest = $8) then 'image'
+                    when (select count(*) from volume) <> cardinality($42) then 'volume'
                     when exists (select 1 from first) then 'exceeded'
                     when $5 = 'queued' then 'full'
                     else 'behind'
@@ -235,6 +251,8 @@ impl Store {
             sandbox.idle_timeout_ms.map(bigint) as _,
             sandbox.auto_remove,
             sandbox.keep_layer,
+            &volumes,
+            wanted_node.map(|node| node.0) as _,
             sandbox.compile.as_ref().map(Json) as _,
         )
         .fetch_one(&self.pool)
@@ -245,6 +263,7 @@ impl Store {
             "behind" => Admitted::Behind,
             "full" => Admitted::QueueFull,
             "image" => Admitted::ImageMoved,
+            "volume" => Admitted::VolumeGone,
             "unknown" => Admitted::Unknown,
             "suspended" => Admitted::Suspended,
             "key" => Admitted::KeyLost,

@@ -76,6 +76,7 @@ impl Store {
                 lateral (
                     select id, memory_bytes, cpu_millis, created_at from sandboxes
                     where state = 'queued' and tenant = line.tenant and principal = line.principal
+                        and (wanted_node is null or wanted_node = $2)
                         and (failed_node is distinct from $2 or failed_until <= $3 or attempt > 1 and not exists (
                             select 1 from nodes where id <> $2 and lease_until >= now() and drained_at is null
                         ))
@@ -145,7 +146,8 @@ impl Store {
         let claimed = sqlx::query!(
             "with picked as (
                 select id from sandboxes
-                where id = $1 and state = 'queued' and exists (select 1 from nodes where id = $2 and epoch = $4 and drained_at is null)
+                where id = $1 and state = 'queued' and (wanted_node is null or wanted_node = $2)
+                    and exists (select 1 from nodes where id = $2 and epoch = $4 and drained_at is null)
                 for update skip locked  -- several nodes may claim at once
             ), claimed as (
                 update sandboxes set state = 'starting', node = $2, claimed_at = $3, epoch = $4, claims = claims + 1

@@ -61,6 +61,10 @@ pub struct Used {
     /// A tenant's alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = u64)]
+    pub volumes: Option<u64>,
+    /// A tenant's alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64)]
     pub webhooks: Option<u64>,
 }
 
@@ -112,6 +116,8 @@ struct Row {
     day_cpu_us: i64,
     log_bytes: i64,
     image_bytes: Option<i64>,
+    volume_bytes: Option<i64>,
+    volumes: Option<i64>,
     webhooks: Option<i64>,
 }
 
@@ -136,8 +142,8 @@ impl Row {
                 cpu_seconds_per_day: today(self.day_cpu_us) / 1_000_000,
                 log_bytes: unsigned(self.log_bytes),
                 image_bytes: self.image_bytes.map(unsigned),
-                // There are no volumes yet that could be counted.
-                volume_bytes: self.image_bytes.map(|_| 0),
+                volume_bytes: self.volume_bytes.map(unsigned),
+                volumes: self.volumes.map(unsigned),
                 webhooks: self.webhooks.map(unsigned),
             },
             quotas,
@@ -245,6 +251,8 @@ impl Store {
             r#"select id as name, created_at, suspended_at, quotas as "quotas: Json<Quotas>", weight as "weight?",
                 principal_quotas as "principal_quotas?: Json<Quotas>", live, live_memory_bytes, live_cpu_millis, queued, bucket_micros,
                 bucket_at, day, day_runs, day_cpu_us, log_bytes, image_bytes as "image_bytes?",
+                (select coalesce(sum(size_bytes), 0)::bigint from volumes where tenant = tenants.id) as "volume_bytes?",
+                (select count(*) from volumes where tenant = tenants.id) as "volumes?",
                 (select count(*) from webhooks where tenant = tenants.id) as "webhooks?"
             from tenants where id > $1 order by id limit $2"#,
             after,
@@ -269,7 +277,7 @@ impl Store {
             r#"select name, created_at, suspended_at, quotas as "quotas: Json<Quotas>", null::integer as weight,
                 null::jsonb as "principal_quotas: Json<Quotas>", live, live_memory_bytes, live_cpu_millis, queued, bucket_micros,
                 bucket_at, day, day_runs, day_cpu_us, log_bytes, null::bigint as image_bytes,
-                null::bigint as webhooks
+                null::bigint as volume_bytes, null::bigint as volumes, null::bigint as webhooks
             from principals where tenant = $1 and name > $2 order by name limit $3"#,
             tenant.as_str(),
             after,
@@ -443,6 +451,8 @@ async fn row_of(connection: &mut PgConnection, who: Who<'_>) -> Result<Option<Ro
                 r#"select id as name, created_at, suspended_at, quotas as "quotas: Json<Quotas>", weight as "weight?",
                     principal_quotas as "principal_quotas?: Json<Quotas>", live, live_memory_bytes, live_cpu_millis, queued, bucket_micros,
                     bucket_at, day, day_runs, day_cpu_us, log_bytes, image_bytes as "image_bytes?",
+                (select coalesce(sum(size_bytes), 0)::bigint from volumes where tenant = tenants.id) as "volume_bytes?",
+                (select count(*) from volumes where tenant = tenants.id) as "volumes?",
                 (select count(*) from webhooks where tenant = tenants.id) as "webhooks?"
                 from tenants where id = $1"#,
                 who.tenant.as_str(),
@@ -456,7 +466,7 @@ async fn row_of(connection: &mut PgConnection, who: Who<'_>) -> Result<Option<Ro
                 r#"select name, created_at, suspended_at, quotas as "quotas: Json<Quotas>", null::integer as weight,
                     null::jsonb as "principal_quotas: Json<Quotas>", live, live_memory_bytes, live_cpu_millis, queued, bucket_micros,
                     bucket_at, day, day_runs, day_cpu_us, log_bytes, null::bigint as image_bytes,
-                null::bigint as webhooks
+                null::bigint as volume_bytes, null::bigint as volumes, null::bigint as webhooks
                 from principals where tenant = $1 and name = $2"#,
                 who.tenant.as_str(),
                 name,

@@ -65,6 +65,14 @@ parameters! {
     Node = [path("node", "What is no id names nothing, and is not found.")];
     /// The name of an image.
     Reference = [path("reference", "May hold slashes.")];
+    /// The name of a volume.
+    Volume = [path("name", "What names no volume is not found.")];
+    /// Which of the tenant's volumes.
+    VolumeFilter = [query(
+        "label",
+        "Only those with all of these labels, each as `key=value`, or as `key` for whatever value.",
+        json!({ "type": "array", "items": { "type": "string", "pattern": "^[A-Za-z0-9._/-]{1,63}(=[^\\u0000]{0,256})?$" } })
+    )];
     /// Which page of a list.
     Page = [
         query("limit", "The most entries of the page.", bounded(&LIST_LIMIT)),

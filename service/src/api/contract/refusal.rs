@@ -34,8 +34,10 @@ refusals! {
     DiskFull = "507";
     /// The body is larger than allowed: only where it is not the body of the request that is too large.
     PayloadTooLarge = "413";
-    /// There is no image of that name.
+    /// There is no image of that name, or no volume.
     ImageNotFound = "404";
+    /// There is no volume of that name.
+    VolumeNotFound = "404";
     /// More than the tenant or the principal may have.
     QuotaExceeded = "429";
     /// Not now: only where no token is asked for, since all others may answer so.

@@ -195,7 +195,7 @@ async fn every_quota_names_itself_its_value_and_the_use(pool: PgPool) {
         for scope in [QuotaScope::Tenant, QuotaScope::Principal] {
             let own = json!({ quota: limit });
             let defaults = if scope == QuotaScope::Tenant { quotas(own, json!({})) } else { quotas(json!({}), own) };
-            let again = Sandbox { id: SandboxId(uuid::Uuid::now_v7()), ..alice.clone() };
+            let again = Sandbox { id: SandboxId(Uuid::now_v7()), ..alice.clone() };
             let expected = Exceeded { scope, quota: quota.to_owned(), limit: limit.clone(), used: used.clone(), retry_after_s };
             assert_eq!(refused(&store, &again, lease, &defaults).await, expected);
         }
@@ -270,6 +270,7 @@ async fn the_queue_is_bounded(pool: PgPool) {
             isolation: "container",
             defaults: &none,
             queue_max: 1,
+            wanted_node: None,
             key: None,
         };
         store.admit(admission).await.unwrap()
@@ -280,7 +281,7 @@ async fn the_queue_is_bounded(pool: PgPool) {
 }
 
 /// The transactions that wrote the rows that there are, of every table.
-async fn writers(pool: &PgPool) -> std::collections::BTreeSet<String> {
+async fn writers(pool: &PgPool) -> BTreeSet<String> {
     let tables: Vec<String> =
         sqlx::query_scalar("select format('%I', tablename) from pg_tables where schemaname = 'public'").fetch_all(pool).await.unwrap();
     assert!(tables.iter().any(|table| table == "sandboxes"), "{tables:?}");
@@ -345,7 +346,7 @@ async fn what_is_old_is_removed_and_what_is_not_stays(pool: PgPool) {
     let at = |hours: i64| {
         let at = datetime!(2030-01-01 00:00 UTC) + time::Duration::hours(hours);
         let ms = u64::try_from(at.unix_timestamp_nanos() / 1_000_000).unwrap();
-        let id = SandboxId(uuid::Uuid::from_u64_pair((ms << 16) | 0x7000, 0x8000_0000_0000_0000 | u64::try_from(hours).unwrap()));
+        let id = SandboxId(Uuid::from_u64_pair((ms << 16) | 0x7000, 0x8000_0000_0000_0000 | u64::try_from(hours).unwrap()));
         Sandbox { id, created_at: at, ..of("acme", "alice") }
     };
     let (old, young, live) = (at(1), at(100), at(2));

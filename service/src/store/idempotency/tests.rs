@@ -49,6 +49,7 @@ async fn admit(store: &Store, sandbox: &Sandbox, lease: Lease, attempt: &HeldKey
         isolation: "default",
         defaults: &DefaultQuotas::default(),
         queue_max: 10,
+        wanted_node: None,
         key: Some(attempt),
     };
     store.admit(admission).await.unwrap()

@@ -92,6 +92,7 @@ pub(in crate::store) async fn ask(store: &Store, sandbox: &Sandbox, lease: Lease
         isolation: "container",
         defaults,
         queue_max: 1000,
+        wanted_node: None,
         key: None,
     };
     store.admit(admission).await.unwrap()
@@ -193,6 +194,7 @@ async fn a_name_is_given_once_to_a_tenant_and_again_to_another(pool: PgPool) {
         isolation: "container",
         defaults: &DefaultQuotas::default(),
         queue_max: 1,
+        wanted_node: None,
         key: None,
     };
     assert!(matches!(store.admit(admission).await, Err(StoreError::NameTaken)));
