@@ -1,15 +1,36 @@
-"""What the fuzzer may not do to its own service, and what JSON Schema cannot say of a request. Nothing here hides an answer."""
+"""What the fuzzer may not do to its own service, what it is to work on, and what JSON Schema cannot say of a request. Nothing here hides an answer."""
 
+import http.client
+import itertools
 import os
+import sys
+import zlib
 
 import schemathesis
+from schemathesis.core.parameters import ParameterLocation
 
-# A drained node starts nothing any more: the rest of the cases would try nothing.
-NO_NODE = "0190b5a4-0000-7000-8000-000000000000"
-# Nor would they if the fuzzer changed its own quotas.
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import live  # noqa: E402 it lies beside this file
+
+# Nothing would be tried any more if the fuzzer changed its own quotas.
 OWN_TENANT = os.environ["MAYFLY_FUZZ_TENANT"]
-# The only image that there is; without it no run would run.
-IMAGE = "busybox"
+# Where it is noted what was answered, for tests/fuzz.rs.
+CALLS = open(os.environ["MAYFLY_FUZZ_CALLS"], "a", buffering=1)
+NUMBERS = itertools.count()
+# Longer than the fuzzer works.
+LONG_MS = 3_600_000
+STREAMS = ("readLog", "readExecLog", "readStats", "listEvents")
+ATTACH = ("attachSandbox", "attachExec")
+HANDSHAKE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+
+# What follows a handshake is no HTTP: the connection is not to be used for the next request, as Python would.
+_is_closed_after = http.client.HTTPResponse._check_close
+http.client.HTTPResponse._check_close = lambda response: response.status == 101 or _is_closed_after(response)
 
 
 @schemathesis.hook
@@ -23,20 +44,17 @@ def before_call(context, case, kwargs):
         if operation in ("readUsage", "adminReadUsage"):
             case.query.update({name: day for name, day in (("from", "2026-01-31"), ("to", "2026-02-01")) if name in case.query})
     path = case.path_parameters or {}
-    if operation == "adminDrainNode" and "node" in path:
-        path["node"] = NO_NODE
-    if operation in ("adminChangeTenant", "adminChangePrincipal") and path.get("tenant") == OWN_TENANT:
+    if operation in ("adminChangeTenant", "adminChangePrincipal", "adminSuspendTenant") and path.get("tenant") == OWN_TENANT:
         path["tenant"] = "another"
-    if operation == "deleteImage" and path.get("reference") == IMAGE:
+    if operation == "deleteImage" and path.get("reference") == live.IMAGE:
         path["reference"] = "another"
-    # The log of what does not end has no end either.
-    if operation == "readLog" and (case.query or {}).get("follow") in (None, True, "true"):
-        case.query = {**(case.query or {}), "follow": "false"}
     # How long to wait is the caller's choice; a fuzzer's time is short.
     if operation == "waitForSandbox" and str((case.query or {}).get("timeout_ms", 0)).isdigit():
         case.query = {**(case.query or {}), "timeout_ms": "50"}
-    if operation == "stopSandbox" and is_valid and isinstance(case.body, dict) and "grace_ms" in case.body:
+    if operation == "stopSandbox" and is_valid and isinstance(case.body, dict):
         case.body["grace_ms"] = 50
+    if operation == "adminDrainNode" and isinstance(case.body, dict) and isinstance(case.body.get("evict_after_ms"), int):
+        case.body["evict_after_ms"] = LONG_MS
     # Which URLs are a target is beyond JSON Schema: ports, addresses, what an operator allows. This one leads nowhere (RFC 2606).
     if operation in ("createWebhook", "changeWebhook") and is_valid and isinstance(case.body, dict) and "url" in case.body:
         case.body["url"] = "https://hooks.example/in"
@@ -47,7 +65,36 @@ def before_call(context, case, kwargs):
     if operation == "createSandbox" and is_valid and isinstance(case.body, dict) and case.body.get("isolation") == "gvisor":
         case.body["isolation"] = "container"
     if operation in ("createRun", "createSandbox") and isinstance(case.body, dict):
-        creation(case.body, is_valid)
+        creation(case.body, operation, is_valid)
+    if operation == "changeSandbox" and is_valid and isinstance(case.body, dict) and isinstance(case.body.get("limits"), dict):
+        at_hand(case.body["limits"])
+    # Its space is set aside where all tests work.
+    if operation == "createVolume" and is_valid and isinstance(case.body, dict) and isinstance(case.body.get("size_bytes"), int):
+        case.body["size_bytes"] = min(case.body["size_bytes"], 16 << 20)
+    if operation == "createExec" and is_valid and isinstance(case.body, dict):
+        case.body["wait_ms"] = 50
+    has_end = work_on_what_there_is(case, operation, path, is_valid, kwargs)
+    # Without which header it is refused is tried by itself.
+    if case.meta is not None and case.meta.is_negative_at(ParameterLocation.HEADER):
+        return
+    # A key of its own: with another's, nothing but that is told.
+    if "Idempotency-Key" in (case.headers or {}):
+        case.headers = {**case.headers, "Idempotency-Key": f"case-{next(NUMBERS)}"}
+    if operation in STREAMS:
+        stream(case, operation, is_valid, has_end)
+    if operation in ATTACH and is_valid:
+        case.headers = {**(case.headers or {}), **HANDSHAKE}
+
+
+@schemathesis.hook
+def after_call(context, case, response):
+    if case.method.upper() != case.operation.method.upper():
+        return
+    operation = case.operation.definition.raw.get("operationId")
+    CALLS.write(f"{operation} {response.status_code}\n")
+    # A drained node starts nothing any more: the rest of the cases would try nothing.
+    if operation == "adminDrainNode" and response.status_code == 200:
+        live.made("POST", f"/v1/admin/nodes/{case.path_parameters['node']}/resume", [200], {})
 
 
 @schemathesis.serializer("application/x-tar")
@@ -55,32 +102,140 @@ def tar(context, value):
     return value if isinstance(value, bytes) else str(value).encode()
 
 
-def creation(body, is_valid):
+def draw(case):
+    """A number that is the same for the same case: what is found is found again."""
+    return zlib.crc32(repr((case.path, case.method, case.path_parameters, case.query, case.body)).encode(errors="replace"))
+
+
+def work_on_what_there_is(case, operation, path, is_valid, kwargs):
+    """Has half of the cases name what is there, unless a bad name is what makes the case a bad one. Whether a log of that has an end."""
+    number = draw(case)
+    is_path_valid = case.meta is None or not case.meta.is_negative_at(ParameterLocation.PATH)
+    # Where one step follows another, it names what the one before made.
+    is_by_itself = case.meta is None or case.meta.phase.name.value != "stateful"
+    if number % 2 or not is_path_valid or not is_by_itself:
+        return True
+    number //= 2
+    template = case.operation.path
+    if template.startswith("/v1/sandboxes/{id}"):
+        return in_a_sandbox(case, operation, path, is_valid, number, kwargs)
+    if template.startswith("/v1/runs/{id}"):
+        path["id"] = live.run("running" if operation == "cancelRun" or number % 4 == 0 else "exited")
+    elif template.startswith("/v1/webhooks/{id}"):
+        path["id"] = live.webhook()
+        if "delivery" in path:
+            path["delivery"] = live.delivery(path["id"])
+    elif template.startswith("/v1/admin/tenants/{tenant}"):
+        path["tenant"] = live.OTHER_TENANT
+        if "principal" in path:
+            path["principal"] = "tester"
+    elif template.startswith("/v1/admin/nodes/{node}"):
+        path["node"] = live.NODE
+    elif template == "/v1/volumes/{name}":
+        path["name"] = live.volume()
+    elif template == "/v1/images/{reference}":
+        path["reference"] = live.image()
+    elif operation == "importImage" and is_valid:
+        kwargs["data"] = live.IMAGE_ARCHIVE
+    return True
+
+
+def in_a_sandbox(case, operation, path, is_valid, number, kwargs):
+    """A sandbox in the state that the operation is for, or now and then in another; and what is in it."""
+    meant = {"startSandbox": "exited", "resumeSandbox": "paused"}.get(operation, "running")
+    others = [state for state in ("running", "exited", "paused") if state != meant]
+    # Sandboxes have execs only while they run.
+    state = others[number // 8 % 2] if number % 8 == 0 and "eid" not in path else meant
+    path["id"] = live.sandbox(state)
+    if "eid" in path:
+        state = "running" if operation in ("killExec", "resizeExec", "attachExec") or number % 2 else "exited"
+        path["eid"] = live.process(path["id"], state)
+    if "path" in path and state == "running":
+        path["path"] = file_for(case, operation, path["id"], is_valid, number)
+    if operation in ("readArchive", "writeArchive") and is_valid:
+        case.query = {**(case.query or {}), "path": "/tmp"}
+    if operation == "writeArchive" and is_valid:
+        kwargs["data"] = live.archive()
+    return state == "exited"
+
+
+def file_for(case, operation, sandbox, is_valid, number):
+    """A path that there is, or where a new one can be."""
+    if operation == "changeFile" and is_valid:
+        if number % 3:
+            return f"tmp/new-{number}"
+        case.query = {"rename": f"/tmp/renamed-{number}"}
+    if operation == "readFile" and number % 3 == 0 and is_valid:
+        case.query = {name: value for name, value in (case.query or {}).items() if name in ("limit",)} | {"list": "true"}
+        return "tmp"
+    return live.file(sandbox)
+
+
+def stream(case, operation, is_valid, has_end):
+    """Asks for it in one of its forms. What has no end is followed as events alone: those the fuzzer itself cuts short."""
+    query = case.query or {}
+    if not is_valid and operation == "listEvents":
+        # A page.
+        return
+    forms = {"Accept": "application/x-ndjson"}, {"Accept": "text/event-stream"}, {"Accept": "text/plain"}, HANDSHAKE
+    # A bad request is refused, or else ends.
+    form = forms[draw(case) // 16 % 4] if is_valid else forms[1]
+    if form.get("Accept") == "text/plain" and operation in ("readStats", "listEvents"):
+        # One sample, a page.
+        if query.get("stream") in (None, False, "false"):
+            return
+        form = forms[1]
+    # Where nothing comes that was asked for, a stream says nothing for long.
+    is_narrow = bool(set(query) - {"follow", "timestamps", "interval_ms"}) or "Last-Event-ID" in (case.headers or {})
+    if is_valid and operation == "readStats":
+        query["stream"] = "false" if form is forms[0] else "true"
+    elif is_valid and form is not HANDSHAKE and not has_end and (form is not forms[1] or is_narrow):
+        query["follow"] = "false"
+    if is_valid and operation == "listEvents":
+        # Of a stream there are no pages, and what a cursor looks like is nobody's business.
+        query.pop("limit", None)
+        query["cursor"] = "oldest"
+        if form is not HANDSHAKE and (form is forms[0] or is_narrow):
+            query["follow"] = "false"
+        case.headers = {name: value for name, value in (case.headers or {}).items() if name.lower() != "last-event-id"}
+    case.query = query
+    case.headers = {**(case.headers or {}), **form}
+
+
+def at_hand(limits):
+    """Asks for no more than any machine has, and for a disk that leaves room to others: its space is set aside where all tests work."""
+    for name, most in ("cpu_millis", 2000), ("memory_bytes", 1 << 30), ("disk_bytes", 64 << 20):
+        if isinstance(limits.get(name), int):
+            limits[name] = min(limits[name], most)
+
+
+def creation(body, operation, is_valid):
     """Has a sandbox be one that this machine can have, and that is not waited for."""
     if isinstance(body.get("image"), str) and len(body["image"]) % 4:
-        body["image"] = IMAGE
+        body["image"] = live.IMAGE
     # Without an entry point a command is needed, where the image has none.
     if is_valid and body.get("entrypoint") == []:
         body.pop("entrypoint")
     # Which languages there are is the operator's choice, so no schema lists them.
     if is_valid and "language" in body:
         body["language"] = "bash"
-        # Nor which of them are compiled.
+    # Nor which of them are compiled; what a step leaves is not kept under gVisor.
+    if is_valid and ("language" in body or body.get("isolation") == "gvisor"):
         body.pop("compile", None)
-    # What a compile step leaves is not kept there, whatever the step.
-    if is_valid and body.get("isolation") == "gvisor":
-        body.pop("compile", None)
-    for wait in ("wait_ms", "stop_grace_ms"):
-        if is_valid and wait in body:
-            body[wait] = 50
     # That volumes stand beside each other, and not under gVisor, is beyond JSON Schema.
     if is_valid and body.get("isolation") == "gvisor":
         body.pop("volumes", None)
     for number, mount in enumerate(body.get("volumes") or [] if is_valid else []):
         mount["path"] = f"/volume-{number}"
-    # Limits that bound each other: inodes on disk, and the memory that another kernel needs.
-    limits = body.get("limits")
-    if is_valid and isinstance(limits, dict):
+    for wait in ("wait_ms", "stop_grace_ms"):
+        if is_valid and (wait in body or wait == "wait_ms" and operation == "createRun"):
+            body[wait] = 500
+    limits = body.setdefault("limits", {}) if is_valid else None
+    if isinstance(limits, dict):
+        # What goes on for long keeps room from others.
+        limits.setdefault("wall_ms", 2000)
+        at_hand(limits)
+        # Limits that bound each other: inodes on disk, and the memory that another kernel needs.
         limits.pop("inodes", None)
         if body.get("isolation") == "gvisor":
             limits.pop("memory_bytes", None)
