@@ -292,16 +292,8 @@ async fn a_terminal_is_typed_at() {
 async fn clients_that_vanish_at_every_step_leave_the_process_alone() {
     let sandbox = Sandbox::new().await;
     let exec = sandbox.shell("while read line; do echo \"<$line>\"; done; echo ended").await;
-    let host = sandbox.client.place().url.trim_start_matches("http://").to_owned();
-    let handshake = format!(
-        "GET {exec}/attach HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {}\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
-        sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
-        sandbox.client.token().unwrap()
-    );
-    // A masked text frame with a mask of zeros: `{"stdin":"v\n"}`.
-    let text = br#"{"stdin":"v\n"}"#;
-    let frame = [&[0x81, 0x80 | u8::try_from(text.len()).unwrap(), 0, 0, 0, 0][..], text].concat();
-    let whole = [handshake.as_bytes(), &frame].concat();
+    let (host, handshake) = handshake(&sandbox, &exec);
+    let whole = [handshake.as_bytes(), &frame(0x81, r#"{"stdin":"v\n"}"#)].concat();
     for length in [20, handshake.len() - 1, handshake.len(), handshake.len() + 1, handshake.len() + 8, whole.len()] {
         for is_half_closed in [false, true] {
             let mut stream = tokio::net::TcpStream::connect(&host).await.unwrap();
@@ -324,6 +316,60 @@ async fn clients_that_vanish_at_every_step_leave_the_process_alone() {
     // Whole frames count, of those that were cut off nothing does.
     assert!(lines.len() <= 4 && lines.iter().filter(|line| *line == "<v>").count() == lines.len() - 2, "{lines:?}");
     assert_eq!(lines[lines.len() - 2..], ["<last>", "ended"]);
+    sandbox.end().await;
+}
+
+/// The handshake by which `exec` is attached to, word by word.
+fn handshake(sandbox: &Sandbox, exec: &str) -> (String, String) {
+    let host = sandbox.client.place().url.trim_start_matches("http://").to_owned();
+    let head = format!(
+        "GET {exec}/attach HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {}\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
+        sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        sandbox.client.token().unwrap()
+    );
+    (host, head)
+}
+
+/// A frame as clients send it, with a mask of zeros: its first byte, and what it holds.
+fn frame(first: u8, text: &str) -> Vec<u8> {
+    [&[first, 0x80 | u8::try_from(text.len()).unwrap(), 0, 0, 0, 0][..], text.as_bytes()].concat()
+}
+
+#[tokio::test]
+async fn frames_that_break_the_protocol_end_the_connection_and_nothing_else() {
+    const INPUT: &str = r#"{"stdin":"no\n"}"#;
+    let sandbox = Sandbox::new().await;
+    let exec = sandbox.shell("while read line; do echo \"<$line>\"; done").await;
+    let (host, head) = handshake(&sandbox, &exec);
+    for (fault, frames) in [
+        ("the rest of a message that was not begun", frame(0x80, INPUT)),
+        ("a message in the middle of another", [frame(0x01, INPUT), frame(0x81, INPUT)].concat()),
+        ("a frame without a mask", [&[0x81, u8::try_from(INPUT.len()).unwrap()], INPUT.as_bytes()].concat()),
+        ("a kind of frame that there is not", frame(0x83, INPUT)),
+        ("a bit that nobody agreed on", frame(0xc1, INPUT)),
+        ("a ping in two frames", frame(0x09, "a")),
+        ("a ping of 126 bytes", [&[0x89, 0xfe, 0, 126, 0, 0, 0, 0][..], &[b'a'; 126]].concat()),
+        ("a frame of more bytes than there are", [0x82, 0xff, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0].to_vec()),
+        ("a text that is none", [&[0x81, 0x82, 0, 0, 0, 0][..], &[0xff, 0xfe]].concat()),
+        ("a close of one byte", frame(0x88, "a")),
+    ] {
+        let mut stream = tokio::net::TcpStream::connect(&host).await.unwrap();
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut first = [0; 12];
+        stream.read_exact(&mut first).await.unwrap();
+        assert_eq!(&first, b"HTTP/1.1 101", "{fault}");
+        stream.write_all(&frames).await.unwrap();
+        // A reset is an end, too.
+        let ended = tokio::time::timeout(Duration::from_secs(20), stream.read_to_end(&mut Vec::new())).await;
+        assert!(ended.is_ok(), "{fault}");
+    }
+
+    let mut socket = sandbox.attach(&exec).await;
+    socket.send(&json!({ "stdin": "yes\n" })).await.unwrap();
+    socket.send(&json!({ "stdin_end": true })).await.unwrap();
+    let seen = socket.collect_attached().await;
+
+    assert_eq!((seen.log.stdout_text().as_str(), seen.written_bytes), ("<yes>\n", Some(4)));
     sandbox.end().await;
 }
 

@@ -2,12 +2,17 @@
 
 use jsonwebtoken::Algorithm;
 use mayfly_tests::{
-    Answer, Client,
+    Answer, Client, contract,
+    contract::Operation,
     service::{Shared, shared},
     token,
 };
 use reqwest::Method;
 use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 
 fn hello() -> Value {
     json!({ "image": "busybox", "command": ["echo", "hello"] })
@@ -293,6 +298,213 @@ async fn a_network_that_there_is_not_is_named() {
     let problem = refused("network", json!("host")).await;
 
     assert_eq!(problem["field"], "network");
+}
+
+/// What a schema is, wherever it is written.
+fn resolved(schema: &'static Value) -> &'static Value {
+    match schema["$ref"].as_str() {
+        Some(reference) => contract::document().pointer(&reference[1..]).expect("a reference leads somewhere"),
+        None => schema,
+    }
+}
+
+/// A number in a body: its dotted name, and what it may be.
+#[derive(Debug)]
+struct Number {
+    field: String,
+    min: i64,
+    max: i64,
+}
+
+/// The numbers of a schema, those in its objects included.
+fn numbers(schema: &'static Value, field: &str) -> Vec<Number> {
+    let schema = resolved(schema);
+    let own = schema["minimum"].as_i64().zip(schema["maximum"].as_i64()).map(|(min, max)| Number { field: field.to_owned(), min, max });
+    let mut all: Vec<_> = own.into_iter().collect();
+    let any_of = ["oneOf", "anyOf", "allOf"].into_iter().filter_map(|word| schema[word].as_array()).flatten();
+    all.extend(any_of.flat_map(|schema| numbers(schema, field)));
+    for (name, schema) in schema["properties"].as_object().into_iter().flatten() {
+        let inner = if field.is_empty() { name.clone() } else { format!("{field}.{name}") };
+        all.extend(numbers(schema, &inner));
+    }
+    all
+}
+
+/// The operations that take a body of JSON, with its schema and an example of it.
+fn with_json() -> Vec<(Operation, &'static Value, Value)> {
+    let examples = contract::examples();
+    let example_of = |operation: &Operation| {
+        let place = format!("#/paths/{}/{}/", operation.template.replace('~', "~0").replace('/', "~1"), operation.method.to_lowercase());
+        examples.iter().find(|(schema, _)| schema.starts_with(&place)).map(|(_, example)| example.clone())
+    };
+    let schema_of = |operation: &Operation| {
+        let content = &operation.definition()["requestBody"]["content"]["application/json"];
+        (!content.is_null()).then(|| &content["schema"])
+    };
+    contract::operations()
+        .into_iter()
+        .filter_map(|operation| Some((schema_of(&operation)?, example_of(&operation)?, operation)))
+        .map(|(schema, example, operation)| (operation, schema, example))
+        .collect()
+}
+
+/// Asks for it of what is not there: what is wrong with the request itself is told first.
+async fn ask(client: &Client, operation: &Operation, body: &Value) -> Answer {
+    let parts = operation.template.split('/').map(|part| if part.starts_with('{') { "0190b5a4-0000-7000-8000-000000000000" } else { part });
+    let path = parts.collect::<Vec<_>>().join("/");
+    let method: Method = operation.method.parse().expect("the contract names methods");
+    client.send(client.request(method, &path).json(body), &operation.method, &path).await
+}
+
+/// Puts a value at a dotted name.
+fn put(body: &mut Value, field: &str, value: i64) {
+    match field.split_once('.') {
+        Some((outer, inner)) => {
+            if !body[outer].is_object() {
+                body[outer] = json!({});
+            }
+            put(&mut body[outer], inner, value);
+        }
+        None => body[field] = value.into(),
+    }
+}
+
+fn everything(service: &Shared) -> Client {
+    Client::with_scope(&service.place, "bounds", &format!("{} admin", token::TENANT_SCOPES))
+}
+
+#[tokio::test]
+async fn every_number_of_every_request_is_held_to_the_bounds_that_the_contract_names() {
+    let service = shared();
+    let client = everything(&service);
+    let (mut tried, mut faults) = (0, Vec::new());
+
+    for (operation, schema, example) in with_json() {
+        for Number { field, min, max } in numbers(schema, "") {
+            for value in [min - 1, max + 1] {
+                let mut body = example.clone();
+                put(&mut body, &field, value);
+                let answer = ask(&client, &operation, &body).await;
+                tried += 1;
+                let bound = &answer.body["bound"];
+                let is_told = answer.status == 422 && answer.body["field"] == field.as_str();
+                if !is_told || !bound.is_null() && (&bound["min"], &bound["max"]) != (&json!(min), &json!(max)) {
+                    faults.push(format!("{} {}: {field} of {value}: {}", operation.method, operation.template, answer.text));
+                }
+            }
+        }
+    }
+
+    assert!(faults.is_empty(), "{faults:#?}");
+    assert!(tried > 100, "only {tried} were tried");
+}
+
+#[tokio::test]
+async fn every_request_is_refused_for_a_field_that_there_is_not() {
+    let service = shared();
+    let client = everything(&service);
+    let (mut tried, mut faults) = (0, Vec::new());
+
+    for (operation, _, mut body) in with_json() {
+        body["colour"] = json!("red");
+        let answer = ask(&client, &operation, &body).await;
+        tried += 1;
+        if answer.status != 422 || answer.body["field"] != "colour" {
+            faults.push(format!("{} {}: {}", operation.method, operation.template, answer.text));
+        }
+    }
+
+    assert!(faults.is_empty(), "{faults:#?}");
+    assert!(tried > 15, "only {tried} were tried");
+}
+
+#[tokio::test]
+async fn a_path_that_leads_out_or_is_none_is_named() {
+    let long = "d/".repeat(2048) + "f";
+    assert_eq!(long.len(), 4097);
+    for path in ["../a", "a/../../b", "a\0b", "", long.as_str()] {
+        let problem = refused("files", json!([{ "path": "fine", "content": "" }, { "path": path, "content": "" }])).await;
+        assert_eq!(problem["field"], "files[1].path", "{path:.20}");
+    }
+    for path in ["/a\0b", "a", &format!("/{long}")] {
+        assert_eq!(refused("workdir", json!(path)).await["field"], "workdir", "{path:.20}");
+    }
+}
+
+#[tokio::test]
+async fn a_zero_byte_is_named_wherever_the_system_would_end_a_word_at_it() {
+    for (member, value) in [
+        ("env", json!({ "A": "a\0b" })),
+        ("env", json!({ "A\0": "b" })),
+        ("user", json!("a\0")),
+        ("labels", json!({ "a": "\0" })),
+        ("entrypoint", json!(["sh\0"])),
+        ("image", json!("busy\0box")),
+    ] {
+        let problem = refused(member, value.clone()).await;
+        assert!(problem["field"].as_str().unwrap().starts_with(member), "{value}: {problem:#}");
+    }
+}
+
+#[tokio::test]
+async fn ten_thousand_files_are_too_many_for_one_request_and_a_thousand_are_not() {
+    let files = |count: usize| (0..count).map(|n| json!({ "path": format!("f{n}"), "content": "" })).collect::<Value>();
+
+    let refused = refused("files", files(10_000)).await;
+    let run = shared().client().run(&json!({ "image": "busybox", "command": ["sh", "-c", "ls | wc -l"], "files": files(1024) })).await;
+
+    assert_eq!(refused["field"], "files");
+    assert_eq!(run["stdout"], "1024\n", "{run:#}");
+}
+
+#[tokio::test]
+async fn what_is_no_text_is_told() {
+    let client = shared().client();
+    let body = [&br#"{"image":"busybox","command":["echo",""#[..], &[0xff, 0xfe], br#""]}"#].concat();
+
+    client.post_raw("/v1/runs", "application/json", body).await.problem(422, "invalid_request");
+    client.get("/v1/runs/%ff").await.problem(422, "invalid_request");
+    client.get("/v1/sandboxes/%ff").await.problem(422, "invalid_request");
+    client.get("/v1/sandboxes?name=%ff").await.problem(422, "invalid_request");
+    client.get("/v1/sandboxes?%ff=1").await.problem(422, "invalid_request");
+}
+
+/// Sends this and closes our side; what is answered until the other side is closed, too.
+async fn half_closed(service: &Shared, sent: &str) -> String {
+    let mut stream = TcpStream::connect(service.place.url.trim_start_matches("http://")).await.expect("it listens");
+    stream.write_all(sent.as_bytes()).await.expect("it takes what it is sent");
+    stream.shutdown().await.expect("it is our side");
+    let mut answer = Vec::new();
+    // A reset is an end, too.
+    let reading = tokio::time::timeout(std::time::Duration::from_secs(20), stream.read_to_end(&mut answer));
+    drop(reading.await.expect("a connection that brings no more is not kept"));
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[tokio::test]
+async fn a_request_that_was_cut_off_makes_nothing_and_one_whose_sender_closed_its_side_is_done_once() {
+    let service = shared();
+    let client = service.client();
+    let body = json!({ "image": "busybox", "command": ["sleep", "1000"] });
+    let head = format!(
+        "POST /v1/sandboxes HTTP/1.1\r\nhost: mayfly\r\nauthorization: Bearer {}\r\ncontent-type: application/json\r\nidempotency-key: half\r\n\
+        content-length: {}\r\n\r\n",
+        client.token().expect("it has one"),
+        body.to_string().len()
+    );
+    let whole = format!("{head}{body}");
+
+    for length in [10, head.len() - 1, head.len(), whole.len() - 1] {
+        let answer = half_closed(&service, &whole[..length]).await;
+        assert!(!answer.starts_with("HTTP/1.1 2"), "{length} of {} bytes: {answer}", whole.len());
+    }
+    assert_eq!(client.get("/v1/sandboxes").await.expect(200)["items"], json!([]));
+    half_closed(&service, &whole).await;
+    let again = client.request(Method::POST, "/v1/sandboxes").header("idempotency-key", "half").json(&body);
+    let made = client.send(again, "POST", "/v1/sandboxes").await.expect(201);
+
+    assert_eq!(client.get("/v1/sandboxes").await.expect(200)["items"].as_array().unwrap().len(), 1);
+    assert_eq!(client.delete(&format!("/v1/sandboxes/{}", made["id"].as_str().unwrap())).await.status, 204);
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
 use mayfly_tests::{Client, service::shared};
 use reqwest::{Method, RequestBuilder, Response};
 use serde_json::{Value, json};
@@ -275,6 +276,97 @@ async fn a_client_that_vanishes_leaves_nothing_half_written() {
     let listed = inside.json("/files/data?list").await;
     assert_eq!(listed["items"].as_array().unwrap().len(), 1, "{listed:#}");
     assert_eq!(inside.content("/data/a").await, b"old\n");
+}
+
+#[tokio::test]
+async fn a_path_is_as_long_as_the_system_takes_it_and_no_longer_wherever_it_stands() {
+    let inside = Inside::new("").await;
+    let long = "d/".repeat(2048) + "f";
+    assert_eq!(long.len(), 4097);
+
+    for answer in [
+        inside.get(&format!("/files/{long}")).await,
+        inside.put(&format!("/{long}"), "x").await,
+        inside.delete(&format!("/{long}")).await,
+        inside.post(&format!("/{long}?mkdir")).await,
+    ] {
+        assert_eq!(problem(answer, 422, "invalid_request").await["field"], "path");
+    }
+    assert_eq!(problem(inside.post(&format!("/tmp?rename=/{long}")).await, 422, "invalid_request").await["field"], "rename");
+    assert_eq!(problem(inside.get(&format!("/archive?path=/{long}")).await, 422, "invalid_request").await["field"], "path");
+    problem(inside.get(&format!("/files/{}", &long[2..])).await, 404, "file_not_found").await;
+}
+
+/// An archive of so many empty files.
+fn archive_of(count: usize) -> Vec<u8> {
+    let mut archive = Vec::with_capacity((count + 2) * 512);
+    for number in 0..count {
+        let mut head = [0_u8; 512];
+        let name = format!("f{number:05}");
+        head[..name.len()].copy_from_slice(name.as_bytes());
+        head[100..108].copy_from_slice(b"0000644\0");
+        head[108..116].copy_from_slice(b"0000000\0");
+        head[116..124].copy_from_slice(b"0000000\0");
+        head[124..136].copy_from_slice(b"00000000000\0");
+        head[136..148].copy_from_slice(b"00000000000\0");
+        head[148..156].copy_from_slice(b"        ");
+        head[156] = b'0';
+        head[257..265].copy_from_slice(b"ustar\x0000");
+        let sum: u32 = head.iter().map(|byte| u32::from(*byte)).sum();
+        head[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        archive.extend(head);
+    }
+    archive.extend([0; 1024]);
+    archive
+}
+
+#[tokio::test]
+async fn ten_thousand_files_go_in_are_listed_and_come_out() {
+    let inside = Inside::new("mkdir /many").await;
+
+    let into = inside.request(Method::PUT, "/archive?path=/many").body(archive_of(10_000)).send().await.unwrap();
+    assert_eq!((into.status().as_u16(), into.json::<Value>().await.unwrap()["entries"].as_u64()), (200, Some(10_000)));
+    let (mut count, mut cursor) = (0, String::new());
+    loop {
+        let page = inside.json(&format!("/files/many?list&limit=1000{cursor}")).await;
+        count += page["items"].as_array().unwrap().len();
+        let Some(next) = page["next_cursor"].as_str() else { break };
+        cursor = format!("&cursor={next}");
+    }
+    let out = inside.get("/archive?path=/many").await.bytes().await.unwrap();
+
+    assert_eq!(count, 10_000);
+    assert_eq!(out.windows(5).filter(|bytes| bytes == b"ustar").count(), 10_001);
+}
+
+#[tokio::test]
+async fn clients_that_vanish_from_an_archive_or_a_download_leave_nothing_at_work() {
+    let inside = Inside::new("mkdir /data; dd if=/dev/zero of=/big bs=1048576 count=32 2>/dev/null").await;
+    let archive = archive_of(1000);
+    for length in [1, 511, 513, archive.len() / 2, archive.len() - 1025] {
+        let half = archive[..length].to_vec();
+        let body = futures_util::stream::iter([Ok::<_, std::io::Error>(half)]).chain(futures_util::stream::pending());
+        let sending = inside.request(Method::PUT, "/archive?path=/data").body(reqwest::Body::wrap_stream(body)).send();
+        // What it waits for will not come.
+        assert!(tokio::time::timeout(Duration::from_millis(300), sending).await.is_err());
+    }
+    for path in ["/files/big", "/archive?path=/big"] {
+        let mut download = inside.get(path).await.bytes_stream();
+        assert!(!download.next().await.unwrap().unwrap().is_empty(), "{path}");
+    }
+
+    // Whoever worked in there for them is gone: what is left is the sandbox's own.
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    loop {
+        let processes = inside.json("/top").await["items"].as_array().unwrap().len();
+        if processes == 1 {
+            break;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "{processes} processes");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(inside.put("/data/after", "still there").await.status(), 200);
+    assert_eq!(inside.content("/data/after").await, b"still there");
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use mayfly_tests::{Client, outcome::assert_exit, service::shared, stream};
 use serde_json::{Value, json};
-use tokio_tungstenite::tungstenite::{client::IntoClientRequest, http::HeaderValue};
+use tokio_tungstenite::tungstenite::{Message, client::IntoClientRequest, http::HeaderValue};
 
 async fn sandbox(client: &Client, script: &str) -> String {
     let made = client.post("/v1/sandboxes", &json!({ "image": "busybox", "command": ["sh", "-c", script] })).await.expect(201);
@@ -112,6 +112,28 @@ async fn a_reader_that_does_not_read_holds_up_nobody() {
 
     assert_eq!(awake.stdout.len(), 20_000_000);
     assert_eq!(awake.end.unwrap()["reason"], "exited");
+}
+
+#[tokio::test]
+async fn readers_that_talk_too_much_or_vanish_are_gone_and_the_log_goes_on() {
+    let client = shared().client();
+    let id = sandbox(&client, "while ! [ -e /tmp/enough ]; do echo line; sleep 0.02; done; echo last").await;
+    let mut loud = client.follow(&id, "from=0").await;
+    loud.send_message(Message::text("x".repeat(5000))).await.unwrap();
+    while loud.next().await.is_some() {}
+    for form in ["application/x-ndjson", "text/event-stream", "text/plain"] {
+        let path = format!("/v1/sandboxes/{id}/logs");
+        let mut reading = client.request(reqwest::Method::GET, &path).header("accept", form).send().await.unwrap();
+        assert!(!reading.chunk().await.unwrap().unwrap().is_empty(), "{form}");
+    }
+    drop(client.follow(&id, "from=0").await);
+
+    let path = format!("/v1/sandboxes/{id}/files/tmp/enough");
+    client.send(client.request(reqwest::Method::PUT, &path).body(""), "PUT", &path).await.expect(200);
+    let frames = client.log(&id).await;
+
+    assert!(frames.stdout_text().ends_with("line\nlast\n") && frames.gaps.is_empty(), "{frames:?}");
+    assert_eq!(frames.end.unwrap()["exit_code"], 0);
 }
 
 #[tokio::test]
