@@ -198,6 +198,21 @@ async fn a_paused_sandbox_goes_on_when_it_is_resumed() {
 }
 
 #[tokio::test]
+async fn a_volume_outlives_the_sandbox_that_wrote_to_it() {
+    let client = shared().client();
+    client.post("/v1/volumes", &json!({ "name": "kept", "size_bytes": 4 << 20 })).await.expect(201);
+    let with = async |script: &str, read_only: bool| {
+        let volumes = json!([{ "name": "kept", "path": "/kept", "read_only": read_only }]);
+        client.run(&json!({ "image": "busybox", "command": ["sh", "-c", script], "volumes": volumes })).await
+    };
+
+    with("echo from the first > /kept/file", false).await;
+    let second = with("cat /kept/file; touch /kept/new 2>/dev/null || echo read-only", true).await;
+
+    assert_eq!(stdout(&second), "from the first\nread-only\n");
+}
+
+#[tokio::test]
 async fn an_archive_becomes_an_image_that_runs() {
     let client = shared().client();
     let archive = std::fs::read(image::archive("busybox").unwrap()).unwrap();
@@ -284,6 +299,18 @@ async fn output_beyond_its_limit_is_told() {
     assert_eq!((stdout(&cut).len(), &cut["outcome"]["truncated"]["stdout"]), (5000, &json!(true)));
     assert_reason(&ended, "output_limit");
     assert_limits_hit(&ended, &["output"]);
+}
+
+#[tokio::test]
+async fn source_is_compiled_in_a_step_of_its_own_before_it_runs() {
+    let step = json!({ "command": ["sh", "-c", "echo compiling; sed s/x/42/ source > program"] });
+    let files = json!([{ "path": "source", "content": "echo x" }]);
+    let request = json!({ "image": "busybox", "files": files, "compile": step, "command": ["sh", "program"] });
+
+    let run = shared().client().run(&request).await;
+
+    assert_exit(&run, 0);
+    assert_eq!((run["compile"]["stdout"].as_str(), stdout(&run)), (Some("compiling\n"), "42\n"));
 }
 
 #[tokio::test]
