@@ -300,6 +300,15 @@ async fn a_network_that_there_is_not_is_named() {
     assert_eq!(problem["field"], "network");
 }
 
+#[tokio::test]
+async fn a_body_that_may_be_left_out_is_not_null_for_that() {
+    let client = shared().client();
+    let path = "/v1/sandboxes/0190b5a4-0000-7000-8000-000000000000/resume";
+
+    client.post_raw(path, "application/json", "null").await.problem(422, "invalid_request");
+    client.post_raw(path, "application/json", "").await.problem(404, "not_found");
+}
+
 /// What a schema is, wherever it is written.
 fn resolved(schema: &'static Value) -> &'static Value {
     match schema["$ref"].as_str() {

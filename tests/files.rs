@@ -191,6 +191,7 @@ async fn an_archive_goes_out_and_in() {
     assert_eq!(inside.content("/copy/data/deep/b").await, b"two\n");
     let nonsense = inside.request(Method::PUT, "/archive?path=/copy").body("no archive".repeat(200)).send().await.unwrap();
     problem(nonsense, 422, "invalid_request").await;
+    problem(inside.request(Method::PUT, "/archive?path=/copy").send().await.unwrap(), 422, "invalid_request").await;
     problem(inside.get("/archive?path=/none").await, 404, "file_not_found").await;
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use axum::{
     Json,
-    body::{Body, BodyDataStream},
+    body::{Body, BodyDataStream, HttpBody as _},
     extract::State,
     http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header},
     response::{IntoResponse as _, Response},
@@ -489,12 +489,16 @@ async fn pack(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<R
     ),
 )]
 async fn unpack(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Body) -> Result<Json<ArchiveView>, ApiError> {
+    let is_missing = body.is_end_stream();
     let mut content = body.into_data_stream();
     let unpacked = async {
         caller.require(Scope::SandboxesWrite)?;
         let sandbox = Target::of(&uri)?.sandbox;
         let path = Wish::of(&uri, &["path"])?.path.unwrap_or_default();
         let tree = files(&app, &caller, &sandbox).await?;
+        if is_missing {
+            return Err(ApiError::Invalid(Invalid::new("", "the body is missing: an archive")));
+        }
         let ask = Ask::Unpack { path, bytes_max: ARCHIVE_BYTES_MAX, entries_max: ARCHIVE_ENTRIES_MAX };
         let Reply::Unpacked { entries, bytes } = tree.give(ask, &mut content).await? else { return Err(nonsense()) };
         Ok(Json(ArchiveView { entries, bytes }))

@@ -21,10 +21,10 @@ pub async fn read<T: DeserializeOwned>(body: Body) -> Result<T, ApiError> {
     parse(&bytes).map_err(ApiError::Invalid)
 }
 
-/// [`read`] of a body that may be empty, or null.
+/// [`read`] of a body that may be empty.
 pub(super) async fn read_or_default<T: DeserializeOwned + Default>(body: Body) -> Result<T, ApiError> {
     let bytes = bytes(body).await?;
-    if bytes.is_empty() { Ok(T::default()) } else { parse::<Option<T>>(&bytes).map(Option::unwrap_or_default).map_err(ApiError::Invalid) }
+    if bytes.is_empty() { Ok(T::default()) } else { parse(&bytes).map_err(ApiError::Invalid) }
 }
 
 /// A whole body, as it came.

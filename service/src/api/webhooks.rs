@@ -37,6 +37,7 @@ use crate::{
 };
 
 const KINDS_MAX: usize = 32;
+const _: () = assert!(KINDS_MAX == 32, "the contract of `kinds` says so too, and takes nothing but a literal");
 const KIND_BYTES_MAX: usize = 64;
 const KIND_PATTERN: &str = r"^[a-z_]+\.([a-z_]+|\*)$";
 const DESCRIPTION_CHARS_MAX: usize = 256;
@@ -72,7 +73,7 @@ pub(super) struct WebhookRequest {
     url: String,
     /// Which events: as in `sandbox.ended`, or `sandbox.*`. Empty or absent: all.
     #[serde(default)]
-    #[schema(extensions(("x-schema" = json!({ "maxItems": KINDS_MAX, "items": { "type": "string", "pattern": KIND_PATTERN, "maxLength": KIND_BYTES_MAX } }))))]
+    #[schema(max_items = 32, extensions(("x-schema" = json!({ "pattern": KIND_PATTERN, "maxLength": KIND_BYTES_MAX }))))]
     kinds: Vec<String>,
     /// For people.
     #[serde(default)]
@@ -91,7 +92,7 @@ pub(super) struct WebhookRequest {
 pub(super) struct WebhookPatch {
     #[schema(extensions(("x-schema" = json!({ "maxLength": URL_BYTES_MAX, "format": "uri" }))))]
     url: Option<String>,
-    #[schema(extensions(("x-schema" = json!({ "maxItems": KINDS_MAX, "items": { "type": "string", "pattern": KIND_PATTERN, "maxLength": KIND_BYTES_MAX } }))))]
+    #[schema(max_items = 32, extensions(("x-schema" = json!({ "pattern": KIND_PATTERN, "maxLength": KIND_BYTES_MAX }))))]
     kinds: Option<Vec<String>>,
     #[schema(extensions(("x-schema" = json!({ "maxLength": DESCRIPTION_CHARS_MAX, "pattern": "^[^\\u0000-\\u001f\\u007f-\\u009f]*$" }))))]
     description: Option<String>,

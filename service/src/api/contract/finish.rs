@@ -13,6 +13,18 @@ use yaml_serde::{Mapping, Value};
 const BARE: &str = "/metrics";
 const METHODS: [&str; 8] = ["get", "put", "post", "delete", "options", "head", "patch", "trace"];
 
+/// What comes as server-sent events is described event by event.
+const EVENTS: &str = "
+schema:
+  type: object
+  description: One event.
+  properties:
+    id: { type: string, description: 'What `Last-Event-ID` goes on behind, where that can be.' }
+    event: { type: string, const: message }
+    data: { type: string, description: 'What stands in one line of `application/x-ndjson`.' }
+  required: [data]
+";
+
 /// The document of these operations in this frame.
 pub(super) fn finished(described: &OpenApi, frame: &str) -> Value {
     let described = yaml_serde::to_value(described).expect("what utoipa makes is YAML");
@@ -131,6 +143,9 @@ fn settle_operation(path: &str, method: &str, operation: &mut Mapping) {
         }
         headers.extend(answer.remove("headers").and_then(|own| own.as_mapping().cloned()).unwrap_or_default());
         answer.insert("headers".into(), headers.into());
+        if let Some(events) = answer.get_mut("content").and_then(|content| content.get_mut("text/event-stream")) {
+            *events = yaml_serde::from_str(EVENTS).expect("it is YAML: every test of the contract reads it");
+        }
     }
     let mut promise = |status: &str, name: &str| {
         if !answers.contains_key(status) {
