@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     clock::at_us,
-    sandbox::{self, Compile, CompileEnd, Finish, LogTail, SandboxId, step_id},
+    sandbox::{self, Compile, CompileEnd, Finish, LogTail, Mount, SandboxId, step_id},
 };
 
 /// How long the end of a step, and of what it left, is waited for where it is to be cleared away.
@@ -119,6 +119,6 @@ fn launch_of_step(live: &Live, step: &Compile, has_files: bool) -> Launch {
         terminal: None,
         layer: Layering::Fresh,
         keeps_layer: true,
-        volumes: Vec::new(),
+        volumes: step.program.volumes.iter().map(Mount::order).collect(),
     }
 }
