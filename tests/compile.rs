@@ -288,7 +288,7 @@ async fn a_service_that_is_killed_while_it_is_compiled_leaves_a_run_that_is_comp
 async fn a_service_that_dies_between_the_step_and_the_program_begins_anew_too() {
     let mut service = Service::start();
     service.kill();
-    service.arm("service.compile.ended");
+    service.arm("service.compile.ended=return");
     service.start_again().unwrap();
     let client = Client::of(service.place(), "survivor");
     let mut request = request("echo compiled > out", "cat out -");

@@ -84,6 +84,9 @@ pub const STEPS: &[&str] = &[
     "service.settle.forgotten",
     // And then it is removed, where that was wished for.
     "service.settle.removed",
+    // A compile step: it has ended; what it wrote is given up.
+    "service.compile.ended",
+    "service.compile.given_up",
     // A pause, or the end of one: the keeper has done it; the row says so. An order to stop: its event is there; the keeper has it. A change: the
     // keeper holds it; the row says so.
     "service.pause.held",
