@@ -302,7 +302,7 @@ async fn a_service_that_dies_between_the_step_and_the_program_begins_anew_too() 
     service.start_again().unwrap();
     let client = Client::of(service.place(), "survivor");
     let ended = client.until("/v1/events?kind=sandbox.ended", |events| !events["items"].as_array().unwrap().is_empty()).await;
-    let found = ended["items"][0]["sandbox"].as_str().unwrap();
+    let found = ended["items"][0]["object"].as_str().and_then(|object| object.strip_prefix("sandbox/")).unwrap();
     assert!(id.is_none_or(|id| id == found));
     let run = client.get(&format!("/v1/runs/{found}")).await.expect(200);
 
