@@ -58,8 +58,9 @@ pub enum PathInvalid {
 }
 
 impl TreePath {
-    /// Takes a path with or without its leading slash. Empty names and `.` mean nothing.
+    /// Takes a path with or without its leading slash, which is not counted: it is looked up from the root on. Empty names and `.` mean nothing.
     pub fn parse(path: &[u8]) -> Result<Self, PathInvalid> {
+        let path = path.strip_prefix(b"/").unwrap_or(path);
         if path.len() > PATH_BYTES_MAX {
             return Err(PathInvalid::TooLong);
         }
@@ -469,9 +470,12 @@ mod tests {
     fn a_path_that_comes_by_the_socket_is_checked_again() {
         let hostile = postcard::to_stdvec(&b"/../x".to_vec()).unwrap();
         assert!(postcard::from_bytes::<TreePath>(&hostile).is_err());
-        let path = TreePath::parse(b"/a/b").unwrap();
-        let sent = postcard::to_stdvec(&path).unwrap();
-        assert_eq!(postcard::from_bytes::<TreePath>(&sent).unwrap(), path);
+        let longest = [&b"a/".repeat(PATH_BYTES_MAX / 2)[..], b"b"].concat();
+        for path in [b"/a/b", &longest[..]] {
+            let path = TreePath::parse(path).unwrap();
+            let sent = postcard::to_stdvec(&path).unwrap();
+            assert_eq!(postcard::from_bytes::<TreePath>(&sent).unwrap(), path);
+        }
     }
 
     #[test]
