@@ -17,7 +17,7 @@ struct Inside {
 impl Inside {
     async fn of(client: Client, script: &str) -> Self {
         let script = format!("{script}\necho ready; exec sleep 120");
-        let asked = json!({ "image": "busybox", "command": ["sh", "-c", script], "limits": { "inodes": 20_000 } });
+        let asked = json!({ "image": "busybox", "command": ["sh", "-c", script], "limits": { "inodes": 20_000, "cpu_millis": 500 } });
         let id = client.post("/v1/sandboxes", &asked).await.expect(201)["id"].as_str().unwrap().to_owned();
         let inside = Self { client, id };
         // The script is through when what it says last is there.

@@ -171,7 +171,17 @@ impl Tree {
     /// A fresh group, without limits yet.
     pub(crate) fn make(&self, name: String) -> io::Result<Group> {
         let Self { mode, devices, places, .. } = *self;
-        let mut group = Group { name, mode, devices, places, folders: Vec::new(), io: None, own_device: None, peak_before: 0, shared_devices: Vec::new() };
+        let mut group = Group {
+            name,
+            mode,
+            devices,
+            places,
+            folders: Vec::new(),
+            io: None,
+            own_device: None,
+            peak_before: 0,
+            shared_devices: Vec::new(),
+        };
         for parent in &self.parents {
             let made = mkdirat(parent, &group.name, Mode::from_raw_mode(0o755)).and_then(|()| open_folder(parent.as_fd(), &group.name));
             match made {

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use super::{
     Keeper, Source,
     connection::{Asker, failed, failed_at},
-    worker::Worker,
     warn,
+    worker::Worker,
 };
 use crate::{
     disk::volume::{Loop, Manner, Size},
