@@ -180,12 +180,12 @@ impl Service {
         service
     }
 
-    /// Starts one that tests share.
+    /// Starts one that tests share. What they leave behind only sleeps: more of it than usual is promised processors, so that nobody waits in the queue for that.
     ///
     /// # Errors
     /// As [`Self::start_with`].
     pub fn start_shared() -> Result<Self> {
-        Self::launch(&[], None)
+        Self::launch(&["--overcommit-cpu-percent", "2400"], None)
     }
 
     /// Starts one without images, with further arguments of `serve`.
