@@ -230,10 +230,15 @@ def creation(body, operation, is_valid):
     for wait in ("wait_ms", "stop_grace_ms"):
         if is_valid and (wait in body or wait == "wait_ms" and operation == "createRun"):
             body[wait] = 500
-    limits = body.setdefault("limits", {}) if is_valid else None
-    if isinstance(limits, dict):
-        # What goes on for long keeps room from others.
-        limits.setdefault("wall_ms", 2000)
+    if not is_valid:
+        return
+    # What goes on for long keeps room from others.
+    body.setdefault("limits", {}).setdefault("wall_ms", 2000)
+    step = body.get("compile") or {}
+    if body.get("compile") is not None and not step.get("command"):
+        # With an image it is needed, with a language it may not be given.
+        body["compile"] = step = {**step, "command": ["true"]}
+    for limits in (body["limits"], step.get("limits") or {}):
         at_hand(limits)
         # Limits that bound each other: inodes on disk, and the memory that another kernel needs.
         limits.pop("inodes", None)
