@@ -30,6 +30,11 @@ impl Inside {
         inside
     }
 
+    /// Leaves its room to others.
+    async fn end(self) {
+        assert_eq!(self.client.delete(&self.at("")).await.status, 204);
+    }
+
     async fn new(script: &str) -> Self {
         Self::of(shared().client(), script).await
     }
@@ -296,6 +301,7 @@ async fn a_path_is_as_long_as_the_system_takes_it_and_no_longer_wherever_it_stan
     assert_eq!(problem(inside.post(&format!("/tmp?rename=/{long}")).await, 422, "invalid_request").await["field"], "rename");
     assert_eq!(problem(inside.get(&format!("/archive?path=/{long}")).await, 422, "invalid_request").await["field"], "path");
     problem(inside.get(&format!("/files/{}", &long[2..])).await, 404, "file_not_found").await;
+    inside.end().await;
 }
 
 /// An archive of so many empty files.
@@ -338,6 +344,7 @@ async fn ten_thousand_files_go_in_are_listed_and_come_out() {
 
     assert_eq!(count, 10_000);
     assert_eq!(out.windows(5).filter(|bytes| bytes == b"ustar").count(), 10_001);
+    inside.end().await;
 }
 
 #[tokio::test]
@@ -368,6 +375,7 @@ async fn clients_that_vanish_from_an_archive_or_a_download_leave_nothing_at_work
     }
     assert_eq!(inside.put("/data/after", "still there").await.status(), 200);
     assert_eq!(inside.content("/data/after").await, b"still there");
+    inside.end().await;
 }
 
 #[tokio::test]
