@@ -292,7 +292,7 @@ pub(super) async fn read(
     tag = "sandboxes",
     security(("bearer" = ["sandboxes:write"])),
     params(parameter::Exec),
-    request_body(content = KillRequest, description = "May be left out.", example = json!({ "signal": "SIGTERM" })),
+    request_body(content = Option<KillRequest>, description = "May be left out.", example = json!({ "signal": "SIGTERM" })),
     responses(
         (status = 204, description = "The signal was sent."),
         refusal::NotFound,

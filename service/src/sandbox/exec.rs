@@ -14,7 +14,8 @@ use super::{
     Bound, Invalid, Outcome, State, TenantId, User, WAIT_MS,
     limits::{EXEC_OUTPUT_BYTES, EXEC_WALL_MS},
     request::{
-        ARGS_ENV_BYTES_MAX, Content, Encoding, TTY_COLUMNS, TTY_ROWS, TtyRequest, USER_PATTERN, command, env, stdin, truncate, workdir,
+        ARGS_ENV_BYTES_MAX, Content, Encoding, TTY_COLUMNS, TTY_ROWS, TtyRequest, USER_PATTERN, command, env, object, stdin, truncate,
+        workdir,
     },
     words,
 };
@@ -53,7 +54,7 @@ pub struct ExecRequest {
     /// Whether it has a terminal, or which size that has.
     #[serde(default)]
     tty: TtyRequest,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object")]
     limits: ExecLimitsRequest,
     #[serde(default = "truncate")]
     #[schema(value_type = words::OutputPolicy)]

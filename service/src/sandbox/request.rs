@@ -1,13 +1,16 @@
 //! What a caller asks for, parsed into a sandbox that can be made.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, marker::PhantomData};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use sandbox_core::{
     files::PATH_BYTES_MAX,
     protocol::{Isolation, OutputPolicy, WindowSize},
 };
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{MapAccess, Visitor, value::MapAccessDeserializer},
+};
 use utoipa::ToSchema;
 
 use super::{
@@ -128,7 +131,7 @@ pub struct RunRequest {
     #[serde(default)]
     #[schema(value_type = words::Labels)]
     labels: BTreeMap<String, String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object")]
     limits: RequestedLimits,
     #[serde(default = "truncate")]
     #[schema(value_type = words::OutputPolicy)]
@@ -163,7 +166,7 @@ struct CompileRequest {
     #[serde(default)]
     #[schema(value_type = words::Env)]
     env: BTreeMap<String, String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object")]
     limits: RequestedCompileLimits,
 }
 
@@ -208,7 +211,7 @@ pub struct SandboxRequest {
     #[serde(default)]
     #[schema(value_type = words::Labels)]
     labels: BTreeMap<String, String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object")]
     limits: RequestedLimits,
     #[serde(default = "truncate")]
     #[schema(value_type = words::OutputPolicy)]
@@ -305,6 +308,25 @@ struct FileRequest {
 /// What is there is no null: an absent field is the way to say nothing.
 fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
     String::deserialize(deserializer).map(Some)
+}
+
+/// An object. For serde a list would do, too: of the fields' values in their order.
+pub(super) fn object<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<T, D::Error> {
+    struct Members<T>(PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Members<T> {
+        type Value = T;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an object")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, members: A) -> Result<T, A::Error> {
+            T::deserialize(MapAccessDeserializer::new(members))
+        }
+    }
+
+    deserializer.deserialize_map(Members(PhantomData))
 }
 
 /// What a run is made of: an image, or what its language says.

@@ -113,13 +113,15 @@ fn settle_operation(path: &str, method: &str, operation: &mut Mapping) {
     let has_parameters = operation.contains_key("parameters");
     let has_body = method == "post" || operation.contains_key("requestBody");
     if let Some(body) = operation.get_mut("requestBody").and_then(Value::as_mapping_mut) {
-        body.entry("required".into()).or_insert(true.into());
-        // One that may be absent is not null for that.
+        // One that may be left out is not null for that.
+        let mut is_needed = true;
         for (_, content) in body.get_mut("content").and_then(Value::as_mapping_mut).into_iter().flatten() {
             if let Some(one) = content.get("schema").and_then(nullable).cloned() {
                 content["schema"] = one;
+                is_needed = false;
             }
         }
+        body.insert("required".into(), is_needed.into());
     }
     for parameter in operation.get_mut("parameters").and_then(Value::as_sequence_mut).into_iter().flatten() {
         settle_parameter(parameter);
