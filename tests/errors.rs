@@ -357,12 +357,40 @@ fn with_json() -> Vec<(Operation, &'static Value, Value)> {
         .collect()
 }
 
-/// Asks for it of what is not there: what is wrong with the request itself is told first.
-async fn ask(client: &Client, operation: &Operation, body: &Value) -> Answer {
-    let parts = operation.template.split('/').map(|part| if part.starts_with('{') { "0190b5a4-0000-7000-8000-000000000000" } else { part });
-    let path = parts.collect::<Vec<_>>().join("/");
-    let method: Method = operation.method.parse().expect("the contract names methods");
-    client.send(client.request(method, &path).json(body), &operation.method, &path).await
+/// What there is for requests to be about: whose sandbox, and whose exec, is looked at before what is asked of it.
+struct There {
+    client: Client,
+    sandbox: String,
+    exec: String,
+}
+
+impl There {
+    async fn new() -> Self {
+        let service = shared();
+        let tenant = format!("tenant-{}", uuid::Uuid::new_v4().simple());
+        let client = Client::with_scope(&service.place, &tenant, &format!("{} admin", token::TENANT_SCOPES));
+        let sandbox = client.sandbox("exec sleep 1000").await;
+        let exec = json!({ "command": ["sleep", "1000"], "tty": true, "wait_ms": 0 });
+        let exec =
+            client.post(&format!("/v1/sandboxes/{sandbox}/execs"), &exec).await.expect(202)["id"].as_str().expect("an id").to_owned();
+        Self { client, sandbox, exec }
+    }
+
+    async fn ask(&self, operation: &Operation, body: &Value) -> Answer {
+        let parts = operation.template.split('/').map(|part| match part {
+            "{id}" => self.sandbox.as_str(),
+            "{eid}" => self.exec.as_str(),
+            _ if part.starts_with('{') => "0190b5a4-0000-7000-8000-000000000000",
+            _ => part,
+        });
+        let path = parts.collect::<Vec<_>>().join("/");
+        let method: Method = operation.method.parse().expect("the contract names methods");
+        self.client.send(self.client.request(method, &path).json(body), &operation.method, &path).await
+    }
+
+    async fn end(self) {
+        assert_eq!(self.client.delete(&format!("/v1/sandboxes/{}", self.sandbox)).await.status, 204);
+    }
 }
 
 /// Puts a value at a dotted name.
@@ -372,20 +400,20 @@ fn put(body: &mut Value, field: &str, value: i64) {
             if !body[outer].is_object() {
                 body[outer] = json!({});
             }
+            if outer == "tty" {
+                // It has both of its sizes, and no input that is given at once.
+                body["tty"] = json!({ "rows": 24, "columns": 80 });
+                body["stdin"] = Value::Null;
+            }
             put(&mut body[outer], inner, value);
         }
         None => body[field] = value.into(),
     }
 }
 
-fn everything(service: &Shared) -> Client {
-    Client::with_scope(&service.place, "bounds", &format!("{} admin", token::TENANT_SCOPES))
-}
-
 #[tokio::test]
 async fn every_number_of_every_request_is_held_to_the_bounds_that_the_contract_names() {
-    let service = shared();
-    let client = everything(&service);
+    let there = There::new().await;
     let (mut tried, mut faults) = (0, Vec::new());
 
     for (operation, schema, example) in with_json() {
@@ -393,7 +421,7 @@ async fn every_number_of_every_request_is_held_to_the_bounds_that_the_contract_n
             for value in [min - 1, max + 1] {
                 let mut body = example.clone();
                 put(&mut body, &field, value);
-                let answer = ask(&client, &operation, &body).await;
+                let answer = there.ask(&operation, &body).await;
                 tried += 1;
                 let bound = &answer.body["bound"];
                 let is_told = answer.status == 422 && answer.body["field"] == field.as_str();
@@ -406,17 +434,17 @@ async fn every_number_of_every_request_is_held_to_the_bounds_that_the_contract_n
 
     assert!(faults.is_empty(), "{faults:#?}");
     assert!(tried > 100, "only {tried} were tried");
+    there.end().await;
 }
 
 #[tokio::test]
 async fn every_request_is_refused_for_a_field_that_there_is_not() {
-    let service = shared();
-    let client = everything(&service);
+    let there = There::new().await;
     let (mut tried, mut faults) = (0, Vec::new());
 
     for (operation, _, mut body) in with_json() {
         body["colour"] = json!("red");
-        let answer = ask(&client, &operation, &body).await;
+        let answer = there.ask(&operation, &body).await;
         tried += 1;
         if answer.status != 422 || answer.body["field"] != "colour" {
             faults.push(format!("{} {}: {}", operation.method, operation.template, answer.text));
@@ -425,6 +453,7 @@ async fn every_request_is_refused_for_a_field_that_there_is_not() {
 
     assert!(faults.is_empty(), "{faults:#?}");
     assert!(tried > 15, "only {tried} were tried");
+    there.end().await;
 }
 
 #[tokio::test]
