@@ -475,6 +475,8 @@ fn memory_that_is_filled_as_fast_as_it_is_taken_back_is_asked_for_a_second_and_h
 fn one_that_ends_while_its_memory_is_asked_for_leaves_nothing() {
     let node = Node::start();
     let mut client = node.client();
+    // From then on one stands ready.
+    shell("true").run_on(&node);
     let before = crate::leaks::Snapshot::at_rest(&node);
     let mut run = shell("dd if=/dev/zero of=/dev/shm/held bs=1M count=40 2>/dev/null; echo ready; sleep 100");
     // None like it is prepared ahead.
