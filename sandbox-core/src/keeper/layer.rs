@@ -41,6 +41,9 @@ struct Kept {
     device: Option<Device>,
     /// Who has it now: its sandbox, until nothing is left of that, or one without a payload, for its files alone.
     user: Option<u64>,
+    /// No payload has run on it yet.
+    #[serde(default)]
+    is_new: bool,
     /// Groups that something of it may be charged to, of those who had it before.
     #[serde(default)]
     groups: u32,
@@ -139,9 +142,10 @@ impl Layers {
         }
     }
 
-    /// A sandbox was built with a layer that is to be kept under this name.
-    fn begin(&mut self, id: SandboxId, serial: u64, shape: Shape, groups: u32) {
-        self.kept.insert(id, Kept { shape, device: None, user: Some(serial), groups, mount: None });
+    /// A sandbox was built with a layer that is to be kept under this name: a new one, or one that somebody had `before`.
+    fn begin(&mut self, id: SandboxId, serial: u64, shape: Shape, before: Option<&Kept>) {
+        let (is_new, groups) = before.map_or((true, 0), |before| (before.is_new, before.groups));
+        self.kept.insert(id, Kept { shape, device: None, user: Some(serial), is_new, groups, mount: None });
     }
 
     /// Whether somebody has one.
@@ -214,7 +218,7 @@ impl Keeper {
         let before = wish.of.and_then(|of| self.layers.kept.remove(&of));
         if wish.is_kept {
             self.slots.hold(id_base);
-            self.layers.begin(id, serial, shape, before.map_or(0, |kept| kept.groups));
+            self.layers.begin(id, serial, shape, before.as_ref());
         } else if wish.of.is_some() {
             // Its range goes with it.
             self.slots.let_go(id_base);
@@ -235,7 +239,9 @@ impl Keeper {
 
     /// Init is dead: what is to stay of its layer is taken out of what is removed.
     pub(super) fn keep_layer(&mut self, serial: u64) {
-        let Some(body) = self.sandboxes.get_mut(&serial).and_then(|sandbox| sandbox.body.as_mut()) else { return };
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return };
+        let has_run = sandbox.launched.is_some();
+        let Some(body) = &mut sandbox.body else { return };
         // One that is not made yet may still be.
         if body.disk.as_ref().is_some_and(Disk::is_under_way) {
             return;
@@ -243,6 +249,7 @@ impl Keeper {
         let mount = body.kept.take();
         let id_base = body.slot.id_base;
         let Some((id, kept)) = self.layers.of_user(serial).filter(|(_, kept)| kept.mount.is_none()) else { return };
+        kept.is_new &= !has_run;
         match mount {
             Some(mount) => {
                 kept.mount = Some(mount);
@@ -262,7 +269,8 @@ impl Keeper {
         let Some((id, kept)) = self.layers.of_user(serial) else { return };
         kept.user = None;
         kept.groups = kept.groups.saturating_add(u32::from(has_files));
-        if self.shutdown.is_some() {
+        // Nobody wrote to a new one whose sandbox was ended before its payload ran, and nobody asks for it.
+        if self.shutdown.is_some() || kept.is_new {
             self.drop_layer(id);
         }
     }

@@ -251,6 +251,23 @@ fn a_layer_on_disk_outlives_starts_that_are_stopped_at_once() {
 }
 
 #[test]
+fn a_new_layer_whose_sandbox_is_ended_before_it_runs_is_not_kept() {
+    for on in [(|run| run) as fn(Run) -> Run, on_disk] {
+        let mut first = on(shell("sleep 100"));
+        first.keeps_layer = true;
+        let answer = launch_and_kill(&first);
+        assert!(matches!(&answer, Answer::Ended(ending) if ending.launched.is_none()), "{answer:?}");
+        let mut next = on(shell("true"));
+        next.layer = Layering::Of(first.id);
+
+        let answer = launch(node(), &next);
+
+        assert!(is(&answer, FailureKind::Gone), "{answer:?}");
+        node().client().call(&Request::Forget { id: first.id }, &[]).unwrap();
+    }
+}
+
+#[test]
 fn a_layer_is_kept_once_under_a_name_and_its_image_with_it() {
     let node = Node::start();
     let mut client = node.client();
