@@ -1,5 +1,6 @@
 """What the fuzzer may not do to its own service, what it is to work on, and what JSON Schema cannot say of a request. Nothing here hides an answer."""
 
+import base64
 import http.client
 import itertools
 import os
@@ -77,6 +78,7 @@ def before_call(context, case, kwargs):
         if case.body.get("stdin") is not None:
             case.body.pop("stdin_open", None)
             case.body.pop("tty", None)
+        as_told(case.body, "stdin", "stdin_encoding")
     has_end = work_on_what_there_is(case, operation, path, is_valid, kwargs)
     # Without which header it is refused is tried by itself.
     if case.meta is not None and case.meta.is_negative_at(ParameterLocation.HEADER):
@@ -214,6 +216,12 @@ def at_hand(limits):
             limits[name] = min(limits[name], most)
 
 
+def as_told(body, content, encoding):
+    """Has a text be base64 where it is said to be."""
+    if isinstance(body.get(content), str) and body.get(encoding) == "base64":
+        body[content] = base64.b64encode(body[content].encode(errors="surrogatepass")).decode()
+
+
 def creation(body, operation, is_valid):
     """Has a sandbox be one that this machine can have, and that is not waited for."""
     if isinstance(body.get("image"), str) and len(body["image"]) % 4:
@@ -237,6 +245,12 @@ def creation(body, operation, is_valid):
             body[wait] = 500
     if not is_valid:
         return
+    # A layer is kept neither of what is removed at its end nor under gVisor.
+    if body.get("auto_remove") or body.get("isolation") == "gvisor":
+        body.pop("keep_layer", None)
+    as_told(body, "stdin", "stdin_encoding")
+    for file in body.get("files") or []:
+        as_told(file, "content", "encoding")
     # What goes on for long keeps room from others.
     body.setdefault("limits", {}).setdefault("wall_ms", 2000)
     step = body.get("compile") or {}
