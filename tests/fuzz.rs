@@ -23,7 +23,7 @@ const SEED: &str = "20261121";
 /// Random requests of each operation, beside those of the other phases.
 const EXAMPLES: &str = "25";
 const CASES_MIN: usize = 2000;
-const DEADLINE: Duration = Duration::from_secs(400);
+const DEADLINE: Duration = Duration::from_secs(900);
 
 /// How often each status was the answer, by operation.
 type Answers = BTreeMap<String, BTreeMap<u16, usize>>;
