@@ -260,10 +260,10 @@ fn ended_before_it_ran(on: fn(Run) -> Run) -> SandboxId {
         let mut client = node().client();
         wait(&mut client, run.id);
         client.call(&Request::Forget { id: run.id }, &[]).unwrap();
-        match answer {
-            Answer::Ended(ending) if ending.launched.is_none() => return run.id,
-            other => assert!(Instant::now() < deadline, "{other:?}"),
+        if matches!(&answer, Answer::Ended(ending) if ending.launched.is_none()) {
+            return run.id;
         }
+        assert!(Instant::now() < deadline, "{answer:?}");
         drop_layer(&mut client, run.id);
     }
 }
