@@ -273,7 +273,15 @@ impl Worker {
         let mut is_started_again = false;
         for _ in 0..self.random.below(4) {
             let (method, of, body) = match self.random.below(6) {
-                0 => (Method::POST, "/start", json!({})),
+                0 => {
+                    // Only what has ended is started again.
+                    let stop = format!("{path}/stop");
+                    let client = self.client();
+                    let request = client.request(Method::POST, &stop).json(&json!({ "grace_ms": 0 }));
+                    let _unread = client.try_send(request, "POST", &stop).await;
+                    let _unread = client.try_get(&format!("{path}/wait?until=exited&timeout_ms=3000")).await;
+                    (Method::POST, "/start", json!({}))
+                }
                 1 => (Method::POST, "/pause", json!({})),
                 2 => (Method::POST, "/resume", json!({})),
                 3 => (Method::PATCH, "", change.clone()),
