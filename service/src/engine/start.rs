@@ -212,13 +212,11 @@ impl Engine {
         Ok(())
     }
 
-    /// Gives up the layer of the tenant's sandbox that has ended, if it is kept here.
+    /// Gives up the layer of the tenant's sandbox that has ended, if it may be kept here.
     pub(super) async fn give_up_layer(self: &Arc<Self>, tenant: &TenantId, id: SandboxId) -> Result<(), EngineError> {
-        if !self.kept.contains(id) {
-            return Ok(());
-        }
-        let found = self.find(tenant, Kind::Sandbox, id).await?;
-        if !found.is_some_and(|sandbox| sandbox.state.is_final()) {
+        let Some(sandbox) = self.find(tenant, Kind::Sandbox, id).await?.filter(|sandbox| sandbox.state.is_final()) else { return Ok(()) };
+        // The keeper may have one of which this process does not know: a service that died while it began the next life told nobody.
+        if !self.kept.contains(id) && !sandbox.keep_layer {
             return Ok(());
         }
         self.drop_layer(id).await.map_err(|error| match error {
