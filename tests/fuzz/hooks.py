@@ -190,6 +190,8 @@ def stream(case, operation, is_valid, has_end):
     if form.get("Accept") == "text/plain" and operation in ("readStats", "listEvents"):
         # One sample, a page.
         if query.get("stream") in (None, False, "false"):
+            # Lines of JSON, which a case may ask for by itself, are a stream without an end.
+            case.headers = {**{name: value for name, value in (case.headers or {}).items() if name.lower() != "accept"}, "Accept": "application/json"}
             return
         form = forms[1]
     # Where nothing comes that was asked for, a stream says nothing for long.
