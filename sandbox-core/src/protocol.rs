@@ -621,7 +621,7 @@ pub struct Failure {
 /// What a caller can do about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FailureKind {
-    /// The request breaks the protocol or the node's policy. It will never work.
+    /// The request breaks the protocol or the node's policy, or what another one asked for undid it. Repeated as it is, it is no use.
     Refused,
     /// No such sandbox or image here.
     Gone,

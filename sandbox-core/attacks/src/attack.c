@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/keyctl.h>
+#include <linux/userfaultfd.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
@@ -420,6 +421,28 @@ ATTACK(lock_file)
 	return 0;
 }
 
+/* --- standing still --- */
+
+/* Runs in the kernel until it is killed, on memory that nobody provides: the freezer does not reach it there. */
+ATTACK(never_freeze)
+{
+	int fault = syscall(SYS_userfaultfd, O_CLOEXEC), ends[2];
+	TRY(fault);
+	struct uffdio_api api = {.api = UFFD_API};
+	TRY(ioctl(fault, UFFDIO_API, &api));
+	size_t len = sysconf(_SC_PAGESIZE);
+	char *memory = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (memory == MAP_FAILED)
+		return stopped("mmap");
+	struct uffdio_register range = {.range = {(uintptr_t)memory, len}, .mode = UFFDIO_REGISTER_MODE_MISSING};
+	TRY(ioctl(fault, UFFDIO_REGISTER, &range));
+	TRY(pipe(ends));
+	puts("stuck");
+	fflush(stdout);
+	TRY(write(ends[1], memory, 1));
+	return 0;
+}
+
 /* --- terminals --- */
 
 ATTACK(type_into_terminal)
@@ -821,7 +844,7 @@ int main(int argc, char **argv)
 		NAMED(exec_with_file_capabilities), NAMED(is_capable), NAMED(trace_init), NAMED(slow_down_init), NAMED(take_a_core), NAMED(listen_abstract), NAMED(hold_session_key), NAMED(read_childs_memory), NAMED(raw_socket),
 		NAMED(packet_socket), NAMED(vsock_socket), NAMED(alg_socket), NAMED(connect_tcp), NAMED(connect_abstract),
 		NAMED(listen_on_port_80), NAMED(with_session_key), NAMED(read_session_key), NAMED(shared_memory), NAMED(inotify_instances),
-		NAMED(lock_file), NAMED(type_into_terminal), NAMED(allow_core_dumps), NAMED(make_calls), NAMED(hog_memory), NAMED(hog_stack),
+		NAMED(lock_file), NAMED(never_freeze), NAMED(type_into_terminal), NAMED(allow_core_dumps), NAMED(make_calls), NAMED(hog_memory), NAMED(hog_stack),
 		NAMED(hog_memfd), NAMED(hog_shared_memory), NAMED(hog_page_tables), NAMED(hog_sockets), NAMED(hog_pipes), NAMED(hog_threads),
 		NAMED(hog_processes), NAMED(leave_daemons), NAMED(trace_and_sleep), NAMED(hog_folders), NAMED(hog_links), NAMED(sparse_file),
 		NAMED(hog_output), NAMED(hog_processor), NAMED(beat), NAMED(hold_terminal),

@@ -109,6 +109,28 @@ fn check_signal(signal: i32) -> Result<(), Answer> {
     is_one.then_some(()).ok_or_else(|| failed(FailureKind::Refused, format!("{signal} is no signal: they are 1 to {SIGNAL_MAX}")))
 }
 
+/// Why a sandbox that stands still, or is about to, goes on.
+#[derive(Clone, Copy)]
+pub(super) enum Thaw {
+    Ending,
+    /// It is to hear the signal that asks it to end.
+    Stopped,
+    Resumed,
+    TooSlow,
+}
+
+impl Thaw {
+    /// What those hear who still wait for it to stand still.
+    fn told_to_pausers(self) -> Answer {
+        match self {
+            Self::Ending => gone("the sandbox is being ended".to_owned()),
+            Self::Stopped => failed(FailureKind::Refused, "the sandbox was asked to end before it stood still"),
+            Self::Resumed => failed(FailureKind::Refused, "the sandbox was resumed before it stood still"),
+            Self::TooSlow => failed(FailureKind::Busy, "the sandbox goes on: it did not come to stand still in time"),
+        }
+    }
+}
+
 pub(super) fn gone(message: String) -> Answer {
     failed(FailureKind::Gone, message)
 }
@@ -156,7 +178,7 @@ impl Keeper {
         }
         // The freezer of v1 keeps even this one for later.
         if signal == libc::SIGKILL {
-            self.thaw(serial)?;
+            self.thaw(serial, Thaw::Ending)?;
         } else if self.sandboxes.get(&serial).is_some_and(|sandbox| sandbox.processes.is_some() && sandbox.paused != Paused::No) {
             // Its init, which would pass it on, stands still, too.
             return Ok(failed(FailureKind::Busy, format!("{id} is paused, and gVisor's kernel with it")));
@@ -195,7 +217,7 @@ impl Keeper {
         if is_earlier {
             self.timer.set(kill_at_ns, serial, Due::Grace)?;
         }
-        self.thaw(serial)?;
+        self.thaw(serial, Thaw::Stopped)?;
         match self.send_signal(serial, signal) {
             // It hears nothing: what comes when the grace is over needs no hearing.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Answer::Done),
@@ -274,7 +296,7 @@ impl Keeper {
             return Ok(());
         }
         if now_ns >= until_ns {
-            return self.thaw(serial);
+            return self.thaw(serial, Thaw::TooSlow);
         }
         // The longer it takes the rarer.
         let waited_ns = (now_ns + FREEZE_WITHIN_NS).saturating_sub(until_ns);
@@ -284,12 +306,12 @@ impl Keeper {
     pub(super) fn resume(&mut self, id: SandboxId) -> io::Result<Answer> {
         match self.running(id) {
             Err(answer) => Ok(answer),
-            Ok((serial, _)) => self.thaw(serial).map(|()| Answer::Done),
+            Ok((serial, _)) => self.thaw(serial, Thaw::Resumed).map(|()| Answer::Done),
         }
     }
 
     /// Lets a sandbox go on, whoever froze it. Before every end of one: what is frozen hears no order, and on v1 no kill.
-    pub(super) fn thaw(&mut self, serial: u64) -> io::Result<()> {
+    pub(super) fn thaw(&mut self, serial: u64, why: Thaw) -> io::Result<()> {
         let Some(sandbox) = self.sandboxes.get_mut(&serial).filter(|sandbox| sandbox.paused != Paused::No) else { return Ok(()) };
         if let Some(body) = &sandbox.body {
             body.slot.group.thaw()?;
@@ -297,10 +319,7 @@ impl Keeper {
         sandbox.paused = Paused::No;
         let pausers = std::mem::take(&mut sandbox.pausers);
         for asker in pausers {
-            self.answer(
-                asker,
-                failed(FailureKind::Busy, "the sandbox goes on: it did not come to stand still, or was resumed or ended meanwhile"),
-            );
+            self.answer(asker, why.told_to_pausers());
         }
         Ok(())
     }

@@ -5,7 +5,9 @@ use std::{io, os::fd::AsFd};
 use rustix::process::pidfd_send_signal;
 
 use super::{
-    Keeper, monotonic_ns,
+    Keeper,
+    control::Thaw,
+    monotonic_ns,
     output::is_no_room,
     sandbox::{self, Ended, Evidence, Purpose},
     supervise::AGAIN_AFTER_NS,
@@ -114,7 +116,7 @@ impl Keeper {
             }
         }
         // On v1 what is frozen does not die with its init.
-        self.thaw(serial)?;
+        self.thaw(serial, Thaw::Ending)?;
         let Some(body) = self.body(serial) else { return Ok(()) };
         body.init.is_dead = true;
         self.unwatch(serial, |init| init.child.pidfd.as_fd())?;

@@ -12,6 +12,7 @@ use rustix::{
 
 use super::{
     Keeper, Source,
+    control::Thaw,
     end::kill_init,
     exec::{self, output_of},
     monotonic_ns,
@@ -269,7 +270,7 @@ impl Keeper {
             return self.on_exec_death(serial);
         }
         // Its init is to see it, too.
-        self.thaw(serial)?;
+        self.thaw(serial, Thaw::Ending)?;
         let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
         sandbox.dead_at_ns.get_or_insert_with(monotonic_ns);
         match sandbox.body.as_ref().and_then(|body| body.payload.as_ref()) {
@@ -319,7 +320,7 @@ impl Keeper {
         let is_cpu_look = now_ns >= sandbox.cpu_look_at_ns;
         match due {
             Due::Force => {
-                self.thaw(serial)?;
+                self.thaw(serial, Thaw::Ending)?;
                 // All of it at once, where the kernel can: init may be what does not answer.
                 if let Some(body) = self.body(serial) {
                     body.slot.group.kill()?;
@@ -378,7 +379,7 @@ impl Keeper {
             (Decision::Killed(_), Some(stopping)) => Decision::Killed(stopping.reason),
             _ => decision,
         });
-        self.thaw(serial)?;
+        self.thaw(serial, Thaw::Ending)?;
         let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
         let Some(body) = &sandbox.body else { return Ok(()) };
         // The payload at once, from here, however busy its sandbox is; what it started by init, which then reports that all are dead:
@@ -400,7 +401,7 @@ impl Keeper {
     /// Kills init, and with it the whole pid namespace (pid_namespaces(7)).
     pub(super) fn kill_by_force(&mut self, serial: u64) -> io::Result<()> {
         // The kill comes in any case.
-        if let Err(error) = self.thaw(serial) {
+        if let Err(error) = self.thaw(serial, Thaw::Ending) {
             warn(format_args!("thawing a sandbox that is to be killed failed: {error}"));
         }
         self.body(serial).map_or(Ok(()), |body| kill_init(body))

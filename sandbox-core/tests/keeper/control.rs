@@ -5,6 +5,8 @@ use std::{
     io::{Read, Write},
     net::TcpStream,
     os::fd::OwnedFd,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -193,6 +195,76 @@ fn whatever_ends_a_paused_sandbox_ends_it_at_once() {
         assert_eq!(wait(&mut client, run.id).cause, cause);
         assert!(begun.elapsed() < Duration::from_secs(4), "{cause:?}: {:?}", begun.elapsed());
         forget(&mut client, run.id);
+    }
+}
+
+/// A sandbox, and a process in its groups that no freezer reaches: a pause of it waits until that is dead, or until it took too long.
+struct NeverStill {
+    node: Node,
+    run: Run,
+    process: Child,
+}
+
+impl NeverStill {
+    fn start() -> Self {
+        let node = Node::start();
+        let run = shell("trap '' INT TERM; echo ready; while :; do echo -n .; sleep 0.01; done");
+        start_ready(&node, &mut node.client(), &run);
+        let attack = Command::new(node.attack_on_host()).arg("never_freeze").stdout(Stdio::piped()).spawn().unwrap();
+        let mut never = Self { node, run, process: attack };
+        let mut said = [0; 5];
+        never.process.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+        let holds_sandbox = |group: &PathBuf| std::fs::read_to_string(group.join("cgroup.procs")).unwrap().lines().count() > 1;
+        let has_freezer = |group: &PathBuf| group.join("cgroup.freeze").exists() || group.join("freezer.state").exists();
+        let group = crate::leaks::groups(&never.node).into_iter().find(|group| has_freezer(group) && holds_sandbox(group)).unwrap();
+        std::fs::write(group.join("cgroup.procs"), never.process.id().to_string()).unwrap();
+        never
+    }
+
+    /// What a pause is told that meets this request.
+    fn pause_and(&self, request: &Request) -> Answer {
+        let mut pauser = self.node.client();
+        let pause = pauser.send(&Request::Pause { id: self.run.id }, &[]).unwrap();
+        // On the same connection: the keeper takes requests in their order.
+        done(&mut pauser, request);
+        pauser.receive(pause).unwrap()
+    }
+}
+
+#[test]
+fn a_pause_that_meets_an_end_is_told_so() {
+    for end in [|id| Request::Kill { id, reason: KillReason::StoppedByUser }, |id| Request::Signal { id, signal: 9 }] {
+        let never = NeverStill::start();
+        let refused = failure(never.pause_and(&end(never.run.id)));
+        assert_eq!(refused.kind, FailureKind::Gone, "{refused:?}");
+    }
+}
+
+#[test]
+fn a_pause_that_is_undone_is_no_want_of_room() {
+    let never = NeverStill::start();
+    for undo in [Request::Resume { id: never.run.id }, stop(never.run.id, 60_000)] {
+        let refused = failure(never.pause_and(&undo));
+        assert_eq!(refused.kind, FailureKind::Refused, "{undo:?}: {refused:?}");
+        assert!(!sample(&mut never.node.client(), never.run.id).is_paused);
+    }
+}
+
+#[test]
+fn a_sandbox_that_does_not_come_to_stand_still_goes_on() {
+    let never = NeverStill::start();
+    // It ignores this one.
+    let refused = failure(never.pause_and(&Request::Signal { id: never.run.id, signal: 2 }));
+    assert_eq!(refused.kind, FailureKind::Busy, "{refused:?}");
+    let log = never.node.log_path(never.run.id);
+    let before = written(&log).len();
+    until(|| (written(&log).len() > before).then_some(()));
+}
+
+impl Drop for NeverStill {
+    fn drop(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
     }
 }
 
@@ -526,7 +598,7 @@ fn a_keeper_killed_at_any_step_of_these_leaves_records_that_have_ended() {
         ("keeper.control.changed", |id| update(id, NewLimits { cpu_millis: Some(700), ..NONE })),
     ];
     for (step, ask) in steps {
-        let mut keeper = std::process::Command::new(crate::harness::KEEPER);
+        let mut keeper = Command::new(crate::harness::KEEPER);
         keeper.env("MAYFLY_FAIL_POINTS", format!("{step}=1*return"));
         let node = Node::start_as(keeper);
         let mut client = node.client();
