@@ -463,11 +463,15 @@ async fn a_start_that_a_crash_interrupted_is_told_and_can_be_made_again() {
 
     send_and_die(&mut service, "service.start.claimed", reqwest::Method::POST, &format!("{path}/start"), &json!({})).await;
     let lost = client(&service).get(&format!("{path}/wait?until=exited")).await.expect(200);
+    // Nothing was started: what was written before is still there.
+    client(&service).post(&format!("{path}/start"), &json!({})).await.expect(200);
+    let second = client(&service).get(&format!("{path}/wait?until=exited")).await.expect(200);
     client(&service).post(&format!("{path}/start"), &json!({ "fresh": true })).await.expect(200);
-    let again = client(&service).get(&format!("{path}/wait?until=exited")).await.expect(200);
+    let first = client(&service).get(&format!("{path}/wait?until=exited")).await.expect(200);
 
     assert_reason(&lost["sandbox"], "infra_error");
-    assert_exit(&again["sandbox"], 1);
+    assert_exit(&second["sandbox"], 2);
+    assert_exit(&first["sandbox"], 1);
 }
 
 #[tokio::test]

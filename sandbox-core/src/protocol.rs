@@ -154,6 +154,8 @@ pub enum Request {
     Tree { id: SandboxId },
     /// Give up the writable layer that an ended sandbox kept. Answered by [`Answer::Done`], also if there is none; `Busy` while a sandbox runs on it.
     DropLayer { id: SandboxId },
+    /// Whose writable layers are kept, or will be. Answered by [`Answer::Layers`].
+    Layers,
     /// Make a volume of this size. Answered by [`Answer::Done`], also if it is there already with this size.
     MakeVolume { volume: VolumeId, bytes: u64, inodes: u64 },
     /// Delete a volume. Answered by [`Answer::Done`], also if there is none; `Busy` while a sandbox has it.
@@ -198,6 +200,7 @@ pub enum Answer {
     /// With one descriptor.
     Descriptor,
     Volumes(Vec<VolumeId>),
+    Layers(Vec<SandboxId>),
     Done,
     Failed(Failure),
 }

@@ -3,7 +3,7 @@
 mod tree;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
     os::{
         fd::{AsFd, OwnedFd},
@@ -240,6 +240,13 @@ impl Keeper {
     /// Gives up the writable layer that an ended sandbox kept.
     pub async fn drop_layer(&self, id: SandboxId) -> Result<(), CallError> {
         self.done(Request::DropLayer { id }).await
+    }
+
+    /// Whose writable layers are kept, or will be.
+    pub async fn layers(&self) -> Result<HashSet<SandboxId>, CallError> {
+        let answer = self.call(Request::Layers, &[]).await?;
+        let Answer::Layers(layers) = answer else { return Err(unexpected(answer)) };
+        Ok(layers.into_iter().collect())
     }
 
     /// Makes a volume, if it is not there.

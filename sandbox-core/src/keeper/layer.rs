@@ -111,6 +111,11 @@ impl Layers {
         self.kept.get(&id).is_some_and(|kept| kept.user.is_none())
     }
 
+    /// Whose they are.
+    pub(super) fn ids(&self) -> Vec<SandboxId> {
+        self.kept.keys().copied().collect()
+    }
+
     /// Whether one is on this image: what the image lacks is in none of its layers.
     pub(super) fn is_on(&self, image: &ImageId) -> bool {
         self.kept.values().any(|kept| kept.shape.image == *image)

@@ -187,6 +187,7 @@ impl Keeper {
             Request::Volumes => self.list_volumes(),
             Request::Tree { .. } if self.shutdown.is_some() => failed(FailureKind::Busy, "the keeper is stopping"),
             Request::Tree { id } => return self.tree(asker, id, descriptors),
+            Request::Layers => Answer::Layers(self.layers.ids()),
             Request::DropLayer { id } => self.drop_layer(id),
             Request::Shutdown => return self.stop(Some(asker)),
         };

@@ -21,7 +21,6 @@ use super::{
     capacity::{Reservation, Room},
     life::{Place, detached, room_of},
     live::Live,
-    unix_us,
 };
 use crate::{
     runtime::CallError,
@@ -112,7 +111,11 @@ impl Engine {
         }
         self.check_mounts(&sandbox).await?;
         let keeper = self.keeper.hello().filter(|_| !self.is_closing()).ok_or(EngineError::KeeperUnavailable)?.started_at_us;
-        let kept = self.kept.take(id, keeper);
+        let mut kept = self.kept.take(id, keeper);
+        if kept.is_none() && sandbox.keep_layer && !is_fresh && self.layers_of_keeper().await?.contains(&id) {
+            // A service that died while it began the next life told nobody.
+            kept = Some(self.capacity.reserve_for_live(room_of_layer(&sandbox.limits)));
+        }
         if kept.is_none() && !is_fresh {
             return Err(self.without_layer(&sandbox).await?);
         }
@@ -201,14 +204,26 @@ impl Engine {
         self.kept.insert(live.sandbox.id, room, hello.started_at_us);
     }
 
-    /// What this node's keeper has kept since before this process was.
-    pub(super) async fn know_kept_layers(self: &Arc<Self>) -> Result<(), StoreError> {
+    async fn layers_of_keeper(&self) -> Result<HashSet<SandboxId>, EngineError> {
+        self.in_time(self.keeper.layers()).await.map_err(|error| match error {
+            CallError::Lost => EngineError::KeeperUnavailable,
+            CallError::Failed(failure) => EngineError::Store(StoreError::Other(failure.into())),
+        })
+    }
+
+    /// Gives the room that it takes to each layer that this node's keeper keeps of an ended sandbox, and back that of those that it has no more.
+    pub(super) async fn know_kept_layers(self: &Arc<Self>) -> anyhow::Result<()> {
         let keeper = self.keeper.connected().await.started_at_us;
-        for (sandbox, finished_at) in self.store.with_kept_layers(self.node).await? {
-            if unix_us(finished_at) > keeper {
+        let known = self.kept.ids();
+        let rows = self.store.with_kept_layers(self.node).await?;
+        // Last: what ends meanwhile is in none of the others, or in all.
+        let layers = self.keeper.layers().await?;
+        for (sandbox, _) in rows {
+            if layers.contains(&sandbox.id) && !self.kept.contains(sandbox.id) && self.live.get(sandbox.id).is_none() {
                 self.kept.insert(sandbox.id, self.capacity.reserve_for_live(room_of_layer(&sandbox.limits)), keeper);
             }
         }
+        known.into_iter().filter(|id| !layers.contains(id)).for_each(|id| self.kept.remove(id));
         Ok(())
     }
 
@@ -241,7 +256,7 @@ impl Engine {
     }
 
     /// Gives up layers whose sandboxes are gone, or have ended too long ago.
-    pub(super) async fn drop_old_layers(self: &Arc<Self>) -> Result<(), StoreError> {
+    pub(super) async fn drop_old_layers(self: &Arc<Self>) -> anyhow::Result<()> {
         let overdue = self.clock.now() - self.tenancy.retention;
         let known = self.kept.ids();
         let rows = self.store.with_kept_layers(self.node).await?;
@@ -258,7 +273,7 @@ impl Engine {
                 given_up.push(sandbox.id);
             }
         }
-        self.store.give_up_layers(&given_up).await
+        Ok(self.store.give_up_layers(&given_up).await?)
     }
 }
 

@@ -43,7 +43,10 @@ impl Engine {
                 tracing::warn!(%error, "removing what has ended failed");
             }
             if let Err(error) = self.drop_old_layers().await {
-                tracing::warn!(%error, "dropping layers that nobody needs failed");
+                tracing::warn!(error = format!("{error:#}"), "dropping layers that nobody needs failed");
+            }
+            if let Err(error) = self.know_kept_layers().await {
+                tracing::warn!(error = format!("{error:#}"), "counting the layers that are kept failed");
             }
             if let Err(error) = self.tend_volumes().await {
                 tracing::warn!(error = format!("{error:#}"), "removing what is left of volumes failed");
