@@ -82,6 +82,9 @@ def before_call(context, case, kwargs):
     has_end = work_on_what_there_is(case, operation, path, is_valid, kwargs)
     # Without which header it is refused is tried by itself.
     if case.meta is not None and case.meta.is_negative_at(ParameterLocation.HEADER):
+        # One that is not refused for it is answered in the form that its headers ask for, and that may have no end.
+        if operation in STREAMS:
+            case.query = {**(case.query or {}), "stream" if operation == "readStats" else "follow": "false"}
         return
     # A key of its own: with another's, nothing but that is told.
     if "Idempotency-Key" in (case.headers or {}):
