@@ -1,6 +1,9 @@
 //! Files of a sandbox: whose they are, and whether they can be worked on now.
 
+use std::time::Duration;
+
 use sandbox_core::protocol::FailureKind;
+use tokio::time::Instant;
 
 use super::{Engine, EngineError};
 use crate::{
@@ -9,10 +12,25 @@ use crate::{
     store::StoreError,
 };
 
+/// How long what is left of a sandbox that has ended, or of who worked on its files before, is waited for.
+const LEFTOVER_PATIENCE: Duration = Duration::from_secs(5);
+const LEFTOVER_PAUSE: Duration = Duration::from_millis(20);
+
 impl Engine {
     /// Somebody inside the tenant's sandbox who works on its files: it runs, or has ended and kept its layer. `None` if there is no such sandbox.
     pub async fn files(&self, tenant: &TenantId, id: SandboxId) -> Result<Option<Tree>, EngineError> {
-        let Some(sandbox) = self.find(tenant, Kind::Sandbox, id).await? else { return Ok(None) };
+        let deadline = Instant::now() + LEFTOVER_PATIENCE;
+        loop {
+            match self.files_now(tenant, id).await? {
+                Now::There(tree) => return Ok(tree),
+                Now::Soon(why) if Instant::now() >= deadline => return Err(EngineError::Busy(why)),
+                Now::Soon(_) => tokio::time::sleep(LEFTOVER_PAUSE).await,
+            }
+        }
+    }
+
+    async fn files_now(&self, tenant: &TenantId, id: SandboxId) -> Result<Now, EngineError> {
+        let Some(sandbox) = self.find(tenant, Kind::Sandbox, id).await? else { return Ok(Now::There(None)) };
         match sandbox.state {
             // On another node, if nobody here knows of it.
             State::Running if self.live.get(id).is_none() => return Err(EngineError::KeeperUnavailable),
@@ -24,11 +42,12 @@ impl Engine {
         match self.in_time(self.keeper.tree(id, socket)).await {
             Ok(()) => {
                 self.touch(id);
-                Ok(Some(tree))
+                Ok(Now::There(Some(tree)))
             }
             Err(CallError::Lost) => Err(EngineError::KeeperUnavailable),
             Err(CallError::Failed(failure)) => match failure.kind {
                 FailureKind::Gone => self.gone(tenant, id).await,
+                FailureKind::Busy if sandbox.state.is_final() => Ok(Now::Soon(failure.message)),
                 FailureKind::Busy => Err(EngineError::Busy(failure.message)),
                 FailureKind::Refused => Err(EngineError::Refused(failure.message)),
                 FailureKind::Host => Err(EngineError::Store(StoreError::Other(failure.into()))),
@@ -37,13 +56,19 @@ impl Engine {
     }
 
     /// The keeper has it no more, or not its layer. What is told is its state now: it may have ended since.
-    async fn gone(&self, tenant: &TenantId, id: SandboxId) -> Result<Option<Tree>, EngineError> {
+    async fn gone(&self, tenant: &TenantId, id: SandboxId) -> Result<Now, EngineError> {
         match self.find(tenant, Kind::Sandbox, id).await?.map(|sandbox| sandbox.state) {
-            None => Ok(None),
-            Some(State::Running) => Err(EngineError::Busy("the sandbox is ending".to_owned())),
+            None => Ok(Now::There(None)),
+            Some(State::Running) => Ok(Now::Soon("the sandbox is ending".to_owned())),
             Some(state @ (State::Queued | State::Starting | State::Paused | State::Exited | State::Failed)) => {
                 Err(EngineError::WrongState(state))
             }
         }
     }
+}
+
+enum Now {
+    There(Option<Tree>),
+    /// Not yet, and why.
+    Soon(String),
 }
