@@ -271,6 +271,9 @@ pub enum Layering {
     Fresh,
     /// What the ended sandbox of this name left in its own, which is then this one's. `Gone` if it is not kept any more.
     Of(SandboxId),
+    /// Nothing, above what the ended sandbox of this name left in its own: that is seen, and stays as it is. Its image must be the same; room and place need not be.
+    /// Such a sandbox keeps no layer. `Busy` while somebody has the layer below, `Gone` if it is not kept any more.
+    Over(SandboxId),
 }
 
 /// Names one volume, everywhere and for good.

@@ -190,6 +190,7 @@ impl Keeper {
             of: match launch.layer {
                 Layering::Fresh => None,
                 Layering::Of(id) => Some(id),
+                Layering::Over(_) => return Err(Box::new(failed(FailureKind::Refused, "there is nothing over kept layers yet"))),
             },
             is_kept: launch.keeps_layer,
         };
