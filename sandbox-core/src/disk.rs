@@ -38,8 +38,10 @@ enum Kind {
 pub(crate) struct Order {
     pub(crate) bytes: u64,
     pub(crate) inodes: u64,
-    /// The first id of the sandbox's range: no other sandbox of this machine has it.
+    /// The first id of the sandbox's range.
     pub(crate) id_base: u32,
+    /// An id of that range, by which the layer is known: no other layer of this machine has it.
+    pub(crate) project: u32,
     /// Whether a write is on its way to the disk before it returns: what else the kernel writes back on its own, it writes at no one's rate on cgroup v1.
     pub(crate) is_synchronous: bool,
 }
@@ -93,9 +95,9 @@ impl Disks {
     }
 
     /// Removes what a maker that was killed left.
-    pub(crate) fn discard(&self, id_base: u32) -> io::Result<()> {
+    pub(crate) fn discard(&self, project: u32) -> io::Result<()> {
         match self.kind {
-            Kind::Quota => quota::remove(&self.folder, id_base),
+            Kind::Quota => quota::remove(&self.folder, project),
             Kind::Image => Ok(()),
         }
     }
@@ -107,11 +109,11 @@ impl Disks {
     }
 
     /// Removes what there is of a layer; the last step is to let go of `mount`.
-    pub(crate) fn remove(&self, id_base: u32, mount: OwnedFd) -> io::Result<()> {
+    pub(crate) fn remove(&self, project: u32, mount: OwnedFd) -> io::Result<()> {
         match self.kind {
             Kind::Quota => {
                 drop(mount);
-                quota::remove(&self.folder, id_base)
+                quota::remove(&self.folder, project)
             }
             Kind::Image => {
                 // Without this all that is not written yet would be, at the sandbox's own rate, only to be thrown away.

@@ -74,6 +74,7 @@ fn live(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<(), La
             Order::Setup(_)
             | Order::Layer
             | Order::Volumes { .. }
+            | Order::Below
             | Order::Kill
             | Order::Signal { .. }
             | Order::Exec(_)
@@ -113,6 +114,8 @@ fn live(control: &OwnedFd, descriptors: &mut VecDeque<OwnedFd>) -> Result<(), La
 struct Disks {
     /// The writable layer, if it is not init's to make.
     layer: Option<OwnedFd>,
+    /// What lies below it.
+    below: Option<OwnedFd>,
     /// For each place of a volume, the number of the loop device that it is behind.
     volumes: Vec<u32>,
 }
@@ -124,17 +127,21 @@ impl Disks {
             Layer::Own => false,
             Layer::New | Layer::Kept => true,
         };
-        let mut disks = Self { layer: None, volumes: Vec::new() };
-        while disks.layer.is_some() != has_layer || disks.volumes.len() != setup.volumes.len() {
+        let mut disks = Self { layer: None, below: None, volumes: Vec::new() };
+        while disks.layer.is_some() != has_layer || disks.below.is_some() != setup.has_below || disks.volumes.len() != setup.volumes.len() {
             match receive(control, descriptors).step("reading the orders")? {
                 Some(Order::Layer) if has_layer => {
                     disks.layer = Some(descriptors.pop_back().ok_or_else(unexpected).step_on("reading the orders", "writable layer")?);
+                }
+                Some(Order::Below) if setup.has_below => {
+                    disks.below = Some(descriptors.pop_back().ok_or_else(unexpected).step_on("reading the orders", "layer below")?);
                 }
                 Some(Order::Volumes { devices }) if devices.len() == setup.volumes.len() => disks.volumes = devices,
                 Some(
                     Order::Setup(_)
                     | Order::Layer
                     | Order::Volumes { .. }
+                    | Order::Below
                     | Order::Start(_)
                     | Order::Kill
                     | Order::Signal { .. }
@@ -181,7 +188,7 @@ fn supervise(
                 }
                 // The keeper is gone. Without it nothing holds this sandbox to its limits.
                 None => std::process::exit(1),
-                Some(Order::Setup(_) | Order::Layer | Order::Volumes { .. } | Order::Start(_) | Order::Signal { .. }) => {
+                Some(Order::Setup(_) | Order::Layer | Order::Volumes { .. } | Order::Below | Order::Start(_) | Order::Signal { .. }) => {
                     return Err(unexpected());
                 }
             }
@@ -251,6 +258,7 @@ fn visit(control: &OwnedFd, tree: &Tree, descriptors: &mut VecDeque<OwnedFd>) ->
                     Order::Setup(_)
                     | Order::Layer
                     | Order::Volumes { .. }
+                    | Order::Below
                     | Order::Start(_)
                     | Order::Signal { .. }
                     | Order::Exec(_)

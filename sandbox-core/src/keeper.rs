@@ -3,6 +3,7 @@
 //! It launches, limits, supervises and records. It knows no HTTP and no SQL, and believes neither the service nor a sandbox: requests are held
 //! against the policy of `policy.rs`, and what comes from inside a sandbox is data.
 
+mod below;
 mod build;
 mod claim;
 pub mod command;
@@ -157,10 +158,12 @@ enum Source {
     Typist,
     /// Who is at a volume.
     Volume,
+    /// Who makes ready what is to lie below a layer.
+    Below,
 }
 
 impl Source {
-    const ALL: [Self; 18] = [
+    const ALL: [Self; 19] = [
         Self::Listener,
         Self::Signals,
         Self::Timer,
@@ -179,6 +182,7 @@ impl Source {
         Self::Typed,
         Self::Typist,
         Self::Volume,
+        Self::Below,
     ];
 
     fn number(self, serial: u64) -> u64 {
@@ -479,6 +483,7 @@ impl Keeper {
             | Source::OutOfMemory
             | Source::Payload
             | Source::Disk
+            | Source::Below
             | Source::Memory
             | Source::Typed => {
                 warn(format_args!("a sandbox is ended because its supervision failed: {error}"));
@@ -504,6 +509,7 @@ impl Keeper {
             Source::OutOfMemory => self.on_oom_notice(serial),
             Source::Payload => self.on_payload_death(serial),
             Source::Disk => self.on_disk(serial),
+            Source::Below => self.on_below(serial),
             Source::Trial => self.on_trial(serial),
             Source::Commit => self.on_commit(serial),
             Source::Layer => self.on_layer(serial),

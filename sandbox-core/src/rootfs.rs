@@ -57,6 +57,8 @@ pub(crate) struct Parts {
     pub(crate) target: Option<OwnedFd>,
     /// The writable layer, with [`FOLDERS`] in it ([`crate::disk`]). Without it, it is made in memory.
     pub(crate) layer: Option<OwnedFd>,
+    /// What another sandbox has written, to lie between that and the base layer ([`below_of`]).
+    pub(crate) below: Option<OwnedFd>,
     /// One for each place, mapped and as writable as it may be.
     pub(crate) volumes: Vec<OwnedFd>,
 }
@@ -107,10 +109,23 @@ pub(crate) fn enter(layout: Layout<'_>, parts: Parts) -> Result<Tree, LaunchErro
     let upper = open_folder(CWD, UPPER)?;
     attach(&parts.image, open_folder(CWD, "image")?.as_fd()).step("attaching the image")?;
     attach(&parts.base, open_folder(CWD, "base")?.as_fd()).step("attaching the base layer")?;
-    let root = overlay(fences, label).step("mounting the overlay")?;
+    let lowerdir = match &parts.below {
+        Some(below) => {
+            // The place of the overlay, which is put over it when it has been made.
+            attach(below, open_folder(CWD, "merged")?.as_fd()).step("attaching the layer below")?;
+            take_after(below.as_fd()).step("making the root folder like the one below")?;
+            "merged:base:image"
+        }
+        None => "base:image",
+    };
+    let root = overlay(lowerdir, fences, label).step("mounting the overlay")?;
+    let lower = match parts.below {
+        Some(_) => vec![lower_alone(lowerdir, label).step("mounting what lies below as one")?],
+        None => vec![parts.base, parts.image],
+    };
     if isolation == Isolation::Gvisor {
         let (proc, terminals) = hull::enter(layout, &root)?;
-        return Ok(Tree { upper, image: parts.image, base: parts.base, writable, proc, terminals, of_runsc });
+        return Ok(Tree { upper, lower, writable, proc, terminals, of_runsc });
     }
     attach(&root, open_folder(CWD, "merged")?.as_fd()).step("attaching the overlay")?;
 
@@ -129,7 +144,7 @@ pub(crate) fn enter(layout: Layout<'_>, parts: Parts) -> Result<Tree, LaunchErro
     }
 
     pivot(&root)?;
-    Ok(Tree { upper, image: parts.image, base: parts.base, writable, proc, terminals, of_runsc })
+    Ok(Tree { upper, lower, writable, proc, terminals, of_runsc })
 }
 
 /// Makes `root`, which is attached somewhere, this process's root, and lets go of the one that it had.
@@ -146,10 +161,10 @@ fn pivot(root: &OwnedFd) -> Result<(), LaunchError> {
 pub(crate) struct Tree {
     /// The writable layer, for [`rustix::fs::fstatfs`].
     pub(crate) writable: OwnedFd,
-    /// What the overlay is made of, each by itself: its upper folder and the two below it.
+    /// The upper folder of the overlay by itself.
     pub(crate) upper: OwnedFd,
-    pub(crate) image: OwnedFd,
-    pub(crate) base: OwnedFd,
+    /// What lies below it, the topmost first: the base layer and the image, each by itself; or, with a layer of another sandbox's above them, all three as one.
+    pub(crate) lower: Vec<OwnedFd>,
     /// Inodes of the writable layer that were `runsc`'s.
     pub(crate) of_runsc: u64,
     /// `/proc` itself, whatever an image or a payload puts in its way.
@@ -165,12 +180,29 @@ const OWN_INODES: u64 = 11;
 
 pub(crate) const NOSUID_NODEV: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV);
 
-fn overlay(fences: Fences, label: Option<&str>) -> rustix::io::Result<OwnedFd> {
-    let fs = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_set_string(&fs, "lowerdir", "base:image")?;
-    fsconfig_set_string(&fs, "upperdir", "upper")?;
+fn overlay(lower: &str, fences: Fences, label: Option<&str>) -> rustix::io::Result<OwnedFd> {
+    let fs = new_overlay(lower, label)?;
+    fsconfig_set_string(&fs, "upperdir", UPPER)?;
     fsconfig_set_string(&fs, "workdir", "work")?;
     fsconfig_set_flag(&fs, "volatile")?; // the upper layer dies with the sandbox: nothing to sync
+    fsconfig_create(&fs)?;
+    let mut attributes = NOSUID_NODEV;
+    attributes.set(MountAttrFlags::MOUNT_ATTR_NOSUID, fences.has(Fence::Nosuid));
+    attributes.set(MountAttrFlags::MOUNT_ATTR_NODEV, fences.has(Fence::Nodev));
+    fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+}
+
+/// The same without the upper folder, read-only. What hides something in a layer that was another sandbox's upper folder is not all for an unprivileged process to see: the
+/// kernel's mark of a folder that replaces the one below is not.
+fn lower_alone(lower: &str, label: Option<&str>) -> rustix::io::Result<OwnedFd> {
+    let fs = new_overlay(lower, label)?;
+    fsconfig_create(&fs)?;
+    fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, NOSUID_NODEV | MountAttrFlags::MOUNT_ATTR_RDONLY)
+}
+
+fn new_overlay(lower: &str, label: Option<&str>) -> rustix::io::Result<OwnedFd> {
+    let fs = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&fs, "lowerdir", lower)?;
     fsconfig_set_string(&fs, "xino", "off")?;
     fsconfig_set_string(&fs, "redirect_dir", "off")?;
     fsconfig_set_string(&fs, "metacopy", "off")?;
@@ -178,11 +210,14 @@ fn overlay(fences: Fences, label: Option<&str>) -> rustix::io::Result<OwnedFd> {
     if let Some(label) = label {
         fsconfig_set_string(&fs, "context", label)?;
     }
-    fsconfig_create(&fs)?;
-    let mut attributes = NOSUID_NODEV;
-    attributes.set(MountAttrFlags::MOUNT_ATTR_NOSUID, fences.has(Fence::Nosuid));
-    attributes.set(MountAttrFlags::MOUNT_ATTR_NODEV, fences.has(Fence::Nodev));
-    fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+    Ok(fs)
+}
+
+/// Gives the upper folder the owner and the mode of the one `below` it: the root of what is seen has them of the topmost.
+fn take_after(below: BorrowedFd<'_>) -> rustix::io::Result<()> {
+    let stat = rustix::fs::fstat(below)?;
+    chownat(CWD, UPPER, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)), rustix::fs::AtFlags::SYMLINK_NOFOLLOW)?;
+    rustix::fs::chmodat(CWD, UPPER, Mode::from_raw_mode(stat.st_mode & 0o7777), rustix::fs::AtFlags::empty())
 }
 
 /// Terminals of one sandbox at a time. All that there are on a machine are in one count (`kernel.pty.max`).
@@ -339,9 +374,23 @@ pub(crate) fn memory_layer(bytes: u64, inodes: u64, id_base: u32, label: Option<
 /// Two mounts of the same, attached nowhere: one for a sandbox, which dies with its namespace, and one that stays. `mount` itself ends with this process: what is
 /// attached nowhere cannot be cloned before Linux 6.15, so it is attached here first, in a namespace that nobody else sees.
 pub(crate) fn two_of(mount: &OwnedFd) -> std::io::Result<[OwnedFd; 2]> {
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
-    move_mount(mount, "", CWD, ".", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    attach_unseen(mount)?;
     Ok([clone_mount(mount, "")?, clone_mount(mount, "")?])
+}
+
+/// The same for a sandbox that is to have the layer below its own: the first is what another one has written, [`UPPER`] alone, and nobody can write through it.
+pub(crate) fn below_of(mount: &OwnedFd) -> std::io::Result<[OwnedFd; 2]> {
+    attach_unseen(mount)?;
+    let kept = clone_mount(mount, "")?;
+    let below = clone_mount(mount, UPPER)?;
+    let attributes = MountAttributes { read_only: true, nosuid: true, nodev: true, ..MountAttributes::default() };
+    sys::set_mount_attributes(below.as_fd(), attributes)?;
+    Ok([below, kept])
+}
+
+fn attach_unseen(mount: &OwnedFd) -> std::io::Result<()> {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
+    Ok(move_mount(mount, "", CWD, ".", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
 /// Removes what the overlay before this one left for itself: its mark of a mount without syncs among it, over which the kernel mounts no other (overlayfs.rst,

@@ -13,7 +13,7 @@ use crate::{
     sys::{self, MountAttributes},
 };
 
-/// What the names of folders begin with. The number of the project follows, which is the first id of the sandbox's range.
+/// What the names of folders begin with. The number of the project follows, which is an id of the sandbox's range.
 const PREFIX: &str = "project-";
 
 fn path(folder: &Path, project: u32) -> PathBuf {
@@ -34,7 +34,7 @@ pub(super) fn left(folder: &Path, is_over: impl Fn(u32) -> bool) -> io::Result<V
 }
 
 pub(super) fn make(folder: &Path, order: Order) -> io::Result<OwnedFd> {
-    let project = order.id_base;
+    let project = order.project;
     let path = path(folder, project);
     // A keeper that was killed may have left one: what is in it would count against this one.
     while let Err(error) = std::fs::create_dir(&path) {
@@ -50,7 +50,7 @@ pub(super) fn make(folder: &Path, order: Order) -> io::Result<OwnedFd> {
         return Err(at(format_args!("setting {} bytes aside in {}", order.bytes, folder.display()))(io::ErrorKind::StorageFull.into()));
     }
     sys::set_project(root.as_fd(), project).map_err(at("making the folder a project"))?;
-    make_folders(root.as_fd(), project).map_err(at("making the layer's folders"))?;
+    make_folders(root.as_fd(), order.id_base).map_err(at("making the layer's folders"))?;
     let used = sys::project_quota(root.as_fd(), project).map_err(at("reading the project's use"))?;
     let bytes = used.used_bytes + (order.bytes / BLOCK_BYTES + OWN_BLOCKS) * BLOCK_BYTES;
     let inodes = used.used_inodes + order.inodes + OWN_INODES;

@@ -114,6 +114,7 @@ pub(super) fn live(control: &OwnedFd, setup: &Setup, disks: Disks, descriptors: 
                 Order::Setup(_)
                 | Order::Layer
                 | Order::Volumes { .. }
+                | Order::Below
                 | Order::Start(_)
                 | Order::Exec(_)
                 | Order::KillExec { .. }

@@ -113,7 +113,8 @@ pub(super) fn enter(setup: &Setup, disks: Disks, descriptors: &mut VecDeque<Owne
     rustix::process::umask(Mode::from_raw_mode(0o022));
     default_signals().step("resetting signals")?;
     if fences.has(Fence::Landlock) {
-        landlock::restrict(&[tree.upper.as_fd(), tree.image.as_fd(), tree.base.as_fd()]).step("setting up Landlock")?;
+        let listed: Vec<_> = std::iter::once(&tree.upper).chain(&tree.lower).map(AsFd::as_fd).collect();
+        landlock::restrict(&listed).step("setting up Landlock")?;
     }
     if fences.has(Fence::Seccomp) {
         let program: Vec<libc::sock_filter> =
@@ -157,6 +158,7 @@ pub(super) fn build(setup: &Setup, disks: Disks, descriptors: &mut VecDeque<Owne
         base: next(descriptors, "base layer")?,
         target: if setup.has_target { Some(next(descriptors, "target")?) } else { None },
         layer: disks.layer,
+        below: disks.below,
         volumes: setup.volumes.iter().zip(&disks.volumes).map(volume).collect::<Result<_, _>>()?,
     };
     // Its orders are the limits: among busy processes of its group it comes first.

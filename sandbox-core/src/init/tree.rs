@@ -111,14 +111,17 @@ struct Place {
     /// The writable layer without what lies below it.
     upper: OwnedFd,
     /// What lies below it, the topmost first.
-    lower: [OwnedFd; 2],
+    lower: Vec<OwnedFd>,
 }
 
 impl Worker {
     /// Turns the freshly forked child into one.
     fn new(socket: &OwnedFd, tree: &Tree) -> io::Result<Self> {
-        let kept = [socket.as_fd(), tree.proc.as_fd(), tree.upper.as_fd(), tree.base.as_fd(), tree.image.as_fd()];
-        let [socket, proc, upper, base, image] = keep_only(kept)?;
+        let kept: Vec<_> = [socket, &tree.proc, &tree.upper].into_iter().chain(&tree.lower).map(AsFd::as_fd).collect();
+        let mut owned = keep_only(&kept)?.into_iter();
+        let mut next = || owned.next().ok_or_else(|| io::Error::other("there are fewer than before"));
+        let (socket, proc, upper) = (next()?, next()?, next()?);
+        let lower = owned.collect();
         let root = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         // Modes are meant as they stand.
         rustix::process::umask(Mode::empty());
@@ -132,7 +135,7 @@ impl Worker {
         socket.set_nonblocking(false)?;
         socket.set_read_timeout(Some(IDLE))?;
         socket.set_write_timeout(Some(IDLE))?;
-        Ok(Self { socket, place: Place { root, proc, upper, lower: [base, image] } })
+        Ok(Self { socket, place: Place { root, proc, upper, lower } })
     }
 
     /// Answers until the other side closes.
@@ -216,9 +219,9 @@ fn take_to_end(socket: &mut UnixStream, done: Result<Reply, Fault>) -> io::Resul
 
 /// Closes everything but these, which come from number 3 up. A copy of init's socket would keep it open when init is gone. What owns the descriptors that are
 /// closed here must never be dropped: this process ends without.
-fn keep_only<const N: usize>(kept: [BorrowedFd<'_>; N]) -> io::Result<[OwnedFd; N]> {
+fn keep_only(kept: &[BorrowedFd<'_>]) -> io::Result<Vec<OwnedFd>> {
     const FIRST: i32 = 3;
-    let end = FIRST + i32::try_from(N).map_err(io::Error::other)?;
+    let end = FIRST + i32::try_from(kept.len()).map_err(io::Error::other)?;
     // Out of the way of those numbers.
     let parked: Vec<OwnedFd> = kept.iter().map(|kept| rustix::io::fcntl_dupfd_cloexec(kept, end)).collect::<Result<_, _>>()?;
     for (number, descriptor) in (FIRST..).zip(&parked) {
@@ -227,8 +230,7 @@ fn keep_only<const N: usize>(kept: [BorrowedFd<'_>; N]) -> io::Result<[OwnedFd; 
     drop(parked);
     sys::close_from(end.cast_unsigned())?;
     sys::close_on_exec_from(FIRST.cast_unsigned())?;
-    let owned: Vec<OwnedFd> = (FIRST..end).map(sys::inherited).collect::<io::Result<_>>()?;
-    owned.try_into().map_err(|_| io::Error::other("there are as many as before"))
+    (FIRST..end).map(sys::inherited).collect()
 }
 
 /// A file that was found by `O_PATH`, opened for its content: this one, whatever has its name by now.

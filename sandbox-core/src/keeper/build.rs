@@ -17,14 +17,15 @@ use rustix::{
 };
 
 use super::{
-    Keeper, Options, Source,
+    Keeper, Options, Source, below,
     disk::Disk,
-    layer::Origin,
+    layer::{Lent, Origin},
     monotonic_ns,
     parked::{Class, Parked},
-    sandbox::{Body, Init},
+    sandbox::{self, Body, Init},
     slot::Slot,
     warn,
+    worker::Worker,
 };
 use crate::{
     disk,
@@ -83,6 +84,8 @@ pub(super) struct Blueprint<'a> {
     pub(super) target: Option<&'a OwnedFd>,
     pub(super) medium: Medium,
     pub(super) layer: Origin<'a>,
+    /// What lies below that, above the image.
+    pub(super) below: Option<&'a Lent>,
     pub(super) disk_bytes: u64,
     pub(super) inodes: u64,
     pub(super) capabilities: u64,
@@ -120,6 +123,7 @@ impl Keeper {
                 target: None,
                 medium: Medium::Memory,
                 layer: Origin::Own,
+                below: None,
                 disk_bytes,
                 inodes,
                 capabilities,
@@ -140,7 +144,7 @@ impl Keeper {
 
     /// Clones an init and has it build a sandbox. Its limits and its payload come later ([`Keeper::begin`]).
     pub(super) fn build(&mut self, blueprint: &Blueprint<'_>) -> Result<(u64, Body), BuildError> {
-        let slot = match blueprint.layer.id_base() {
+        let slot = match blueprint.layer.id_base().or(blueprint.below.map(|below| below.id_base)) {
             Some(id_base) => self.slots.make_on_held(&self.tree, id_base)?,
             None => match self.slots.take_ready() {
                 Some(slot) => slot,
@@ -157,7 +161,7 @@ impl Keeper {
             }
         };
         reached("keeper.launch.cloned");
-        let mut disk = None;
+        let (mut disk, mut below) = (None, None);
         // Without these watches it could not be followed.
         let begun = self
             .watch(init.child.pidfd.as_fd(), Source::Init, serial)
@@ -166,8 +170,13 @@ impl Keeper {
                 disk = self.begin_disk(&slot, blueprint).map_err(at("starting to make the writable layer"))?;
                 disk.as_ref().and_then(Disk::socket).map_or(Ok(()), |worker| self.watch(worker, Source::Disk, serial))
             })
+            .and_then(|()| {
+                below = blueprint.below.map(below::make_ready).transpose().map_err(at("starting to make the layer below ready"))?;
+                below.as_ref().map_or(Ok(()), |worker| self.watch(worker.as_fd(), Source::Below, serial))
+            })
             // Last: until then a layer that was lent is whole, and can be taken back.
-            .and_then(|()| disk.as_ref().map_or(Ok(()), Disk::let_begin));
+            .and_then(|()| disk.as_ref().map_or(Ok(()), Disk::let_begin))
+            .and_then(|()| below.as_ref().map_or(Ok(()), Worker::begin));
         if let Err(error) = begun {
             pidfd_send_signal(&init.child.pidfd, rustix::process::Signal::KILL).map_err(io::Error::from)?;
             sys::reap(init.child.pid, true)?;
@@ -184,13 +193,14 @@ impl Keeper {
         if disk.is_some() {
             reached("keeper.launch.disk_begun");
         }
-        Ok((serial, Body { slot, init, oom_notice: None, payload: None, disk, kept: None }))
+        Ok((serial, Body { slot, init, oom_notice: None, payload: None, disk, kept: None, is_over: blueprint.below.is_some(), below }))
     }
 
     /// Starts to make the writable layer, if it is to be on disk. Init starts meanwhile.
     fn begin_disk(&self, slot: &Slot, blueprint: &Blueprint<'_>) -> io::Result<Option<Disk>> {
         let (bytes, inodes, id_base) = (blueprint.disk_bytes, blueprint.inodes, slot.id_base);
-        let order = disk::Order { bytes, inodes, id_base, is_synchronous: self.tree.mode() != CgroupMode::V2 };
+        let project = sandbox::project(id_base, blueprint.below.is_some());
+        let order = disk::Order { bytes, inodes, id_base, project, is_synchronous: self.tree.mode() != CgroupMode::V2 };
         let lent = match blueprint.layer {
             Origin::Own => {
                 return match blueprint.medium {
@@ -219,6 +229,7 @@ impl Keeper {
             id_base: slot.id_base,
             medium: blueprint.medium,
             layer: blueprint.layer.in_setup(blueprint.medium),
+            has_below: blueprint.below.is_some(),
             disk_bytes: blueprint.disk_bytes,
             inodes: blueprint.inodes,
             shm_bytes: SHM_BYTES,

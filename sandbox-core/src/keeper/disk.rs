@@ -108,13 +108,13 @@ impl Disk {
     }
 
     /// Starts to remove one that is ready. The worker outlives the keeper if it must.
-    pub(super) fn remove(&mut self, disks: &Disks, id_base: u32, medium: Medium) -> io::Result<()> {
+    pub(super) fn remove(&mut self, disks: &Disks, project: u32, medium: Medium) -> io::Result<()> {
         let Self::Ready(mount) = self else { return Ok(()) };
         let worker = Worker::start(Some(mount.as_fd()), |socket, mount| {
             // Whoever lets go last has all the work of unmounting: not the keeper, which says when it has. If it dies, it has, too.
             Worker::wait_for_word(socket)?;
             let Some(mount) = mount.filter(|_| medium == Medium::Disk) else { return Ok(()) };
-            match disks.remove(id_base, mount) {
+            match disks.remove(project, mount) {
                 Ok(()) => Ok(()),
                 Err(error) => transport::send(socket, &Said::Err(error.to_string()), &[]),
             }
@@ -151,9 +151,15 @@ impl Keeper {
             (Some(datagram), Disk::Making(_) | Disk::Reusing(_)) => match (datagram.message, Mounts::from(datagram.descriptors)) {
                 (Ok(Some(made)), Mounts { own: Some(mount), kept }) => {
                     let made_of = std::mem::replace(disk, Disk::Ready(mount));
-                    body.kept = kept;
+                    // What is kept of one over another is the other, which does not come from here.
+                    let is_over = body.is_over;
+                    if !is_over {
+                        body.kept = kept;
+                    }
                     epoll_delete(&self.epoll, &made_of)?;
-                    self.layers.made(serial, made.device);
+                    if !is_over {
+                        self.layers.made(serial, made.device);
+                    }
                     return self.hand_over(serial, made, io);
                 }
                 (Err(message), _) => message,
@@ -189,8 +195,8 @@ impl Keeper {
         }
         let disks = self.disks.clone();
         let Some(body) = self.body(serial) else { return Ok(()) };
-        let id_base = body.slot.id_base;
-        let worker = Worker::start(None, |socket, _| match disks.discard(id_base) {
+        let project = body.project();
+        let worker = Worker::start(None, |socket, _| match disks.discard(project) {
             Ok(()) => Ok(()),
             Err(error) => transport::send(socket, &Said::Err(error.to_string()), &[]),
         })?;
@@ -220,14 +226,14 @@ impl Keeper {
         let disks = self.disks.clone();
         let medium = self.sandboxes.get(&serial).map_or(Medium::Disk, |sandbox| sandbox.supervision.medium);
         let Some(body) = self.body(serial) else { return Ok(true) };
-        let id_base = body.slot.id_base;
+        let project = body.project();
         // A second one of the same would keep all of it alive.
         body.kept = None;
         let Some(disk) = body.disk.as_mut().filter(|disk| !disk.is_gone()) else { return Ok(true) };
         if !matches!(disk, Disk::Ready(_)) {
             return Ok(false);
         }
-        disk.remove(&disks, id_base, medium)?;
+        disk.remove(&disks, project, medium)?;
         self.watch_disk(serial)?;
         Ok(false)
     }

@@ -131,8 +131,8 @@ impl Keeper {
     /// Takes apart what is left, off the reply path, again and again until the kernel has let go of all of it.
     pub(super) fn clean_up(&mut self, serial: u64) -> io::Result<()> {
         let Some(body) = self.body(serial) else { return Ok(()) };
-        // Removing the group would wait for who writes to it; when that has ended, this is gone on with.
-        if !body.init.is_dead || self.is_being_lowered(serial) {
+        // Removing the group would wait for who writes to it, and who makes the layer below ready has the only mount of it; when they have ended, this is gone on with.
+        if !body.init.is_dead || body.below.is_some() || self.is_being_lowered(serial) {
             return Ok(());
         }
         self.keep_layer(serial);
@@ -148,10 +148,11 @@ impl Keeper {
         if self.body(serial).is_some_and(|body| body.disk.is_some()) {
             reached("keeper.remove.disk");
         }
-        let has_layer = self.layers.has_user(serial);
+        let (has_layer, has_grown) = (self.layers.has_user(serial), self.layers.has_grown(serial));
         let Some(body) = self.body(serial) else { return Ok(()) };
         // What cannot be read is there.
-        let has_files = has_layer && body.slot.group.files_bytes().map_or(true, |bytes| bytes > 0);
+        let has_any = |bytes: io::Result<u64>| bytes.map_or(true, |bytes| bytes > 0);
+        let has_files = has_layer && if body.is_over { has_grown } else { has_any(body.slot.group.files_bytes()) };
         let removed = match body.slot.group.remove() {
             Ok(false) => body.slot.group.kill().map(|()| false),
             other => other,

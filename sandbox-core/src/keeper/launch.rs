@@ -118,7 +118,7 @@ impl Keeper {
                 failed_at("opening the image", &error)
             })
         })?;
-        match self.check_room(&launch.supervision, layer.of) {
+        match self.check_room(&launch.supervision, layer.lent()) {
             Ok(Ok(())) => {}
             Ok(Err(why)) => return Err(Box::new(failed(FailureKind::Busy, why))),
             Err(error) => return Err(Box::new(failed_at("looking for room", &error))),
@@ -271,7 +271,7 @@ impl Keeper {
         let (serial, body, start) = match parked {
             Some((serial, body)) => (serial, body, crate::protocol::Start::Warm),
             None => {
-                let lent = asked.layer.of.and_then(|of| Some((of, self.layers.lend(of)?)));
+                let lent = asked.layer.lent().and_then(|of| Some((of, self.layers.lend(of)?)));
                 match (self.build(&asked.blueprint(lent.as_ref().map(|(_, lent)| lent))), lent) {
                     (Ok((serial, body)), _) => (serial, body, crate::protocol::Start::Cold),
                     (Err(failure), lent) => {
@@ -359,6 +359,7 @@ impl Keeper {
     /// Says whose the layer is that was taken, or begun, for this.
     fn note_layer(&mut self, asked: &Preparation, serial: u64, id_base: u32) {
         match (&asked.purpose, &asked.image_id) {
+            (Purpose::Payload { .. }, _) if let Some(over) = asked.layer.over => self.layer_visited(over, serial),
             (Purpose::Payload { id }, Some(image)) if !asked.layer.is_none() => {
                 let shape = Shape { image: image.clone(), supervision: asked.supervision, limits: asked.limits, id_base };
                 self.layer_taken(serial, *id, asked.layer, shape);
@@ -397,7 +398,7 @@ impl Keeper {
             purpose: Purpose::Visit { id, sent: 0, waiting: vec![socket] },
             image,
             image_id: Some(shape.image),
-            layer: Wish { of: Some(id), is_kept: true },
+            layer: Wish { of: Some(id), over: None, is_kept: true },
             volumes: Vec::new(),
             target: None,
             limits: shape.limits,
@@ -475,13 +476,15 @@ fn begin_in(body: &mut Body, pending: Pending, io: IoLimits, own_uts: &OwnedFd) 
 
 impl Preparation {
     fn blueprint<'a>(&'a self, lent: Option<&'a Lent>) -> Blueprint<'a> {
-        let layer = match lent {
-            Some(lent) => Origin::Used(lent),
-            None if self.layer.is_kept => Origin::New,
-            None => Origin::Own,
+        let (layer, below) = match lent {
+            Some(lent) if self.layer.over.is_some() => (Origin::Own, Some(lent)),
+            Some(lent) => (Origin::Used(lent), None),
+            None if self.layer.is_kept => (Origin::New, None),
+            None => (Origin::Own, None),
         };
         Blueprint {
             layer,
+            below,
             image: &self.image,
             target: self.target.as_ref(),
             medium: self.supervision.medium,

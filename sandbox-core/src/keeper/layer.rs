@@ -47,6 +47,9 @@ struct Kept {
     /// Groups that something of it may be charged to, of those who had it before.
     #[serde(default)]
     groups: u32,
+    /// What it held when it was taken last, if it is in memory: blocks, as statfs(2) counts them.
+    #[serde(default)]
+    blocks: Option<u64>,
     /// `None` while somebody has it.
     #[serde(with = "crate::handover")]
     mount: Option<OwnedFd>,
@@ -79,15 +82,26 @@ pub(super) struct Lent {
 /// What a launch wants of layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Wish {
+    /// One to go on with.
     pub(super) of: Option<SandboxId>,
+    /// One to be below.
+    pub(super) over: Option<SandboxId>,
     pub(super) is_kept: bool,
 }
 
 impl Wish {
-    pub(super) const NONE: Self = Self { of: None, is_kept: false };
+    pub(super) const NONE: Self = Self { of: None, over: None, is_kept: false };
 
     pub(super) const fn is_none(self) -> bool {
-        self.of.is_none() && !self.is_kept
+        self.lent().is_none() && !self.is_kept
+    }
+
+    /// The kept one that it takes.
+    pub(super) const fn lent(self) -> Option<SandboxId> {
+        match self.of {
+            Some(of) => Some(of),
+            None => self.over,
+        }
     }
 }
 
@@ -137,7 +151,9 @@ impl Layers {
     /// Takes the mount of a free one, for a sandbox that is being built on it.
     pub(super) fn lend(&mut self, id: SandboxId) -> Option<Lent> {
         let kept = self.kept.get_mut(&id).filter(|kept| kept.user.is_none())?;
-        Some(Lent { mount: kept.mount.take()?, device: kept.device, id_base: kept.shape.id_base })
+        let mount = kept.mount.take()?;
+        kept.blocks = kept.blocks_of(&mount);
+        Some(Lent { mount, device: kept.device, id_base: kept.shape.id_base })
     }
 
     /// That came to nothing.
@@ -150,12 +166,26 @@ impl Layers {
     /// A sandbox was built with a layer that is to be kept under this name: a new one, or one that somebody had `before`.
     fn begin(&mut self, id: SandboxId, serial: u64, shape: Shape, before: Option<&Kept>) {
         let (is_new, groups) = before.map_or((true, 0), |before| (before.is_new, before.groups));
-        self.kept.insert(id, Kept { shape, device: None, user: Some(serial), is_new, groups, mount: None });
+        self.kept.insert(id, Kept { shape, device: None, user: Some(serial), is_new, groups, blocks: None, mount: None });
     }
 
     /// Whether somebody has one.
     pub(super) fn has_user(&self, serial: u64) -> bool {
         self.kept.values().any(|kept| kept.user == Some(serial))
+    }
+
+    /// Whether one in memory, which somebody had below his own and which is back, holds more than before. Nothing is written to it then, but a page of a hole that is read
+    /// through a mapping is made and charged like one that is written.
+    pub(super) fn has_grown(&self, serial: u64) -> bool {
+        let Some(kept) = self.kept.values().find(|kept| kept.user == Some(serial)) else { return false };
+        kept.mount.as_ref().is_some_and(|mount| {
+            kept.shape.supervision.medium == Medium::Memory && (kept.blocks.is_none() || kept.blocks_of(mount) != kept.blocks)
+        })
+    }
+
+    /// The block device of the one that this sandbox has.
+    pub(super) fn device_of(&self, serial: u64) -> Option<Device> {
+        self.kept.values().find(|kept| kept.user == Some(serial))?.device
     }
 
     /// Whether one that is in memory has left so many groups behind.
@@ -180,32 +210,54 @@ impl Layers {
     }
 }
 
+impl Kept {
+    fn blocks_of(&self, mount: &OwnedFd) -> Option<u64> {
+        let is_in_memory = self.shape.supervision.medium == Medium::Memory;
+        let space = rustix::fs::fstatfs(mount).ok().filter(|_| is_in_memory)?;
+        space.f_blocks.checked_sub(space.f_bfree)
+    }
+}
+
 /// The id ranges of kept layers: they are given to nobody else.
 pub(super) type Held = HashSet<u32>;
 
 impl Keeper {
     /// What this launch wants of layers, if it can have it.
     pub(super) fn check_layer(&self, launch: &Launch) -> Result<Wish, Box<Answer>> {
-        let wish = Wish {
-            of: match launch.layer {
-                Layering::Fresh => None,
-                Layering::Of(id) => Some(id),
-                Layering::Over(_) => return Err(Box::new(failed(FailureKind::Refused, "there is nothing over kept layers yet"))),
-            },
-            is_kept: launch.keeps_layer,
+        let (of, over) = match launch.layer {
+            Layering::Fresh => (None, None),
+            Layering::Of(id) => (Some(id), None),
+            Layering::Over(id) => (None, Some(id)),
         };
+        let wish = Wish { of, over, is_kept: launch.keeps_layer };
         if !wish.is_none() && launch.isolation != Isolation::Container {
             return Err(Box::new(failed(FailureKind::Refused, "layers of sandboxes under gVisor are not kept")));
+        }
+        if wish.is_kept && over.is_some() {
+            return Err(Box::new(failed(FailureKind::Refused, "a layer over a kept one is not kept")));
+        }
+        // By one name two layers would be meant.
+        if over == Some(launch.id) {
+            return Err(Box::new(failed(FailureKind::Refused, "a sandbox over a kept layer needs a name of its own")));
         }
         // Its record may be forgotten, and its layer still be kept.
         if wish.is_kept && wish.of != Some(launch.id) && !matches!(self.layers.standing(launch.id), Standing::None) {
             return Err(Box::new(failed(FailureKind::Refused, format!("a layer of sandbox {} is kept already", launch.id))));
         }
-        let Some(of) = wish.of else { return Ok(wish) };
+        let Some(of) = wish.lent() else { return Ok(wish) };
+        // Who has it below his own leaves nothing behind, but for what [`Layers::has_grown`] tells of.
+        let groups_max = if over.is_some() { GROUPS_MAX_OF_VISITS } else { GROUPS_MAX };
         match self.layers.standing(of) {
             Standing::None => Err(Box::new(failed(FailureKind::Gone, format!("no layer of sandbox {of} is kept")))),
             Standing::Taken(_) => Err(Box::new(failed(FailureKind::Busy, format!("somebody still has the layer of sandbox {of}")))),
-            Standing::Free(_) if self.layers.is_worn(of, GROUPS_MAX) => Err(Box::new(worn(of))),
+            Standing::Free(_) if self.layers.is_worn(of, groups_max) => Err(Box::new(worn(of))),
+            Standing::Free(shape) if over.is_some() => {
+                if shape.image == launch.image {
+                    Ok(wish)
+                } else {
+                    Err(Box::new(failed(FailureKind::Refused, "a layer stays on its image, whatever lies over it")))
+                }
+            }
             Standing::Free(shape) => {
                 let is_same =
                     |(a, b): (&Supervision, &Supervision)| (a.medium, a.disk_bytes, a.inodes) == (b.medium, b.disk_bytes, b.inodes);
@@ -236,7 +288,7 @@ impl Keeper {
         if self.layers.is_worn(id, GROUPS_MAX_OF_VISITS) { Err(worn(id)) } else { Ok(()) }
     }
 
-    /// The same for one that looks at the files of a layer and leaves it as whose it is.
+    /// The same for one that looks at the files of a layer, or has it below his own, and leaves it as whose it is.
     pub(super) fn layer_visited(&mut self, id: SandboxId, serial: u64) {
         if let Some(kept) = self.layers.kept.get_mut(&id) {
             kept.user = Some(serial);
@@ -249,18 +301,20 @@ impl Keeper {
         let has_run = sandbox.launched.is_some();
         let Some(body) = &mut sandbox.body else { return };
         // One that is not made yet may still be.
-        if body.disk.as_ref().is_some_and(Disk::is_under_way) {
+        if !body.is_over && body.disk.as_ref().is_some_and(Disk::is_under_way) {
             return;
         }
         let mount = body.kept.take();
-        let id_base = body.slot.id_base;
+        let (id_base, is_over) = (body.slot.id_base, body.is_over);
         let Some((id, kept)) = self.layers.of_user(serial).filter(|(_, kept)| kept.mount.is_none()) else { return };
         kept.is_new &= !has_run;
         match mount {
             Some(mount) => {
                 kept.mount = Some(mount);
-                // The one that init had died with its namespace; there is nothing to remove.
-                body.disk = None;
+                // The one that init had died with its namespace; there is nothing to remove, unless his own lay over it.
+                if !is_over {
+                    body.disk = None;
+                }
             }
             None => {
                 warn(format_args!("the layer of sandbox {id} is lost: it could not be made"));

@@ -13,9 +13,9 @@ use crate::{
 };
 
 /// Descriptors of a sandbox besides its groups': two namespaces; init and its socket; two pipes and the log; the writing end of its input; a layer on disk, or the
-/// two of who makes it, and its second mount; before the payload starts, the four that it will have, and afterwards no more, of the payload, of the memory limit, and of who lowers
+/// two of who makes it, and its second mount, and one more if it lies over a kept one; before the payload starts, the four that it will have, and afterwards no more, of the payload, of the memory limit, and of who lowers
 /// that. A terminal is three in place of the pipes and the writing end.
-const OF_SANDBOX: u64 = 15;
+const OF_SANDBOX: u64 = 16;
 /// Of an exec: two pipes and the log; the process; the writing end of its input; the three that it will have, until init has them.
 const OF_EXEC: u64 = 8;
 /// Execs of one keeper at a time, and what part of the descriptors is theirs where there are few.

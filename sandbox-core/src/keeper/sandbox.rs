@@ -11,6 +11,7 @@ use super::{
     lowering::Lowering,
     output::Output,
     slot::Slot,
+    worker::Worker,
 };
 use crate::{
     cgroup::{Counters, Limits},
@@ -145,9 +146,27 @@ pub(super) struct Body {
     pub(super) payload: Option<OwnedFd>,
     /// The writable layer, if init did not make it.
     pub(super) disk: Option<Disk>,
-    /// A mount of it that stays when it does.
+    /// A mount that stays when this goes: of that layer, or of the one below it.
     #[serde(default, with = "crate::handover")]
     pub(super) kept: Option<OwnedFd>,
+    /// Whether the layer lies over a kept one, whose id range this has.
+    #[serde(default)]
+    pub(super) is_over: bool,
+    /// Who makes that one ready.
+    #[serde(default)]
+    pub(super) below: Option<Worker>,
+}
+
+impl Body {
+    /// By what its own layer is known, if it is on disk.
+    pub(super) const fn project(&self) -> u32 {
+        project(self.slot.id_base, self.is_over)
+    }
+}
+
+/// By what the layer of a sandbox with this id range is known on disk. A layer over a kept one and that one are of the same range.
+pub(super) const fn project(id_base: u32, is_over: bool) -> u32 {
+    if is_over { id_base + 1 } else { id_base }
 }
 
 #[derive(Debug, Serialize, Deserialize)]

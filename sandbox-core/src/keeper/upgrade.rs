@@ -397,6 +397,9 @@ impl Keeper {
         if let Some(notice) = &body.oom_notice {
             self.watch(notice.as_fd(), Source::OutOfMemory, serial)?;
         }
+        if let Some(worker) = &body.below {
+            self.watch(worker.as_fd(), Source::Below, serial)?;
+        }
         match body.disk.as_ref().and_then(super::disk::Disk::socket) {
             Some(socket) => self.watch(socket, Source::Disk, serial),
             None => Ok(()),

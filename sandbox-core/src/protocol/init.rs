@@ -39,6 +39,8 @@ pub enum Order {
     KillExec { number: u64 },
     /// The volumes, if the setup has places for some: for each, in that order, the number of the loop device that it is behind. Before or after [`Order::Layer`].
     Volumes { devices: Vec<u32> },
+    /// What lies below the writable layer and above the image, if the setup says that it comes; in any order with those two. Descriptor: a detached read-only mount.
+    Below,
 }
 
 /// Where a volume is to be.
@@ -57,6 +59,8 @@ pub struct Setup {
     pub id_base: u32,
     pub medium: Medium,
     pub layer: Layer,
+    /// Whether what another sandbox left lies below that.
+    pub has_below: bool,
     pub disk_bytes: u64,
     pub inodes: u64,
     /// Size of `/dev/shm`, in bytes.

@@ -35,7 +35,7 @@ fn traces(folder: &Path) -> (Vec<PathBuf>, Vec<String>) {
     (devices.filter(is_ours).collect(), content.collect())
 }
 
-fn wait_until_gone(folder: &Path) {
+pub(crate) fn wait_until_gone(folder: &Path) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while traces(folder) != (vec![], vec![]) {
         assert!(Instant::now() < deadline, "something is left: {:?}", traces(folder));

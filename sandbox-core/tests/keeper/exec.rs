@@ -48,7 +48,7 @@ fn done(client: &mut Client, request: &Request) {
 }
 
 /// Runs one to its end: its ending, and what it wrote.
-fn run_exec(node: &Node, client: &mut Client, exec: &Exec) -> (Ending, String, String) {
+pub(crate) fn run_exec(node: &Node, client: &mut Client, exec: &Exec) -> (Ending, String, String) {
     let answer = client.call(&Request::Exec(Box::new(exec.clone())), &[]).unwrap();
     assert!(matches!(answer, Answer::Launched(_) | Answer::Ended(_)), "{answer:?}");
     let ending = wait(client, exec.id);

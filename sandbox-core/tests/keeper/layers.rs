@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Runs it to its end, with its layer kept and its record forgotten; what it wrote.
-fn run(node: &Node, mut run: Run, layer: Layering) -> (SandboxId, String) {
+pub(crate) fn run(node: &Node, mut run: Run, layer: Layering) -> (SandboxId, String) {
     (run.layer, run.keeps_layer) = (layer, true);
     let mut client = node.client();
     let answer = launch(node, &run);
@@ -28,7 +28,7 @@ fn run(node: &Node, mut run: Run, layer: Layering) -> (SandboxId, String) {
 }
 
 /// Launches it as soon as nobody has the layer any more that it is to have.
-fn launch(node: &Node, run: &Run) -> Answer {
+pub(crate) fn launch(node: &Node, run: &Run) -> Answer {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         let answer = run.launch(&mut node.client());
@@ -39,12 +39,12 @@ fn launch(node: &Node, run: &Run) -> Answer {
     }
 }
 
-fn is(answer: &Answer, kind: FailureKind) -> bool {
+pub(crate) fn is(answer: &Answer, kind: FailureKind) -> bool {
     matches!(answer, Answer::Failed(failure) if failure.kind == kind)
 }
 
 /// Somebody who works on the files that a sandbox left, as soon as it is gone.
-fn files(node: &Node, id: SandboxId) -> Files {
+pub(crate) fn files(node: &Node, id: SandboxId) -> Files {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         match Files::open(node, id) {
@@ -54,7 +54,7 @@ fn files(node: &Node, id: SandboxId) -> Files {
     }
 }
 
-fn drop_layer(client: &mut Client, id: SandboxId) {
+pub(crate) fn drop_layer(client: &mut Client, id: SandboxId) {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         let answer = client.call(&Request::DropLayer { id }, &[]).unwrap();
@@ -65,11 +65,11 @@ fn drop_layer(client: &mut Client, id: SandboxId) {
     }
 }
 
-fn as_user(run: Run) -> Run {
+pub(crate) fn as_user(run: Run) -> Run {
     run.with("/process/user/uid", 1000).with("/process/user/gid", 1000)
 }
 
-fn on_disk(mut run: Run) -> Run {
+pub(crate) fn on_disk(mut run: Run) -> Run {
     run.supervision.medium = Medium::Disk;
     run
 }
@@ -209,7 +209,7 @@ fn a_layer_in_memory_is_written_to_by_so_many_sandboxes_and_no_more() {
 }
 
 /// Launches it, and has it killed before anything of it can be there.
-fn launch_and_kill(run: &Run) -> Answer {
+pub(crate) fn launch_and_kill(run: &Run) -> Answer {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         let mut client = node().client();

@@ -18,6 +18,7 @@ mod io;
 mod layers;
 mod leaks;
 mod limits;
+mod over;
 mod privileges;
 mod records;
 mod terminal;
