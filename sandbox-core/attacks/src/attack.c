@@ -739,6 +739,19 @@ ATTACK(sparse_file)
 	return 0;
 }
 
+/* Page NUMBER of the file PATH, through a mapping: in memory, where there is a hole, the kernel makes a page for whoever only reads. */
+ATTACK(read_hole)
+{
+	if (argc != 2)
+		return 2;
+	int fd = open(argv[0], O_RDONLY);
+	TRY(fd);
+	volatile char *page = mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, atol(argv[1]) * 4096);
+	if (page == MAP_FAILED)
+		return stopped("mmap");
+	return page[0] == 0 ? 0 : 1;
+}
+
 ATTACK(hog_output)
 {
 	static char block[1 << 20];
@@ -846,7 +859,7 @@ int main(int argc, char **argv)
 		NAMED(listen_on_port_80), NAMED(with_session_key), NAMED(read_session_key), NAMED(shared_memory), NAMED(inotify_instances),
 		NAMED(lock_file), NAMED(never_freeze), NAMED(type_into_terminal), NAMED(allow_core_dumps), NAMED(make_calls), NAMED(hog_memory), NAMED(hog_stack),
 		NAMED(hog_memfd), NAMED(hog_shared_memory), NAMED(hog_page_tables), NAMED(hog_sockets), NAMED(hog_pipes), NAMED(hog_threads),
-		NAMED(hog_processes), NAMED(leave_daemons), NAMED(trace_and_sleep), NAMED(hog_folders), NAMED(hog_links), NAMED(sparse_file),
+		NAMED(hog_processes), NAMED(leave_daemons), NAMED(trace_and_sleep), NAMED(hog_folders), NAMED(hog_links), NAMED(sparse_file), NAMED(read_hole),
 		NAMED(hog_output), NAMED(hog_processor), NAMED(beat), NAMED(hold_terminal),
 	};
 	for (size_t n = 0; argc > 1 && n < sizeof attacks / sizeof *attacks; n++)

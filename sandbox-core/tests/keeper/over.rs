@@ -327,6 +327,24 @@ fn those_over_a_layer_leave_nothing_behind_and_do_not_wear_it() {
 }
 
 #[test]
+fn whoever_fills_holes_of_the_layer_below_wears_it() {
+    let (base, _) = run(node(), shell("busybox truncate -s 1M /holes"), Layering::Fresh);
+    for page in 0..64 {
+        run_over(node(), shell(&format!("/bin/attack read_hole /holes {page}")), base);
+    }
+
+    let mut next = shell("true");
+    next.layer = Layering::Of(base);
+    let answer = launch(node(), &next);
+
+    assert!(is(&answer, FailureKind::Refused), "{answer:?}");
+    // It can still lie below others, and be read.
+    assert_eq!(run_over(node(), shell("stat -c %s /holes"), base), "1048576\n");
+    assert_eq!(files(node(), base).stat("/holes").unwrap().size, 1 << 20);
+    drop_layer(&mut node().client(), base);
+}
+
+#[test]
 fn from_inside_no_way_leads_to_writing_the_layer_below() {
     let base = base(node(), in_memory);
     let before = entry(&mut files(node(), base), "/folder/in");
