@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use sandbox_core::{
-    protocol::{Answer, Cause, FailureKind, Isolation, KillReason, Layering, Request, SandboxId},
+    protocol::{Answer, Cause, FailureKind, IoLimits, Isolation, KillReason, Layering, NewLimits, NewTime, Request, SandboxId},
     tree::{ChangeKind, Entry, Span},
 };
 
@@ -324,6 +324,34 @@ fn those_over_a_layer_leave_nothing_behind_and_do_not_wear_it() {
     assert_eq!(files(&node, base).read("/left", Span::ALL).unwrap(), b"left\n");
     assert_eq!(at_rest(), before);
     assert_eq!(run(&node, shell("cat /left"), Layering::Of(base)).1, "left\n");
+}
+
+#[test]
+fn other_limits_hold_for_one_that_is_over_a_layer() {
+    for below in [in_memory as On, on_disk] {
+        let (base, _) = run(node(), below(shell("echo left > /left")), Layering::Fresh);
+        for own in [in_memory as On, on_disk] {
+            let mut long = over(own(shell("cat /left; sleep 100")), base);
+            long.supervision.wall_ms = Some(60_000);
+            start(node(), &long);
+            let limits = NewLimits {
+                memory_bytes: Some(48 << 20),
+                cpu_millis: Some(500),
+                pids: Some(16),
+                wall_ms: NewTime::Ms(700),
+                cpu_ms: NewTime::Same,
+                io: Some(IoLimits { bytes_per_s: 4 << 20, ops_per_s: 1000 }),
+            };
+            let mut client = node().client();
+            assert_eq!(client.call(&Request::Update { id: long.id, limits }, &[]).unwrap(), Answer::Done);
+
+            assert_eq!(wait(&mut client, long.id).cause, Cause::WallTimeout);
+
+            forget(node(), long.id);
+            assert_eq!(run_over(node(), own(shell("cat /left")), base), "left\n");
+        }
+        drop_layer(&mut node().client(), base);
+    }
 }
 
 #[test]
