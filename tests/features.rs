@@ -314,15 +314,33 @@ async fn output_beyond_its_limit_is_told() {
 }
 
 #[tokio::test]
-async fn source_is_compiled_in_a_step_of_its_own_before_it_runs() {
-    let step = json!({ "command": ["sh", "-c", "echo compiling; sed s/x/42/ source > program"] });
-    let files = json!([{ "path": "source", "content": "echo x" }]);
-    let request = json!({ "image": "busybox", "files": files, "compile": step, "command": ["sh", "program"] });
+async fn what_is_compiled_once_is_run_with_every_case_and_judged() {
+    let step = json!({ "command": ["sh", "-c", "echo compiling; sed s/x/2/ source > program"] });
+    let files = json!([{ "path": "source", "content": "read n; echo $((n * x))" }]);
+    let cases = json!([{ "stdin": "3", "expected_stdout": "6" }, { "stdin": "21", "expected_stdout": "42" }]);
+    let request = json!({ "image": "busybox", "files": files, "compile": step, "command": ["sh", "program"], "cases": cases });
 
     let run = shared().client().run(&request).await;
 
-    assert_exit(&run, 0);
-    assert_eq!((run["compile"]["stdout"].as_str(), stdout(&run)), (Some("compiling\n"), "42\n"));
+    assert_eq!((&run["verdict"], &run["compile"]["stdout"]), (&json!("accepted"), &json!("compiling\n")), "{run:#}");
+    assert_eq!((&run["cases"][0]["stdout"], &run["cases"][1]["stdout"]), (&json!("6\n"), &json!("42\n")));
+}
+
+#[tokio::test]
+async fn every_case_is_judged_by_its_output() {
+    let cases = json!([
+        { "name": "right", "stdin": "3", "expected_stdout": "6" },
+        { "name": "wrong", "stdin": "4", "expected_stdout": "9" },
+        { "name": "broken", "stdin": "x" },
+    ]);
+    let script = "read n; test $n = x && exit 3; echo $((n * 2))";
+    let request = json!({ "image": "busybox", "command": ["sh", "-c", script], "cases": cases });
+
+    let run = shared().client().run(&request).await;
+
+    let verdicts: Vec<_> = run["cases"].as_array().unwrap().iter().map(|case| case["verdict"].as_str().unwrap()).collect();
+    assert_eq!(verdicts, ["accepted", "wrong_output", "failed"]);
+    assert_eq!(run["verdict"], "wrong_output");
 }
 
 #[tokio::test]

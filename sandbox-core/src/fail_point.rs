@@ -87,6 +87,10 @@ pub const STEPS: &[&str] = &[
     // A compile step: it has ended; what it wrote is given up.
     "service.compile.ended",
     "service.compile.given_up",
+    // A case of a run: the keeper has it; it has ended; the row says so.
+    "service.case.begun",
+    "service.case.ended",
+    "service.case.stored",
     // A pause, or the end of one: the keeper has done it; the row says so. An order to stop: its event is there; the keeper has it. A change: the
     // keeper holds it; the row says so.
     "service.pause.held",

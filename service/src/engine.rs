@@ -3,6 +3,7 @@
 mod admit;
 mod capacity;
 mod carry;
+mod cases;
 mod compile;
 mod exec;
 mod fair;

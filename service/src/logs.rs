@@ -90,6 +90,17 @@ impl Logs {
         tokio::task::spawn_blocking(move || tail(file, stream_bytes)).await.map_err(io::Error::other)?
     }
 
+    /// Has every record taken in that the log has now. A sandbox without a log has written nothing.
+    pub async fn read_into<T: Send + 'static>(&self, id: SandboxId, mut into: T, take: fn(&mut T, log::Record<'_>)) -> io::Result<T> {
+        let file = match File::open(self.path(id)) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(into),
+            Err(error) => return Err(error),
+        };
+        let read = move || each_record(file, |record| take(&mut into, record)).map(|()| into);
+        tokio::task::spawn_blocking(read).await.map_err(io::Error::other)?
+    }
+
     /// Where the last lines of what is wanted begin, as the log is now; `None` if there is no file.
     pub async fn last_lines(&self, id: SandboxId, lines: usize, wanted: Wanted) -> io::Result<Option<Beginning>> {
         let file = match File::open(self.path(id)) {

@@ -1,6 +1,8 @@
 //! The domain: what a sandbox is, what may be asked for it, what becomes of it. Pure.
 
+mod case;
 mod change;
+mod comparer;
 mod compile;
 mod exec;
 mod language;
@@ -17,8 +19,10 @@ pub mod words;
 
 use std::{collections::BTreeMap, fmt};
 
+pub use case::{Beginning, Case, CaseEnd, CaseReader, Comparison, Judged, Judging, NewCase, Verdict};
 pub use change::{Change, ChangeRequest, new_limits};
-pub use compile::{Compile, CompileEnd, NewCompile, is_step, run_id, step_id};
+pub use comparer::Comparer;
+pub use compile::{Compile, CompileEnd, NewCompile, case_id, is_part, is_step, run_id, step_id};
 pub use exec::{EXECS_MAX, Exec, ExecPlan, ExecRequest, ExecState, NewExec, SizeRequest};
 pub use language::{Language, Languages};
 pub use limits::{Bound, Limits, RequestedCompileLimits, RequestedLimits, bound_of, bounds};
@@ -115,6 +119,8 @@ pub struct Sandbox {
     pub program: Program,
     /// What is run before it, if anything.
     pub compile: Option<Box<Compile>>,
+    /// How its cases are judged, if it has some.
+    pub judging: Option<Judging>,
     pub limits: Limits,
     pub output_policy: OutputPolicy,
     pub labels: BTreeMap<String, String>,

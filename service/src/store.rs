@@ -1,6 +1,7 @@
 //! Everything that must outlive a process: the only module that knows SQL.
 
 mod admission;
+mod cases;
 mod deliveries;
 mod ears;
 mod events;

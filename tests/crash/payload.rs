@@ -29,12 +29,16 @@ pub(crate) enum Payload {
     Compiled(u8),
     /// Is not begun: what goes before it fails.
     Uncompiled,
+    /// Is run with three inputs, the second of which is not what is expected.
+    Judged,
+    /// The same, with what was made before.
+    CompiledAndJudged,
 }
 
 impl Payload {
     pub(crate) fn random(random: &mut Random) -> Self {
         let code = u8::try_from(random.below(100)).expect("below 100");
-        match random.below(15) {
+        match random.below(17) {
             0..=2 => Self::Echo(code),
             3..=5 => Self::Slow(code),
             6 => Self::Stdin,
@@ -45,6 +49,8 @@ impl Payload {
             11 => Self::MemoryLimit,
             12 => Self::OutputLimit,
             13 => Self::Compiled(code),
+            14 => Self::Judged,
+            15 => Self::CompiledAndJudged,
             _ => Self::Uncompiled,
         }
     }
@@ -91,6 +97,16 @@ impl Payload {
                 request["compile"] = step("echo compiled; exit 3");
                 json!(["true"])
             }
+            Self::Judged | Self::CompiledAndJudged => {
+                request["cases"] =
+                    [label, "other", label].iter().map(|line| json!({ "stdin": format!("{line}\n"), "expected_stdout": label })).collect();
+                if self == Self::CompiledAndJudged {
+                    request["compile"] = step("sleep 0.1; echo 'sleep 0.1; cat' > made; echo compiled");
+                } else {
+                    request["files"] = json!([{ "path": "made", "content": "cat" }]);
+                }
+                shell("sh made".to_owned())
+            }
         };
         request
     }
@@ -110,8 +126,12 @@ impl Payload {
             Self::OutputLimit => ("output_limit", None, flood(1000), String::new()),
             Self::Compiled(code) => ("exited", Some(code), line, String::new()),
             Self::Uncompiled => ("compile_failed", None, String::new(), String::new()),
+            Self::Judged | Self::CompiledAndJudged => ("exited", Some(0), String::new(), String::new()),
         };
-        if matches!(self, Self::Compiled(_) | Self::Uncompiled) {
+        if matches!(self, Self::Judged | Self::CompiledAndJudged) {
+            check_cases(label, run)?;
+        }
+        if matches!(self, Self::Compiled(_) | Self::Uncompiled | Self::CompiledAndJudged) {
             let (step, code) = (&run["compile"], if self == Self::Uncompiled { 3 } else { 0 });
             if step["outcome"]["exit_code"] != code || step["stdout"] != "compiled\n" {
                 return Err(format!("{label} {self:?} was compiled with {step}"));
@@ -142,10 +162,24 @@ impl Payload {
             Self::Big => BIG_BYTES,
             Self::OutputLimit => 1000,
             Self::Compiled(_) => label.len() + 1,
+            Self::Judged | Self::CompiledAndJudged => 2 * (label.len() + 1) + "other\n".len(),
             Self::WallLimit | Self::MemoryLimit | Self::Uncompiled => 0,
         };
         bytes as u64
     }
+}
+
+/// Whether each case came to what it must, and was given its own input.
+fn check_cases(label: &str, run: &Value) -> Result<(), String> {
+    let cases = run["cases"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let found: Vec<_> = cases.iter().map(|case| (case["verdict"].as_str(), case["stdout"].as_str())).collect();
+    let line = format!("{label}\n");
+    let accepted = (Some("accepted"), Some(line.as_str()));
+    let wanted = [accepted, (Some("wrong_output"), Some("other\n")), accepted];
+    if found != wanted || run["verdict"] != "wrong_output" {
+        return Err(format!("{label} was judged {} with {found:?}", run["verdict"]));
+    }
+    Ok(())
 }
 
 /// A compile step.

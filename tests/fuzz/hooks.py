@@ -256,6 +256,19 @@ def creation(body, operation, is_valid):
     # A layer is kept neither of what is removed at its end nor under gVisor.
     if body.get("auto_remove") or body.get("isolation") == "gvisor":
         body.pop("keep_layer", None)
+    # Each case has its own input, and output that is kept; without cases there is nothing to judge.
+    if body.get("cases") is not None:
+        body.pop("stdin", None)
+        if body.get("output_policy") == "discard":
+            body.pop("output_policy")
+        # One after another takes its time.
+        del body["cases"][3:]
+    else:
+        body.pop("comparison", None)
+        body.pop("stop_at_failure", None)
+    for case in body.get("cases") or []:
+        as_told(case, "stdin", "stdin_encoding")
+        as_told(case, "expected_stdout", "expected_stdout_encoding")
     as_told(body, "stdin", "stdin_encoding")
     for file in body.get("files") or []:
         as_told(file, "content", "encoding")

@@ -37,6 +37,9 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
 ///
 /// With `compile`, or in a language that is compiled, something is run before the program, with limits, output and outcome of its own. The program is then started in a fresh sandbox on the files
 /// that this left; if it did not exit with 0, the program is not started, the run is `failed`, and its outcome says `compile_failed`.
+///
+/// With `cases`, the program is compiled once, if it is, and run once for each case; what came of each stands in `cases`, and of all in `verdict`. The run's `outcome` is that of the first case that is
+/// not accepted, or else of the last; of one that was ended before all its cases were through, it says why. The run itself then has no output of its own: its `stdout`, `stderr` and log are empty.
 #[utoipa::path(
     post,
     path = "/v1/runs",
@@ -52,6 +55,14 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
             "compile": { "command": ["gcc", "-o", "main", "main.c"], "limits": { "memory_bytes": 536_870_912, "wall_ms": 20_000 } },
             "command": ["./main"],
             "limits": { "memory_bytes": 67_108_864, "wall_ms": 1000 },
+        }))),
+        ("cases" = (summary = "A program that is judged by its output", value = json!({
+            "image": "busybox",
+            "files": [{ "path": "double.sh", "content": "read n; echo $((n * 2))" }],
+            "command": ["sh", "double.sh"],
+            "cases": [{ "name": "small", "stdin": "2\n", "expected_stdout": "4\n" }, { "stdin": "21\n", "expected_stdout": "42\n" }],
+            "comparison": "trimmed",
+            "stop_at_failure": true,
         }))),
         ("full" = (summary = "A program with files, input and limits", value = json!({
             "image": "python",
@@ -79,7 +90,8 @@ pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator
     let mut run = app.engine.create(caller.owner(), asked, keyed.key).await?;
     if let Some(finished) = wait(&app, &mut run, patience).await {
         let output = app.engine.output_of(finished.sandbox.id, &finished.log_tail).await;
-        return Ok(Json(RunView::new(finished.sandbox.clone(), Some(output), None)).into_response());
+        let cases = app.engine.cases_of(&finished.sandbox).await?;
+        return Ok(Json(RunView::new(finished.sandbox.clone(), Some(output), cases, None)).into_response());
     }
     accepted(&app, run.sandbox()).await
 }
@@ -88,7 +100,8 @@ pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator
 async fn accepted(app: &App, run: Sandbox) -> Result<Response, ApiError> {
     let location = format!("/v1/runs/{}", run.id);
     let position = app.engine.queue_position(&run).await;
-    Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], Json(RunView::new(run, None, position))).into_response())
+    let cases = app.engine.cases_of(&run).await?;
+    Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], Json(RunView::new(run, None, cases, position))).into_response())
 }
 
 /// The answer to a request whose run an earlier attempt made: as that would have waited for it.
@@ -114,11 +127,11 @@ async fn wait(app: &App, run: &mut Followed, patience: Duration) -> Option<Arc<F
         return in_time;
     }
     let is_stopping = app.engine.is_closing();
-    // One that is compiled is in Postgres with all that it needs to be begun anew.
-    let is_compiled = run.sandbox().compile.is_some();
+    // One that is compiled, or has cases, is in Postgres with all that it needs to be begun anew.
+    let is_kept = run.sandbox().compile.is_some() || run.sandbox().judging.is_some();
     let patience = if is_stopping { STOP_PATIENCE } else { START_PATIENCE };
     let settled = run.until(|progress| match progress {
-        Progress::Starting => is_compiled && (!is_stopping || app.engine.is_handed_over()),
+        Progress::Starting => is_kept && (!is_stopping || app.engine.is_handed_over()),
         Progress::Running(_) | Progress::Paused(_) => !is_stopping || app.engine.is_handed_over(),
         Progress::Queued | Progress::Ended(_) | Progress::Gone => true,
     });
@@ -164,6 +177,7 @@ pub(super) async fn cancel(State(app): State<Arc<App>>, caller: Caller, Path(id)
 
 async fn view(app: &App, sandbox: Sandbox) -> Result<Json<RunView>, ApiError> {
     let output = if sandbox.state.is_final() { Some(app.engine.output(sandbox.id).await?) } else { None };
+    let cases = app.engine.cases_of(&sandbox).await?;
     let position = app.engine.queue_position(&sandbox).await;
-    Ok(Json(RunView::new(sandbox, output, position)))
+    Ok(Json(RunView::new(sandbox, output, cases, position)))
 }

@@ -14,7 +14,8 @@ use utoipa::ToSchema;
 use crate::{
     engine::Output,
     sandbox::{
-        Capabilities, Compile, Encoding, Kind, Limits, Mount, MountRequest, Network, Outcome, Sandbox, SandboxId, Signal, State, words,
+        Beginning, Capabilities, Case, Compile, Encoding, Kind, Limits, Mount, MountRequest, Network, Outcome, Sandbox, SandboxId, Signal,
+        State, Verdict, words,
     },
 };
 
@@ -49,6 +50,12 @@ pub(super) struct RunView {
     /// Null where nothing is run before the program.
     #[schema(required)]
     compile: Option<CompileView>,
+    /// Its cases, in their order; null where it has none.
+    #[schema(required)]
+    cases: Option<Vec<CaseView>>,
+    /// `accepted` if every case is; else that of the first that is not. Null before the end, and where there are no cases.
+    #[schema(required)]
+    verdict: Option<Verdict>,
     /// What stands around the program; null before it runs, if it never did, and for those of older versions.
     #[schema(required, value_type = Option<Vec<words::FenceName>>)]
     fences: Option<Vec<Fence>>,
@@ -81,6 +88,37 @@ struct CompileView {
     /// How it ended, with what it used. Null before that; if it never ran; and where a fault of this service's made it unknown.
     #[schema(required)]
     outcome: Option<Outcome>,
+}
+
+/// What came of one case of a run.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Case)]
+struct CaseView {
+    /// From 0 on, as they were given.
+    index: usize,
+    #[schema(required)]
+    name: Option<String>,
+    verdict: Verdict,
+    /// How it ended, with what it used. Null while it is not over, or if it was never begun.
+    #[schema(required)]
+    outcome: Option<Outcome>,
+    #[serde(flatten)]
+    output: Option<CaseOutputView>,
+}
+
+/// The beginning of what a case of a run wrote: at most 64 KiB of each stream. There once it is over.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = CaseOutput)]
+struct CaseOutputView {
+    stdout: String,
+    #[schema(value_type = Encoding)]
+    stdout_encoding: &'static str,
+    /// Bytes behind `stdout` that were compared, and are not kept.
+    stdout_omitted_bytes: u64,
+    stderr: String,
+    #[schema(value_type = Encoding)]
+    stderr_encoding: &'static str,
+    stderr_omitted_bytes: u64,
 }
 
 /// A sandbox as it is now.
@@ -171,8 +209,9 @@ pub(super) struct OutputView {
 }
 
 impl RunView {
-    /// `output` belongs to a run that ended.
-    pub(super) fn new(sandbox: Sandbox, output: Option<Output>, queue_position: Option<u64>) -> Self {
+    /// `output` belongs to a run that ended, `cases` to one that has some.
+    pub(super) fn new(sandbox: Sandbox, output: Option<Output>, cases: Option<Vec<Case>>, queue_position: Option<u64>) -> Self {
+        let is_final = sandbox.state.is_final();
         Self {
             id: sandbox.id,
             state: sandbox.state,
@@ -182,6 +221,8 @@ impl RunView {
             output: output.map(OutputView::from),
             outcome: sandbox.outcome,
             compile: sandbox.compile.map(|compile| CompileView::from(*compile)),
+            verdict: cases.as_deref().filter(|_| is_final).map(Verdict::of_run),
+            cases: cases.map(|cases| cases.into_iter().enumerate().map(CaseView::from).collect()),
             fences: sandbox.fences.map(|fences| fences.iter().collect()),
             limits: sandbox.limits,
             attempt: sandbox.attempt,
@@ -242,6 +283,23 @@ impl From<Compile> for CompileView {
         let Compile { program, limits, end } = compile;
         let (output, outcome) = end.map(|end| (OutputView::from(Output::of(&end.log_tail)), end.outcome)).unzip();
         Self { command: program.args, limits, output, outcome }
+    }
+}
+
+impl From<(usize, Case)> for CaseView {
+    fn from((index, case): (usize, Case)) -> Self {
+        let verdict = case.verdict();
+        let (output, outcome) = case.end.map(|end| (CaseOutputView::of(end.stdout, end.stderr), end.outcome)).unzip();
+        Self { index, name: case.name, verdict, outcome, output }
+    }
+}
+
+impl CaseOutputView {
+    fn of(stdout: Beginning, stderr: Beginning) -> Self {
+        let (stdout_omitted_bytes, stderr_omitted_bytes) = (stdout.omitted_bytes, stderr.omitted_bytes);
+        let (stdout, stdout_encoding) = text(stdout.bytes);
+        let (stderr, stderr_encoding) = text(stderr.bytes);
+        Self { stdout, stdout_encoding, stdout_omitted_bytes, stderr, stderr_encoding, stderr_omitted_bytes }
     }
 }
 

@@ -12,8 +12,8 @@ use uuid::Uuid;
 use super::{Engine, EngineError, Followed, Owner, capacity::Room, input};
 use crate::{
     sandbox::{
-        Compile, ImageUsed, Invalid, Kind, Limits, NewSandbox, Program, Quotas, Sandbox, SandboxId, State, TenantId, WhenFull, asked,
-        asked_of_steps, defaults_within,
+        Compile, ImageUsed, Invalid, Kind, Limits, NewCase, NewSandbox, Program, Quotas, Sandbox, SandboxId, State, TenantId, WhenFull,
+        asked, asked_of_steps, defaults_within,
     },
     store::{Admission, Admitted, HeldKey, Image, Input, Lease, NodeId, Standing, StoreError},
 };
@@ -87,10 +87,11 @@ impl Engine {
     pub(super) async fn admit(self: Arc<Self>, owner: Owner, mut asked: NewSandbox, key: Option<HeldKey>) -> Result<Followed, EngineError> {
         /// Each obstacle may be met once, and once more if others move images at the same time.
         const ATTEMPTS: u32 = 6;
+        let cases = std::mem::take(&mut asked.cases);
         let input = input::encode(&std::mem::take(&mut asked.files), asked.stdin.take());
         let mut input = Some(input);
         for _ in 0..ATTEMPTS {
-            match self.try_to_admit(&owner, &asked, key.as_ref(), &mut input).await? {
+            match self.try_to_admit(&owner, &asked, key.as_ref(), (&cases, &mut input)).await? {
                 Ok(followed) => return Ok(followed),
                 Err(Obstacle::VolumeGone) => {}
                 Err(Obstacle::ImageMoved) => self.images.forget(&owner.tenant, asked.image.as_str()),
@@ -106,7 +107,7 @@ impl Engine {
         owner: &Owner,
         asked: &NewSandbox,
         key: Option<&HeldKey>,
-        input: &mut Option<Input>,
+        (cases, input): (&[NewCase], &mut Option<Input>),
     ) -> Result<Result<Followed, Obstacle>, EngineError> {
         let created_at = self.clock.now();
         let image = self.image(&owner.tenant, asked.image.as_str()).await?;
@@ -131,6 +132,7 @@ impl Engine {
             name: asked.name.clone(),
             image: ImageUsed { reference: image.reference.clone(), digest: image.digest.clone(), root: image.root.clone() },
             compile: compile.transpose()?,
+            judging: asked.judging,
             program: Program { volumes: mounts, ..Program::resolve(&image.config, asked)? },
             limits: asked.limits,
             output_policy: asked.output_policy,
@@ -165,7 +167,7 @@ impl Engine {
             && !self.has_queue()
             && let Some(mut reservation) = self.capacity.reserve(room)
         {
-            let answer = self.ask_store((&sandbox, wanted_node), lease, asked, key, input.as_ref().unwrap_or(&empty)).await?;
+            let answer = self.ask_store((&sandbox, wanted_node), lease, asked, key, (cases, input.as_ref().unwrap_or(&empty))).await?;
             if let Admitted::Yes { weight } = answer {
                 fail_point::reached("service.admit.claimed");
                 reservation.count_for(owner, weight);
@@ -184,7 +186,7 @@ impl Engine {
         let queued = Sandbox { state: State::Queued, claimed_at: None, claims: 0, ..sandbox };
         // Known before it can be claimed, so that whoever claims it finds those who wait for it.
         let live = self.live.insert(queued.clone(), lease, image_took);
-        let answer = self.ask_store((&queued, wanted_node), lease, asked, key, input.as_ref().unwrap_or(&empty)).await;
+        let answer = self.ask_store((&queued, wanted_node), lease, asked, key, (cases, input.as_ref().unwrap_or(&empty))).await;
         if !matches!(answer, Ok(Admitted::Yes { .. })) {
             self.live.remove(queued.id);
             return refuse(answer?, asked).map(Err);
@@ -200,7 +202,7 @@ impl Engine {
         lease: Lease,
         new: &NewSandbox,
         key: Option<&HeldKey>,
-        input: &Input,
+        (cases, input): (&[NewCase], &Input),
     ) -> Result<Admitted, EngineError> {
         let asked = match new.kind {
             Kind::Run => asked_of_steps(&sandbox.limits, sandbox.compile.as_ref().map(|step| &step.limits)),
@@ -210,6 +212,7 @@ impl Engine {
             sandbox,
             lease,
             input,
+            cases,
             asked: &asked,
             network: new.network(),
             isolation: new.isolation(),

@@ -34,6 +34,8 @@ pub(super) enum Course {
     Ended(Box<Ending>),
     /// The keeper took it never. With `Some`, this node cannot run it, but another may.
     NotBegun(Option<Box<Ending>>),
+    /// Its row is somebody else's by now, or says already how it ended.
+    NotOurs,
 }
 
 /// Where the payload stands after the attempt to start it.
@@ -57,31 +59,40 @@ impl Engine {
         let input = Arc::new(input);
         live.give_room(reservation);
         let course = self.launch_and_follow(&live, &input).await;
-        let after = match course {
-            Course::Ended(ending) => self.free_and_settle(&live, &ending).await,
+        let after = self.conclude(&live, course, &input).await;
+        if after == After::Waits {
+            known.keep();
+        }
+    }
+
+    /// Does what is to be done about a sandbox that is followed no more.
+    pub(super) async fn conclude(self: &Arc<Self>, live: &Arc<Live>, course: Course, input: &Input) -> After {
+        match course {
+            Course::NotOurs => {
+                live.free_room();
+                self.leave_to_others(live).await
+            }
+            Course::Ended(ending) => self.free_and_settle(live, &ending).await,
             // It belongs here, and to no queue.
             Course::NotBegun(_) if live.sandbox.starts > 1 => {
                 let ending = self.infra_error("its node could not start it again".to_owned());
-                self.free_and_settle(&live, &ending).await
+                self.free_and_settle(live, &ending).await
             }
             Course::NotBegun(None) => {
                 // It is the first of its line: whatever is in its way, the others get their turn.
                 live.free_room();
                 let until = Some(self.clock.now() + LEFT_TO_OTHERS);
-                self.give_back(&live, Return::NotBegun { input: &input, until }).await
+                self.give_back(live, Return::NotBegun { input, until }).await
             }
             Course::NotBegun(Some(ending)) => {
                 live.free_room();
-                if self.could_be_elsewhere(&live).await {
+                if self.could_be_elsewhere(live).await {
                     let until = Some(self.clock.now() + LEFT_TO_OTHERS);
-                    self.give_back(&live, Return::NotBegun { input: &input, until }).await
+                    self.give_back(live, Return::NotBegun { input, until }).await
                 } else {
-                    self.settle(&live, &ending).await
+                    self.settle(live, &ending).await
                 }
             }
-        };
-        if after == After::Waits {
-            known.keep();
         }
     }
 
@@ -97,7 +108,7 @@ impl Engine {
             live.paused(live.sandbox.state == State::Paused);
             self.hold_to_row_later(&live);
         }
-        let ending = self.follow(&live, None::<std::future::Pending<_>>).await;
+        let ending = self.follow(&live, live.sandbox.id, None::<std::future::Pending<_>>).await;
         if self.free_and_settle(&live, &ending).await == After::Waits {
             known.keep();
         }
@@ -110,7 +121,7 @@ impl Engine {
         self.settle(live, ending).await
     }
 
-    async fn launch_and_follow(&self, live: &Live, input: &Arc<Input>) -> Course {
+    async fn launch_and_follow(&self, live: &Arc<Live>, input: &Arc<Input>) -> Course {
         if let Some(reason) = live.ordered_kill() {
             return Course::Ended(self.ending(Cause::Killed(reason)));
         }
@@ -130,6 +141,10 @@ impl Engine {
             }
             live.go_on_from(Layering::Of(step_id(live.sandbox.id)));
         }
+        if let Some(judging) = live.sandbox.judging {
+            drop(descriptors);
+            return self.judge(live, judging, input, None).await;
+        }
         fail_point::reached("service.launch.given");
         let launch = launch_of(live, has_stdin, has_files && live.sandbox.compile.is_none());
         match self.launch(launch, &descriptors).await {
@@ -146,7 +161,7 @@ impl Engine {
                     // Ordered while the keeper may not have known of it.
                     self.kill(live, reason).await;
                 }
-                Course::Ended(self.follow(live, wait).await)
+                Course::Ended(self.follow(live, live.sandbox.id, wait).await)
             }
         }
     }
@@ -158,7 +173,7 @@ impl Engine {
         let cleared = async {
             // However it ended, another attempt was decided on.
             self.end_leftover(id).await;
-            self.forget(id).await && (live.sandbox.compile.is_none() || self.clear_step(id).await)
+            self.forget(id).await && self.clear_parts(live).await
         };
         tokio::time::timeout(LAUNCH_PATIENCE, cleared).await.unwrap_or(false)
     }
@@ -261,7 +276,7 @@ impl Engine {
     }
 
     /// The keeper, as soon as there is a connection to it; `None` when it is gone for good.
-    async fn keeper_back(&self) -> Option<()> {
+    pub(super) async fn keeper_back(&self) -> Option<()> {
         tokio::select! {
             _ = self.keeper.connected() => Some(()),
             () = self.keeper_gone() => None,
@@ -276,10 +291,15 @@ impl Engine {
         self.keeper.gone().await;
     }
 
-    /// Waits for the end, through broken connections, and does what is due before it: the row's `running`, the end of the time to live, or of that in
+    /// Waits for the end of what the keeper calls so, the payload or one of its cases, through broken connections, and does what is due before it: the row's `running`, the end of the time to live, or of that in
     /// which it does nothing.
-    async fn follow(&self, live: &Live, first: Option<impl Future<Output = Result<Box<Ending>, CallError>>>) -> Box<Ending> {
-        let mut ending = std::pin::pin!(self.wait_for_end(live, live.sandbox.id, first));
+    pub(super) async fn follow(
+        &self,
+        live: &Live,
+        id: SandboxId,
+        first: Option<impl Future<Output = Result<Box<Ending>, CallError>>>,
+    ) -> Box<Ending> {
+        let mut ending = std::pin::pin!(self.wait_for_end(live, id, first));
         let mark_after = match live.sandbox.kind {
             Kind::Run => MARK_RUNNING_AFTER,
             Kind::Sandbox => Duration::ZERO,
@@ -287,7 +307,7 @@ impl Engine {
         let mut mark = std::pin::pin!(tokio::time::sleep(mark_after));
         let mut changes = live.changes();
         // The answer to its launch was another service's, or was lost.
-        let mut unheard = std::pin::pin!(self.until_launched(live));
+        let mut unheard = std::pin::pin!(self.until_launched(id));
         // Whoever used it before this process was cannot say so any more.
         live.touch(self.clock.now());
         let (mut is_heard, mut is_marked, mut is_told_to_end) = (false, false, false);
@@ -322,13 +342,13 @@ impl Engine {
         }
     }
 
-    /// How its payload was started, as soon as the keeper's records say so.
-    async fn until_launched(&self, live: &Live) -> Launched {
+    /// How the payload of this name was started, as soon as the keeper's records say so.
+    async fn until_launched(&self, id: SandboxId) -> Launched {
         let mut pause = LAUNCH_LOOK_MIN;
         loop {
             self.keeper.connected().await;
             let listed = self.keeper.list().await.unwrap_or_default();
-            if let Some(launched) = listed.into_iter().find(|record| record.id == live.sandbox.id).and_then(|record| record.launched) {
+            if let Some(launched) = listed.into_iter().find(|record| record.id == id).and_then(|record| record.launched) {
                 return launched;
             }
             tokio::time::sleep(pause).await;

@@ -84,14 +84,18 @@ impl Engine {
         live.note_compiled(CompileEnd { outcome: finish.outcome, log_tail }, ending.usage);
     }
 
-    /// [`Engine::clear_step`] of a run that needs it no more, if it had one. What cannot be done now is done by the next look at what nobody follows.
-    pub(super) async fn clear_step_of(&self, live: &Live) {
-        if live.sandbox.compile.is_some() {
-            let cleared = tokio::time::timeout(CLEAR_PATIENCE, self.clear_step(live.sandbox.id)).await;
-            if cleared != Ok(true) {
-                tracing::debug!(sandbox.id = %live.sandbox.id, "its compile step is not cleared away yet");
-            }
+    /// [`Engine::clear_parts`] of a run that needs them no more. What cannot be done now is done by the next look at what nobody follows.
+    pub(super) async fn clear_parts_of(&self, live: &Live) {
+        let cleared = tokio::time::timeout(CLEAR_PATIENCE, self.clear_parts(live)).await;
+        if cleared != Ok(true) {
+            tracing::debug!(sandbox.id = %live.sandbox.id, "its compile step, or a case, is not cleared away yet");
         }
+    }
+
+    /// Clears away what there may be of this run beside itself: its cases, and then the step that they are over. False if that cannot be done now.
+    pub(super) async fn clear_parts(&self, live: &Live) -> bool {
+        let id = live.sandbox.id;
+        (live.sandbox.judging.is_none() || self.clear_cases(id).await) && (live.sandbox.compile.is_none() || self.clear_step(id).await)
     }
 
     /// Has the keeper end what there may be of this run's compile step, give up what that wrote, and then forget it. False if that cannot be done now.

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     clock::at_us,
     metrics::Metrics,
-    sandbox::{CompileEnd, Event, Limits, LogTail, Sandbox, SandboxId, State, step_id},
+    sandbox::{CompileEnd, Event, Judged, Limits, LogTail, Sandbox, SandboxId, State, case_id, step_id},
     store::{Hold, Lease},
 };
 
@@ -54,6 +54,8 @@ pub(super) struct Live {
     layer: Mutex<Layering>,
     /// How its compile step ended, and what that used.
     compiled: Mutex<Option<(CompileEnd, Usage)>>,
+    /// What came of its cases so far.
+    judged: Mutex<Option<Judged>>,
     /// Its room on this node.
     reservation: Mutex<Option<Reservation>>,
     /// When something was last asked of it.
@@ -110,6 +112,7 @@ impl Live {
             turn: AsyncMutex::new(()),
             layer: Mutex::new(Layering::Fresh),
             compiled: Mutex::default(),
+            judged: Mutex::default(),
             reservation: Mutex::default(),
             active_at: Mutex::default(),
             sandbox,
@@ -159,10 +162,20 @@ impl Live {
         self.compiled.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// By which the keeper may know something of it: its payload, and before that its compile step.
+    /// Its cases have come to this.
+    pub(super) fn note_judged(&self, judged: Judged) {
+        *self.judged.lock().unwrap_or_else(PoisonError::into_inner) = Some(judged);
+    }
+
+    pub(super) fn judged(&self) -> Option<Judged> {
+        self.judged.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// By which the keeper may know something of it: its payload or the cases of that, and before them its compile step.
     pub(super) fn names(&self) -> impl Iterator<Item = SandboxId> + use<> {
         let step = self.sandbox.compile.as_ref().map(|_| step_id(self.sandbox.id));
-        step.into_iter().chain([self.sandbox.id])
+        let cases = self.sandbox.judging.map(|_| [case_id(self.sandbox.id, 0), case_id(self.sandbox.id, 1)]);
+        step.into_iter().chain(cases.into_iter().flatten()).chain([self.sandbox.id])
     }
 
     /// When and how its payload was started, if it runs.

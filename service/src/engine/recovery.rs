@@ -14,7 +14,7 @@ use sandbox_core::{
 
 use super::{Engine, Progress, capacity::Room, settle::After, unix_us};
 use crate::{
-    sandbox::{Sandbox, SandboxId, State, is_step, run_id, step_id},
+    sandbox::{Sandbox, SandboxId, State, case_id, is_part, is_step, run_id, step_id},
     store::{Input, Return, StoreError, Writer},
 };
 
@@ -72,7 +72,7 @@ impl Engine {
     /// Not those of the sandboxes in `others`.
     async fn drop_stray_logs(self: &Arc<Self>, others: &[SandboxId]) -> anyhow::Result<()> {
         let written = self.logs.list().context("looking for logs failed")?;
-        // The log of a compile step is needed for as long as its run lives.
+        // The log of a compile step, or of a case, is needed for as long as its run lives.
         let runs: Vec<SandboxId> = written.iter().map(|id| run_id(*id)).collect();
         let mut needed: HashSet<SandboxId> = self.store.with_log(&runs).await?.into_iter().collect();
         needed.extend(self.store.execs_among(&written, true).await?);
@@ -114,8 +114,8 @@ impl Engine {
             match self.store.find_log(id).await? {
                 Some(stored) if stored.has_file => self.forget_record(id).await,
                 Some(_) => drop(tokio::spawn(Arc::clone(self).drop_leftover(id))),
-                // It waits for another attempt, which clears the way for itself, or its row is gone. Of a step that of its run says so.
-                None if self.store.whereabouts(run_id(id)).await?.is_some_and(|now| !is_step(id) || !now.state.is_final()) => {}
+                // It waits for another attempt, which clears the way for itself, or its row is gone. Of a part that of its run says so.
+                None if self.store.whereabouts(run_id(id)).await?.is_some_and(|now| !is_part(id) || !now.state.is_final()) => {}
                 None => drop(tokio::spawn(Arc::clone(self).drop_leftover(id))),
             }
         }
@@ -134,12 +134,19 @@ impl Engine {
                 // Whatever has become of it, it is looked after with its run.
                 records.remove(&step_id(sandbox.id));
             }
+            // The keeper that there was at its claim, if that is this one.
+            let is_same_keeper = sandbox.claimed_at.is_some_and(|at| unix_us(at) > keeper_started_at_us);
+            if let Some(judging) = sandbox.judging {
+                adopted += 1;
+                let records = [0, 1].map(|index| records.remove(&case_id(sandbox.id, index)));
+                let live = self.live.claimed(sandbox, self.lease());
+                let reservation = self.capacity.reserve_for_live(room);
+                tokio::spawn(Arc::clone(self).adopt_cases(live, judging, records, is_same_keeper, reservation));
+                continue;
+            }
             // The keeper that there was at its claim would know it if it had been begun.
-            let is_unbegun = record.is_none()
-                && sandbox.keeps_input
-                && sandbox.starts == 1
-                && sandbox.state == State::Starting
-                && sandbox.claimed_at.is_some_and(|at| unix_us(at) > keeper_started_at_us);
+            let is_unbegun =
+                record.is_none() && sandbox.keeps_input && sandbox.starts == 1 && sandbox.state == State::Starting && is_same_keeper;
             let live = self.live.claimed(sandbox, self.lease());
             if is_unbegun {
                 let engine = Arc::clone(self);

@@ -52,6 +52,10 @@ impl Engine {
         // What was known before its keeper was lost is true all the same.
         let ending = Ending { launched: ending.launched.or_else(|| live.launched()), ..ending.clone() };
         let mut finish = Finish::of(&ending, &live.limits(), phases(live, at_us(ending.ended_at_us)));
+        let judged = live.judged();
+        if let Some(judged) = &judged {
+            finish = finish.judged(judged);
+        }
         let compiled = live.compiled();
         if let Some((step, used)) = &compiled {
             finish = finish.behind(step, used);
@@ -67,7 +71,8 @@ impl Engine {
             Kind::Sandbox => LogKept::UntilDeleted,
         };
         let compile = compiled.as_ref().map(|(step, _)| step);
-        let ended = Ended { finish: &finish, log_tail: &log_tail, compile, log_file };
+        let ended =
+            Ended { finish: &finish, log_tail: &log_tail, compile, case_bytes: judged.map_or(0, |judged| judged.stored_bytes), log_file };
         fail_point::reached("service.settle.read");
         if !self.until_clear(live, |hold| self.store.finish(id, Writer::Holder(hold), &ended)).await {
             return self.leave_to_others(live).await;
@@ -89,7 +94,7 @@ impl Engine {
             }
             LogKept::Until(_) | LogKept::UntilDeleted => self.forget_record(id).await,
         }
-        self.clear_step_of(live).await;
+        self.clear_parts_of(live).await;
         fail_point::reached("service.settle.forgotten");
         After::Nothing
     }
@@ -97,8 +102,8 @@ impl Engine {
     /// Puts it back into the queue, however long that takes.
     pub(super) async fn give_back(&self, live: &Arc<Live>, why: Return<'_>) -> After {
         let id = live.sandbox.id;
-        // Whoever has it next compiles anew.
-        self.clear_step_of(live).await;
+        // Whoever has it next compiles anew, and begins the next case.
+        self.clear_parts_of(live).await;
         if !self.until_clear(live, |hold| self.store.give_back(id, hold, why, self.clock.now())).await {
             return self.leave_to_others(live).await;
         }
@@ -109,7 +114,7 @@ impl Engine {
     }
 
     /// Tries until the database has answered. False: it was not ours to say.
-    async fn until_clear<F>(&self, live: &Arc<Live>, write: impl Fn(Hold) -> F) -> bool
+    pub(super) async fn until_clear<F>(&self, live: &Arc<Live>, write: impl Fn(Hold) -> F) -> bool
     where
         F: Future<Output = Result<bool, StoreError>>,
     {
@@ -145,7 +150,7 @@ impl Engine {
     }
 
     /// Its row is somebody else's, or says already how it ended: what we have of it is dropped, and who waits for it here hears of that end.
-    async fn leave_to_others(&self, live: &Arc<Live>) -> After {
+    pub(super) async fn leave_to_others(&self, live: &Arc<Live>) -> After {
         let id = live.sandbox.id;
         if !self.live.is_current(live) {
             return After::Nothing;
@@ -156,7 +161,7 @@ impl Engine {
             Some(stored) if stored.has_file => self.forget_record(id).await,
             Some(_) | None => drop(self.forget(id).await),
         }
-        self.clear_step_of(live).await;
+        self.clear_parts_of(live).await;
         let ended = self.until_heard(id, || self.store.ended_of(std::slice::from_ref(&live.sandbox.id))).await;
         match ended.into_iter().next() {
             Some((sandbox, log_tail)) => {
@@ -229,7 +234,7 @@ impl Engine {
             let total = Phases::ms((now - sandbox.created_at).unsigned_abs());
             let cause = Cause::InfraError { message: "the connection to the database broke while it was made".to_owned() };
             let finish = Finish::without_usage(cause, now, &sandbox.limits, Phases { total, ..Phases::default() });
-            let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
+            let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 0, log_file: LogKept::No };
             let hold = Hold { lease, claims: sandbox.claims };
             let writer = if sandbox.state == State::Queued { Writer::Queue } else { Writer::Holder(hold) };
             if engine.store_end(sandbox.id, writer, &ended).await {
@@ -265,7 +270,7 @@ impl Engine {
 
     /// Stores and tells the end of a sandbox that never left the queue.
     pub(super) async fn settle_queued(self: &Arc<Self>, sandbox: &Sandbox, finish: Finish) {
-        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
+        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 0, log_file: LogKept::No };
         match self.store.finish(sandbox.id, Writer::Queue, &ended).await {
             Ok(true) => {
                 self.metrics.ended(sandbox.kind, &finish.outcome);
@@ -290,7 +295,7 @@ impl Engine {
         // Its own cannot be read; of them only the outcome's message would speak, which says something else.
         let limits = Limits::of(Kind::Run, RequestedLimits::default()).expect("defaults are within their bounds");
         let finish = Finish::without_usage(cause, self.clock.now(), &limits, Phases::default());
-        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
+        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 0, log_file: LogKept::No };
         if self.store.finish(id, writer, &ended).await?
             && let Some(live) = self.live.get(id)
         {

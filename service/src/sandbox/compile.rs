@@ -45,7 +45,7 @@ pub struct NewCompile {
 impl CompileEnd {
     /// Whether the program can be started.
     pub fn is_success(&self) -> bool {
-        self.outcome.reason == Reason::Exited && self.outcome.exit_code == Some(0)
+        self.outcome.is_success()
     }
 }
 
@@ -63,7 +63,7 @@ impl Finish {
 }
 
 /// What two used, one after the other.
-fn together(one: &Usage, other: &Usage) -> Usage {
+pub(super) fn together(one: &Usage, other: &Usage) -> Usage {
     Usage {
         wall_us: one.wall_us.saturating_add(other.wall_us),
         cpu_us: one.cpu_us.saturating_add(other.cpu_us),
@@ -82,6 +82,8 @@ fn together(one: &Usage, other: &Usage) -> Usage {
 /// Where the version stands in an id, and that of the ids of compile steps: all others are of version 7 (RFC 9562, sections 5.7 and 5.8).
 const VERSION_SHIFT: u32 = 76;
 const OF_STEP: u128 = 8;
+/// Two are enough for all cases: they come one after another, and one is begun only when the one before the last is forgotten.
+const OF_CASES: [u128; 2] = [9, 10];
 const OF_RUN: u128 = 7;
 
 /// What the keeper calls the compile step of this run: each can be told from the other, so nobody has to write down what belongs together.
@@ -89,14 +91,24 @@ pub fn step_id(run: SandboxId) -> SandboxId {
     with_version(run, OF_STEP)
 }
 
-/// The run whose compile step this is, or what it is itself.
+/// What the keeper calls this case of this run, and the second after it.
+pub fn case_id(run: SandboxId, index: usize) -> SandboxId {
+    with_version(run, OF_CASES[index % OF_CASES.len()])
+}
+
+/// The run of which this is the compile step or a case, or what it is itself.
 pub fn run_id(of: SandboxId) -> SandboxId {
-    if is_step(of) { with_version(of, OF_RUN) } else { of }
+    if is_part(of) { with_version(of, OF_RUN) } else { of }
 }
 
 /// Whether the keeper calls a compile step like this.
 pub fn is_step(id: SandboxId) -> bool {
     version(id) == OF_STEP
+}
+
+/// Whether the keeper calls a compile step or a case of a run like this.
+pub fn is_part(id: SandboxId) -> bool {
+    is_step(id) || OF_CASES.contains(&version(id))
 }
 
 const fn version(id: SandboxId) -> u128 {
@@ -131,6 +143,14 @@ mod tests {
         assert_eq!((run_id(step), run_id(run)), (run, run));
         assert_eq!((is_step(step), is_step(run)), (true, false));
         assert_eq!((step.0.get_version_num(), step.0.get_variant()), (8, run.0.get_variant()));
+    }
+
+    #[test]
+    fn one_case_is_told_from_the_next_by_its_name() {
+        let run = SandboxId(Uuid::now_v7());
+        let (first, second) = (case_id(run, 0), case_id(run, 1));
+        assert_eq!((run_id(first), run_id(second), case_id(run, 2)), (run, run, first));
+        assert!(first != second && is_part(first) && is_part(second) && !is_step(first) && !is_part(run));
     }
 
     #[test]

@@ -140,6 +140,13 @@ impl Reason {
     }
 }
 
+impl Outcome {
+    /// Whether the program exited with 0.
+    pub fn is_success(&self) -> bool {
+        self.reason == Reason::Exited && self.exit_code == Some(0)
+    }
+}
+
 impl Phases {
     /// Three decimals are microseconds; more would be noise.
     pub fn ms(duration: Duration) -> f64 {

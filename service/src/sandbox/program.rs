@@ -246,6 +246,8 @@ mod tests {
             entrypoint: None,
             command: None,
             compile: None,
+            cases: vec![],
+            judging: None,
             workdir: None,
             user: None,
             capabilities: Capabilities::None,

@@ -14,8 +14,8 @@ use serde::{
 use utoipa::ToSchema;
 
 use super::{
-    Bound, Capabilities, Kind, Languages, Limits, MountRequest, NewCompile, RequestedCompileLimits, RequestedLimits, SandboxId, Signal,
-    SignalRequest, User, volume, words,
+    Bound, Capabilities, Comparison, Judging, Kind, Languages, Limits, MountRequest, NewCase, NewCompile, RequestedCompileLimits,
+    RequestedLimits, SandboxId, Signal, SignalRequest, User, volume, words,
 };
 
 /// How long `POST /v1/runs` waits for the end before it answers 202.
@@ -45,6 +45,9 @@ pub const TAIL_LINES: Bound = Bound { field: "tail", unit: "lines", min: 0, defa
 pub const INTERVAL_MS: Bound = Bound { field: "interval_ms", unit: "milliseconds", min: 100, default: Some(1000), max: 60_000 };
 
 const STOP_GRACE_DEFAULT_MS: u64 = 10_000;
+const CASES_MAX: usize = 64;
+const _: () = assert!(CASES_MAX == 64, "the contract of `cases` says so too, and takes nothing but a literal");
+const CASE_NAME_CHARACTERS_MAX: usize = 64;
 const FILES_MAX: usize = 1024;
 const _: () = assert!(FILES_MAX == 1024, "the contract of `files` says so too, and takes nothing but a literal");
 /// `args` and `env` travel in one message with the rest of the description.
@@ -121,10 +124,17 @@ pub struct RunRequest {
     #[serde(default)]
     #[schema(max_items = 1024)]
     files: Vec<FileRequest>,
-    /// The program's standard input; absent, there is nothing to read.
+    /// The program's standard input; absent, there is nothing to read. Not beside `cases`, which have their own.
     stdin: Option<String>,
     #[serde(default)]
     stdin_encoding: Encoding,
+    /// The program is run once for each, one after another, each time in a fresh sandbox with the run's files, or with what its compile step left, and with all of the run's limits.
+    #[schema(min_items = 1, max_items = 64)]
+    cases: Option<Vec<CaseRequest>>,
+    /// How the output of a case is held against what is expected; without this word, `trimmed`. Only with `cases`.
+    comparison: Option<Comparison>,
+    /// Whether the cases behind the first that is not accepted are left out; without this word they are not. Only with `cases`.
+    stop_at_failure: Option<bool>,
     #[serde(default)]
     #[schema(value_type = words::Env)]
     env: BTreeMap<String, String>,
@@ -168,6 +178,24 @@ struct CompileRequest {
     env: BTreeMap<String, String>,
     #[serde(default, deserialize_with = "object")]
     limits: RequestedCompileLimits,
+}
+
+/// One input for the program of a run, and what is expected of it.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = NewCase)]
+struct CaseRequest {
+    /// For people.
+    #[schema(max_length = 64, pattern = "^[^\\u0000]*$")]
+    name: Option<String>,
+    /// As that of a run.
+    stdin: Option<String>,
+    #[serde(default)]
+    stdin_encoding: Encoding,
+    /// What the program is to write to its standard output; absent, whatever it writes will do.
+    expected_stdout: Option<String>,
+    #[serde(default)]
+    expected_stdout_encoding: Encoding,
 }
 
 /// Body of `POST /v1/sandboxes`.
@@ -444,6 +472,9 @@ pub struct NewSandbox {
     pub isolation: Isolation,
     pub files: Vec<File>,
     pub stdin: Option<Content>,
+    /// What its program is run with, one after another; of a run without cases none.
+    pub cases: Vec<NewCase>,
+    pub judging: Option<Judging>,
     /// Whether its input stays open for whoever attaches.
     pub stdin_open: bool,
     pub terminal: Option<WindowSize>,
@@ -501,6 +532,13 @@ impl RunRequest {
             None => 30_000,
         };
         let retries = RETRY.check(self.retry.unwrap_or(0))?;
+        let judging = judging(self.cases.is_some(), self.comparison, self.stop_at_failure)?;
+        if judging.is_some() && self.stdin.is_some() {
+            return Err(Invalid::new("stdin", "a run with cases has none of its own: each case has"));
+        }
+        if judging.is_some() && self.output_policy == OutputPolicy::Discard {
+            return Err(Invalid::new("output_policy", "what is discarded cannot be judged: a run with cases keeps its output"));
+        }
         let sandbox = NewSandbox {
             kind: Kind::Run,
             image,
@@ -514,6 +552,8 @@ impl RunRequest {
             isolation: self.isolation,
             files,
             stdin: stdin(self.stdin, self.stdin_encoding)?,
+            cases: self.cases.map(cases).transpose()?.unwrap_or_default(),
+            judging,
             stdin_open: false,
             terminal: None,
             stop_signal: None,
@@ -553,6 +593,8 @@ impl SandboxRequest {
             isolation: self.isolation,
             files: files(self.files)?,
             stdin: stdin(self.stdin, self.stdin_encoding)?,
+            cases: vec![],
+            judging: None,
             stdin_open: self.stdin_open,
             terminal: self.tty.parse()?,
             stop_signal: self.stop_signal.map(|signal| signal.parse("stop_signal")).transpose()?,
@@ -721,6 +763,44 @@ pub(super) fn workdir(workdir: Option<String>) -> Result<Option<String>, Invalid
 
 pub(super) fn stdin(stdin: Option<String>, encoding: Encoding) -> Result<Option<Content>, Invalid> {
     stdin.map(|text| encoding.decode(text).map_err(|detail| Invalid::new("stdin", detail))).transpose()
+}
+
+/// How cases are judged, if there are some.
+fn judging(has_cases: bool, comparison: Option<Comparison>, stop_at_failure: Option<bool>) -> Result<Option<Judging>, Invalid> {
+    if has_cases {
+        let judging = Judging { comparison: comparison.unwrap_or_default(), stop_at_failure: stop_at_failure.unwrap_or(false) };
+        return Ok(Some(judging));
+    }
+    for (field, is_given) in [("comparison", comparison.is_some()), ("stop_at_failure", stop_at_failure.is_some())] {
+        if is_given {
+            return Err(Invalid::new(field, "only a run with cases has this"));
+        }
+    }
+    Ok(None)
+}
+
+fn cases(cases: Vec<CaseRequest>) -> Result<Vec<NewCase>, Invalid> {
+    if !(1..=CASES_MAX).contains(&cases.len()) {
+        return Err(Invalid::new("cases", format!("{} cases; a run has 1 to {CASES_MAX}, or none of this field", cases.len())));
+    }
+    cases.into_iter().enumerate().map(|(at, case)| case.parse(at)).collect()
+}
+
+impl CaseRequest {
+    fn parse(self, at: usize) -> Result<NewCase, Invalid> {
+        let field = |name: &str| format!("cases[{at}].{name}");
+        if self.name.as_ref().is_some_and(|name| name.chars().count() > CASE_NAME_CHARACTERS_MAX || name.contains('\0')) {
+            return Err(Invalid::new(field("name"), "the name of a case is at most 64 characters, none of them zero"));
+        }
+        let decoded = |name: &str, text: Option<String>, encoding: Encoding| {
+            text.map(|text| encoding.decode(text).map_err(|detail| Invalid::new(field(name), detail))).transpose()
+        };
+        Ok(NewCase {
+            name: self.name,
+            stdin: decoded("stdin", self.stdin, self.stdin_encoding)?,
+            expected_stdout: decoded("expected_stdout", self.expected_stdout, self.expected_stdout_encoding)?,
+        })
+    }
 }
 
 pub(super) fn env(env: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Invalid> {

@@ -7,8 +7,10 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{HeldKey, Input, Lease, NodeId, Store, StoreError, bigint, damaged, queue::CHANNEL, sandboxes::policy_name, unsigned};
-use crate::sandbox::{DefaultQuotas, Exceeded, QuotaScope, Quotas, Sandbox, State};
+use super::{
+    HeldKey, Input, Lease, NodeId, Store, StoreError, bigint, cases::Columns, damaged, queue::CHANNEL, sandboxes::policy_name, unsigned,
+};
+use crate::sandbox::{DefaultQuotas, Exceeded, NewCase, QuotaScope, Quotas, Sandbox, State};
 
 /// A sandbox that somebody wants, in the state that it is to have: claimed by this node, or queued.
 #[derive(Debug, Clone, Copy)]
@@ -18,6 +20,8 @@ pub struct Admission<'a> {
     pub lease: Lease,
     /// What it is to be given; kept where it waits, may be tried again, or is compiled first.
     pub input: &'a Input,
+    /// Kept until the end, whatever becomes of it.
+    pub cases: &'a [NewCase],
     /// What was asked of each field that a quota can bound.
     pub asked: &'a Value,
     pub network: &'a str,
@@ -59,12 +63,13 @@ impl Store {
     /// Inserts the sandbox, or nothing. A row that is locked is read as it is now, not as it was when the statement began: what is counted
     /// in the tenant's and the principal's row is exact, however many ask at once.
     pub async fn admit(&self, admission: Admission<'_>) -> Result<Admitted, StoreError> {
-        let Admission { sandbox, lease, input, asked, network, isolation, defaults, queue_max, wanted_node, key } = admission;
+        let Admission { sandbox, lease, input, cases, asked, network, isolation, defaults, queue_max, wanted_node, key } = admission;
         let volumes: BTreeSet<Uuid> = sandbox.program.volumes.iter().map(|mount| mount.volume.0).collect();
         let volumes: Vec<Uuid> = volumes.into_iter().collect();
         let claimed = sandbox.state != State::Queued;
-        // A service that dies while it is compiled leaves one that was not begun.
-        let is_kept = !claimed || sandbox.retries_left > 0 || sandbox.compile.is_some();
+        // A service that dies while it is compiled leaves one that was not begun; one with cases goes on where it was.
+        let is_kept = !claimed || sandbox.retries_left > 0 || sandbox.compile.is_some() || sandbox.judging.is_some();
+        let cases = Columns::of(cases);
         let has_input = input.files.is_some() || input.stdin.is_some();
         let row = sqlx::query!(
             r#"with image as (
@@ -148,10 +153,10 @@ impl Store {
                 insert into sandboxes (
                     id, tenant, principal, kind, state, name, image_reference, image_digest, image_root, program, limits, output_policy,
                     labels, memory_bytes, cpu_millis, created_at, expires_at, node, claimed_at, epoch, retries_left, claims, keeps_input,
-                    ttl_ms, idle_timeout_ms, auto_remove, keep_layer, wanted_node, compile
+                    ttl_ms, idle_timeout_ms, auto_remove, keep_layer, wanted_node, compile, judging
                 )
                 select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $33, $34, case when $5 = 'queued' then 0 else 1 end, $37,
-                    $38, $39, $40, $41, $43, $44
+                    $38, $39, $40, $41, $43, $44, $45
                 from principal, image
                 where image.digest = $8
                     and (select count(*) from volume) = cardinality($42)
@@ -186,6 +191,10 @@ impl Store {
             ), given as (
                 insert into inputs (sandbox, files, stdin)
                 select id, $22, $23 from added where ($22::bytea is not null or $23::bytea is not null)
+            ), to_be_judged as (
+                insert into run_cases (run, index, name, stdin, expected)
+                select added.id, (c.number - 1)::integer, c.name, c.stdin, c.expected
+                from added, unnest($46::text[], $47::bytea[], $48::bytea[]) with ordinality as c(name, stdin, expected, number)
             ), mounted as (
                 insert into mounts (sandbox, volume) select added.id, volume.id from added, volume
             ), told as (
@@ -254,6 +263,10 @@ impl Store {
             &volumes,
             wanted_node.map(|node| node.0) as _,
             sandbox.compile.as_ref().map(Json) as _,
+            sandbox.judging.map(Json) as _,
+            cases.names as _,
+            cases.stdins as _,
+            cases.expecteds as _,
         )
         .fetch_one(&self.pool)
         .await?;

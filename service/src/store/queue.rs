@@ -209,6 +209,12 @@ impl Store {
                 insert into inputs (sandbox, files, stdin)
                 select id, $6, $7 from again where $6::bytea is not null or $7::bytea is not null
                 on conflict (sandbox) do nothing
+            ), unjudged as (
+                -- another attempt begins anew; one that was only not begun goes on where it was
+                update run_cases
+                set verdict = null, outcome = null, used = null, started_at = null, stdout = null, stderr = null,
+                    stdout_omitted_bytes = 0, stderr_omitted_bytes = 0
+                from again where $4 = 1 and run_cases.run = again.id
             ), told as (
                 insert into events (tenant, sandbox, kind, at, data)
                 select tenant, id, 'sandbox.retried', $8,

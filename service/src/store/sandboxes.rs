@@ -68,6 +68,8 @@ pub struct Ended<'a> {
     pub log_tail: &'a LogTail,
     /// That of its compile step, if it had one and that is known.
     pub compile: Option<&'a CompileEnd>,
+    /// How much is stored of what its cases wrote.
+    pub case_bytes: u64,
     pub log_file: LogKept,
 }
 
@@ -124,6 +126,7 @@ pub(super) struct Row {
     pub(super) image_root: String,
     pub(super) program: Value,
     pub(super) compile: Option<Value>,
+    pub(super) judging: Option<Value>,
     pub(super) compile_outcome: Option<Value>,
     pub(super) compile_log_tail: Option<Vec<u8>>,
     pub(super) compile_stdout_omitted_bytes: i64,
@@ -157,7 +160,7 @@ macro_rules! select_sandboxes {
             r#"select id, tenant, principal, kind, state, name, image_reference, image_digest, image_root,
                 program, limits, output_policy, labels, created_at, claimed_at, started_at, finished_at, expires_at, outcome, fences, attempt, retries_left,
                 claims, keeps_input, ttl_ms, idle_timeout_ms, auto_remove, keep_layer, starts, compile, compile_outcome, compile_log_tail,
-                compile_stdout_omitted_bytes, compile_stderr_omitted_bytes
+                compile_stdout_omitted_bytes, compile_stderr_omitted_bytes, judging
             from sandboxes
             where "# + $condition
             $(, $argument)*
@@ -187,6 +190,7 @@ impl Row {
             },
             program: json("program", self.program)?,
             compile,
+            judging: self.judging.map(|judging| json("judging", judging)).transpose()?,
             limits: json("limits", self.limits)?,
             output_policy: match self.output_policy.as_str() {
                 "truncate" => OutputPolicy::Truncate,
@@ -391,7 +395,7 @@ impl Store {
     /// Stores the end of a sandbox that is live, with its line in the ledger and its event: all or nothing. False if it is not the writer's to
     /// say: its end was stored before, or somebody else has it.
     pub async fn finish(&self, id: SandboxId, writer: Writer, ended: &Ended<'_>) -> Result<bool, StoreError> {
-        let Ended { finish, log_tail, compile, log_file } = ended;
+        let Ended { finish, log_tail, compile, case_bytes, log_file } = ended;
         let hold = match writer {
             Writer::Queue => None,
             Writer::Holder(hold) => Some(hold),
@@ -405,7 +409,8 @@ impl Store {
         let log_bytes = log_tail.data_bytes()
             + log_tail.stdout_omitted_bytes
             + log_tail.stderr_omitted_bytes
-            + compile_tail.map_or(0, LogTail::data_bytes);
+            + compile_tail.map_or(0, LogTail::data_bytes)
+            + case_bytes;
         let count = sqlx::query_scalar!(
             r#"with before as (
                 select id, state as was from sandboxes
@@ -421,7 +426,8 @@ impl Store {
                     compile_stderr_omitted_bytes = $25
                 from before
                 where sandboxes.id = before.id
-                returning sandboxes.id, tenant, principal, kind, memory_bytes, cpu_millis, labels, claims, (was = 'queued')::integer as was_queued
+                returning sandboxes.id, tenant, principal, kind, memory_bytes, cpu_millis, labels, claims, (was = 'queued')::integer as was_queued,
+                    judging is not null as is_judged
             ), tenant_counted as (
                 update tenants
                 set live = live - 1, live_memory_bytes = live_memory_bytes - ended.memory_bytes,
@@ -455,6 +461,8 @@ impl Store {
                 from ended
             ), dropped as (
                 delete from inputs using ended where inputs.sandbox = ended.id
+            ), emptied as (
+                update run_cases set stdin = null, expected = null from ended where ended.is_judged and run_cases.run = ended.id
             )
             select count(*) as "count!" from ended"#,
             id.0,

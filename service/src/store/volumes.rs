@@ -387,6 +387,7 @@ mod tests {
             sandbox: &queued,
             lease: other,
             input: &Input::default(),
+            cases: &[],
             asked: &json!({}),
             network: "none",
             isolation: "container",

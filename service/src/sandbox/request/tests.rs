@@ -50,6 +50,36 @@ fn what_does_not_go_with_a_language_is_named() {
 }
 
 #[test]
+fn cases_are_judged_without_the_white_space_at_the_ends_unless_told_otherwise() {
+    let (plain, _) =
+        run(json!({"image": "a", "cases": [{}, {"stdin": "eA==", "stdin_encoding": "base64", "expected_stdout": ""}]})).unwrap();
+    assert_eq!(plain.judging, Some(Judging { comparison: Comparison::Trimmed, stop_at_failure: false }));
+    assert_eq!(plain.cases[0], NewCase { name: None, stdin: None, expected_stdout: None });
+    let second = NewCase { name: None, stdin: Some(Content("x".into())), expected_stdout: Some(Content(vec![])) };
+    assert_eq!(plain.cases[1], second);
+    let (told, _) = run(json!({"image": "a", "cases": [{}], "comparison": "exact", "stop_at_failure": true})).unwrap();
+    assert_eq!(told.judging, Some(Judging { comparison: Comparison::Exact, stop_at_failure: true }));
+    assert_eq!(run(json!({"image": "a"})).unwrap().0.judging, None);
+}
+
+#[test]
+fn what_cases_cannot_be_is_named() {
+    let field = |body: Value| run(body).unwrap_err().field;
+    assert_eq!(field(json!({"image": "a", "cases": []})), "cases");
+    assert_eq!(field(json!({"image": "a", "cases": vec![json!({}); 65]})), "cases");
+    assert_eq!(field(json!({"image": "a", "cases": [{}], "stdin": ""})), "stdin");
+    assert_eq!(field(json!({"image": "a", "cases": [{}], "output_policy": "discard"})), "output_policy");
+    assert_eq!(field(json!({"image": "a", "comparison": "trimmed"})), "comparison");
+    assert_eq!(field(json!({"image": "a", "stop_at_failure": false})), "stop_at_failure");
+    assert_eq!(field(json!({"image": "a", "cases": [{"name": "a\u{0}"}]})), "cases[0].name");
+    assert_eq!(
+        field(json!({"image": "a", "cases": [{}, {"expected_stdout": "?", "expected_stdout_encoding": "base64"}]})),
+        "cases[1].expected_stdout"
+    );
+    assert!(run(json!({"image": "a", "cases": [{"name": "ä".repeat(64)}], "isolation": "gvisor"})).is_ok());
+}
+
+#[test]
 fn a_language_that_is_compiled_has_a_step_with_its_own_limits() {
     let compile = |body: Value| run(body).unwrap().0.compile;
     let step = compile(json!({"language": "c", "source": ""})).unwrap();

@@ -30,7 +30,7 @@ fn done(sandbox: &Sandbox) -> Finish {
 
 async fn finish(store: &Store, sandbox: &Sandbox, finish: &Finish) {
     let tail = LogTail::default();
-    let ended = Ended { finish, log_tail: &tail, compile: None, log_file: LogKept::No };
+    let ended = Ended { finish, log_tail: &tail, compile: None, case_bytes: 0, log_file: LogKept::No };
     let place = store.whereabouts(sandbox.id).await.unwrap().unwrap();
     assert!(store.finish(sandbox.id, place.hold.map_or(Writer::Queue, Writer::Holder), &ended).await.unwrap());
 }
@@ -265,6 +265,7 @@ async fn the_queue_is_bounded(pool: PgPool) {
             sandbox: &sandbox,
             lease,
             input: &Input::default(),
+            cases: &[],
             asked: &json!({}),
             network: "none",
             isolation: "container",

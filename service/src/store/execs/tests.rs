@@ -106,7 +106,7 @@ async fn nothing_is_started_in_what_has_ended_and_what_was_goes_with_it(pool: Pg
     store.admit_exec(&exec, &NO_QUOTAS(), None).await.unwrap();
     let hold = store.whereabouts(sandbox.id).await.unwrap().unwrap().hold.unwrap();
     let (finish, log_tail) = (ended(&sandbox), LogTail::default());
-    let end = Ended { finish: &finish, log_tail: &log_tail, compile: None, log_file: LogKept::No };
+    let end = Ended { finish: &finish, log_tail: &log_tail, compile: None, case_bytes: 0, log_file: LogKept::No };
     assert!(store.finish(sandbox.id, Writer::Holder(hold), &end).await.unwrap());
 
     let late = store.admit_exec(&exec_of(&sandbox), &NO_QUOTAS(), None).await.unwrap();

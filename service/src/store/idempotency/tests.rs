@@ -44,6 +44,7 @@ async fn admit(store: &Store, sandbox: &Sandbox, lease: Lease, attempt: &HeldKey
         sandbox,
         lease,
         input: &Input::default(),
+        cases: &[],
         asked: &json!({}),
         network: "none",
         isolation: "default",
@@ -216,7 +217,7 @@ async fn the_key_of_a_sandbox_that_was_never_made_is_free(pool: PgPool) {
     assert_eq!(held, KeyState::Ours { made: Some(run.id), is_begun: false }, "it lives, and its key was freed");
     let cause = sandbox_core::protocol::Cause::InfraError { message: "never made".into() };
     let finish = Finish::without_usage(cause, run.created_at, &run.limits, Phases::default());
-    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 0, log_file: LogKept::No };
     assert!(store.finish(run.id, Writer::Holder(Hold { lease, claims: run.claims }), &ended).await.unwrap());
     store.free_key_of(&first, run.id, run.claims).await.unwrap();
     assert_eq!(take(&store, &attempt("acme", "k"), &taking(1)).await, KeyState::Theirs, "another attempt answers for it");

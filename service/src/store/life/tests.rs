@@ -25,7 +25,7 @@ async fn running(store: &Store, lease: Lease, sandbox: &Sandbox) -> Hold {
 
 async fn end(store: &Store, sandbox: &Sandbox, hold: Hold) {
     let finish = Finish::without_usage(Cause::InfraError { message: "gone".into() }, NOW, &sandbox.limits, Phases::default());
-    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 0, log_file: LogKept::No };
     assert!(store.finish(sandbox.id, Writer::Holder(hold), &ended).await.unwrap());
 }
 

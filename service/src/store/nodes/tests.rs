@@ -14,7 +14,7 @@ const NOW: OffsetDateTime = OffsetDateTime::UNIX_EPOCH;
 async fn finish(store: &Store, sandbox: &Sandbox, writer: Writer) -> bool {
     let cause = Cause::Exited { code: 0 };
     let finish = Finish::without_usage(cause, NOW, &sandbox.limits, Phases::default());
-    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 0, log_file: LogKept::No };
     store.finish(sandbox.id, writer, &ended).await.unwrap()
 }
 

@@ -23,6 +23,7 @@ pub(crate) fn sandbox(tenant: &str, kind: Kind, name: Option<&str>) -> Sandbox {
         image: ImageUsed { reference: "python".into(), digest: format!("sha256:{root}"), root: root.try_into().unwrap() },
         program: serde_json::from_value(json!({"args": ["a"], "env": [], "cwd": "/", "user": {"ids": {"uid": 0, "gid": 0}}})).unwrap(),
         compile: None,
+        judging: None,
         limits: Limits::of(kind, RequestedLimits::default()).unwrap(),
         output_policy: OutputPolicy::Truncate,
         labels: BTreeMap::from([("exercise".into(), "7".into())]),
@@ -87,6 +88,7 @@ pub(in crate::store) async fn ask(store: &Store, sandbox: &Sandbox, lease: Lease
         sandbox,
         lease,
         input,
+        cases: &[],
         asked: &asked(&sandbox.limits, ttl_ms),
         network: "none",
         isolation: "container",
@@ -150,7 +152,7 @@ async fn a_run_with_a_compile_step_counts_as_what_is_larger_and_keeps_what_it_is
     assert_eq!((claimed.compile, given), (run.compile.clone(), input));
 
     let finish = lost(&run);
-    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 0, log_file: LogKept::No };
     assert!(store.finish(run.id, Writer::Holder(Hold { lease, claims: 2 }), &ended).await.unwrap());
     assert_eq!(live().await, 0);
 }
@@ -163,7 +165,7 @@ async fn the_end_of_a_compile_step_is_stored_with_that_of_its_run(pool: PgPool) 
     let finish = lost(&run);
     let log_tail = LogTail { bytes: vec![1, 2], stdout_omitted_bytes: 3, stderr_omitted_bytes: 4 };
     let step = CompileEnd { outcome: finish.outcome.clone(), log_tail };
-    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: Some(&step), log_file: LogKept::No };
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: Some(&step), case_bytes: 0, log_file: LogKept::No };
     assert!(store.finish(run.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap());
 
     let stored = store.find(&run.tenant, run.id).await.unwrap().unwrap();
@@ -189,6 +191,7 @@ async fn a_name_is_given_once_to_a_tenant_and_again_to_another(pool: PgPool) {
         sandbox: &second,
         lease,
         input: &Input::default(),
+        cases: &[],
         asked: &json!({}),
         network: "none",
         isolation: "container",
@@ -208,7 +211,7 @@ async fn an_end_is_stored_and_counted_once(pool: PgPool) {
     assert!(admit(&store, &sandbox, lease).await);
     let finish = lost(&sandbox);
     let tail = LogTail { bytes: vec![1, 2], stdout_omitted_bytes: 3, stderr_omitted_bytes: 0 };
-    let ended = Ended { finish: &finish, log_tail: &tail, compile: None, log_file: LogKept::UntilDeleted };
+    let ended = Ended { finish: &finish, log_tail: &tail, compile: None, case_bytes: 0, log_file: LogKept::UntilDeleted };
 
     assert!(store.finish(sandbox.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap());
     assert!(!store.finish(sandbox.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap());
@@ -232,7 +235,7 @@ async fn an_end_that_knows_no_start_leaves_the_one_that_was_noted(pool: PgPool) 
     let started_at = OffsetDateTime::UNIX_EPOCH + std::time::Duration::from_secs(1);
     store.mark_running(sandbox.id, Hold { lease, claims: 1 }, started_at, Fences::everywhere()).await.unwrap();
     let finish = lost(&sandbox);
-    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 0, log_file: LogKept::No };
     store.finish(sandbox.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap();
     assert_eq!(store.find(&sandbox.tenant, sandbox.id).await.unwrap().unwrap().started_at, Some(started_at));
 }
@@ -246,7 +249,7 @@ async fn a_running_sandbox_is_not_deleted_and_an_ended_one_is(pool: PgPool) {
     assert_eq!(store.delete(&sandbox.tenant, sandbox.id, &act()).await.unwrap(), None);
 
     let finish = lost(&sandbox);
-    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 0, log_file: LogKept::No };
     store.finish(sandbox.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap();
     let deleted = store.delete(&sandbox.tenant, sandbox.id, &act()).await.unwrap();
     assert_eq!(deleted, Some(Deleted { state: State::Failed, has_log_file: false }));
@@ -287,7 +290,7 @@ async fn filters_of_a_list_are_combined_and_go_in_both_orders(pool: PgPool) {
         assert!(admit(&store, sandbox, lease).await);
     }
     let finish = lost(&web);
-    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, log_file: LogKept::No };
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 0, log_file: LogKept::No };
     assert!(store.finish(web.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap());
     let list = async |filter: Filter| -> Vec<SandboxId> {
         let filter = Filter { limit: 10, order: Order::OldestFirst, ..filter };

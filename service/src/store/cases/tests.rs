@@ -1,0 +1,116 @@
+//! The table against a real database.
+
+use sandbox_core::protocol::Cause;
+use serde_json::json;
+use sqlx::PgPool;
+
+use super::{super::sandboxes::tests::*, *};
+use crate::{
+    sandbox::{CaseReader, Comparison, Content, DefaultQuotas, Finish, Judging, Kind, Limits, LogTail, Phases, RequestedLimits, Sandbox},
+    store::{Admission, Admitted, Ended, Lease, LogKept, Return, Writer},
+};
+
+fn run() -> Sandbox {
+    let judging = Judging { comparison: Comparison::Exact, stop_at_failure: true };
+    Sandbox { judging: Some(judging), ..sandbox("acme", Kind::Run, None) }
+}
+
+fn case(name: Option<&str>, stdin: Option<&[u8]>, expected: Option<&[u8]>) -> NewCase {
+    let content = |bytes: &[u8]| Content(bytes.to_vec());
+    NewCase { name: name.map(Into::into), stdin: stdin.map(content), expected_stdout: expected.map(content) }
+}
+
+async fn admit_cases(store: &Store, run: &Sandbox, lease: Lease, cases: &[NewCase]) {
+    store.introduce(&owner(run), run.created_at).await.unwrap();
+    let admission = Admission {
+        sandbox: run,
+        lease,
+        input: &Input::default(),
+        cases,
+        asked: &json!({}),
+        network: "none",
+        isolation: "container",
+        defaults: &DefaultQuotas::default(),
+        queue_max: 1000,
+        wanted_node: None,
+        key: None,
+    };
+    assert!(matches!(store.admit(admission).await.unwrap(), Admitted::Yes { .. }));
+}
+
+fn finish(cause: Cause) -> Finish {
+    let limits = Limits::of(Kind::Run, RequestedLimits::default()).unwrap();
+    Finish::without_usage(cause, OffsetDateTime::UNIX_EPOCH, &limits, Phases::default())
+}
+
+fn end() -> CaseEnd {
+    let end = CaseEnd::of(finish(Cause::Exited { code: 3 }), CaseReader::new(None));
+    CaseEnd { stdout: Beginning { bytes: b"out\xff".to_vec(), omitted_bytes: 7 }, started_at: Some(OffsetDateTime::UNIX_EPOCH), ..end }
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn cases_are_given_what_they_were_admitted_with(pool: PgPool) {
+    let (store, lease) = store_with_node(pool).await;
+    let run = run();
+    admit_cases(&store, &run, lease, &[case(Some("empty"), None, None), case(None, Some(b"\0in"), Some(b""))]).await;
+
+    assert_eq!(store.find(&run.tenant, run.id).await.unwrap().unwrap().judging, run.judging);
+    let open = |name: Option<&str>| Case { name: name.map(Into::into), end: None };
+    assert_eq!(store.cases_of(run.id).await.unwrap(), [open(Some("empty")), open(None)]);
+    assert_eq!((store.case_stdin(run.id, 0).await.unwrap(), store.case_expected(run.id, 0).await.unwrap()), (None, None));
+    assert_eq!(store.case_stdin(run.id, 1).await.unwrap().as_deref(), Some(b"\0in".as_slice()));
+    assert_eq!(store.case_expected(run.id, 1).await.unwrap().as_deref(), Some(b"".as_slice()));
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn the_end_of_a_case_is_stored_by_whoever_holds_its_run_and_by_nobody_else(pool: PgPool) {
+    let (store, lease) = store_with_node(pool).await;
+    let run = run();
+    admit_cases(&store, &run, lease, &[case(None, None, None), case(None, None, None)]).await;
+    let (hold, of_another) = (Hold { lease, claims: 1 }, Hold { lease, claims: 2 });
+
+    assert!(!store.finish_case(run.id, of_another, 0, &end()).await.unwrap());
+    assert_eq!(store.cases_of(run.id).await.unwrap()[0].end, None);
+    // The answer to the first may have been lost.
+    assert!(store.finish_case(run.id, hold, 0, &end()).await.unwrap());
+    assert!(store.finish_case(run.id, hold, 0, &end()).await.unwrap());
+    let cases = store.cases_of(run.id).await.unwrap();
+    assert_eq!((&cases[0].end, &cases[1].end), (&Some(end()), &None));
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn ends_outlive_a_return_into_the_queue_and_no_failed_attempt(pool: PgPool) {
+    let (store, lease) = store_with_node(pool).await;
+    let run = Sandbox { retries_left: 1, ..run() };
+    admit_cases(&store, &run, lease, &[case(None, Some(b"in"), None)]).await;
+    let none = Input::default();
+    let at = OffsetDateTime::UNIX_EPOCH;
+    store.finish_case(run.id, Hold { lease, claims: 1 }, 0, &end()).await.unwrap();
+
+    assert!(store.give_back(run.id, Hold { lease, claims: 1 }, Return::NotBegun { input: &none, until: None }, at).await.unwrap());
+    store.claim(run.id, lease, at).await.unwrap().unwrap();
+    assert_eq!(store.cases_of(run.id).await.unwrap()[0].end, Some(end()));
+
+    assert!(store.give_back(run.id, Hold { lease, claims: 2 }, Return::Failed { message: "gone", until: at }, at).await.unwrap());
+    assert_eq!(store.cases_of(run.id).await.unwrap()[0].end, None);
+    assert_eq!(store.case_stdin(run.id, 0).await.unwrap().as_deref(), Some(b"in".as_slice()));
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn what_cases_were_given_goes_at_the_end_of_their_run_and_what_they_wrote_counts(pool: PgPool) {
+    let (store, lease) = store_with_node(pool.clone()).await;
+    let run = run();
+    admit_cases(&store, &run, lease, &[case(None, Some(b"in"), Some(b"out"))]).await;
+    let hold = Hold { lease, claims: 1 };
+    store.finish_case(run.id, hold, 0, &end()).await.unwrap();
+
+    let finish = finish(Cause::Exited { code: 3 });
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 4, log_file: LogKept::No };
+    assert!(store.finish(run.id, Writer::Holder(hold), &ended).await.unwrap());
+
+    assert_eq!(store.cases_of(run.id).await.unwrap()[0].end, Some(end()));
+    assert_eq!((store.case_stdin(run.id, 0).await.unwrap(), store.case_expected(run.id, 0).await.unwrap()), (None, None));
+    let counted = sqlx::query_scalar!("select log_bytes from tenants where id = 'acme'").fetch_one(&pool).await.unwrap();
+    assert_eq!(counted, 4);
+    assert!(!store.finish_case(run.id, hold, 0, &end()).await.unwrap());
+}
