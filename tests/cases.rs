@@ -8,6 +8,10 @@ use mayfly_tests::{
     outcome::{assert_exit, assert_reason, stdout},
     service::shared,
 };
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -319,6 +323,40 @@ async fn a_service_that_dies_when_a_case_has_ended_loses_none_and_runs_none_twic
 #[tokio::test]
 async fn a_service_that_dies_when_the_end_of_a_case_is_stored_loses_none_and_runs_none_twice() {
     is_judged_through_a_death_at("service.case.stored").await;
+}
+
+#[tokio::test]
+async fn a_keeper_that_dies_in_the_middle_fails_the_case_that_ran_and_a_retry_begins_with_the_first() {
+    let mut service = Service::start();
+    let survivor = |service: &Service| Client::of(service.place(), "survivor");
+    let volume = volume(&survivor(&service)).await;
+    let script = "read n; echo $n >> /v/ran; if [ $n = 2 ] && [ ! -e /v/again ]; then touch /v/again; sleep 1000; fi; echo $n";
+    let mut body = request(script, json!([{ "stdin": "1\n" }, { "stdin": "2\n" }, { "stdin": "3\n" }]));
+    body["volumes"] = json!([{ "name": volume, "path": "/v" }]);
+    body["wait_ms"] = json!(0);
+    let die_in_the_second = async |service: &mut Service, body: &Value, ran: &str| {
+        let client = survivor(service);
+        let run = client.post("/v1/runs", body).await.expect(202);
+        until_written(&client, &volume, "ran", ran).await;
+        kill(Pid::from_raw(service.place().keeper_pid().cast_signed()), Signal::SIGKILL).unwrap();
+        service.wait().unwrap();
+        service.start_again().unwrap();
+        survivor(service).until(&format!("/v1/runs/{}", run["id"].as_str().unwrap()), |run| !run["outcome"].is_null()).await
+    };
+
+    let lost = die_in_the_second(&mut service, &body, "1\n2\n").await;
+    let reset = json!({ "image": "busybox", "command": shell("rm /v/again"), "volumes": body["volumes"] });
+    assert_exit(&survivor(&service).run(&reset).await, 0);
+    body["retry"] = json!(1);
+    let retried = die_in_the_second(&mut service, &body, "1\n2\n1\n2\n").await;
+
+    assert_reason(&lost, "infra_error");
+    assert_verdicts(&lost, "failed", &["accepted", "failed", "not_run"]);
+    assert_eq!((&lost["cases"][0]["stdout"], &lost["cases"][1]["outcome"]["reason"]), (&json!("1\n"), &json!("infra_error")));
+    assert_verdicts(&retried, "accepted", &["accepted"; 3]);
+    assert_eq!(retried["attempt"], 2, "{retried:#}");
+    assert_eq!(written(&survivor(&service), &volume, "ran").await, "1\n2\n1\n2\n1\n2\n3\n");
+    delete(&survivor(&service), &volume).await;
 }
 
 /// The same request is sent before the death, in the second of three cases, and after it: with what is compiled, and without.
