@@ -72,6 +72,16 @@ const CONTRADICTIONS: &[(&str, &str)] = &[
          where x.outcome is distinct from e.data -> 'outcome'",
     ),
     (
+        "a run that has ended and still has what its cases were given, or goes on and has it no more",
+        "select c.run, c.index from run_cases c join sandboxes s on s.id = c.run
+         where (s.outcome is null) <> (c.stdin is not null and c.expected is not null)",
+    ),
+    (
+        "a case that was run although the one before it was not",
+        "select later.run, later.index from run_cases later join run_cases earlier on earlier.run = later.run and earlier.index = later.index - 1
+         where later.verdict is not null and earlier.verdict is null",
+    ),
+    (
         // Who was told that it was not made, and asked again, may have one that never ran beside it.
         "two sandboxes of one request that ran",
         "select labels ->> 'crash' as label, count(*) from sandboxes where labels ? 'crash' and (reason <> 'infra_error' or started_at is not null)

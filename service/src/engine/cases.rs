@@ -21,9 +21,9 @@ use super::{
 use crate::{
     clock::at_us,
     sandbox::{
-        self, Case, CaseEnd, CaseReader, Comparer, Comparison, Finish, Judging, Mount, Reason, Sandbox, SandboxId, case_id, step_id,
+        self, Case, CaseEnd, CaseReader, Comparer, Comparison, Finish, Judged, Judging, Mount, Reason, Sandbox, SandboxId, case_id, step_id,
     },
-    store::{Input, Return},
+    store::{Input, Return, StoreError},
 };
 
 /// Between two tries to have a case forgotten, or its log read.
@@ -116,6 +116,15 @@ impl Engine {
         if after == After::Waits {
             known.keep();
         }
+    }
+
+    /// This end of a sandbox that nobody follows, with what was stored of its cases, if it is a run that has some; and how much of their output is stored.
+    pub(super) async fn behind_cases(&self, sandbox: &Sandbox, finish: Finish) -> Result<(Finish, u64), StoreError> {
+        let Some(judging) = sandbox.judging else { return Ok((finish, 0)) };
+        let so_far = judging.of(&self.store.cases_of(sandbox.id).await?);
+        // Whatever they came to, this is what ends it.
+        let judged = Judged { outcome: None, ..so_far };
+        Ok((finish.judged(&judged), judged.stored_bytes))
     }
 
     /// Has the keeper end and forget what it may still have of this run's cases. False if that cannot be done now.

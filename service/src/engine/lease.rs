@@ -211,7 +211,8 @@ impl Engine {
         }
         let total = Phases::ms((now - sandbox.created_at).unsigned_abs());
         let finish = Finish::without_usage(Cause::InfraError { message }, now, &sandbox.limits, Phases { total, ..Phases::default() });
-        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 0, log_file: LogKept::No };
+        let (finish, case_bytes) = self.behind_cases(sandbox, finish).await?;
+        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes, log_file: LogKept::No };
         if self.store.finish(sandbox.id, Writer::Holder(*hold), &ended).await? {
             self.metrics.ended(sandbox.kind, &finish.outcome);
         }

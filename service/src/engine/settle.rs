@@ -268,9 +268,17 @@ impl Engine {
         None
     }
 
-    /// Stores and tells the end of a sandbox that never left the queue.
+    /// Stores and tells the end of a sandbox that is in the queue.
     pub(super) async fn settle_queued(self: &Arc<Self>, sandbox: &Sandbox, finish: Finish) {
-        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 0, log_file: LogKept::No };
+        // It may have been begun before, and have come back.
+        let (finish, case_bytes) = match self.behind_cases(sandbox, finish).await {
+            Ok(behind) => behind,
+            Err(error) => {
+                tracing::warn!(sandbox.id = %sandbox.id, %error, "its cases cannot be read; the next look tries again");
+                return;
+            }
+        };
+        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes, log_file: LogKept::No };
         match self.store.finish(sandbox.id, Writer::Queue, &ended).await {
             Ok(true) => {
                 self.metrics.ended(sandbox.kind, &finish.outcome);
