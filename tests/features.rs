@@ -386,6 +386,21 @@ async fn a_request_that_is_sent_twice_with_a_key_makes_one_sandbox() {
 }
 
 #[tokio::test]
+async fn many_runs_are_asked_for_at_once_and_each_is_answered_for_itself() {
+    let client = shared().client();
+    let echo = |text: &str| json!({ "image": "busybox", "command": ["echo", text] });
+    let request = json!({ "runs": [echo("one"), { "image": "no-such-image" }, echo("three")] });
+
+    let answer = client.post("/v1/runs/batch", &request).await.expect(200);
+    let ids = [0, 2].map(|place| answer["items"][place]["run"]["id"].as_str().unwrap());
+    let again = client.get(&format!("/v1/runs?ids={},{}", ids[0], ids[1])).await.expect(200);
+
+    assert_eq!((stdout(&answer["items"][0]["run"]), stdout(&answer["items"][2]["run"])), ("one\n", "three\n"));
+    assert_eq!(answer["items"][1]["problem"]["code"], "image_not_found");
+    assert_eq!([&again["items"][0], &again["items"][1]], [&answer["items"][0], &answer["items"][2]]);
+}
+
+#[tokio::test]
 async fn whoever_waits_for_a_state_is_answered_when_it_is_reached() {
     let client = shared().client();
     let sandbox = running(&client, "sleep 2; exit 5").await;

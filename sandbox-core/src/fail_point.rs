@@ -70,6 +70,8 @@ pub const STEPS: &[&str] = &[
     "service.admit.claimed",
     "service.admit.queued",
     "service.queue.claimed",
+    // One of the runs of a batch: it is accepted, and those behind it are not yet.
+    "service.batch.accepted",
     // A launch: what it is given is in memory; the keeper has the order; it has answered; the row says that it runs.
     "service.launch.given",
     "service.launch.sent",

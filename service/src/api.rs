@@ -117,7 +117,10 @@ fn contained() -> CatchPanicLayer<fn(Box<dyn Any + Send>) -> Response> {
 
 /// Every operation, each with what it says of itself.
 fn routes() -> OpenApiRouter<Arc<App>> {
-    let waiting = OpenApiRouter::new().routes(routes!(runs::create)).routes(routes!(execs::create, execs::list));
+    let waiting = OpenApiRouter::new()
+        .routes(routes!(runs::create, runs::batch::list))
+        .routes(routes!(runs::batch::create))
+        .routes(routes!(execs::create, execs::list));
     let waiting = timed(waiting, Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE)
         .merge(timed(OpenApiRouter::new().routes(routes!(life::stop)), STOP_DEADLINE))
         .merge(timed(OpenApiRouter::new().routes(routes!(life::wait)), Duration::from_millis(UNTIL_MS.max) + QUICK_DEADLINE));

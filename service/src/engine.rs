@@ -63,7 +63,7 @@ use crate::{
 pub const START_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The most of each stream that goes into one answer.
-const ANSWER_STREAM_BYTES: usize = 8 * 1024 * 1024;
+pub const ANSWER_STREAM_BYTES: usize = 8 * 1024 * 1024;
 
 /// What an engine is told at its start.
 #[derive(Debug, Clone)]
@@ -305,6 +305,19 @@ impl Engine {
         Ok(self.store.find(tenant, id).await?)
     }
 
+    /// Those of these that are runs of the tenant's, as they are now, in no order.
+    pub async fn runs(&self, tenant: &TenantId, ids: &[SandboxId]) -> Result<Vec<Sandbox>, EngineError> {
+        let mut runs = self.store.runs(tenant, ids).await?;
+        for run in &mut runs {
+            if let Some(live) = self.live.get(run.id)
+                && !matches!(live.progress(), Progress::Queued)
+            {
+                *run = live.now();
+            }
+        }
+        Ok(runs)
+    }
+
     /// How many are started up to this one, if it waits. An estimate, and no reason to fail an answer: who hears of a failure believes that
     /// nothing was made.
     pub async fn queue_position(&self, sandbox: &Sandbox) -> Option<u64> {
@@ -533,6 +546,21 @@ impl Output {
         }
         output
     }
+
+    /// The same with at most so many bytes of each stream, the last. No character is cut in two.
+    #[must_use]
+    pub fn last(mut self, bytes: usize) -> Self {
+        for (stream, omitted) in [(&mut self.stdout, &mut self.stdout_omitted_bytes), (&mut self.stderr, &mut self.stderr_omitted_bytes)] {
+            let mut cut = stream.len().saturating_sub(bytes);
+            if cut > 0 {
+                // UTF-8 has at most three bytes behind the first of a character.
+                cut += stream[cut..].iter().take(3).take_while(|byte| **byte & 0xc0 == 0x80).count();
+            }
+            stream.drain(..cut);
+            *omitted += cut as u64;
+        }
+        self
+    }
 }
 
 fn is_done(id: SandboxId, answer: Result<(), CallError>) -> bool {
@@ -559,4 +587,19 @@ fn step(id: SandboxId, from: State, event: Event) -> Option<State> {
         tracing::debug!(sandbox.id = %id, ?from, ?event, "nothing changes");
     }
     to
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_of_an_output_begins_with_a_whole_character() {
+        let output = Output { stdout: "aüb".into(), stderr: b"xyz".to_vec(), stdout_omitted_bytes: 7, stderr_omitted_bytes: 0 };
+
+        let last = output.last(2);
+
+        assert_eq!((last.stdout, last.stdout_omitted_bytes), (b"b".to_vec(), 10));
+        assert_eq!((last.stderr, last.stderr_omitted_bytes), (b"yz".to_vec(), 1));
+    }
 }

@@ -1,5 +1,6 @@
 //! The domain: what a sandbox is, what may be asked for it, what becomes of it. Pure.
 
+mod batch;
 mod case;
 mod change;
 mod comparer;
@@ -19,6 +20,7 @@ pub mod words;
 
 use std::{collections::BTreeMap, fmt};
 
+pub use batch::{BatchRequest, RUNS_MAX};
 pub use case::{Beginning, Case, CaseEnd, CaseReader, Comparison, Judged, Judging, NewCase, Verdict};
 pub use change::{Change, ChangeRequest, new_limits};
 pub use comparer::Comparer;

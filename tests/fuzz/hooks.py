@@ -67,6 +67,8 @@ def before_call(context, case, kwargs):
         case.body["isolation"] = "container"
     if operation in ("createRun", "createSandbox") and isinstance(case.body, dict):
         creation(case.body, operation, is_valid)
+    if operation == "createRuns" and isinstance(case.body, dict):
+        batch(case.body, is_valid)
     if operation == "changeSandbox" and is_valid and isinstance(case.body, dict) and isinstance(case.body.get("limits"), dict):
         at_hand(case.body["limits"])
     # Its space is set aside where all tests work.
@@ -131,6 +133,8 @@ def work_on_what_there_is(case, operation, path, is_valid, kwargs):
         return in_a_sandbox(case, operation, path, is_valid, number, kwargs)
     if template.startswith("/v1/runs/{id}"):
         path["id"] = live.run("running" if operation == "cancelRun" or number % 4 == 0 else "exited")
+    elif operation == "readRuns" and is_valid:
+        case.query = {"ids": [live.run("exited"), live.run("running")]}
     elif template.startswith("/v1/webhooks/{id}"):
         path["id"] = live.webhook()
         if "delivery" in path:
@@ -228,6 +232,29 @@ def as_told(body, content, encoding):
     """Has a text be base64 where it is said to be."""
     if isinstance(body.get(content), str) and body.get(encoding) == "base64":
         body[content] = base64.b64encode(body[content].encode(errors="surrogatepass")).decode()
+
+
+def batch(body, is_valid):
+    """Has many runs be a few that this machine can have. What one of them breaks is told in its place of a good answer, so that each may be begun."""
+    runs = body.get("runs")
+    if not isinstance(runs, list):
+        return
+    # More than may be stay too many.
+    if len(runs) <= 100:
+        del runs[4:]
+    if is_valid:
+        body["wait_ms"] = 500
+    for run in runs:
+        if not isinstance(run, dict):
+            continue
+        # That is said for all of them.
+        run.pop("wait_ms", None)
+        if is_valid:
+            creation(run, "createRuns", is_valid)
+        elif isinstance(run.setdefault("limits", {}), dict):
+            at_hand(run["limits"])
+            if isinstance(run["limits"].setdefault("wall_ms", 2000), int):
+                run["limits"]["wall_ms"] = min(run["limits"]["wall_ms"], 2000)
 
 
 def creation(body, operation, is_valid):

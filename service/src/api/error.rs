@@ -149,7 +149,7 @@ pub(super) struct Problem {
     r#type: &'static str,
     title: &'static str,
     #[schema(extensions(("x-schema" = json!({ "minimum": 400, "maximum": 599 }))))]
-    status: u16,
+    pub(super) status: u16,
     code: Code,
     /// For people. May change.
     detail: String,
@@ -302,6 +302,32 @@ impl ApiError {
         Some(HeaderValue::try_from(text).expect("our own words and the names of scopes are ASCII without quotes"))
     }
 
+    /// What the caller of this request is sent. A cause that is not sent is logged.
+    pub(super) fn problem(&self, request_id: String) -> Problem {
+        let (status, code, title) = self.parts();
+        if let Self::Internal(cause) = self {
+            tracing::error!(cause = format!("{cause:#}"), "a request failed");
+        }
+        let (field, bound, detail) = if let Self::Invalid(Invalid { field, bound, detail }) = self {
+            (Some(field.clone()).filter(|field| !field.is_empty()), *bound, detail.clone())
+        } else {
+            (None, None, self.to_string())
+        };
+        Problem {
+            r#type: ABOUT_BLANK,
+            title,
+            status: status.as_u16(),
+            code,
+            detail,
+            request_id,
+            retryable: self.is_retryable(),
+            field,
+            bound,
+            state: self.state(),
+            quota: self.exceeded().map(QuotaView::from),
+        }
+    }
+
     /// A handler panicked; the panic itself is in the log.
     pub(super) fn panicked() -> Self {
         Self::Internal(anyhow::anyhow!("a handler panicked"))
@@ -338,28 +364,7 @@ const fn file_parts(kind: FaultKind) -> (StatusCode, Code, &'static str) {
 impl IntoResponse for ApiError {
     /// Status and problem; the body is written where the request's id is known, in [`super::observe`].
     fn into_response(self) -> Response {
-        let (status, code, title) = self.parts();
-        if let Self::Internal(cause) = &self {
-            tracing::error!(cause = format!("{cause:#}"), "a request failed");
-        }
-        let (field, bound, detail) = if let Self::Invalid(Invalid { field, bound, detail }) = &self {
-            (Some(field.clone()).filter(|field| !field.is_empty()), *bound, detail.clone())
-        } else {
-            (None, None, self.to_string())
-        };
-        let problem = Problem {
-            r#type: ABOUT_BLANK,
-            title,
-            status: status.as_u16(),
-            code,
-            detail,
-            request_id: String::new(),
-            retryable: self.is_retryable(),
-            field,
-            bound,
-            state: self.state(),
-            quota: self.exceeded().map(QuotaView::from),
-        };
+        let (status, problem) = (self.parts().0, self.problem(String::new()));
         let mut response = status.into_response();
         if let Some(exceeded) = self.exceeded() {
             rate_limit_headers(exceeded, response.headers_mut());

@@ -24,7 +24,9 @@ use tokio::time::Instant;
 use tracing::Instrument as _;
 use uuid::Uuid;
 
-use super::{App, QUICK_DEADLINE, STOP_DEADLINE, caller::Caller, error::ApiError, execs, json, observe, runs, sandboxes, webhooks};
+use super::{
+    App, QUICK_DEADLINE, STOP_DEADLINE, caller::Caller, error::ApiError, execs, json, observe, runs, runs::batch, sandboxes, webhooks,
+};
 use crate::{
     sandbox::{Invalid, SandboxId, WAIT_MS},
     store::{Fingerprint, HeldKey, Kept, KeyName, KeyState, Left, NodeId, StoreError, Taking},
@@ -34,8 +36,9 @@ use crate::{
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENCY_REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 const KEY_BYTES_MAX: usize = 255;
-/// The route by which execs are made.
+/// The route by which execs are made, and that of many runs.
 const EXECS: &str = "/v1/sandboxes/{id}/execs";
+const BATCH: &str = "/v1/runs/batch";
 
 /// The largest body that is kept of an answer that can be told again from its sandbox, and of one that cannot.
 const TOLD_BYTES_MAX: usize = 64 * 1024;
@@ -95,6 +98,28 @@ impl Keyed {
     }
 }
 
+impl Keyed {
+    /// The same for one part of the request, which may make a sandbox of its own: whoever holds the key of the whole holds those of its parts, and nobody
+    /// else works on them. `body` is what the part asks for: at the same place of another request something else is another part.
+    pub(super) async fn part(&self, app: &App, place: usize, body: &[u8]) -> Result<Self, ApiError> {
+        let Some(HeldKey { name, holder }) = &self.key else { return Ok(Self::default()) };
+        let sum = fingerprint::of_body(body);
+        let part = Sha256::new().chain_update(format!("{place} {}\n", name.key)).chain_update(sum).finalize();
+        let name = KeyName { owner: name.owner.clone(), key: format!("part:{}", hex::encode(part)) };
+        let key = HeldKey { name, holder: *holder };
+        let target = Sha256::digest("a part of a request").into();
+        let Idempotency { node, process, retention, .. } = &app.idempotency;
+        let now = app.clock.now();
+        let expires_at = now + *retention;
+        // Whenever it was taken, that was by an attempt that is over; the admission sees to it if it is not.
+        let taking = Taking { node: *node, process: *process, now, expires_at, orphaned_before: Some(expires_at) };
+        match app.store.take_key(&key, &Fingerprint { target, body: Some(sum) }, &taking).await? {
+            Some((KeyState::Ours { made, is_begun }, _)) => Ok(Self { key: Some(key), made, is_begun }),
+            Some((KeyState::Theirs | KeyState::Reused | KeyState::Answered(_), _)) | None => Err(ApiError::KeyInUse),
+        }
+    }
+}
+
 impl<S: Send + Sync> FromRequestParts<S> for Keyed {
     type Rejection = Infallible;
 
@@ -148,7 +173,7 @@ impl Route {
     /// How long it may take.
     fn deadline(&self) -> Duration {
         match self.0.as_str() {
-            "/v1/runs" | EXECS => Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE,
+            "/v1/runs" | BATCH | EXECS => Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE,
             "/v1/sandboxes/{id}/stop" => STOP_DEADLINE,
             _ if self.is_streamed() => IMPORT_DEADLINE,
             _ => QUICK_DEADLINE,
@@ -162,7 +187,16 @@ impl Route {
 
     /// What is kept of the body of an answer.
     fn kept(&self, body: &[u8]) -> Vec<u8> {
-        if self.has_secret() { webhooks::without_secret(body) } else { body.to_vec() }
+        match () {
+            () if self.has_secret() => webhooks::without_secret(body),
+            () if self.is_batch() && body.len() > TOLD_BYTES_MAX => batch::without_runs(body),
+            () => body.to_vec(),
+        }
+    }
+
+    /// Whether its answers can be told again, run by run.
+    fn is_batch(&self) -> bool {
+        self.0.as_str() == BATCH
     }
 
     /// Whether it makes sandboxes or execs, of which its answers can be told again.
@@ -366,9 +400,10 @@ impl Keying {
             body: (!can_be_told_again || body.len() <= TOLD_BYTES_MAX).then(|| self.route.kept(&body)),
             made: None,
         };
+        let kept_bytes = kept.body.as_ref().map_or(0, Vec::len);
         // An image that is not here may be imported.
         let is_passing = self.route.makes_sandboxes() && self.route.0.as_str() != EXECS && parts.status == StatusCode::NOT_FOUND;
-        let is_kept = !is_retryable && !is_passing && is_kept(parts.status) && (can_be_told_again || body.len() <= KEPT_BYTES_MAX);
+        let is_kept = !is_retryable && !is_passing && is_kept(parts.status) && kept_bytes <= KEPT_BYTES_MAX;
         let mut response = Response::from_parts(parts, Body::from(body));
         observe::mark_as_told(&mut response);
         Ok((response, is_kept.then_some(kept)))
@@ -400,6 +435,7 @@ impl Keying {
         let Kept { status, content_type, location, body, made } = kept;
         let mut response = match (body, made) {
             (Some(body), _) if self.route.has_secret() => Body::from(webhooks::with_secret(&self.app, body)).into_response(),
+            (Some(body), _) if self.route.is_batch() => batch::told_again(&self.app, &name.owner.tenant, body).await?,
             (Some(body), _) => Body::from(body).into_response(),
             (None, Some(id)) if self.route.0.as_str() == EXECS => execs::told_again(&self.app, &name.owner.tenant, id).await?,
             (None, Some(id)) if self.route.scope() == Scope::Runs => runs::told_again(&self.app, &name.owner.tenant, id).await?,
@@ -432,7 +468,7 @@ const fn left_after(status: StatusCode) -> Left {
 }
 
 /// Whether a later attempt would hear the same.
-fn is_kept(status: StatusCode) -> bool {
+pub(super) fn is_kept(status: StatusCode) -> bool {
     const PASSING: [StatusCode; 5] = [
         StatusCode::UNAUTHORIZED,
         StatusCode::FORBIDDEN,

@@ -48,7 +48,7 @@ pub(super) async fn bytes(mut body: Body) -> Result<Vec<u8>, ApiError> {
 }
 
 /// What the bytes say. To JSON Schema, and to clients that know one kind of number, 10.0 is a whole number too.
-fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Invalid> {
+pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Invalid> {
     // A list would do for serde, too: of the fields' values in their order.
     if bytes.trim_ascii_start().starts_with(b"[") {
         return Err(Invalid::new("", "the body is a list, and must be an object"));

@@ -58,14 +58,24 @@ struct RequestId(String);
 #[derive(Debug, Clone, Copy)]
 struct Told;
 
+/// An answer that may be another later, though its status does not say so.
+#[derive(Debug, Clone, Copy)]
+struct Passing;
+
 /// Names the request, in answers and in the log.
 pub(super) fn request_id(parts: &Parts) -> String {
     parts.extensions.get::<RequestId>().map(|id| id.0.clone()).unwrap_or_default()
 }
 
-/// Whether this is a refusal that may be none later.
+/// Whether this is, or holds, a refusal that may be none later.
 pub(super) fn is_retryable(response: &Response) -> bool {
-    response.extensions().get::<Problem>().is_some_and(|problem| problem.retryable)
+    let extensions = response.extensions();
+    extensions.get::<Passing>().is_some() || extensions.get::<Problem>().is_some_and(|problem| problem.retryable)
+}
+
+/// Says that this answer, which is no refusal, holds one that may be none later.
+pub(super) fn mark_as_passing(response: &mut Response) {
+    response.extensions_mut().insert(Passing);
 }
 
 /// Has the answer leave as it is: its body says already what there is to say.

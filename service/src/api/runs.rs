@@ -1,5 +1,7 @@
 //! `/v1/runs`: code in, result out.
 
+pub(super) mod batch;
+
 use std::{sync::Arc, time::Duration};
 
 use axum::{

@@ -200,7 +200,7 @@ pub(super) struct OutputView {
     stdout: String,
     #[schema(value_type = Encoding)]
     stdout_encoding: &'static str,
-    /// Kept bytes before `stdout` that this answer leaves out, since it shows the last 8 MiB, or since they are not kept any more.
+    /// Kept bytes before `stdout` that this answer leaves out, since it shows the last 8 MiB, and of many runs each its share of that, or since they are not kept any more.
     stdout_omitted_bytes: u64,
     stderr: String,
     #[schema(value_type = Encoding)]

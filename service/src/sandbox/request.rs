@@ -501,6 +501,14 @@ pub struct NewSandbox {
 }
 
 impl RunRequest {
+    /// The sandbox, as one of many that are asked for together; or the first field that is wrong.
+    pub fn parse_in_batch(self, languages: &Languages) -> Result<NewSandbox, Invalid> {
+        if self.wait_ms.is_some() {
+            return Err(Invalid::new("wait_ms", "how long to wait is said for the whole batch, beside `runs`"));
+        }
+        self.parse(languages).map(|(sandbox, _)| sandbox)
+    }
+
     /// The sandbox and how long to wait for its end, in milliseconds; or the first field that is wrong.
     pub fn parse(self, languages: &Languages) -> Result<(NewSandbox, u64), Invalid> {
         let Network::None = self.network;

@@ -276,6 +276,13 @@ impl Store {
         row.map(Row::read).transpose()
     }
 
+    /// Those of these that are runs of the tenant's, in no order.
+    pub async fn runs(&self, tenant: &TenantId, ids: &[SandboxId]) -> Result<Vec<Sandbox>, StoreError> {
+        let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
+        let rows = select_sandboxes!("id = any($1) and tenant = $2 and kind = 'run'", &ids, tenant.as_str()).fetch_all(&self.pool).await?;
+        rows.into_iter().map(Row::read).collect()
+    }
+
     /// The tenant's long-lived sandboxes that are so.
     pub async fn list(&self, tenant: &TenantId, filter: &Filter) -> Result<Vec<Sandbox>, StoreError> {
         self.pool.in_time(self.list_at_last(tenant, filter)).await

@@ -10,7 +10,7 @@ use utoipa::{
 };
 
 use super::super::files::ID_MAX;
-use crate::sandbox::{Bound, INTERVAL_MS, LIST_LIMIT, TAIL_LINES, words};
+use crate::sandbox::{Bound, INTERVAL_MS, LIST_LIMIT, RUNS_MAX, TAIL_LINES, words};
 
 macro_rules! parameters {
     ($($(#[doc = $doc:literal])+ $name:ident = [$($parameter:expr),+];)+) => {$(
@@ -29,6 +29,12 @@ macro_rules! parameters {
 parameters! {
     /// The id of a run, or of a sandbox where a name will not do.
     Id = [path("id", "What is no id names nothing, and is not found.")];
+    /// The ids of many runs.
+    RunIds = [needed(
+        "ids",
+        "Whose: the parameter once for each, or with commas. What is no run of the tenant's is not found, in its place.",
+        json!({ "type": "array", "items": { "type": "string", "format": "uuid" }, "minItems": 1, "maxItems": RUNS_MAX })
+    )];
     /// The ids of a sandbox and of one of its execs.
     Exec = [
         path("id", "Its id, or its name. What is neither names nothing, and is not found."),
@@ -176,6 +182,13 @@ pub(in crate::api) fn query(name: &str, description: &str, schema: Value) -> Par
 /// A header, which may be absent.
 pub(in crate::api) fn header(name: &str, description: &str, schema: Value) -> Parameter {
     optional(ParameterIn::Header, name, description, schema)
+}
+
+/// A parameter of the query that may not be absent.
+fn needed(name: &str, description: &str, schema: Value) -> Parameter {
+    let mut parameter = optional(ParameterIn::Query, name, description, schema);
+    parameter.required = Required::True;
+    parameter
 }
 
 fn optional(place: ParameterIn, name: &str, description: &str, schema: Value) -> Parameter {
