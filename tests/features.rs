@@ -9,6 +9,7 @@ use std::{
 use mayfly_tests::{
     Client, Service, image,
     outcome::{assert_exit, assert_limits_hit, assert_reason, stdout, usage},
+    sdk::Sdk,
     service::shared,
 };
 use reqwest::Method;
@@ -482,6 +483,15 @@ async fn prometheus_is_told_of_every_run() {
     let text = reqwest::get(format!("{}/metrics", service.place.metrics_url)).await.unwrap().text().await.unwrap();
 
     assert!(text.contains("# TYPE ") && text.contains("reason=\"exited\""), "{text}");
+}
+
+#[tokio::test]
+async fn a_generated_client_for_python_runs_programs_and_is_told_typed_problems() {
+    let client = shared().client();
+
+    let done = Sdk::generate().used_by(&client);
+
+    assert_eq!(done, "a run\na limit\na batch\na sandbox\na problem\n");
 }
 
 #[tokio::test]

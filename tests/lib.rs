@@ -18,6 +18,8 @@ pub mod outcome;
 pub mod postgres;
 #[path = "harness/random.rs"]
 pub mod random;
+#[path = "harness/sdk.rs"]
+pub mod sdk;
 #[path = "harness/service.rs"]
 pub mod service;
 #[path = "harness/snapshot.rs"]

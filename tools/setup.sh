@@ -99,16 +99,17 @@ cargo_deny() {
     CARGO_TARGET_DIR=$(mktemp -d) cargo install cargo-deny --locked --quiet
 }
 
-# The fuzzer of the API, in an environment of its own beside what is built; renewed when what is pinned changes.
-fuzzer() {
-    local folder=${CARGO_TARGET_DIR:-target}/schemathesis
-    cmp -s tools/fuzz-requirements.txt "$folder/installed.txt" && return 0
-    say "installing schemathesis"
+# A program of the tests from PyPI, in an environment of its own beside what is built; renewed when what is pinned for it changes.
+from_pypi() {
+    local program=$1 pinned=tools/$2-requirements.txt
+    local folder=${CARGO_TARGET_DIR:-target}/$program
+    cmp -s "$pinned" "$folder/installed.txt" && return 0
+    say "installing $program"
     rm -rf "$folder"
     mkdir -p "${folder%/*}"
     python3 -m venv "$folder"
-    "$folder/bin/pip" install --quiet --disable-pip-version-check --requirement tools/fuzz-requirements.txt >&2
-    cp tools/fuzz-requirements.txt "$folder/installed.txt"
+    "$folder/bin/pip" install --quiet --disable-pip-version-check --requirement "$pinned" >&2
+    cp "$pinned" "$folder/installed.txt"
 }
 
 rust
@@ -117,7 +118,7 @@ build) for_build; install_packages ;;
 images) for_images; install_packages ;;
 run) for_run; install_packages; service_user ;;
 check) for_check; install_packages; cargo_deny ;;
-test) for_test; install_packages; service_user; fuzzer ;;
+test) for_test; install_packages; service_user; from_pypi schemathesis fuzz; from_pypi openapi-python-client sdk ;;
 vm) for_vm; install_packages ;;
 bench) for_bench; install_packages; service_user ;;
 *) fail "usage: setup.sh build|images|run|check|test|vm|bench" ;;

@@ -40,6 +40,7 @@ pub(super) fn finished(described: &OpenApi, frame: &str) -> Value {
     let schemas = document["components"].get_mut("schemas").and_then(Value::as_mapping_mut).expect("they were put there");
     share_bounds(schemas);
     name_items(schemas);
+    name_alternatives(schemas);
     each_value(&mut document, &mut close);
     sort_answers(&mut document);
     while prune(&mut document) {}
@@ -238,6 +239,14 @@ fn settle_extensions(schema: &mut Mapping) {
 /// Makes one object of several that are all of it, as `serde(flatten)` does.
 fn flatten(object: &mut Mapping, all: &Value) {
     let Some(parts) = object.get("allOf").and_then(Value::as_sequence).cloned() else { return };
+    // What is only a condition on the members stays one.
+    let has_members = |part: &Value| {
+        let part = target(nullable(part).unwrap_or(part), all);
+        part.get("properties").is_some() || part.get("allOf").is_some()
+    };
+    if !parts.iter().all(has_members) {
+        return;
+    }
     object.remove("allOf");
     object.entry("type".into()).or_insert_with(|| "object".into());
     for part in parts {
@@ -283,6 +292,20 @@ fn name_items(schemas: &mut Mapping) {
             page["properties"]["items"]["items"] = reference("schemas", of);
         }
     }
+}
+
+/// Gives an alternative that is an object with a title a name of its own: that of the whole, and its title. Generators of clients make types of what has a name.
+fn name_alternatives(schemas: &mut Mapping) {
+    let mut named = Vec::new();
+    for (name, schema) in schemas.iter_mut() {
+        for one in schema.get_mut("oneOf").and_then(Value::as_sequence_mut).into_iter().flatten() {
+            let Some(object) = one.as_mapping_mut().filter(|one| one.get("type").is_some_and(|kind| kind == "object")) else { continue };
+            let Some(title) = object.remove("title") else { continue };
+            let own = format!("{}{}", name.as_str().unwrap_or_default(), title.as_str().unwrap_or_default().replace(' ', ""));
+            named.push((own.clone().into(), std::mem::replace(one, reference("schemas", &own))));
+        }
+    }
+    schemas.extend::<Vec<(Value, Value)>>(named);
 }
 
 /// Takes away schemas that nothing names; says whether there were any.
