@@ -77,7 +77,9 @@ enum Accepted {
 /// A run that was waited for.
 enum Waited {
     Ended(Arc<Finished>),
-    /// As it was seen last; it may have ended all the same.
+    /// It was begun by this very request and outlasts it, or ended in this moment: whoever asks again hears of that.
+    GoesOn(Sandbox),
+    /// As its row has it.
     Seen(Sandbox),
 }
 
@@ -241,7 +243,7 @@ async fn wait_for(app: &App, tenant: &TenantId, accepted: Result<Accepted, ApiEr
     match accepted? {
         Accepted::New(mut run) => Ok(match wait(app, &mut run, patience).await {
             Some(finished) => Waited::Ended(finished),
-            None => Waited::Seen(run.sandbox()),
+            None => Waited::GoesOn(run.sandbox()),
         }),
         Accepted::Earlier(id) => {
             let run = app.engine.wait_until(tenant, id, patience, |run| run.state.is_final()).await?;
@@ -250,7 +252,8 @@ async fn wait_for(app: &App, tenant: &TenantId, accepted: Result<Accepted, ApiEr
     }
 }
 
-/// As it is shown, with so many bytes of each stream; and whether it has ended.
+/// As it is shown, with so many bytes of each stream; and whether it has ended. Fails for none that this request made: who hears of a failure believes that
+/// nothing was made.
 async fn view_of(app: &App, waited: Waited, most: usize) -> Result<(RunView, bool), ApiError> {
     let (run, output) = match waited {
         Waited::Ended(finished) => {
@@ -261,9 +264,9 @@ async fn view_of(app: &App, waited: Waited, most: usize) -> Result<(RunView, boo
             let output = app.engine.output(run.id).await?;
             (run, Some(output))
         }
-        Waited::Seen(run) => (run, None),
+        Waited::GoesOn(run) | Waited::Seen(run) => (run, None),
     };
-    let has_ended = run.state.is_final();
+    let has_ended = output.is_some();
     Ok((RunView::new(run, output.map(|output| output.last(most)), None), has_ended))
 }
 
