@@ -80,6 +80,29 @@ pub struct Beginning {
     pub omitted_bytes: u64,
 }
 
+impl Case {
+    /// With at most so many bytes of each stream.
+    #[must_use]
+    pub fn shortened(mut self, most: usize) -> Self {
+        if let Some(end) = &mut self.end {
+            end.stdout.shorten(most);
+            end.stderr.shorten(most);
+        }
+        self
+    }
+}
+
+impl Beginning {
+    /// Not in the middle of a character.
+    fn shorten(&mut self, most: usize) {
+        let is_inside = |at: usize| self.bytes.get(at).is_some_and(|byte| byte & 0xc0 == 0x80);
+        let nearest = most.saturating_sub(3);
+        let end = (nearest..=most).rev().find(|at| !is_inside(*at)).unwrap_or(most);
+        self.omitted_bytes += self.bytes.len().saturating_sub(end) as u64;
+        self.bytes.truncate(end);
+    }
+}
+
 /// What came of the cases of a run so far, in one.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Judged {
@@ -334,5 +357,18 @@ mod tests {
         assert_eq!(end.stdout.bytes.len(), Beginning::BYTES_MAX - 1);
         assert_eq!(end.stdout.omitted_bytes, (long.len() + 1 - end.stdout.bytes.len()) as u64);
         assert!(std::str::from_utf8(&end.stdout.bytes).is_ok());
+    }
+
+    #[test]
+    fn what_is_shown_less_of_ends_between_two_characters() {
+        let of = |most| {
+            let mut beginning = Beginning { bytes: "grün".into(), omitted_bytes: 7 };
+            beginning.shorten(most);
+            (String::from_utf8(beginning.bytes).unwrap(), beginning.omitted_bytes)
+        };
+        assert_eq!(
+            [of(0), of(2), of(3), of(4), of(5), of(9)].map(|(text, omitted)| format!("{text} {omitted}")),
+            [" 12", "gr 10", "gr 10", "grü 8", "grün 7", "grün 7"]
+        );
     }
 }

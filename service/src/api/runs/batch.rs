@@ -267,7 +267,11 @@ async fn view_of(app: &App, waited: Waited, most: usize) -> Result<(RunView, boo
         Waited::GoesOn(run) | Waited::Seen(run) => (run, None),
     };
     let has_ended = output.is_some();
-    Ok((RunView::new(run, output.map(|output| output.last(most)), None), has_ended))
+    let cases = app.engine.cases_of(&run).await?.map(|cases| {
+        let share = most / cases.len().max(1);
+        cases.into_iter().map(|case| case.shortened(share)).collect()
+    });
+    Ok((RunView::new(run, output.map(|output| output.last(most)), cases, None), has_ended))
 }
 
 /// How much of each stream of one is shown where so many are: together as much as of one alone.
