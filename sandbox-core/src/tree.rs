@@ -28,8 +28,12 @@ pub const NAME_BYTES_MAX: usize = 255;
 pub const PAGE_ENTRIES_MAX: u32 = 1000;
 /// How deep below its start a folder may lie that is packed, removed or compared.
 pub const DEPTH_MAX: usize = 256;
-/// The most processes and connections of this kind in one sandbox at a time.
-pub const AT_ONCE_MAX: usize = 8;
+/// The most processes and connections of this kind in one sandbox at a time, those that watch included.
+pub const AT_ONCE_MAX: usize = 12;
+/// The most folders of one [`Ask::Watch`].
+pub const WATCHED_FOLDERS_MAX: usize = 4096;
+/// The most of [`Notice`]s that wait for whoever reads them: what happens beyond is a [`GapCause::SlowReader`].
+pub const NOTICES_MAX: usize = 4096;
 
 /// A question, with the version of the protocol that it is meant in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,6 +144,10 @@ pub enum Ask {
     Changes,
     /// Answered by any number of [`Reply::Processes`].
     Processes,
+    /// What changes in a folder, or of a file, from now on; links are followed to the folder. With `is_recursive` also what changes in the folders below it, as they come and go. Answered
+    /// by [`Reply::Watching`] when nothing that happens afterwards is missed, then by any number of [`Reply::Noticed`], and [`Reply::WatchOver`] when there is nothing to watch any more.
+    /// Nothing else is answered on this socket afterwards: who has seen enough closes it.
+    Watch { path: TreePath, is_recursive: bool },
 }
 
 /// A part of a file's content.
@@ -222,6 +230,65 @@ pub enum Reply {
     },
     Done,
     Failed(Fault),
+    // What came later stands last: by their places older sides know those above.
+    /// How many folders are watched, and whether it is a folder that was asked for.
+    Watching {
+        is_folder: bool,
+        folders: u32,
+    },
+    Noticed {
+        notices: Vec<Notice>,
+    },
+    WatchOver(WatchEnd),
+}
+
+/// Something that happened to what is watched. Paths begin there, without a slash: an empty one is what is watched itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Notice {
+    Change {
+        at_us: u64,
+        kind: NoticeKind,
+        path: Vec<u8>,
+        /// Of what was moved: where it was.
+        from: Option<Vec<u8>>,
+        is_folder: bool,
+    },
+    /// Something happened here that is not told.
+    Gap { at_us: u64, cause: GapCause },
+}
+
+/// What happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NoticeKind {
+    /// It has this name now, and had none that is watched.
+    Created,
+    /// Its content. Told once for any number of writes that came at about the same time.
+    Modified,
+    /// Mode, owner, times or extended attributes. Told as [`NoticeKind::Modified`] is.
+    Attributes,
+    /// It has no name any more that is watched.
+    Removed,
+    /// From one name that is watched to another.
+    Moved,
+}
+
+/// Why something is not told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GapCause {
+    /// More happened at once than the kernel keeps (`IN_Q_OVERFLOW`, inotify(7)). What is watched was gone through anew.
+    Overflow,
+    /// Whoever reads does not keep up.
+    SlowReader,
+    /// There are folders, new ones, that are not watched: too many, or too deep.
+    Unwatched,
+}
+
+/// Why there is nothing to watch any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WatchEnd {
+    /// The folder was removed or has another name; of a file, the folder that it is in.
+    Removed,
+    Unmounted,
 }
 
 /// A file, folder or whatever else has a name.

@@ -9,6 +9,7 @@ mod changes;
 mod draft;
 mod files;
 mod processes;
+mod watch;
 
 use std::{
     fs::File,
@@ -186,6 +187,7 @@ impl Worker {
             }
             Ask::Changes => place.changes(&mut *socket),
             Ask::Processes => place.processes(&mut *socket),
+            Ask::Watch { path, is_recursive } => return watch::serve(place, socket, &path, is_recursive),
         };
         write_frame(socket, &done.unwrap_or_else(Reply::Failed))
     }

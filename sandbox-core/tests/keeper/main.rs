@@ -26,3 +26,4 @@ mod tree;
 mod upgrade;
 mod volumes;
 mod walls;
+mod watch;

@@ -21,8 +21,8 @@ use sandbox_core::{
 use crate::harness::{Done, Node, Run, command, header, kill, node, output, shell, wait, wait_for_line};
 
 /// A running sandbox, ended when this is dropped.
-struct Sandbox {
-    id: SandboxId,
+pub(crate) struct Sandbox {
+    pub(crate) id: SandboxId,
 }
 
 impl Drop for Sandbox {
@@ -35,11 +35,11 @@ impl Drop for Sandbox {
 }
 
 /// Runs a script that says something when all is set up, and then goes on for a while.
-fn running(script: &str) -> Sandbox {
+pub(crate) fn running(script: &str) -> Sandbox {
     started(shell(&format!("{script}\necho ready; exec sleep 60")))
 }
 
-fn started(mut run: Run) -> Sandbox {
+pub(crate) fn started(mut run: Run) -> Sandbox {
     run.supervision.inodes = 20_000;
     run.supervision.wall_ms = Some(60_000);
     let mut client = node().client();
@@ -51,10 +51,10 @@ fn started(mut run: Run) -> Sandbox {
 }
 
 /// Somebody who works on files.
-pub(crate) struct Files(UnixStream);
+pub(crate) struct Files(pub(crate) UnixStream);
 
 impl Files {
-    fn of(sandbox: &Sandbox) -> Self {
+    pub(crate) fn of(sandbox: &Sandbox) -> Self {
         Self::open(node(), sandbox.id).unwrap()
     }
 
@@ -73,7 +73,7 @@ impl Files {
         read_frame(&mut self.0).unwrap().expect("an answer")
     }
 
-    fn ask(&mut self, ask: Ask) -> Result<Reply, Fault> {
+    pub(crate) fn ask(&mut self, ask: Ask) -> Result<Reply, Fault> {
         self.send(ask);
         done(self.reply())
     }
@@ -149,7 +149,7 @@ impl Files {
     }
 }
 
-fn at(path: &str) -> TreePath {
+pub(crate) fn at(path: &str) -> TreePath {
     TreePath::parse(path.as_bytes()).unwrap()
 }
 
@@ -166,7 +166,7 @@ fn entry(reply: Reply) -> Result<Entry, Fault> {
     }
 }
 
-fn kind<T: std::fmt::Debug>(done: Result<T, Fault>) -> FaultKind {
+pub(crate) fn kind<T: std::fmt::Debug>(done: Result<T, Fault>) -> FaultKind {
     done.unwrap_err().kind
 }
 
