@@ -172,6 +172,21 @@ async fn files_go_in_and_come_out() {
 }
 
 #[tokio::test]
+async fn what_changes_in_a_folder_is_told_as_it_happens() {
+    let client = shared().client();
+    let sandbox = running(&client, IDLE).await;
+
+    let mut changes = client.attach(&format!("{sandbox}/watch?path=/tmp&recursive=true")).await;
+    let stands = changes.next().await.unwrap();
+    put(&client, &format!("{sandbox}/files/tmp/in"), "put from outside\n").await;
+    let change = changes.next().await.unwrap();
+
+    assert_eq!(stands["watching"]["path"], "/tmp");
+    assert_eq!((&change["kind"], &change["path"], &change["seq"]), (&json!("created"), &json!("/tmp/in"), &json!(0)));
+    gone(&client, &sandbox).await;
+}
+
+#[tokio::test]
 async fn a_server_inside_is_reached_though_it_has_no_network() {
     let client = shared().client();
     let server = ["python3", "-u", "-m", "http.server", "8080", "--bind", "127.0.0.1", "--directory", "/etc"];

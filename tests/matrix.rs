@@ -41,6 +41,8 @@ const OF_WHAT_RUNS: [&str; 15] = [
     "/v1/sandboxes/{id}/execs/{eid}/resize",
 ];
 const FILE: &str = "/v1/sandboxes/{id}/files/{path}";
+/// Ends with the sandbox.
+const WATCH: &str = "/v1/sandboxes/{id}/watch";
 
 /// Makes what the last parameter of this part of a path names. `before` are the ids in front of it, `template` is the whole path.
 async fn make(owner: &Client, part: &str, before: &[Made], template: &str) -> Made {
@@ -53,6 +55,13 @@ async fn make(owner: &Client, part: &str, before: &[Made], template: &str) -> Ma
             let limits = json!({ "memory_bytes": 16 << 20, "cpu_millis": 20 });
             let lasting = json!({ "image": "busybox", "command": ["sleep", "60"], "labels": { "mark": mark(owner) }, "limits": limits });
             let made = uuid(owner.post("/v1/sandboxes", &lasting).await.expect(201));
+            owner.until(&format!("/v1/sandboxes/{}", made.id), |sandbox| sandbox["state"] == "running").await;
+            made
+        }
+        ("/v1/sandboxes/{id}", []) if template == WATCH => {
+            // Long enough for all that is asked of it, and shorter than a stream says nothing.
+            let brief = json!({ "image": "busybox", "command": ["sleep", "12"], "labels": { "mark": mark(owner) } });
+            let made = uuid(owner.post("/v1/sandboxes", &brief).await.expect(201));
             owner.until(&format!("/v1/sandboxes/{}", made.id), |sandbox| sandbox["state"] == "running").await;
             made
         }

@@ -29,6 +29,7 @@ mod stats;
 mod stream;
 mod view;
 mod volumes;
+mod watch;
 mod webhooks;
 
 use std::{any::Any, sync::Arc, time::Duration};
@@ -134,6 +135,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(life::resume))
         .routes(routes!(logs::read))
         .routes(routes!(stats::read))
+        .routes(routes!(watch::read))
         .routes(routes!(attach::sandbox))
         .routes(routes!(execs::read))
         .routes(routes!(execs::attach))

@@ -5,6 +5,7 @@ mod capacity;
 mod carry;
 mod cases;
 mod compile;
+mod crowd;
 mod exec;
 mod fair;
 mod files;
@@ -23,6 +24,7 @@ mod update;
 mod upkeep;
 mod volume;
 mod wait;
+mod watch;
 
 use std::{
     path::PathBuf,
@@ -49,6 +51,7 @@ use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 pub use wait::{Until, Waited};
+pub use watch::{FileWatch, FileWatchEnd, WatchError, Watched};
 
 use crate::{
     clock::Clock,
@@ -118,6 +121,7 @@ pub struct Engine {
     execs: exec::Execs,
     inputs: stdin::Inputs,
     waits: wait::Waits,
+    watches: watch::Watches,
     /// The room of layers that are kept here of what has ended.
     kept: start::KeptRooms,
     /// Volumes that are being made.
@@ -238,6 +242,7 @@ impl Engine {
             execs: exec::Execs::default(),
             inputs: stdin::Inputs::default(),
             waits: wait::Waits::default(),
+            watches: watch::Watches::default(),
             kept: start::KeptRooms::default(),
             making: volume::Making::default(),
             store,

@@ -26,7 +26,7 @@ use sandbox_core::{
     },
     transport::Socket,
 };
-pub use tree::{Content, GiveError, Tree, TreeError};
+pub use tree::{Content, GiveError, Noticed, Notices, Tree, TreeError};
 
 use tokio::{
     io::Interest,

@@ -32,8 +32,8 @@ pub use log_tail::{LogTail, TailCollector};
 pub use outcome::{Finish, Outcome, Phases, Reason, Truncated, Usage};
 pub use program::{Capabilities, Program, StopOrder, User, spec};
 pub use quota::{
-    DefaultQuotas, Exceeded, PrincipalQuotaChanges, QuotaChanges, QuotaScope, Quotas, WAITS, WAITS_MAX, asked, asked_of_steps,
-    bound_within, defaults_within, whole,
+    DefaultQuotas, Exceeded, PrincipalQuotaChanges, QuotaChanges, QuotaScope, Quotas, WAITS, WAITS_MAX, WATCHES, WATCHES_IN_SANDBOX_MAX,
+    WATCHES_MAX, asked, asked_of_steps, bound_within, defaults_within, whole,
 };
 pub use request::{
     Content, EVICT_AFTER_MS, Encoding, File, GRACE_MS, IDLE_TIMEOUT_MS, INTERVAL_MS, ImageReference, Invalid, LIST_LIMIT, LabelFault,

@@ -22,6 +22,8 @@ NUMBERS = itertools.count()
 LONG_MS = 3_600_000
 STREAMS = ("readLog", "readExecLog", "readStats", "listEvents")
 ATTACH = ("attachSandbox", "attachExec")
+# Where nothing changes, nothing comes: only a handshake is answered at once.
+WATCH = "watchFiles"
 HANDSHAKE = {
     "Connection": "Upgrade",
     "Upgrade": "websocket",
@@ -93,7 +95,7 @@ def before_call(context, case, kwargs):
         case.headers = {**case.headers, "Idempotency-Key": f"case-{next(NUMBERS)}"}
     if operation in STREAMS:
         stream(case, operation, is_valid, has_end)
-    if operation in ATTACH and is_valid:
+    if operation == WATCH or operation in ATTACH and is_valid:
         case.headers = {**(case.headers or {}), **HANDSHAKE}
 
 
@@ -166,7 +168,7 @@ def in_a_sandbox(case, operation, path, is_valid, number, kwargs):
         path["eid"] = live.process(path["id"], state)
     if "path" in path and state == "running":
         path["path"] = file_for(case, operation, path["id"], is_valid, number)
-    if operation in ("readArchive", "writeArchive") and is_valid:
+    if operation in ("readArchive", "writeArchive", WATCH) and is_valid:
         case.query = {**(case.query or {}), "path": "/tmp"}
     if operation == "writeArchive" and is_valid:
         kwargs["data"] = live.archive()

@@ -15,6 +15,7 @@ use axum::{
 use futures_util::StreamExt as _;
 use sandbox_core::tree::{Ask, Entry, Existing, Fault, FaultKind, Link, Owner, PAGE_ENTRIES_MAX, Reply, Span, TreePath};
 use utoipa_axum::{router::OpenApiRouter, routes};
+pub(super) use view::named;
 use view::{ArchiveView, ChangeView, DiffView, EntryView, FileAnswer, PageView, ProcessView, TopView};
 
 use super::{
@@ -91,7 +92,7 @@ fn decoded(text: &str) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-fn path(field: &str, bytes: &[u8]) -> Result<TreePath, ApiError> {
+pub(super) fn path(field: &str, bytes: &[u8]) -> Result<TreePath, ApiError> {
     TreePath::parse(bytes).map_err(|error| Invalid::new(field, error.to_string()).into())
 }
 
@@ -160,7 +161,7 @@ impl Wish {
 }
 
 /// `?list` is as good as `?list=true`.
-fn flag(name: &str, text: &str) -> Result<bool, ApiError> {
+pub(super) fn flag(name: &str, text: &str) -> Result<bool, ApiError> {
     match text {
         "" | "true" => Ok(true),
         "false" => Ok(false),

@@ -1,10 +1,6 @@
 //! Waiting until a sandbox is so, for as long as somebody likes.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use serde::Serialize;
 use tokio::{
@@ -13,7 +9,10 @@ use tokio::{
 };
 use utoipa::ToSchema;
 
-use super::{Engine, EngineError, Progress};
+use super::{
+    Engine, EngineError, Progress,
+    crowd::{Crowd, Place},
+};
 use crate::{
     sandbox::{Exceeded, Kind, QuotaScope, Sandbox, SandboxId, State, TenantId, WAITS, WAITS_MAX},
     store::News,
@@ -162,44 +161,17 @@ async fn news_of(tenant: &TenantId, news: &mut broadcast::Receiver<Arc<News>>) {
 
 /// Who waits here, by tenant.
 #[derive(Debug, Default)]
-pub(super) struct Waits(Arc<Mutex<HashMap<TenantId, u64>>>);
-
-/// One of them, until it is dropped.
-#[derive(Debug)]
-struct Place {
-    waits: Arc<Mutex<HashMap<TenantId, u64>>>,
-    tenant: TenantId,
-}
+pub(super) struct Waits(Crowd<TenantId>);
 
 impl Waits {
-    fn begin(&self, tenant: &TenantId) -> Result<Place, EngineError> {
-        let mut waits = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = waits.entry(tenant.clone()).or_default();
-        if *count >= WAITS_MAX {
-            let exceeded = Exceeded {
-                scope: QuotaScope::Tenant,
-                quota: WAITS.to_owned(),
-                limit: WAITS_MAX.into(),
-                used: (*count).into(),
-                retry_after_s: Some(1),
-            };
-            return Err(EngineError::QuotaExceeded(exceeded.into()));
-        }
-        *count += 1;
-        Ok(Place { waits: Arc::clone(&self.0), tenant: tenant.clone() })
+    fn begin(&self, tenant: &TenantId) -> Result<Place<TenantId>, EngineError> {
+        self.0.join(tenant, WAITS_MAX).ok_or_else(|| EngineError::QuotaExceeded(crowded(WAITS, WAITS_MAX).into()))
     }
 }
 
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut waits = self.waits.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = waits.get_mut(&self.tenant) {
-            *count -= 1;
-            if *count == 0 {
-                waits.remove(&self.tenant);
-            }
-        }
-    }
+/// The tenant is at this as often as it may be at this node.
+pub(super) fn crowded(what: &str, max: u64) -> Exceeded {
+    Exceeded { scope: QuotaScope::Tenant, quota: what.to_owned(), limit: max.into(), used: max.into(), retry_after_s: Some(1) }
 }
 
 /// Returns when something has happened to it; with what it was at its end, if it was that.
@@ -224,14 +196,12 @@ mod tests {
     fn a_tenant_waits_so_often_and_another_all_the_same() {
         let waits = Waits::default();
         let [acme, other] = ["acme", "other"].map(|name| TenantId::proven(name.into()));
-        let mut places: Vec<Place> = (0..WAITS_MAX).map(|_| waits.begin(&acme).unwrap()).collect();
+        let mut places: Vec<Place<TenantId>> = (0..WAITS_MAX).map(|_| waits.begin(&acme).unwrap()).collect();
         let Err(EngineError::QuotaExceeded(exceeded)) = waits.begin(&acme) else { panic!("one too many waits") };
         assert_eq!((exceeded.quota.as_str(), exceeded.retry_after_s), (WAITS, Some(1)));
         assert!(waits.begin(&other).is_ok());
         places.pop();
         assert!(waits.begin(&acme).is_ok());
-        places.clear();
-        assert!(waits.0.lock().unwrap().is_empty());
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //!
 //! What comes from there is a stranger's word. Its lengths are bounded before anything is set aside for them, and it says no more than was asked for.
 
+mod notices;
+
 use std::{io, os::fd::OwnedFd, time::Duration};
 
 use futures_util::{Stream, StreamExt as _};
@@ -14,6 +16,8 @@ use tokio::{
     net::UnixStream,
 };
 use tokio_util::bytes::Bytes;
+
+pub use notices::{Noticed, Notices};
 
 /// How long the other side may say nothing. Its own deadline is shorter, so that this is for one that cannot keep it: a sandbox that stands still.
 const PATIENCE: Duration = Duration::from_secs(90);

@@ -40,6 +40,11 @@ const TENANT_ONLY: [&str; 6] = ["execs", "image_bytes", "volume_bytes", "volumes
 pub const WAITS: &str = "waits";
 pub const WAITS_MAX: u64 = 256;
 
+/// Watches of files at one time, likewise; and so many in one sandbox, where each is a process.
+pub const WATCHES: &str = "watches";
+pub const WATCHES_MAX: u64 = 256;
+pub const WATCHES_IN_SANDBOX_MAX: u64 = 4;
+
 /// Quotas that are lists of what may be asked for.
 const LISTS: [&str; 2] = ["networks", "isolations"];
 /// Names in one of them.
@@ -338,6 +343,7 @@ impl std::fmt::Display for Exceeded {
         match COUNTED.iter().find(|(name, _)| name == quota) {
             Some((_, unit)) => write!(f, "{whose} may have {limit} {unit}; {used} are used"),
             None if quota == WAITS => write!(f, "{whose} may wait for {limit} sandboxes at one time; {used} are waited for"),
+            None if quota == WATCHES => write!(f, "{whose} may watch files {limit} times at one time; {used} do"),
             None if used.is_null() => write!(f, "{whose} may ask for {limit} in {quota} at the most, and no limit was asked for"),
             None => write!(f, "{whose} may ask for {limit} in {quota}; {used} was asked for"),
         }

@@ -56,6 +56,11 @@ parameters! {
         query("stream", "Whether samples go on coming. Without it, where a WebSocket is asked for, or `Accept` names a form of streams.", json!({ "type": "boolean" })),
         query("interval_ms", "Between two samples of a stream.", bounded(&INTERVAL_MS))
     ];
+    /// What is watched.
+    WatchParameters = [
+        query("path", "The folder or file, from the root on.", json!({ "type": "string", "pattern": INNER_PATH, "default": "/" })),
+        query("recursive", "Of a folder: with all folders below it, also those that are yet to come.", json!({ "type": "boolean", "default": false }))
+    ];
     /// The id of a sandbox, or its name.
     Named = [path("id", "Its id, or its name. What is neither names nothing, and is not found.")];
     /// A sandbox, and a file or folder in it.

@@ -114,7 +114,7 @@ pub(super) struct TopView {
 }
 
 /// Text, and all bytes if they are none.
-fn named(bytes: &[u8]) -> (String, Option<String>) {
+pub(in crate::api) fn named(bytes: &[u8]) -> (String, Option<String>) {
     let is_text = std::str::from_utf8(bytes).is_ok();
     (String::from_utf8_lossy(bytes).into_owned(), (!is_text).then(|| BASE64.encode(bytes)))
 }
