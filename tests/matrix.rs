@@ -60,7 +60,8 @@ async fn make(owner: &Client, part: &str, before: &[Made], template: &str) -> Ma
         }
         ("/v1/sandboxes/{id}", []) if template == WATCH => {
             // Long enough for all that is asked of it, and shorter than a stream says nothing.
-            let brief = json!({ "image": "busybox", "command": ["sleep", "12"], "labels": { "mark": mark(owner) } });
+            let limits = json!({ "memory_bytes": 16 << 20, "cpu_millis": 100 });
+            let brief = json!({ "image": "busybox", "command": ["sleep", "12"], "labels": { "mark": mark(owner) }, "limits": limits });
             let made = uuid(owner.post("/v1/sandboxes", &brief).await.expect(201));
             owner.until(&format!("/v1/sandboxes/{}", made.id), |sandbox| sandbox["state"] == "running").await;
             made
