@@ -114,15 +114,15 @@ async fn all_of_a_batch_are_waited_for_at_the_same_time() {
 }
 
 #[tokio::test]
-async fn how_long_to_wait_is_not_said_for_one_of_many() {
-    let mut run = shell("true");
-    run["wait_ms"] = json!(1000);
+async fn what_one_of_many_says_of_waiting_is_held_to_its_bound_and_waited_for_by_nobody() {
+    let (mut patient, mut too_patient) = (shell("sleep 1"), shell("true"));
+    (patient["wait_ms"], too_patient["wait_ms"]) = (json!(60_000), json!(300_001));
 
-    let answer = shared().client().post(BATCH, &batch(&[shell("true"), run])).await.expect(200);
+    let answer = shared().client().post(BATCH, &json!({ "runs": [patient, too_patient], "wait_ms": 0 })).await.expect(202);
 
+    assert_ne!(answer["items"][0]["run"]["state"], "exited");
     assert_refused(&answer["items"][1], 422, "invalid_request");
     assert_eq!(answer["items"][1]["problem"]["field"], "runs[1].wait_ms");
-    assert_exit(&answer["items"][0]["run"], 0);
 }
 
 #[tokio::test]

@@ -41,6 +41,7 @@ print("a limit")
 
 batch = create_runs.sync(client=client, body=BatchRequest(runs=[shell("echo one"), RunRequest(image="no-such-image"), shell("echo three")]))
 one, refused, three = batch.items
+assert one.run and three.run, batch
 assert (is_(one.run, Run).stdout, is_(three.run, Run).stdout) == ("one\n", "three\n"), batch
 assert is_(refused.problem, Problem).code == ProblemCode.IMAGE_NOT_FOUND, batch
 assert read_runs.sync(client=client, ids=[three.run.id, one.run.id]).items == [three, one]

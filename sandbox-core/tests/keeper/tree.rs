@@ -1,7 +1,7 @@
 //! Files of a sandbox, worked on from inside it: what can be done, and what a payload can do about it.
 
 use std::{
-    io::{Read, Write},
+    io::{self, Read, Write},
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
@@ -66,7 +66,11 @@ impl Files {
     }
 
     fn send(&mut self, ask: Ask) {
-        write_frame(&mut self.0, &Call { version: VERSION, ask }).unwrap();
+        match write_frame(&mut self.0, &Call { version: VERSION, ask }) {
+            // It was refused before it was read: the answer says why.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            written => written.unwrap(),
+        }
     }
 
     fn reply(&mut self) -> Reply {
@@ -554,7 +558,7 @@ fn so_many_work_at_once_and_when_one_goes_another_may_come() {
         let mut files = Files::of(&sandbox);
         // Whoever is refused hears so at once, and the others nothing until they ask.
         files.0.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
-        if read_frame::<Reply>(&mut files.0).is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock) {
+        if read_frame::<Reply>(&mut files.0).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
             files.0.set_read_timeout(None).unwrap();
             return drop(files.stat("/").unwrap());
         }

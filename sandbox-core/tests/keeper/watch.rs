@@ -37,13 +37,16 @@ impl Watcher {
         Ok(Self { files, is_folder, folders })
     }
 
-    /// What is told up to this, with it.
+    /// What is told up to this, with it. That a new folder is given its mode may be told with it or a moment later.
     fn until(&mut self, last: &str) -> Vec<String> {
         let mut seen = Vec::new();
         while seen.last().is_none_or(|told| told != last) {
             match read_frame(&mut self.files.0) {
                 // What is told together may go on behind it.
-                Ok(Some(Reply::Noticed { notices })) => seen.extend(notices.iter().map(in_short)),
+                Ok(Some(Reply::Noticed { notices })) => {
+                    let told = notices.iter().map(in_short);
+                    seen.extend(told.filter(|told| !(told.starts_with("Attributes ") && told.ends_with('/'))));
+                }
                 other => panic!("{other:?} after {seen:?}, without {last}"),
             }
             if let Some(place) = seen.iter().position(|told| told == last) {

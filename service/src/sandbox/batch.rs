@@ -14,7 +14,7 @@ const _: () = assert!(RUNS_MAX == 100, "the contract of `runs` says so too, and 
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BatchRequest {
-    /// Each as the body of `POST /v1/runs`, without `wait_ms`. What is wrong with one is told in its place of the answer, and is no fault of the others.
+    /// Each as the body of `POST /v1/runs`; its `wait_ms` counts for nothing. What is wrong with one is told in its place of the answer, and is no fault of the others.
     #[schema(value_type = Vec<RunRequest>, min_items = 1, max_items = 100)]
     runs: Vec<Box<RawValue>>,
     /// How long to wait for the end of all of them, in milliseconds.

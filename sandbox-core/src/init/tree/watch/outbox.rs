@@ -77,7 +77,8 @@ impl Outbox {
         let is_old = match kind {
             NoticeKind::Created => std::mem::replace(noticed, Noticed { is_created: true, ..Noticed::default() }).is_created,
             NoticeKind::Modified => std::mem::replace(&mut noticed.is_modified, true),
-            NoticeKind::Attributes => std::mem::replace(&mut noticed.has_attributes, true),
+            // Whoever makes something gives it its mode and owner right after.
+            NoticeKind::Attributes => std::mem::replace(&mut noticed.has_attributes, true) || noticed.is_created && !noticed.is_modified,
             NoticeKind::Removed | NoticeKind::Moved => {
                 *noticed = Noticed::default();
                 false
