@@ -135,7 +135,7 @@ impl Judging {
         let ends = || cases.iter().filter_map(|case| case.end.as_ref());
         let decides = || {
             let broken_off = ends().find(|end| end.breaks_off());
-            broken_off.or_else(|| ends().find(|end| end.verdict != Verdict::Accepted)).or_else(|| ends().last())
+            broken_off.or_else(|| ends().find(|end| end.verdict != Verdict::Accepted)).or_else(|| ends().next_back())
         };
         Judged {
             outcome: if self.next(cases).is_none() { decides().map(|end| end.outcome.clone()) } else { None },

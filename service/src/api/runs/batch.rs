@@ -275,8 +275,8 @@ async fn view_of(app: &App, waited: Waited, most: usize) -> Result<(RunView, boo
 }
 
 /// How much of each stream of one is shown where so many are: together as much as of one alone.
-const fn share(runs: usize) -> usize {
-    if runs == 0 { ANSWER_STREAM_BYTES } else { ANSWER_STREAM_BYTES / runs }
+fn share(runs: usize) -> usize {
+    ANSWER_STREAM_BYTES.checked_div(runs).unwrap_or(ANSWER_STREAM_BYTES)
 }
 
 /// Whether the same may be accepted later.
