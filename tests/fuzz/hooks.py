@@ -89,6 +89,9 @@ def before_call(context, case, kwargs):
         # One that is not refused for it is answered in the form that its headers ask for, and that may have no end.
         if operation in STREAMS:
             case.query = {**(case.query or {}), "stream" if operation == "readStats" else "follow": "false"}
+        # This has none.
+        if operation == WATCH:
+            case.query = {**(case.query or {}), "path": "/nowhere"}
         return
     # A key of its own: with another's, nothing but that is told.
     if "Idempotency-Key" in (case.headers or {}):
