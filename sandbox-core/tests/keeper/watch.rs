@@ -166,6 +166,36 @@ fn folders_that_come_and_go_are_watched_as_long_as_they_are_there() {
 }
 
 #[test]
+fn a_folder_that_was_away_for_a_moment_is_watched_again() {
+    let sandbox = waiting("mkdir -p /work/a/in /elsewhere", "mv /work/a /elsewhere/a && mv /elsewhere/a /work/b; : > /work/gone-and-back");
+    let mut files = Files::of(&sandbox);
+    let mut watcher = Watcher::of(&sandbox, "/work", true).unwrap();
+
+    files.write("/tmp/go", b"").unwrap();
+    watcher.until("Created gone-and-back");
+    // Longer than the second half of a move is waited for.
+    files.write("/work/later", b"").unwrap();
+    watcher.until("Created later");
+    files.write("/work/b/in/new", b"").unwrap();
+
+    assert_eq!(watcher.until("Created b/in/new"), ["Created b/in/new"]);
+}
+
+#[test]
+fn a_folder_is_watched_whatever_its_name_is_like() {
+    let sandbox = running("mkdir /work");
+    let mut files = Files::of(&sandbox);
+    let mut watcher = Watcher::of(&sandbox, "/work", true).unwrap();
+    let name = format!(".mayfly-{}", "0".repeat(32));
+
+    make(&mut files, &format!("/work/{name}"));
+    watcher.until(&format!("Created {name}/"));
+    files.write(&format!("/work/{name}/inside"), b"").unwrap();
+
+    watcher.until(&format!("Created {name}/inside"));
+}
+
+#[test]
 fn a_file_is_watched_by_its_name_whatever_becomes_of_it() {
     let sandbox = running("mkdir /work; echo old > /work/a; echo b > /work/b");
     let mut files = Files::of(&sandbox);

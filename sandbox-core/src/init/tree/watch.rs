@@ -66,8 +66,7 @@ struct Watch {
 struct Half {
     cookie: u32,
     at: Instant,
-    /// `None`: of a name that is told to nobody.
-    from: Option<Left>,
+    from: Left,
 }
 
 struct Left {
@@ -159,7 +158,7 @@ impl Watch {
             return is_top.then_some(WatchEnd::Removed);
         }
         // It went to where nobody watches, or else the word of where comes before all others.
-        if self.halves.iter().filter_map(|half| half.from.as_ref()).any(|left| left.watches.contains(&seen.watch)) {
+        if self.halves.iter().any(|half| half.from.watches.contains(&seen.watch)) {
             return None;
         }
         let Some(name) = seen.name else {
@@ -176,7 +175,8 @@ impl Watch {
         };
         // What is done to a file that has no name is told as if it had one, though it cannot be looked up.
         let is_touched = seen.what.intersects(ReadFlags::MODIFY | ReadFlags::ATTRIB);
-        let is_passing = is_draft(&name) || is_touched && is_like_unnamed(&name) && !self.folders.has(&path);
+        let is_file = !seen.what.contains(ReadFlags::ISDIR);
+        let is_passing = is_file && is_draft(&name) || is_touched && is_like_unnamed(&name) && !self.folders.has(&path);
         self.changed(seen.what, seen.cookie, path, is_passing);
         None
     }
@@ -188,10 +188,10 @@ impl Watch {
             (ReadFlags::ATTRIB, NoticeKind::Attributes),
             (ReadFlags::DELETE, NoticeKind::Removed),
         ];
-        if what.contains(ReadFlags::MOVED_FROM) {
-            self.left(cookie, path, is_folder, is_passing);
-        } else if is_passing {
+        if is_passing {
             // Nobody asked for it, and in a moment it has another name, or none.
+        } else if what.contains(ReadFlags::MOVED_FROM) {
+            self.left(cookie, path, is_folder);
         } else if what.contains(ReadFlags::CREATE) {
             self.came(path, is_folder);
         } else if what.contains(ReadFlags::MOVED_TO) {
@@ -205,6 +205,7 @@ impl Watch {
     fn came(&mut self, path: Vec<u8>, is_folder: bool) {
         self.outbox.change(NoticeKind::Created, path.clone(), is_folder);
         if is_folder {
+            self.let_go();
             let Self { folders, outbox, .. } = self;
             let watched = folders.follow(&path, |path, is_folder| {
                 outbox.change(NoticeKind::Created, path, is_folder);
@@ -213,20 +214,22 @@ impl Watch {
         }
     }
 
-    fn left(&mut self, cookie: u32, path: Vec<u8>, is_folder: bool, is_passing: bool) {
-        let from = if is_passing {
-            None
-        } else {
-            let place = self.outbox.change(NoticeKind::Removed, path.clone(), is_folder);
-            let watches = if is_folder { self.folders.below(&path) } else { Vec::new() };
-            Some(Left { path, place, watches })
-        };
-        self.halves.push(Half { cookie, at: Instant::now(), from });
+    fn left(&mut self, cookie: u32, path: Vec<u8>, is_folder: bool) {
+        let place = self.outbox.change(NoticeKind::Removed, path.clone(), is_folder);
+        let watches = if is_folder { self.folders.below(&path) } else { Vec::new() };
+        self.halves.push(Half { cookie, at: Instant::now(), from: Left { path, place, watches } });
+    }
+
+    /// Folders that went may be what comes, by another way: that is watched anew.
+    fn let_go(&mut self) {
+        let Self { halves, folders, .. } = self;
+        let watches = halves.iter_mut().flat_map(|half| std::mem::take(&mut half.from.watches));
+        watches.for_each(|watch| folders.unwatch(watch));
     }
 
     fn arrived(&mut self, cookie: u32, path: Vec<u8>, is_folder: bool) {
         let half = self.halves.iter().position(|half| half.cookie == cookie).map(|place| self.halves.remove(place));
-        let Some(Left { path: from, place, watches }) = half.and_then(|half| half.from) else {
+        let Some(Left { path: from, place, watches }) = half.map(|half| half.from) else {
             return self.came(path, is_folder);
         };
         // Another folder that has this name still was replaced, or changed places with this one (renameat2(2)).
@@ -251,7 +254,7 @@ impl Watch {
     fn halves_over(&mut self) {
         let is_late = |half: &Half| half.at.elapsed() >= HALF_PATIENCE;
         for half in self.halves.extract_if(.., |half| is_late(half)) {
-            half.from.iter().flat_map(|left| &left.watches).for_each(|watch| self.folders.unwatch(*watch));
+            half.from.watches.iter().for_each(|watch| self.folders.unwatch(*watch));
         }
     }
 

@@ -194,7 +194,8 @@ impl Folders {
         self.go_back();
         let gone: Vec<i32> = before.into_keys().filter(|watch| !self.paths.contains_key(watch)).collect();
         gone.into_iter().for_each(|watch| self.unwatch(watch));
-        whole(done)
+        // Where not even the topmost can be looked at, nothing more would ever be told.
+        done.map_err(|_| Unwatched)
     }
 
     /// This folder and those below it, as far as they are watched as such.

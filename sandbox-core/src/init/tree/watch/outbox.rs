@@ -89,7 +89,12 @@ impl Outbox {
 
     /// What was noted as removed is here now.
     pub(super) fn moved(&mut self, removed: Option<Slot>, from: Vec<u8>, path: Vec<u8>, is_folder: bool) {
-        self.noticed.insert(path.clone(), Noticed::default());
+        if is_folder {
+            // All that is below it has other names now.
+            self.noticed.clear();
+        } else {
+            self.noticed.remove(&path);
+        }
         let Some(Slot { round, index }) = removed else { return };
         // Of such a one it is told that it went, and that something is missing.
         if self.bytes >= BYTES_MAX && !self.has_room() {
@@ -241,6 +246,19 @@ mod tests {
         outbox.send().unwrap();
         assert_eq!(told(&mut theirs), ["Moved a to b", "Removed c"]);
         assert_eq!(told(&mut theirs), ["Created d"]);
+    }
+
+    #[test]
+    fn what_another_folder_of_the_name_holds_is_told_anew() {
+        let (mut outbox, mut theirs) = outbox();
+        outbox.change(NoticeKind::Modified, b"d/f".to_vec(), false);
+        for (from, to) in [(b"d", b"o"), (b"n", b"d")] {
+            let removed = outbox.change(NoticeKind::Removed, from.to_vec(), true);
+            outbox.moved(removed, from.to_vec(), to.to_vec(), true);
+        }
+        outbox.change(NoticeKind::Modified, b"d/f".to_vec(), false);
+        outbox.send().unwrap();
+        assert_eq!(told(&mut theirs), ["Modified d/f", "Moved d to o", "Moved n to d", "Modified d/f"]);
     }
 
     #[test]
