@@ -157,6 +157,8 @@ impl Engine {
         reservation.count_for_if_nobody(owner, weight);
         let (live, followed) = {
             let live = self.live.insert(next, lease, Duration::ZERO);
+            // What was counted for its layer meanwhile is in its own room.
+            self.kept.remove(id);
             (Arc::clone(&live), Followed::new(live))
         };
         if is_fresh {
@@ -202,6 +204,11 @@ impl Engine {
         // One whose memory limit was lowered below the size of its layer keeps what it has.
         room.resize(room_of_layer(&live.limits()));
         self.kept.insert(live.sandbox.id, room, hello.started_at_us);
+    }
+
+    /// Whether it runs here, or is about to.
+    fn lives(&self, id: SandboxId) -> bool {
+        self.live.get(id).is_some_and(|live| !live.progress().state().is_final())
     }
 
     async fn layers_of_keeper(&self) -> Result<HashSet<SandboxId>, EngineError> {
@@ -268,6 +275,10 @@ impl Engine {
         }
         let mut given_up = self.store.layers_of_gone_nodes(overdue).await?;
         for (sandbox, _) in rows.iter().filter(|(_, finished_at)| *finished_at < overdue) {
+            // Somebody has started it meanwhile.
+            if self.lives(sandbox.id) {
+                continue;
+            }
             if self.drop_layer(sandbox.id).await.is_ok() {
                 self.kept.remove(sandbox.id);
                 given_up.push(sandbox.id);
@@ -312,7 +323,8 @@ impl RoomTaken<'_> {
 
 impl Drop for RoomTaken<'_> {
     fn drop(&mut self) {
-        if let (Some(mut reservation), Some(kept)) = (self.reservation.take(), self.kept) {
+        let taken = self.reservation.take().zip(self.kept).filter(|_| !self.engine.lives(self.id));
+        if let Some((mut reservation, kept)) = taken {
             reservation.resize(kept);
             self.engine.kept.insert(self.id, reservation, self.keeper);
         }
