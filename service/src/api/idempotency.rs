@@ -460,6 +460,13 @@ fn mark_as_replayed(response: &mut Response) {
 }
 
 /// What an attempt with this answer leaves: one that was cut off, or went wrong, says nothing of what it had begun.
+/// Of a part of a request that was refused: what it made, if anything, is tied to the key all the same. Where that fails the key is kept for longer.
+pub(super) async fn give_back(app: &App, key: &HeldKey) {
+    if let Err(error) = app.store.give_key_back(key, Left::Undone, app.clock.now() + GIVEN_BACK_FOR).await {
+        tracing::warn!(%error, "the key of a refused part is not given back");
+    }
+}
+
 const fn left_after(status: StatusCode) -> Left {
     match status {
         StatusCode::INTERNAL_SERVER_ERROR | StatusCode::GATEWAY_TIMEOUT => Left::Unknown,

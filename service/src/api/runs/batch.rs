@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     engine::{ANSWER_STREAM_BYTES, Finished, Followed},
-    sandbox::{BatchRequest, Invalid, Kind, RUNS_MAX, RunRequest, Sandbox, SandboxId, TenantId},
+    sandbox::{BatchRequest, Case, Invalid, Kind, RUNS_MAX, RunRequest, Sandbox, SandboxId, TenantId},
     token::Scope,
 };
 
@@ -227,7 +227,15 @@ async fn accept_one(app: &App, caller: &Caller, keyed: &Keyed, place: usize, run
     let keyed = keyed.part(app, place, body).await?;
     Ok(match keyed.made {
         Some(id) => Accepted::Earlier(id),
-        None => Accepted::New(app.engine.create(caller.owner(), asked, keyed.key).await?),
+        None => match app.engine.create(caller.owner(), asked, keyed.key.clone()).await {
+            Ok(run) => Accepted::New(run),
+            Err(error) => {
+                if let Some(key) = &keyed.key {
+                    idempotency::give_back(app, key).await;
+                }
+                return Err(error.into());
+            }
+        },
     })
 }
 
@@ -255,6 +263,7 @@ async fn wait_for(app: &App, tenant: &TenantId, accepted: Result<Accepted, ApiEr
 /// As it is shown, with so many bytes of each stream; and whether it has ended. Fails for none that this request made: who hears of a failure believes that
 /// nothing was made.
 async fn view_of(app: &App, waited: Waited, most: usize) -> Result<(RunView, bool), ApiError> {
+    let is_made_now = !matches!(waited, Waited::Seen(_));
     let (run, output) = match waited {
         Waited::Ended(finished) => {
             let output = app.engine.output_of(finished.sandbox.id, &finished.log_tail).await;
@@ -267,7 +276,14 @@ async fn view_of(app: &App, waited: Waited, most: usize) -> Result<(RunView, boo
         Waited::GoesOn(run) | Waited::Seen(run) => (run, None),
     };
     let has_ended = output.is_some();
-    let cases = app.engine.cases_of(&run).await?.map(|cases| {
+    let cases = match app.engine.cases_of(&run).await {
+        Err(error) if is_made_now => {
+            tracing::warn!(sandbox.id = %run.id, %error, "what came of the cases is not told");
+            return Ok((RunView::new(run, None, None, None), false));
+        }
+        found => found?,
+    };
+    let cases = cases.map(|cases: Vec<Case>| {
         let share = most / cases.len().max(1);
         cases.into_iter().map(|case| case.shortened(share)).collect()
     });
