@@ -122,6 +122,7 @@ impl Engine {
     }
 
     async fn launch_and_follow(&self, live: &Arc<Live>, input: &Arc<Input>) -> Course {
+        self.recall_cases(live).await;
         if let Some(reason) = live.ordered_kill() {
             return Course::Ended(self.ending(Cause::Killed(reason)));
         }

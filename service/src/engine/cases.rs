@@ -26,6 +26,7 @@ use crate::{
     store::{Input, Return, StoreError},
 };
 
+const SUCCESS: Cause = Cause::Exited { code: 0 };
 /// Between two tries to have a case forgotten, or its log read.
 const PAUSE: Duration = Duration::from_millis(50);
 /// How often a log is tried that cannot be read.
@@ -96,7 +97,12 @@ impl Engine {
         let next = judging.next(&cases);
         let [even, odd] = records;
         let record = next.and_then(|index| if index % 2 == 0 { even } else { odd });
-        let input = Arc::new(self.until_heard(id, || self.store.kept_input(id)).await);
+        // Where there is a step, its files were for that.
+        let input = match live.sandbox.compile {
+            None => self.until_heard(id, || self.store.kept_input(id)).await,
+            Some(_) => Input::default(),
+        };
+        let input = Arc::new(input);
         let after = if next.is_some() && record.is_none() && is_same_keeper {
             // It would know the case if it had been begun. What came of those before is stored, and compiling again harms nobody.
             live.free_room();
@@ -125,6 +131,14 @@ impl Engine {
         // Whatever they came to, this is what ends it.
         let judged = Judged { outcome: None, ..so_far };
         Ok((finish.judged(&judged), judged.stored_bytes))
+    }
+
+    /// Knows what was stored of the cases of a run that is gone on with, whatever ends it before the next.
+    pub(super) async fn recall_cases(&self, live: &Live) {
+        if let Some(judging) = live.sandbox.judging.filter(|_| live.sandbox.claims > 1) {
+            let cases = self.until_heard(live.sandbox.id, || self.store.cases_of(live.sandbox.id)).await;
+            live.note_judged(Judged { outcome: None, ..judging.of(&cases) });
+        }
     }
 
     /// Has the keeper end and forget what it may still have of this run's cases. False if that cannot be done now.
@@ -197,10 +211,14 @@ impl Engine {
         let expected = self.until_heard(id, || self.store.case_expected(id, index)).await.map(Arc::new);
         let finish = |ending: &Ending| Finish::of(ending, &live.limits(), phases(live, at_us(ending.ended_at_us)));
         match self.read_case(case_id(id, index), judging.comparison, expected).await {
+            // What a full disk of ours lost is no fault of the program's.
+            Ok(read) if ending.cause == SUCCESS && read.stdout_bytes() < ending.usage.stdout_bytes.min(live.limits().output_bytes()) => {
+                CaseEnd::of(finish(&failed_by_us(ending, "its node lost some of its output")), read)
+            }
             Ok(read) => CaseEnd::of(finish(ending), read),
             Err(error) => {
                 tracing::error!(sandbox.id = %id, index, %error, "reading the log of a case failed");
-                CaseEnd::of(finish(&self.infra_error("its output could not be read".to_owned())), CaseReader::new(None))
+                CaseEnd::of(finish(&failed_by_us(ending, "its output could not be read")), CaseReader::new(None))
             }
         }
     }
@@ -233,9 +251,14 @@ impl Engine {
         let outcomes = cases.iter().filter_map(|case| case.end.as_ref()).map(|end| &end.outcome);
         match outcomes.into_iter().find(|outcome| outcome.reason == Reason::InfraError) {
             Some(fault) => self.infra_error(fault.message.clone()),
-            None => self.ending(Cause::Exited { code: 0 }),
+            None => self.ending(SUCCESS),
         }
     }
+}
+
+/// It ran, and used what it did; what it came to nobody can say.
+fn failed_by_us(ending: &Ending, message: &str) -> Ending {
+    Ending { cause: Cause::InfraError { message: message.to_owned() }, ..ending.clone() }
 }
 
 fn launch_of_case(live: &Live, index: usize, has_stdin: bool, has_files: bool) -> Launch {

@@ -92,6 +92,7 @@ impl Engine {
         // Each whether or not the one before came through: what is dropped nowhere grows without end.
         let done = [
             in_batches(|| self.store.roll_up_usage(beginning_of_hour(now - ROLL_UP_AFTER), BATCH)).await,
+            in_batches(|| self.store.prune_cases(ended, BATCH)).await,
             in_batches(|| self.store.prune_sandboxes(ended, BATCH)).await,
             in_batches(|| self.store.prune_execs(ended, BATCH)).await,
             in_batches(|| self.store.prune_events(told, BATCH)).await,

@@ -241,6 +241,11 @@ impl CaseReader {
         Self { comparer, stdout: Beginning::default(), stderr: Beginning::default() }
     }
 
+    /// How much of its standard output was logged.
+    pub const fn stdout_bytes(&self) -> u64 {
+        self.stdout.bytes.len() as u64 + self.stdout.omitted_bytes
+    }
+
     pub fn push(&mut self, record: Record<'_>) {
         match record.kind {
             Kind::Stdout => {

@@ -4,7 +4,7 @@ use serde_json::Value;
 use sqlx::types::Json;
 use time::OffsetDateTime;
 
-use super::{Hold, Input, Store, StoreError, bigint, damaged, unsigned};
+use super::{Hold, Input, Store, StoreError, bigint, damaged, sandboxes::id_at, unsigned};
 use crate::sandbox::{Beginning, Case, CaseEnd, NewCase, SandboxId, Verdict};
 
 /// The cases of a new run, column by column.
@@ -115,6 +115,26 @@ impl Store {
         .execute(&self.pool)
         .await?;
         Ok(done.rows_affected() == 1)
+    }
+
+    /// Removes cases of runs that ended before this time and are about to be removed, a few at a time: of one run alone they can be megabytes.
+    /// Answers how many.
+    pub async fn prune_cases(&self, before: OffsetDateTime, limit: u32) -> Result<u64, StoreError> {
+        let gone = sqlx::query!(
+            "delete from run_cases using (
+                select run, index from run_cases join sandboxes on sandboxes.id = run_cases.run
+                where run < $3 and state in ('exited', 'failed') and finished_at < $1 and not has_log_file and not keep_layer
+                order by run, index
+                limit $2
+            ) as old
+            where run_cases.run = old.run and run_cases.index = old.index",
+            before,
+            i64::from(limit),
+            id_at(before),
+        )
+        .execute(&self.pool)
+        .await?;
+        Ok(gone.rows_affected())
     }
 }
 

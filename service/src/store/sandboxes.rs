@@ -239,7 +239,7 @@ impl Row {
 const IDS_APART: time::Duration = time::Duration::minutes(10);
 
 /// The least id that can be made at this time.
-fn id_at(at: OffsetDateTime) -> Uuid {
+pub(super) fn id_at(at: OffsetDateTime) -> Uuid {
     let ms = u64::try_from(at.unix_timestamp_nanos() / 1_000_000).unwrap_or(0);
     Uuid::from_u64_pair(ms << 16, 0)
 }
@@ -593,6 +593,8 @@ impl Store {
                 delete from sandboxes using (
                     select id from sandboxes
                     where id < $3 and state in ('exited', 'failed') and finished_at < $1 and not has_log_file and not keep_layer
+                        -- they go first, and slowly
+                        and not exists (select 1 from run_cases where run = sandboxes.id)
                     order by id
                     limit $2
                 ) as old

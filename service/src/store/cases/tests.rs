@@ -114,3 +114,22 @@ async fn what_cases_were_given_goes_at_the_end_of_their_run_and_what_they_wrote_
     assert_eq!(counted, 4);
     assert!(!store.finish_case(run.id, hold, 0, &end()).await.unwrap());
 }
+
+#[sqlx::test(migrations = "../migrations")]
+async fn old_cases_go_a_few_at_a_time_and_before_their_run(pool: PgPool) {
+    let (store, lease) = store_with_node(pool).await;
+    let run = run();
+    admit_cases(&store, &run, lease, &[case(None, None, None), case(None, None, None)]).await;
+    let hold = Hold { lease, claims: 1 };
+    store.finish_case(run.id, hold, 0, &end()).await.unwrap();
+    // Of its making its id says so, too.
+    let later = time::macros::datetime!(2200-01-01 00:00 UTC);
+    assert_eq!(store.prune_cases(later, 10).await.unwrap(), 0, "it goes on");
+    let finish = finish(Cause::Exited { code: 3 });
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 4, log_file: LogKept::No };
+    assert!(store.finish(run.id, Writer::Holder(hold), &ended).await.unwrap());
+
+    assert_eq!(store.prune_sandboxes(later, 10).await.unwrap(), 0);
+    assert_eq!((store.prune_cases(later, 1).await.unwrap(), store.prune_cases(later, 10).await.unwrap()), (1, 1));
+    assert_eq!(store.prune_sandboxes(later, 10).await.unwrap(), 1);
+}
