@@ -1,9 +1,9 @@
 //! What changes in files of a sandbox, told over HTTP as it happens.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::time::Duration;
+use std::{fmt::Debug, io, time::Duration};
 
-use futures_util::StreamExt as _;
+use futures_util::{Stream, StreamExt as _};
 use mayfly_tests::{
     Client, Service, contract,
     service::shared,
@@ -11,6 +11,10 @@ use mayfly_tests::{
 };
 use reqwest::{Method, Response};
 use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpSocket,
+};
 
 /// A running sandbox with a folder `/work`, once its script is through.
 async fn sandbox(client: &Client, script: &str) -> String {
@@ -46,8 +50,24 @@ async fn get(client: &Client, path: &str, form: &str) -> Response {
     client.request(Method::GET, path).header("accept", form).send().await.unwrap()
 }
 
+/// The same, with the head, for a client whose side of the connection holds little: the kernel's largest holds a whole burst.
+async fn get_holding_little(client: &Client, path: &str) -> impl Stream<Item = io::Result<Vec<u8>>> + use<> {
+    let host = client.place().url.trim_start_matches("http://");
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(64 << 10).unwrap();
+    let mut stream = socket.connect(host.parse().unwrap()).await.unwrap();
+    let token = client.token().unwrap();
+    let head = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {token}\r\naccept: application/x-ndjson\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    futures_util::stream::unfold(stream, async |mut stream| {
+        let mut piece = Vec::with_capacity(16 << 10);
+        let read = stream.read_buf(&mut piece).await;
+        (!matches!(read, Ok(0))).then(|| (read.map(|_| piece), stream))
+    })
+}
+
 /// What came of a stream up to this text, with it.
-async fn until(stream: &mut (impl futures_util::Stream<Item = reqwest::Result<impl AsRef<[u8]>>> + Unpin), text: &str) -> String {
+async fn until(stream: &mut (impl Stream<Item = Result<impl AsRef<[u8]>, impl Debug>> + Unpin), text: &str) -> String {
     let mut seen = String::new();
     let mut looked_at = 0;
     while !seen[looked_at..].contains(text) {
@@ -239,13 +259,15 @@ async fn a_sandbox_is_watched_so_often_and_whoever_leaves_makes_room() {
 #[tokio::test]
 async fn a_reader_that_is_slow_holds_up_nobody_and_hears_of_the_gap() {
     let client = shared().client();
-    let sandbox = sandbox(&client, "").await;
-    let mut changes = Box::pin(get(&client, &format!("{sandbox}/watch?path=/work"), "application/x-ndjson").await.bytes_stream());
+    let name = "n".repeat(240);
+    let folder = [name.as_str(); 3].join("/");
+    let sandbox = sandbox(&client, &format!("mkdir -p /work/{folder}")).await;
+    let mut changes = Box::pin(get_holding_little(&client, &format!("{sandbox}/watch?path=/work&recursive=true")).await);
     until(&mut changes, "watching").await;
 
-    // Nobody reads while this goes on: what lies between is full long before its end, with some 450 bytes to a change.
-    let name = "n".repeat(240);
-    let burst = format!("cd /work; for i in $(seq 15000); do : > {name}$i; done");
+    // Nobody reads while this goes on: what lies between (the service's side of the connection holds 4 MiB, tcp(7), and less waits in the sandbox) is full before its end, with some 1,000 bytes to a
+    // change.
+    let burst = format!("cd /work/{folder}; for i in $(seq 15000); do : > {name}$i; done");
     let done = client.post(&format!("{sandbox}/execs"), &json!({ "command": ["sh", "-c", burst], "wait_ms": 60_000 })).await.expect(200);
     assert_eq!(done["outcome"]["exit_code"], 0);
     put(&client, &format!("{sandbox}/files/work/after")).await;

@@ -58,6 +58,15 @@ pub(crate) struct Known {
     pub(crate) wrong: Vec<String>,
 }
 
+/// How many clients there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Crowd {
+    /// More than there is room for.
+    Many,
+    /// So few that nobody waits for room: what has ended is started again only then, and here often is.
+    Few,
+}
+
 /// The workers at work.
 #[derive(Debug)]
 pub(crate) struct Load {
@@ -75,6 +84,7 @@ struct Worker {
     label: String,
     /// Of its runs.
     retry: u64,
+    crowd: Crowd,
     random: Random,
 }
 
@@ -96,7 +106,7 @@ impl Known {
 
 impl Load {
     /// Begins. Labels begin with `name`; where the service is can change; runs may be tried again so often.
-    pub(crate) fn start(name: &str, seed: u64, places: &watch::Receiver<Place>, archive: Arc<Vec<u8>>, retry: u64) -> Self {
+    pub(crate) fn start(name: &str, seed: u64, places: &watch::Receiver<Place>, archive: Arc<Vec<u8>>, retry: u64, crowd: Crowd) -> Self {
         let (stop, accepted) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let mut random = Random::new(seed);
         let mut worker = |number: u64| Worker {
@@ -106,16 +116,22 @@ impl Load {
             tenant: tenant(number),
             label: format!("{name}-{number}"),
             retry,
+            crowd,
             random: Random::new(random.next()),
         };
         let mut workers = JoinSet::new();
-        for number in 0..RUNNERS {
-            workers.spawn(worker(number).run());
-        }
         workers.spawn(worker(RUNNERS).cancel());
         workers.spawn(worker(RUNNERS + 1).cancel());
-        workers.spawn(worker(RUNNERS + 2).import(archive));
-        workers.spawn(worker(RUNNERS + 3).exec());
+        match crowd {
+            Crowd::Few => _ = workers.spawn(worker(0).run()),
+            Crowd::Many => {
+                for number in 0..RUNNERS {
+                    workers.spawn(worker(number).run());
+                }
+                workers.spawn(worker(RUNNERS + 2).import(archive));
+                workers.spawn(worker(RUNNERS + 3).exec());
+            }
+        }
         Self { workers, stop, accepted }
     }
 
@@ -271,8 +287,17 @@ impl Worker {
     async fn order(&mut self, path: &str) -> bool {
         let change = json!({ "labels": { "changed": "yes" }, "limits": { "memory_bytes": MEMORY_BYTES - (1 << 20), "pids": 32 } });
         let mut is_started_again = false;
-        for _ in 0..self.random.below(4) {
-            let (method, of, body) = match self.random.below(6) {
+        let orders = self.random.below(4);
+        for order in 0..orders {
+            let what = match self.crowd {
+                Crowd::Few if order == 0 => {
+                    // What never ran leaves nothing on which it could go on.
+                    let _unread = self.client().try_get(&format!("{path}/wait?until=running&timeout_ms=3000")).await;
+                    0
+                }
+                Crowd::Few | Crowd::Many => self.random.below(6),
+            };
+            let (method, of, body) = match what {
                 0 => {
                     // Only what has ended is started again.
                     let stop = format!("{path}/stop");

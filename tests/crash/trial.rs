@@ -9,7 +9,7 @@ use super::{
     books::{self, History},
     checks,
     counts::Counts,
-    load::{self, Known, Load},
+    load::{self, Crowd, Known, Load},
     node::{KeeperOf, Node, Victim},
 };
 
@@ -208,7 +208,8 @@ impl Trial {
             known.push(load::start_lines(&self.node.place(), format!("{label}-lines-{number}"), number).await);
         }
         let retry = if death.needs_retries() { RETRIES } else { 0 };
-        let load = Load::start(label, self.random.next(), &self.node.places(), self.node.other_archive(), retry);
+        let crowd = if matches!(death, Death::AtStep(_, step) if step.starts_with("service.start.")) { Crowd::Few } else { Crowd::Many };
+        let load = Load::start(label, self.random.next(), &self.node.places(), self.node.other_archive(), retry, crowd);
         match death {
             Death::Nobody => {}
             Death::AtRandom(victim) => {

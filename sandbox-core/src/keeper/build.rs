@@ -137,7 +137,13 @@ impl Keeper {
                 self.lot.insert(serial, Parked { class, body, is_ready: false, is_doomed: false });
                 reached("keeper.park.built");
             }
-            Err(_) => self.lot.give_up(|given_up| *given_up == class),
+            Err(error) => {
+                // Who asks for one hears of it too.
+                if let BuildError::Host(error) = error {
+                    warn(format_args!("preparing a sandbox ahead failed: {error}"));
+                }
+                self.lot.give_up(|given_up| *given_up == class);
+            }
         }
         Ok(true)
     }

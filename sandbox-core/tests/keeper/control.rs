@@ -504,9 +504,8 @@ fn memory_and_processes_are_limited_otherwise_from_then_on() {
     forget(&mut client, id);
 }
 
-#[test]
-fn memory_that_is_filled_as_fast_as_it_is_taken_back_is_asked_for_a_second_and_holds_up_nobody_else() {
-    let mut client = node().client();
+/// One whose memory is filled as fast as it is taken back, so that the kernel is at it for as long as it may be.
+fn filling() -> Run {
     // More than it is to have, which nobody can take back; and holes in files, which cost nothing to read and come to memory all the same.
     let script = "dd if=/dev/zero of=/dev/shm/held bs=1M count=20 2>/dev/null; for n in 1 2 3 4; do dd if=/dev/zero of=/$n bs=1 count=0 seek=512M 2>/dev/null; \
         for reader in 1 2 3 4; do while :; do cat /$n >/dev/null; done & done; done; echo ready; wait";
@@ -514,8 +513,16 @@ fn memory_that_is_filled_as_fast_as_it_is_taken_back_is_asked_for_a_second_and_h
         .with("/linux/resources/memory", serde_json::json!({ "limit": 256 << 20, "swap": 256 << 20 }))
         .with("/linux/resources/cpu/quota", 400_000)
         .with("/linux/resources/pids/limit", 64);
+    // None like it is prepared ahead.
     run.supervision.medium = Medium::Disk;
     run.supervision.wall_ms = Some(60_000);
+    run
+}
+
+#[test]
+fn memory_that_is_filled_as_fast_as_it_is_taken_back_is_asked_for_a_second_and_holds_up_nobody_else() {
+    let mut client = node().client();
+    let run = filling();
     start_ready(node(), &mut client, &run);
     let lower = NewLimits { memory_bytes: Some(8 << 20), pids: Some(20), ..NONE };
     let tag = client.send(&update(run.id, lower), &[]).unwrap();
@@ -550,15 +557,14 @@ fn one_that_ends_while_its_memory_is_asked_for_leaves_nothing() {
     // From then on one stands ready.
     shell("true").run_on(&node);
     let before = crate::leaks::Snapshot::at_rest(&node);
-    let mut run = shell("dd if=/dev/zero of=/dev/shm/held bs=1M count=40 2>/dev/null; echo ready; sleep 100");
-    // None like it is prepared ahead.
-    run.supervision.medium = Medium::Disk;
+    let run = filling();
     start_ready(&node, &mut client, &run);
     let asked = client.send(&update(run.id, NewLimits { memory_bytes: Some(8 << 20), ..NONE }), &[]).unwrap();
     let again = client.send(&update(run.id, NewLimits { memory_bytes: Some(9 << 20), ..NONE }), &[]).unwrap();
     let killed = client.send(&Request::Kill { id: run.id, reason: KillReason::StoppedByUser }, &[]).unwrap();
     assert_eq!(client.receive(killed).unwrap(), Answer::Done);
     assert_eq!(failure(client.receive(again).unwrap()).kind, FailureKind::Busy);
+    // The kernel may hear first that nobody fills it any more, and find that there is nothing to be taken back.
     let gone = failure(client.receive(asked).unwrap());
     assert!(matches!(gone.kind, FailureKind::Gone | FailureKind::Refused), "{gone:?}");
     assert_eq!(wait(&mut client, run.id).cause, Cause::Killed(KillReason::StoppedByUser));

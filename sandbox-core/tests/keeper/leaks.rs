@@ -50,17 +50,26 @@ pub(crate) fn children(node: &Node) -> Vec<String> {
     children.split_whitespace().map(str::to_owned).collect()
 }
 
+/// What a process is, and where it waits.
+fn told(pid: &str) -> String {
+    let read = |of: &str| std::fs::read_to_string(format!("/proc/{pid}/{of}")).unwrap_or_else(|error| error.to_string());
+    format!("\n{pid}: {}{}{}", read("stat"), read("cgroup"), read("stack"))
+}
+
 /// The keeper's own parent group, in every hierarchy: one of its inits says how it is called.
 fn parents(node: &Node) -> Vec<PathBuf> {
     let deadline = Instant::now() + Duration::from_secs(10);
+    // One that has not joined its groups yet, or is gone by now, does not say.
+    let name_of = |child: &String| {
+        let groups = std::fs::read_to_string(format!("/proc/{child}/cgroup")).ok()?;
+        Some(groups.split("/mayfly/").nth(1)?.split('/').next()?.to_owned())
+    };
     let name = loop {
-        assert!(Instant::now() < deadline, "no sandbox stands ready");
-        // One that has not joined its groups yet, or is gone by now, does not say.
-        let groups =
-            children(node).iter().find_map(|init| std::fs::read_to_string(format!("/proc/{init}/cgroup")).ok()).unwrap_or_default();
-        if let Some(name) = groups.split("/mayfly/").nth(1).and_then(|path| path.split('/').next()) {
-            break name.to_owned();
+        let children = children(node);
+        if let Some(name) = children.iter().find_map(name_of) {
+            break name;
         }
+        assert!(Instant::now() < deadline, "no sandbox stands ready: {}", children.iter().map(|child| told(child)).collect::<String>());
     };
     let hierarchies = std::fs::read_dir("/sys/fs/cgroup").unwrap().map(|entry| entry.unwrap().path());
     let points = hierarchies.chain([PathBuf::from("/sys/fs/cgroup")]);
