@@ -184,7 +184,8 @@ impl Engine {
             return Err(EngineError::Busy(hindrance.unwrap_or_else(|| "there is no room now, and it is not to wait".to_owned())));
         }
         let queued = Sandbox { state: State::Queued, claimed_at: None, claims: 0, ..sandbox };
-        // Known before it can be claimed, so that whoever claims it finds those who wait for it.
+        // Known before it can be claimed, so that whoever claims it finds those who wait for it; and before that, that it has no row yet.
+        self.undecided.insert(queued.id);
         let live = self.live.insert(queued.clone(), lease, image_took);
         let answer = self.ask_store((&queued, wanted_node), lease, asked, key, (cases, input.as_ref().unwrap_or(&empty))).await;
         if !matches!(answer, Ok(Admitted::Yes { .. })) {

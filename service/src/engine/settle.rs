@@ -191,14 +191,15 @@ impl Engine {
 
     /// Tells who waits here for sandboxes that others carried to their end.
     pub(super) async fn notice_ends(&self) -> Result<(), StoreError> {
-        let waiting: Vec<SandboxId> =
-            self.live.all().iter().filter(|live| matches!(live.progress(), Progress::Queued)).map(|live| live.sandbox.id).collect();
+        let queued = self.live.all().into_iter().filter(|live| matches!(live.progress(), Progress::Queued)).map(|live| live.sandbox.id);
+        // One that is just being made has no row yet, and may have one a moment after it was looked for: that it is being made is asked before.
+        let waiting: Vec<SandboxId> = queued.filter(|id| !self.undecided.contains(*id)).collect();
         if waiting.is_empty() {
             return Ok(());
         }
         self.tell_ends(self.store.ended_of(&waiting).await?);
-        // Deleted through another node. One that is just being made has no row yet.
-        for id in self.store.absent_of(&waiting).await?.into_iter().filter(|id| !self.undecided.contains(*id)) {
+        // Deleted through another node.
+        for id in self.store.absent_of(&waiting).await? {
             self.live.remove(id);
         }
         Ok(())
