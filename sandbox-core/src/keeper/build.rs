@@ -173,27 +173,21 @@ impl Keeper {
             .watch(init.child.pidfd.as_fd(), Source::Init, serial)
             .and_then(|()| self.watch(init.control.as_fd(), Source::Control, serial))
             .and_then(|()| {
-                disk = self.begin_disk(&slot, blueprint).map_err(at("starting to make the writable layer"))?;
-                disk.as_ref().and_then(Disk::socket).map_or(Ok(()), |worker| self.watch(worker, Source::Disk, serial))
-            })
-            .and_then(|()| {
                 below = blueprint.below.map(below::make_ready).transpose().map_err(at("starting to make the layer below ready"))?;
                 below.as_ref().map_or(Ok(()), |worker| self.watch(worker.as_fd(), Source::Below, serial))
             })
-            // Last: until then a layer that was lent is whole, and can be taken back.
-            .and_then(|()| disk.as_ref().map_or(Ok(()), Disk::let_begin))
-            .and_then(|()| below.as_ref().map_or(Ok(()), Worker::begin));
+            .and_then(|()| {
+                disk = self.begin_disk(&slot, blueprint).map_err(at("starting to make the writable layer"))?;
+                disk.as_ref().and_then(Disk::socket).map_or(Ok(()), |worker| self.watch(worker, Source::Disk, serial))
+            })
+            // Last: until then a layer that was lent is whole, and can be taken back, and nothing bears the name of the id range.
+            .and_then(|()| let_begin(disk.as_ref(), below.as_ref()));
         if let Err(error) = begun {
+            // Who was to make a layer, or to make one ready, ends with its socket, and has done nothing.
+            drop((disk, below));
             pidfd_send_signal(&init.child.pidfd, rustix::process::Signal::KILL).map_err(io::Error::from)?;
             sys::reap(init.child.pid, true)?;
-            disk.as_ref().map_or(Ok(()), Disk::stop)?;
-            if disk.is_some() && self.disks.leaves_names() {
-                // What the maker leaves bears the name of the id range, which so goes to nobody; the next keeper sweeps it.
-                let mut slot = slot;
-                slot.group.remove()?;
-            } else {
-                self.slots.put_back(slot)?;
-            }
+            self.slots.put_back(slot)?;
             return Err(BuildError::Host(error));
         }
         if disk.is_some() {
@@ -202,7 +196,7 @@ impl Keeper {
         Ok((serial, Body { slot, init, oom_notice: None, payload: None, disk, kept: None, is_over: blueprint.below.is_some(), below }))
     }
 
-    /// Starts to make the writable layer, if it is to be on disk. Init starts meanwhile.
+    /// Has somebody stand ready to make the writable layer, if init does not.
     fn begin_disk(&self, slot: &Slot, blueprint: &Blueprint<'_>) -> io::Result<Option<Disk>> {
         let (bytes, inodes, id_base) = (blueprint.disk_bytes, blueprint.inodes, slot.id_base);
         let project = sandbox::project(id_base, blueprint.below.is_some());
@@ -276,6 +270,15 @@ impl Keeper {
             }
         }
     }
+}
+
+/// Has those begin who make the layers of one sandbox. A failure means that nobody has.
+fn let_begin(disk: Option<&Disk>, below: Option<&Worker>) -> io::Result<()> {
+    let own = |disk: Option<&Disk>| disk.map_or(Ok(()), Disk::let_begin);
+    let Some(below) = below else { return own(disk) };
+    below.begin()?;
+    // From here on the layer below is with that process, and comes back at the end of the sandbox: which is near if nobody makes its own, as the socket of that one tells.
+    own(disk).or_else(|_untold| disk.map_or(Ok(()), Disk::stop))
 }
 
 /// Turns the clone into sandbox-init. Comes back only with a failure.

@@ -32,17 +32,16 @@ pub(super) enum Disk {
 type Said = Result<Option<Made>, String>;
 
 impl Disk {
-    /// Starts to make a layer. The worker dies with the keeper.
+    /// Has somebody stand ready to make a layer, who waits for [`Disk::let_begin`]. The worker dies with the keeper.
     pub(super) fn begin(disks: &Disks, order: Order) -> io::Result<Self> {
-        let worker = Worker::bound(None, |socket, _| match disks.make(order) {
+        let worker = Worker::waiting(None, |socket, _| match disks.make(order) {
             Ok((mount, made)) => transport::send(socket, &Said::Ok(Some(made)), &[mount.as_fd()]),
             Err(error) => transport::send(socket, &Said::Err(error.to_string()), &[]),
         });
         worker.map(Self::Making)
     }
 
-    /// Starts to make a layer that is to be kept, or to make ready one that was, which waits for [`Disk::let_begin`]: what comes of it are two mounts, the
-    /// second of them to be kept.
+    /// The same for a layer that is to be kept, or one that was and is to be made ready: what comes of it are two mounts, the second of them to be kept.
     pub(super) fn begin_kept(disks: &Disks, medium: Medium, order: Order, label: Option<&str>, lent: Option<&Lent>) -> io::Result<Self> {
         let device = lent.and_then(|lent| lent.device);
         let work = |socket: BorrowedFd<'_>, used: Option<OwnedFd>| {
@@ -67,15 +66,15 @@ impl Disk {
         };
         match lent {
             Some(lent) => Worker::waiting(Some(lent.mount.as_fd()), work).map(Self::Reusing),
-            None => Worker::bound(None, work).map(Self::Making),
+            None => Worker::waiting(None, work).map(Self::Making),
         }
     }
 
-    /// Has one that was kept be made ready: from here on it is the worker's.
+    /// Has it be made: from here on there may be something by its name, and one that was kept is the worker's.
     pub(super) fn let_begin(&self) -> io::Result<()> {
         match self {
-            Self::Reusing(worker) => worker.begin(),
-            Self::Making(_) | Self::Ready(_) | Self::Removing(_) | Self::Gone => Ok(()),
+            Self::Making(worker) | Self::Reusing(worker) => worker.begin(),
+            Self::Ready(_) | Self::Removing(_) | Self::Gone => Ok(()),
         }
     }
 

@@ -19,6 +19,7 @@ use sandbox_core::{
 use crate::{
     exec::{begin, script},
     harness::{KEEPER, Node, Run, kill, output, records, refusal_of, shell, wait},
+    layers::{self, on_disk},
     leaks::{Snapshot, children},
     upgrade::{until, upgrade, wait_across},
 };
@@ -322,6 +323,10 @@ impl PidsGroup {
         Self(path)
     }
 
+    fn used(&self) -> u32 {
+        std::fs::read_to_string(self.0.join("pids.current")).unwrap().trim().parse().unwrap()
+    }
+
     fn limit(&self, pids: &str) {
         std::fs::write(self.0.join("pids.max"), pids).unwrap();
     }
@@ -358,6 +363,43 @@ fn a_layer_that_there_is_no_process_to_remove_stays() {
     wait(&mut client, next.id);
     assert_eq!(output(&node.log_path(next.id)).0, "left\n");
     until(|| (client.call(&Request::DropLayer { id: next.id }, &[]).unwrap() == Answer::Done).then_some(()));
+    drop(client);
+    drop(node);
+    drop(group);
+}
+
+#[test]
+fn a_start_over_a_layer_for_which_a_process_is_lacking_leaves_that_as_it_is() {
+    let group = PidsGroup::new();
+    let node = within(&group);
+    let (base, _) = layers::run(&node, on_disk(shell("echo left > /left")), Layering::Fresh);
+    let over = |script: &str| {
+        let mut run = on_disk(shell(script));
+        run.layer = Layering::Over(base);
+        run
+    };
+    // In another place than the layer: told so as soon as nobody has that any more.
+    let mut misfit = shell("true");
+    misfit.layer = Layering::Of(base);
+    let mut client = node.client();
+    for spare in 0..5 {
+        // Init, who makes the layer below ready, who makes its own: each time there is room for one more of them.
+        let tried = over("true");
+        until(|| layers::is(&misfit.launch(&mut client), FailureKind::Refused).then_some(()));
+        group.limit(&(group.used() + spare).to_string());
+        let answer = tried.launch(&mut client);
+        group.limit("max");
+        if matches!(answer, Answer::Launched(_)) {
+            wait(&mut client, tried.id);
+        }
+
+        let next = over("cat /left");
+        let answer = layers::launch(&node, &next);
+
+        assert!(matches!(answer, Answer::Launched(_) | Answer::Ended(_)), "{answer:?}");
+        assert_eq!(wait(&mut client, next.id).cause, Cause::Exited { code: 0 });
+        assert_eq!(output(&node.log_path(next.id)).0, "left\n");
+    }
     drop(client);
     drop(node);
     drop(group);
