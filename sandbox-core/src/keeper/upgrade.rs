@@ -49,6 +49,9 @@ use crate::{
 
 /// Of the description. Raised by a change that an older or newer program would misread; fields that are added have defaults.
 const FORMAT: u32 = 1;
+/// The same of a state in which somebody has a layer over a kept one. A program that knows no such would take either for the other, keep what is to go, and remove what is kept: it
+/// refuses a format that it does not know, and the program that asked goes on.
+const FORMAT_OVER: u32 = 2;
 /// How long a new program may take to say whether it can take over.
 const TRIAL_NS: u64 = 5_000_000_000;
 
@@ -250,6 +253,12 @@ impl Keeper {
         }
     }
 
+    /// The lowest that says all of it, so that older programs are refused no more than they must be.
+    fn format(&self) -> u32 {
+        let is_over = |sandbox: &Sandbox| sandbox.body.as_ref().is_some_and(|body| body.is_over);
+        if self.sandboxes.values().any(is_over) { FORMAT_OVER } else { FORMAT }
+    }
+
     /// What is handed over, in memory that nobody can change, and the numbers of the descriptors in it.
     fn describe(&self) -> io::Result<(File, Vec<RawFd>)> {
         let inner = Given {
@@ -273,7 +282,7 @@ impl Keeper {
             store: &self.store,
             disks: &self.disks,
         };
-        let (text, numbers) = handover::describe(&State { format: FORMAT, init_protocol: init::VERSION, inner })?;
+        let (text, numbers) = handover::describe(&State { format: self.format(), init_protocol: init::VERSION, inner })?;
         let memory = rustix::fs::memfd_create("keeper", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         let mut memory = File::from(memory);
         memory.write_all(&text)?;
@@ -418,9 +427,9 @@ fn read(description: &File, read_as: impl Fn(&[u8]) -> io::Result<State<Taken>>)
     let mut text = vec![0; usize::try_from(description.metadata()?.len()).map_err(io::Error::other)?];
     description.read_exact_at(&mut text, 0)?;
     let Head { format, init_protocol } = serde_json::from_slice(&text).map_err(io::Error::other)?;
-    if (format, init_protocol) != (FORMAT, init::VERSION) {
+    if !(FORMAT..=FORMAT_OVER).contains(&format) || init_protocol != init::VERSION {
         return Err(io::Error::other(format!(
-            "the state is of format {format} with inits of protocol {init_protocol}; this program takes {FORMAT} and {}",
+            "the state is of format {format} with inits of protocol {init_protocol}; this program takes {FORMAT} to {FORMAT_OVER}, and {}",
             init::VERSION
         )));
     }
@@ -470,11 +479,24 @@ impl Invocation {
 mod tests {
     use super::*;
 
+    /// What is said to a state of this format with nothing in it.
+    fn refusal_of(format: u32) -> String {
+        let mut file = File::from(rustix::fs::memfd_create("state", MemfdFlags::CLOEXEC).unwrap());
+        write!(file, r#"{{"format":{format},"init_protocol":{},"inner":{{}}}}"#, init::VERSION).unwrap();
+        read(&file, handover::try_out).unwrap_err().to_string()
+    }
+
     #[test]
     fn a_state_of_another_version_is_refused_by_name() {
-        let mut file = File::from(rustix::fs::memfd_create("state", MemfdFlags::CLOEXEC).unwrap());
-        write!(file, r#"{{"format":{},"init_protocol":{},"inner":{{}}}}"#, FORMAT + 1, init::VERSION).unwrap();
-        let refused = read(&file, handover::try_out).unwrap_err().to_string();
-        assert!(refused.contains(&format!("format {}", FORMAT + 1)), "{refused}");
+        let refused = refusal_of(FORMAT_OVER + 1);
+
+        assert!(refused.contains(&format!("format {}", FORMAT_OVER + 1)), "{refused}");
+    }
+
+    #[test]
+    fn both_formats_are_read_on() {
+        // What is missing is a matter of what is in it.
+        assert!(refusal_of(FORMAT).contains("missing field"), "{}", refusal_of(FORMAT));
+        assert!(refusal_of(FORMAT_OVER).contains("missing field"), "{}", refusal_of(FORMAT_OVER));
     }
 }

@@ -15,11 +15,12 @@ use nix::{
 };
 use sandbox_core::{
     client::Client,
-    protocol::{Answer, Cause, Ending, FailureKind, Isolation, Medium, Request, SandboxId, Start},
+    protocol::{Answer, Cause, Ending, FailureKind, Isolation, Layering, Medium, Request, SandboxId, Start},
 };
 
 use crate::{
     harness::{KEEPER, Node, Run, kill, output, records, shell, wait, wait_for_line},
+    layers::{drop_layer, launch, run},
     leaks::{Snapshot, children},
 };
 
@@ -318,6 +319,34 @@ fn a_program_that_cannot_take_over_changes_nothing() {
     kill(&mut node.client(), running.id);
     assert!(matches!(wait_across(node, running.id).cause, Cause::Killed(_)));
     assert_eq!(output(&node.log_path(running.id)).0, "here\n");
+}
+
+#[test]
+fn a_program_that_knows_no_layers_over_others_is_told_of_another_format_while_there_are_such() {
+    let keeper = Replaceable::start();
+    let node = &keeper.node;
+    // Looks at the beginning of what it is to take over, as an older one does, and refuses.
+    keeper.replace("#!/bin/sh\nhead -c 11 /proc/$$/fd/3 >&2\necho >&2\nexit 1\n");
+    let told = || {
+        let refusals = || keeper.said().matches("refused, or failed").count();
+        let before = refusals();
+        ask_for_upgrade(node);
+        until(|| (refusals() > before).then_some(()));
+        keeper.said().lines().rfind(|line| line.starts_with("{\"format\":")).map(str::to_owned).unwrap()
+    };
+    let (base, _) = run(node, shell("echo left > /left"), Layering::Fresh);
+    assert_eq!(told(), "{\"format\":1");
+    let mut over = long("exec sleep 1000");
+    (over.layer, over.keeps_layer) = (Layering::Over(base), false);
+    assert!(matches!(launch(node, &over), Answer::Launched(_)));
+
+    assert_eq!(told(), "{\"format\":2");
+
+    kill(&mut node.client(), over.id);
+    wait_across(node, over.id);
+    // Nothing is left of who had it when it can be given up.
+    drop_layer(&mut node.client(), base);
+    assert_eq!(told(), "{\"format\":1");
 }
 
 #[test]
