@@ -101,7 +101,8 @@ pub const STEPS: &[&str] = &[
     "service.stop.ordered",
     "service.update.held",
     "service.update.stored",
-    // Another life: its row is claimed. A layer that is given up: the keeper has it no more.
+    // Another life: its room is taken; its row is claimed. A layer that is given up: the keeper has it no more.
+    "service.start.taken",
     "service.start.claimed",
     "service.layer.dropped",
     // A deletion: its event is there; the order is given; the row is gone; so is the log.

@@ -11,6 +11,7 @@ mod fair;
 mod files;
 mod follow;
 mod input;
+mod kept;
 mod lease;
 mod life;
 mod live;
@@ -123,7 +124,7 @@ pub struct Engine {
     waits: wait::Waits,
     watches: watch::Watches,
     /// The room of layers that are kept here of what has ended.
-    kept: start::KeptRooms,
+    kept: kept::KeptRooms,
     /// Volumes that are being made.
     making: volume::Making,
     /// Wakes the scheduler.
@@ -243,7 +244,7 @@ impl Engine {
             inputs: stdin::Inputs::default(),
             waits: wait::Waits::default(),
             watches: watch::Watches::default(),
-            kept: start::KeptRooms::default(),
+            kept: kept::KeptRooms::default(),
             making: volume::Making::default(),
             store,
             keeper,
@@ -365,7 +366,8 @@ impl Engine {
         for _ in 0..ATTEMPTS {
             let act = Act { actor: Some(owner), at: self.clock.now(), data: serde_json::json!({}) };
             let exec_logs = self.store.exec_logs_of(id).await?;
-            self.give_up_layer(tenant, id).await?;
+            // Until the row is gone: nobody begins another life in between.
+            let turn = self.give_up_layer(tenant, id).await?;
             if let Some(deleted) = self.store.delete(tenant, id, &act).await? {
                 self.live.remove(id);
                 for exec in exec_logs {
@@ -377,6 +379,7 @@ impl Engine {
                 }
                 return Ok(true);
             }
+            drop(turn);
             let Some(sandbox) = self.find(tenant, Kind::Sandbox, id).await? else { return Ok(false) };
             // What another node has is not ended from here.
             match self.live.get(id).filter(|live| !matches!(live.progress(), Progress::Queued)) {

@@ -328,8 +328,8 @@ impl Known<'_> {
 
 impl Drop for Known<'_> {
     fn drop(&mut self) {
-        if let Some(live) = self.live.take().filter(|live| self.registry.is_current(live)) {
-            self.registry.remove(live.sandbox.id);
+        if let Some(live) = self.live.take() {
+            self.registry.remove_current(&live);
         }
     }
 }
@@ -386,7 +386,25 @@ impl Registry {
 
     /// Knows it no more. One that has not ended is gone.
     pub(super) fn remove(&self, id: SandboxId) {
-        let Some(live) = self.lock().remove(&id) else { return };
+        let removed = self.lock().remove(&id);
+        if let Some(live) = removed {
+            Self::gone(&live);
+        }
+    }
+
+    /// [`Self::remove`], if this is what is known of it: not what has begun another life since.
+    pub(super) fn remove_current(&self, live: &Arc<Live>) {
+        let removed = {
+            let mut all = self.lock();
+            let is_current = all.get(&live.sandbox.id).is_some_and(|current| Arc::ptr_eq(current, live));
+            is_current.then(|| all.remove(&live.sandbox.id)).flatten()
+        };
+        if let Some(live) = removed {
+            Self::gone(&live);
+        }
+    }
+
+    fn gone(live: &Live) {
         live.progress.send_if_modified(|progress| {
             if matches!(progress, Progress::Ended(_)) {
                 return false;

@@ -80,7 +80,7 @@ impl Engine {
         fail_point::reached("service.settle.stored");
         self.metrics.ended(live.sandbox.kind, &finish.outcome);
         live.ended(finished(&live.now(), finish, log_tail));
-        self.live.remove(id);
+        self.live.remove_current(live);
         fail_point::reached("service.settle.told");
         if live.sandbox.auto_remove {
             self.remove_ended(&live.sandbox.tenant, id).await;

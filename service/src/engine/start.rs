@@ -5,7 +5,8 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    ops::ControlFlow,
+    sync::Arc,
     time::Duration,
 };
 
@@ -19,6 +20,7 @@ use tokio::time::Instant;
 use super::{
     Engine, EngineError, Followed, Owner, Progress, START_PATIENCE,
     capacity::{Reservation, Room},
+    kept::Turn,
     life::{Place, detached, room_of},
     live::Live,
 };
@@ -31,39 +33,6 @@ use crate::{
 /// How long a layer that is to be given up may still be somebody's: what is left of its sandbox, or who looks at its files.
 const LAYER_PATIENCE: Duration = Duration::from_secs(5);
 const LAYER_PAUSE: Duration = Duration::from_millis(20);
-
-/// Room of layers that are kept here, with the keeper that does, by when it was started.
-#[derive(Debug, Default)]
-pub(super) struct KeptRooms(Mutex<HashMap<SandboxId, (Reservation, u64)>>);
-
-impl KeptRooms {
-    fn insert(&self, id: SandboxId, room: Reservation, keeper: u64) {
-        self.lock().insert(id, (room, keeper));
-    }
-
-    /// The room of a layer that this keeper has.
-    fn take(&self, id: SandboxId, keeper: u64) -> Option<Reservation> {
-        let (room, of) = self.lock().remove(&id)?;
-        (of == keeper).then_some(room)
-    }
-
-    fn contains(&self, id: SandboxId) -> bool {
-        self.lock().contains_key(&id)
-    }
-
-    fn remove(&self, id: SandboxId) {
-        let room = self.lock().remove(&id);
-        drop(room);
-    }
-
-    fn ids(&self) -> Vec<SandboxId> {
-        self.lock().keys().copied().collect()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<SandboxId, (Reservation, u64)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 impl Engine {
     /// Starts the tenant's sandbox that has ended once more, on what it wrote before, or on nothing. Returns it when it runs, has failed to, or has kept who asks
@@ -96,38 +65,41 @@ impl Engine {
         is_fresh: bool,
         key: Option<&HeldKey>,
     ) -> Result<Option<Begun>, EngineError> {
-        let sandbox = match self.place(&owner.tenant, Kind::Sandbox, id).await? {
-            None => return Ok(None),
-            Some(Place::Here(live)) => live.now(),
-            Some(Place::InRow(sandbox)) => *sandbox,
-        };
-        match sandbox.state {
-            State::Queued | State::Starting | State::Running => return Ok(Some(Begun::Already(sandbox.into()))),
-            State::Paused => return Err(EngineError::WrongState(State::Paused)),
-            State::Exited | State::Failed => {}
+        if let ControlFlow::Break(found) = self.find_ended(owner, id).await? {
+            return Ok(found);
         }
+        // Whoever else decides about its layer has done so by then: another who starts it, or who gives the layer up.
+        let turn = self.kept.turn(id).await;
+        let sandbox = match self.find_ended(owner, id).await? {
+            ControlFlow::Break(found) => return Ok(found),
+            ControlFlow::Continue(sandbox) => sandbox,
+        };
         if let Some(why) = self.hindrance() {
             return Err(EngineError::Busy(why));
         }
         self.check_mounts(&sandbox).await?;
         let keeper = self.keeper.hello().filter(|_| !self.is_closing()).ok_or(EngineError::KeeperUnavailable)?.started_at_us;
-        let mut kept = self.kept.take(id, keeper);
-        if kept.is_none() && sandbox.keep_layer && !is_fresh && self.layers_of_keeper().await?.contains(&id) {
-            // A service that died while it began the next life told nobody.
-            kept = Some(self.capacity.reserve_for_live(room_of_layer(&sandbox.limits)));
-        }
-        if kept.is_none() && !is_fresh {
+        // The keeper has the last word: whoever gave a layer up may not have heard that it was done, and who died while he began the next life told nobody.
+        if !is_fresh && !self.layers_of_keeper().await?.contains(&id) {
+            turn.free();
             return Err(self.without_layer(&sandbox).await?);
         }
+        let kept = turn.take(keeper).or_else(|| (!is_fresh).then(|| self.capacity.reserve_for_live(room_of_layer(&sandbox.limits))));
         let mut room =
-            RoomTaken { engine: self, id, keeper, kept: kept.as_ref().map(|_| room_of_layer(&sandbox.limits)), reservation: kept };
+            RoomTaken { engine: self, turn: &turn, keeper, kept: kept.as_ref().map(|_| room_of_layer(&sandbox.limits)), reservation: kept };
         room.grow(room_of(&sandbox.limits))?;
+        fail_point::reached("service.start.taken");
         let Some(mut changing) = self.store.begin_change(&owner.tenant, id).await? else { return Ok(None) };
         if !changing.sandbox.state.is_final() {
-            // Somebody was faster.
+            // Another node was faster.
             let sandbox = changing.sandbox.clone();
             changing.rollback().await?;
             return Ok(Some(Begun::Already(sandbox.into())));
+        }
+        if !is_fresh && changing.whereabouts.hold.is_some_and(|hold| hold.lease.node != self.node) {
+            // It has had another life there since: what is kept here is older than that.
+            changing.rollback().await?;
+            return Err(EngineError::KeeperUnavailable);
         }
         let lease = self.lease();
         let act = Act { actor: Some(owner), at: self.clock.now(), data: Value::Null };
@@ -155,12 +127,9 @@ impl Engine {
         fail_point::reached("service.start.claimed");
         let mut reservation = room.give();
         reservation.count_for_if_nobody(owner, weight);
-        let (live, followed) = {
-            let live = self.live.insert(next, lease, Duration::ZERO);
-            // What was counted for its layer meanwhile is in its own room.
-            self.kept.remove(id);
-            (Arc::clone(&live), Followed::new(live))
-        };
+        let live = self.live.insert(next, lease, Duration::ZERO);
+        let followed = Followed::new(Arc::clone(&live));
+        drop(turn);
         if is_fresh {
             // Only now: what is refused has lost nothing.
             if let Err(error) = self.drop_layer(id).await {
@@ -173,6 +142,20 @@ impl Engine {
         }
         tokio::spawn(Arc::clone(self).carry(live, Input::default(), reservation));
         Ok(Some(Begun::Now(followed)))
+    }
+
+    /// The tenant's sandbox, if it has ended; else what comes of its start.
+    async fn find_ended(&self, owner: &Owner, id: SandboxId) -> Result<ControlFlow<Option<Begun>, Sandbox>, EngineError> {
+        let sandbox = match self.place(&owner.tenant, Kind::Sandbox, id).await? {
+            None => return Ok(ControlFlow::Break(None)),
+            Some(Place::Here(live)) => live.now(),
+            Some(Place::InRow(sandbox)) => *sandbox,
+        };
+        match sandbox.state {
+            State::Queued | State::Starting | State::Running => Ok(ControlFlow::Break(Some(Begun::Already(sandbox.into())))),
+            State::Paused => Err(EngineError::WrongState(State::Paused)),
+            State::Exited | State::Failed => Ok(ControlFlow::Continue(sandbox)),
+        }
     }
 
     /// Why one of which no layer is kept here cannot go on.
@@ -206,9 +189,9 @@ impl Engine {
         self.kept.insert(live.sandbox.id, room, hello.started_at_us);
     }
 
-    /// Whether it runs here, or is about to.
-    fn lives(&self, id: SandboxId) -> bool {
-        self.live.get(id).is_some_and(|live| !live.progress().state().is_final())
+    /// The turn to decide about a layer on which nobody lives, or is about to, and about which nobody else decides.
+    fn turn_at_rest(&self, id: SandboxId) -> Option<Turn<'_>> {
+        self.kept.try_turn(id).filter(|_| self.live.get(id).is_none())
     }
 
     async fn layers_of_keeper(&self) -> Result<HashSet<SandboxId>, EngineError> {
@@ -221,32 +204,64 @@ impl Engine {
     /// Gives the room that it takes to each layer that this node's keeper keeps of an ended sandbox, and back that of those that it has no more.
     pub(super) async fn know_kept_layers(self: &Arc<Self>) -> anyhow::Result<()> {
         let keeper = self.keeper.connected().await.started_at_us;
-        let known = self.kept.ids();
-        let rows = self.store.with_kept_layers(self.node).await?;
-        // Last: what ends meanwhile is in none of the others, or in all.
-        let layers = self.keeper.layers().await?;
-        for (sandbox, _) in rows {
-            if layers.contains(&sandbox.id) && !self.kept.contains(sandbox.id) && self.live.get(sandbox.id).is_none() {
-                self.kept.insert(sandbox.id, self.capacity.reserve_for_live(room_of_layer(&sandbox.limits)), keeper);
+        let (rows, layers) = self.kept_layers().await?;
+        let all: HashSet<SandboxId> = rows.into_keys().chain(self.kept.ids()).collect();
+        let is_told_wrongly = |id: &SandboxId| layers.contains(id) != self.kept.contains(*id);
+        let turns: Vec<Turn<'_>> = all.into_iter().filter(is_told_wrongly).filter_map(|id| self.turn_at_rest(id)).collect();
+        if turns.is_empty() {
+            return Ok(());
+        }
+        // Anew: what was said before may have changed until it was our turn.
+        let (rows, layers) = self.kept_layers().await?;
+        for turn in turns {
+            match (layers.contains(&turn.id()), rows.get(&turn.id())) {
+                (false, _) => turn.free(),
+                (true, Some(sandbox)) if !self.kept.contains(turn.id()) => {
+                    turn.put(self.capacity.reserve_for_live(room_of_layer(&sandbox.limits)), keeper);
+                }
+                (true, _) => {}
             }
         }
-        known.into_iter().filter(|id| !layers.contains(id)).for_each(|id| self.kept.remove(id));
         Ok(())
     }
 
-    /// Gives up the layer of the tenant's sandbox that has ended, if it may be kept here.
-    pub(super) async fn give_up_layer(self: &Arc<Self>, tenant: &TenantId, id: SandboxId) -> Result<(), EngineError> {
-        let Some(sandbox) = self.find(tenant, Kind::Sandbox, id).await?.filter(|sandbox| sandbox.state.is_final()) else { return Ok(()) };
-        // The keeper may have one of which this process does not know: a service that died while it began the next life told nobody.
-        if !self.kept.contains(id) && !sandbox.keep_layer {
-            return Ok(());
+    /// What has ended here with a layer, by its row, and the layers that the keeper has.
+    async fn kept_layers(&self) -> anyhow::Result<(HashMap<SandboxId, Sandbox>, HashSet<SandboxId>)> {
+        let rows = self.store.with_kept_layers(self.node).await?;
+        let layers = self.in_time(self.keeper.layers()).await?;
+        Ok((rows.into_iter().map(|(sandbox, _)| (sandbox.id, sandbox)).collect(), layers))
+    }
+
+    /// Gives up the layer of the tenant's sandbox that has ended, if it may be kept here. Nobody starts it on anything while the turn lasts.
+    pub(super) async fn give_up_layer(&self, tenant: &TenantId, id: SandboxId) -> Result<Option<Turn<'_>>, EngineError> {
+        if !self.may_keep_layer(tenant, id).await? {
+            return Ok(None);
         }
-        self.drop_layer(id).await.map_err(|error| match error {
+        let turn = self.kept.turn(id).await;
+        // Somebody may have started it meanwhile.
+        if !self.may_keep_layer(tenant, id).await? {
+            return Ok(None);
+        }
+        self.drop_kept(&turn).await.map_err(|error| match error {
             CallError::Lost => EngineError::KeeperUnavailable,
             CallError::Failed(failure) => EngineError::Busy(failure.message),
         })?;
-        self.kept.remove(id);
+        Ok(Some(turn))
+    }
+
+    /// Whether the tenant's sandbox has ended and there may be a layer of it here.
+    async fn may_keep_layer(&self, tenant: &TenantId, id: SandboxId) -> Result<bool, EngineError> {
+        let ended = self.find(tenant, Kind::Sandbox, id).await?.filter(|sandbox| sandbox.state.is_final());
+        // The keeper may have one of which this process does not know: a service that died while it began the next life told nobody.
+        Ok(ended.is_some_and(|sandbox| sandbox.keep_layer || self.kept.contains(id)))
+    }
+
+    /// Gives up the layer whose turn this is, and its room.
+    async fn drop_kept(&self, turn: &Turn<'_>) -> Result<(), CallError> {
+        self.drop_layer(turn.id()).await?;
+        tracing::info!(sandbox.id = %turn.id(), "the layer of an ended sandbox is given up");
         fail_point::reached("service.layer.dropped");
+        turn.free();
         Ok(())
     }
 
@@ -268,23 +283,24 @@ impl Engine {
         let known = self.kept.ids();
         let rows = self.store.with_kept_layers(self.node).await?;
         let wanted: HashSet<SandboxId> = rows.iter().map(|(sandbox, _)| sandbox.id).collect();
-        for id in known.into_iter().filter(|id| !wanted.contains(id) && self.live.get(*id).is_none()) {
-            if self.drop_layer(id).await.is_ok() {
-                self.kept.remove(id);
+        for id in known.into_iter().filter(|id| !wanted.contains(id)) {
+            let Some(turn) = self.turn_at_rest(id) else { continue };
+            // It may have had another life since, here or elsewhere.
+            let hold = self.store.whereabouts(id).await?.and_then(|place| place.hold);
+            if hold.is_none_or(|hold| hold.lease.node != self.node) && self.drop_kept(&turn).await.is_err() {
+                tracing::debug!(sandbox.id = %id, "its layer is not given up yet");
             }
         }
-        let mut given_up = self.store.layers_of_gone_nodes(overdue).await?;
         for (sandbox, _) in rows.iter().filter(|(_, finished_at)| *finished_at < overdue) {
-            // Somebody has started it meanwhile.
-            if self.lives(sandbox.id) {
-                continue;
-            }
-            if self.drop_layer(sandbox.id).await.is_ok() {
-                self.kept.remove(sandbox.id);
-                given_up.push(sandbox.id);
+            let Some(turn) = self.turn_at_rest(sandbox.id) else { continue };
+            let now = self.store.find(&sandbox.tenant, sandbox.id).await?;
+            let is_overdue = now.is_some_and(|now| now.state.is_final() && now.finished_at.is_some_and(|at| at < overdue));
+            if is_overdue && self.drop_kept(&turn).await.is_ok() {
+                self.store.give_up_layers(&[sandbox.id]).await?;
             }
         }
-        Ok(self.store.give_up_layers(&given_up).await?)
+        let lost = self.store.layers_of_gone_nodes(overdue).await?;
+        Ok(self.store.give_up_layers(&lost).await?)
     }
 }
 
@@ -297,7 +313,7 @@ enum Begun {
 /// Room for another life: that of the layer, and what there is more; given back as it was unless it is used.
 struct RoomTaken<'a> {
     engine: &'a Arc<Engine>,
-    id: SandboxId,
+    turn: &'a Turn<'a>,
     keeper: u64,
     /// Room of the layer alone, if one is kept.
     kept: Option<Room>,
@@ -323,10 +339,9 @@ impl RoomTaken<'_> {
 
 impl Drop for RoomTaken<'_> {
     fn drop(&mut self) {
-        let taken = self.reservation.take().zip(self.kept).filter(|_| !self.engine.lives(self.id));
-        if let Some((mut reservation, kept)) = taken {
+        if let Some((mut reservation, kept)) = self.reservation.take().zip(self.kept) {
             reservation.resize(kept);
-            self.engine.kept.insert(self.id, reservation, self.keeper);
+            self.turn.put(reservation, self.keeper);
         }
     }
 }
