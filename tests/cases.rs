@@ -1,7 +1,11 @@
 //! A run with cases: what each is given and judged by, what passes from one to the next, what ends them, and what a death in the middle does.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::time::Duration;
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use mayfly_tests::{
     Answer, Client, Service,
@@ -357,6 +361,44 @@ async fn a_keeper_that_dies_in_the_middle_fails_the_case_that_ran_and_a_retry_be
     assert_eq!(retried["attempt"], 2, "{retried:#}");
     assert_eq!(written(&survivor(&service), &volume, "ran").await, "1\n2\n1\n2\n1\n2\n3\n");
     delete(&survivor(&service), &volume).await;
+}
+
+#[tokio::test]
+async fn a_case_that_its_keeper_cannot_forget_ends_its_run_and_says_why() {
+    let service = Service::start();
+    let client = service.client();
+    let undeletable = AppendOnly::begin(&service.place().data_dir.join("logs"));
+
+    let run = client.run(&request("cat", json!([{ "stdin": "1\n" }, {}, {}]))).await;
+    drop(undeletable);
+
+    assert_reason(&run, "infra_error");
+    let message = run["outcome"]["message"].as_str().unwrap();
+    assert!(message.contains("case 0 cannot be dropped: ") && message.contains("not permitted"), "{message}");
+    assert_verdicts(&run, "not_run", &["accepted", "not_run", "not_run"]);
+    assert_eq!(run["cases"][0]["stdout"], "1\n");
+    assert_verdicts(&client.run(&request("cat", json!([{}, {}, {}]))).await, "accepted", &["accepted"; 3]);
+}
+
+/// A folder from which nothing can be deleted (chattr(1)); as it was when this is dropped.
+struct AppendOnly(PathBuf);
+
+impl AppendOnly {
+    fn begin(folder: &Path) -> Self {
+        let this = Self(folder.to_owned());
+        assert!(this.change("+a"), "the file system of {} has append-only folders", folder.display());
+        this
+    }
+
+    fn change(&self, attribute: &str) -> bool {
+        Command::new("chattr").arg(attribute).arg(&self.0).status().unwrap().success()
+    }
+}
+
+impl Drop for AppendOnly {
+    fn drop(&mut self) {
+        self.change("-a");
+    }
 }
 
 /// The same request is sent before the death, in the second of three cases, and after it: with what is compiled, and without.

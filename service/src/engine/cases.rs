@@ -7,7 +7,7 @@ use std::{future::Pending, io, sync::Arc, time::Duration};
 
 use sandbox_core::{
     fail_point,
-    protocol::{Cause, Ending, Launch, Launched, Layering, Record},
+    protocol::{Cause, Ending, Failure, Launch, Launched, Layering, Record},
 };
 
 use super::{
@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     clock::at_us,
+    runtime::CallError,
     sandbox::{
         self, Case, CaseEnd, CaseReader, Comparer, Comparison, Finish, Judged, Judging, Mount, Reason, Sandbox, SandboxId, case_id, step_id,
     },
@@ -31,6 +32,8 @@ const SUCCESS: Cause = Cause::Exited { code: 0 };
 const PAUSE: Duration = Duration::from_millis(50);
 /// How often a log is tried that cannot be read.
 const READ_ATTEMPTS: u32 = 20;
+/// How often the keeper is asked to forget a case that it refuses to.
+const FORGET_ATTEMPTS: u32 = 200;
 
 impl Engine {
     /// What came of the cases of this run so far; `None` if it has none.
@@ -51,15 +54,18 @@ impl Engine {
     ) -> Course {
         let id = live.sandbox.id;
         let mut cases = self.until_heard(id, || self.store.cases_of(id)).await;
-        if adopted.is_some()
-            && let Some(before) = judging.next(&cases).and_then(|index| index.checked_sub(1))
-        {
-            // Its end was stored by a service that had no time to say so.
-            self.forget_case(id, before).await;
-        }
+        // Its end was stored by a service that had no time to say so.
+        let mut over = adopted.as_ref().and_then(|_| judging.next(&cases)?.checked_sub(1));
         loop {
             live.note_judged(judging.of(&cases));
-            let Some(index) = judging.next(&cases) else { return Course::Ended(self.ending_of(&cases)) };
+            let next = judging.next(&cases);
+            if let Some(before) = over
+                && let Err(failure) = self.forget_case(live, before).await
+                && next.is_some()
+            {
+                return Course::Ended(self.infra_error(format!("what its node has of case {before} cannot be dropped: {failure}")));
+            }
+            let Some(index) = next else { return Course::Ended(self.ending_of(&cases)) };
             let ended = match adopted.take() {
                 Some(launched) => Ok(self.follow_adopted(live, index, launched).await),
                 None => self.run_case(live, index, input).await,
@@ -77,7 +83,7 @@ impl Engine {
             if let Some(case) = cases.get_mut(index) {
                 case.end = Some(end);
             }
-            self.forget_case(id, index).await;
+            over = Some(index);
         }
     }
 
@@ -236,12 +242,26 @@ impl Engine {
         }
     }
 
-    /// Has the keeper forget a case whose end is stored: the second after it has the same name. Tried until it is done, or the keeper is gone for good.
-    async fn forget_case(&self, run: SandboxId, index: usize) {
-        while !self.forget(case_id(run, index)).await {
+    /// Has the keeper forget a case whose end is stored: the second after it has the same name. Tried until it is done, or the keeper is gone for good; fails where the keeper is there and
+    /// does not do it, however often it is asked.
+    async fn forget_case(&self, live: &Live, index: usize) -> Result<(), Failure> {
+        let id = case_id(live.sandbox.id, index);
+        let mut refusals = 0;
+        loop {
+            match self.keeper.forget(id).await {
+                Ok(()) => return Ok(()),
+                Err(CallError::Failed(failure)) => {
+                    refusals += 1;
+                    if refusals == FORGET_ATTEMPTS {
+                        tracing::error!(sandbox.id = %live.sandbox.id, index, %failure, "the keeper does not forget a case");
+                        return Err(failure);
+                    }
+                }
+                Err(CallError::Lost) => {}
+            }
             tokio::time::sleep(PAUSE).await;
             if self.keeper_back().await.is_none() {
-                return;
+                return Ok(());
             }
         }
     }
