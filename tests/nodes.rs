@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use mayfly_tests::{
-    Client, Service,
+    Client, Service, host,
     outcome::{assert_exit, assert_reason, stdout},
     postgres::Database,
     service::{finish, mayfly, shared},
@@ -138,6 +138,52 @@ async fn a_node_that_was_taken_for_dead_writes_nothing_over_its_successors_word(
     assert_exit(&client(&first).shell("exit 5").await, 5);
     let log = first.log();
     assert!(log.contains("taken for dead"), "{log}");
+}
+
+/// The third case of the first attempt has ended, its keeper has the record, and its node dies as soon as it has claimed the run again.
+#[tokio::test]
+async fn what_a_node_still_has_of_a_case_is_not_taken_for_one_of_the_next_attempt() {
+    let database = Database::start();
+    let (mut first, second) = (node(&database), node(&database));
+    first.kill();
+    first.arm("service.queue.claimed=1*off->return");
+    first.start_again().unwrap();
+    // What comes to its door waits in the queue, and only the first node takes it.
+    Client::admin(second.place()).post(&format!("/v1/admin/nodes/{}/drain", node_id(&second)), &json!({})).await.expect(200);
+    let (keeper, unique) = (first.place().keeper_pid(), uuid::Uuid::new_v4().as_u128() % 1_000_000_000);
+    // The shell's own arguments do not say what the sleeper's do.
+    let script = format!("read n; s=3; [ $n != 3 ] || sleep $s.{unique:09}; echo $n");
+    let sleeper = format!("sleep 3.{unique:09}");
+    let cases: Vec<_> = ["1", "2", "3"].iter().map(|n| json!({ "stdin": format!("{n}\n"), "expected_stdout": n })).collect();
+    let request = json!({ "image": "busybox", "command": ["sh", "-c", script], "cases": cases, "retry": 1, "wait_ms": 0 });
+    let run = client(&second).post("/v1/runs", &request).await.expect(202);
+    let path = format!("/v1/runs/{}", run["id"].as_str().unwrap());
+
+    until_host(|| !host::processes_with(&sleeper).is_empty()).await;
+    signal(first.place().pid, Signal::SIGSTOP);
+    client(&second).until(&path, |run| run["attempt"] == 2).await;
+    until_host(|| host::processes_with(&sleeper).is_empty()).await;
+    // It can be told to forget nothing before its service has claimed the run and died.
+    signal(keeper, Signal::SIGSTOP);
+    signal(first.place().pid, Signal::SIGCONT);
+    first.wait().unwrap();
+    signal(keeper, Signal::SIGCONT);
+    first.arm("");
+    first.start_again().unwrap();
+    let run = ended(&second, run["id"].as_str().unwrap()).await;
+
+    let told: Vec<_> = run["cases"].as_array().unwrap().iter().map(|case| case["stdout"].as_str().unwrap_or_default()).collect();
+    assert_eq!(told, ["1\n", "2\n", "3\n"], "{run:#}");
+    assert_eq!((&run["verdict"], &run["attempt"]), (&json!("accepted"), &json!(2)), "{run:#}");
+    assert_eq!(first.place().keeper_pid(), keeper);
+}
+
+async fn until_host(is_so: impl Fn() -> bool) {
+    let deadline = tokio::time::Instant::now() + SOON;
+    while !is_so() {
+        assert!(tokio::time::Instant::now() < deadline, "it has not come to that");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }
 
 #[tokio::test]

@@ -24,7 +24,7 @@ pub use batch::{BatchRequest, RUNS_MAX};
 pub use case::{Beginning, Case, CaseEnd, CaseReader, Comparison, Judged, Judging, NewCase, Verdict};
 pub use change::{Change, ChangeRequest, new_limits};
 pub use comparer::Comparer;
-pub use compile::{Compile, CompileEnd, NewCompile, case_id, is_part, is_step, run_id, step_id};
+pub use compile::{Compile, CompileEnd, NewCompile, case_id, case_ids, is_part, is_step, run_id, step_id};
 pub use exec::{EXECS_MAX, Exec, ExecPlan, ExecRequest, ExecState, NewExec, SizeRequest};
 pub use language::{Language, Languages};
 pub use limits::{Bound, Limits, RequestedCompileLimits, RequestedLimits, bound_of, bounds};

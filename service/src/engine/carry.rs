@@ -167,7 +167,7 @@ impl Engine {
         }
     }
 
-    /// Has the keeper end and forget what it may still have of an attempt before this one, whose names this one has too. False if that cannot be
+    /// Has the keeper end and forget what it may still have of the attempts before this one, some of whose names this one has too. False if that cannot be
     /// done now.
     async fn clear_former_attempt(&self, live: &Live) -> bool {
         let id = live.sandbox.id;

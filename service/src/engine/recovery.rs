@@ -14,7 +14,7 @@ use sandbox_core::{
 
 use super::{Engine, Progress, capacity::Room, settle::After, unix_us};
 use crate::{
-    sandbox::{Sandbox, SandboxId, State, case_id, is_part, is_step, run_id, step_id},
+    sandbox::{Sandbox, SandboxId, State, case_id, case_ids, is_part, is_step, run_id, step_id},
     store::{Input, Return, StoreError, Writer},
 };
 
@@ -138,10 +138,14 @@ impl Engine {
             let is_same_keeper = sandbox.claimed_at.is_some_and(|at| unix_us(at) > keeper_started_at_us);
             if let Some(judging) = sandbox.judging {
                 adopted += 1;
-                let records = [0, 1].map(|index| records.remove(&case_id(sandbox.id, index)));
+                let of_cases = [0, 1].map(|index| records.remove(&case_id(sandbox.id, sandbox.attempt, index)));
+                // What there may be of an attempt before this one is cleared away with the run, or before it is begun again.
+                for id in case_ids(sandbox.id) {
+                    records.remove(&id);
+                }
                 let live = self.live.claimed(sandbox, self.lease());
                 let reservation = self.capacity.reserve_for_live(room);
-                tokio::spawn(Arc::clone(self).adopt_cases(live, judging, records, is_same_keeper, reservation));
+                tokio::spawn(Arc::clone(self).adopt_cases(live, judging, of_cases, is_same_keeper, reservation));
                 continue;
             }
             // The keeper that there was at its claim would know it if it had been begun.

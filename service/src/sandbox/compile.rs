@@ -82,8 +82,9 @@ pub(super) fn together(one: &Usage, other: &Usage) -> Usage {
 /// Where the version stands in an id, and that of the ids of compile steps: all others are of version 7 (RFC 9562, sections 5.7 and 5.8).
 const VERSION_SHIFT: u32 = 76;
 const OF_STEP: u128 = 8;
-/// Two are enough for all cases: they come one after another, and one is begun only when the one before the last is forgotten.
-const OF_CASES: [u128; 2] = [9, 10];
+/// Two are enough for all cases of an attempt: they come one after another, and one is begun only when the one before the last is forgotten. The next attempt has two others: a node that was taken
+/// for dead may still have what it began.
+const OF_CASES: [[u128; 2]; 2] = [[9, 10], [11, 12]];
 const OF_RUN: u128 = 7;
 
 /// What the keeper calls the compile step of this run: each can be told from the other, so nobody has to write down what belongs together.
@@ -91,9 +92,15 @@ pub fn step_id(run: SandboxId) -> SandboxId {
     with_version(run, OF_STEP)
 }
 
-/// What the keeper calls this case of this run, and the second after it.
-pub fn case_id(run: SandboxId, index: usize) -> SandboxId {
-    with_version(run, OF_CASES[index % OF_CASES.len()])
+/// What the keeper calls this case of this attempt at this run, and the second after it.
+pub fn case_id(run: SandboxId, attempt: u32, index: usize) -> SandboxId {
+    let of_attempt = OF_CASES[usize::from(attempt.is_multiple_of(2))];
+    with_version(run, of_attempt[index % of_attempt.len()])
+}
+
+/// All that the keeper may call a case of this run, at whichever attempt.
+pub fn case_ids(run: SandboxId) -> impl Iterator<Item = SandboxId> {
+    OF_CASES.into_iter().flatten().map(move |version| with_version(run, version))
 }
 
 /// The run of which this is the compile step or a case, or what it is itself.
@@ -108,7 +115,7 @@ pub fn is_step(id: SandboxId) -> bool {
 
 /// Whether the keeper calls a compile step or a case of a run like this.
 pub fn is_part(id: SandboxId) -> bool {
-    is_step(id) || OF_CASES.contains(&version(id))
+    is_step(id) || OF_CASES.as_flattened().contains(&version(id))
 }
 
 const fn version(id: SandboxId) -> u128 {
@@ -121,6 +128,8 @@ const fn with_version(id: SandboxId, version: u128) -> SandboxId {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use sandbox_core::protocol::Cause;
     use time::OffsetDateTime;
 
@@ -146,11 +155,16 @@ mod tests {
     }
 
     #[test]
-    fn one_case_is_told_from_the_next_by_its_name() {
+    fn one_case_is_told_from_the_next_and_from_those_of_the_attempt_before_by_its_name() {
         let run = SandboxId(Uuid::now_v7());
-        let (first, second) = (case_id(run, 0), case_id(run, 1));
-        assert_eq!((run_id(first), run_id(second), case_id(run, 2)), (run, run, first));
-        assert!(first != second && is_part(first) && is_part(second) && !is_step(first) && !is_part(run));
+        let names = [(1, 0), (1, 1), (2, 0), (2, 1)].map(|(attempt, index)| case_id(run, attempt, index));
+        assert_eq!((case_id(run, 1, 2), case_id(run, 2, 3)), (names[0], names[3]));
+        assert_eq!(BTreeSet::from(names).len(), 4);
+        assert_eq!(case_ids(run).collect::<BTreeSet<_>>(), BTreeSet::from(names));
+        for name in names {
+            assert_eq!((run_id(name), is_part(name), is_step(name)), (run, true, false));
+        }
+        assert!(!is_part(run));
     }
 
     #[test]
