@@ -21,7 +21,7 @@ pub mod words;
 use std::{collections::BTreeMap, fmt};
 
 pub use batch::{BatchRequest, RUNS_MAX};
-pub use case::{Beginning, Case, CaseEnd, CaseReader, Comparison, Judged, Judging, NewCase, Verdict};
+pub use case::{Beginning, Case, CaseEnd, CaseOutput, CaseReader, Comparison, Judged, Judging, NewCase, ToldCase, Verdict};
 pub use change::{Change, ChangeRequest, new_limits};
 pub use comparer::Comparer;
 pub use compile::{Compile, CompileEnd, NewCompile, case_id, case_ids, is_part, is_step, run_id, step_id};

@@ -22,7 +22,7 @@ use super::{
     view::RunView,
 };
 use crate::{
-    engine::{Finished, Followed, Progress},
+    engine::{ANSWER_STREAM_BYTES, Finished, Followed, Progress},
     sandbox::{Kind, RunRequest, Sandbox, SandboxId, TenantId},
     token::Scope,
 };
@@ -93,7 +93,9 @@ pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator
     if let Some(finished) = wait(&app, &mut run, patience).await {
         let output = app.engine.output_of(finished.sandbox.id, &finished.log_tail).await;
         // It was made, and it ended: whoever hears of a failure would make it again.
-        let Ok(cases) = app.engine.cases_of(&finished.sandbox).await else { return accepted(&app, finished.sandbox.clone()).await };
+        let Ok(cases) = app.engine.cases_of(&finished.sandbox, ANSWER_STREAM_BYTES).await else {
+            return accepted(&app, finished.sandbox.clone()).await;
+        };
         return Ok(Json(RunView::new(finished.sandbox.clone(), Some(output), cases, None)).into_response());
     }
     accepted(&app, run.sandbox()).await
@@ -103,7 +105,7 @@ pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator
 async fn accepted(app: &App, run: Sandbox) -> Result<Response, ApiError> {
     let location = format!("/v1/runs/{}", run.id);
     let position = app.engine.queue_position(&run).await;
-    let cases = app.engine.cases_of(&run).await.unwrap_or_else(|error| {
+    let cases = app.engine.cases_of(&run, ANSWER_STREAM_BYTES).await.unwrap_or_else(|error| {
         tracing::warn!(sandbox.id = %run.id, %error, "what came of the cases is not told");
         None
     });
@@ -183,7 +185,7 @@ pub(super) async fn cancel(State(app): State<Arc<App>>, caller: Caller, Path(id)
 
 async fn view(app: &App, sandbox: Sandbox) -> Result<Json<RunView>, ApiError> {
     let output = if sandbox.state.is_final() { Some(app.engine.output(sandbox.id).await?) } else { None };
-    let cases = app.engine.cases_of(&sandbox).await?;
+    let cases = app.engine.cases_of(&sandbox, ANSWER_STREAM_BYTES).await?;
     let position = app.engine.queue_position(&sandbox).await;
     Ok(Json(RunView::new(sandbox, output, cases, position)))
 }

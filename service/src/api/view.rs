@@ -14,8 +14,8 @@ use utoipa::ToSchema;
 use crate::{
     engine::Output,
     sandbox::{
-        Beginning, Capabilities, Case, Compile, Encoding, Kind, Limits, Mount, MountRequest, Network, Outcome, Sandbox, SandboxId, Signal,
-        State, Verdict, words,
+        Capabilities, CaseOutput, Compile, Encoding, Kind, Limits, Mount, MountRequest, Network, Outcome, Sandbox, SandboxId, Signal,
+        State, ToldCase, Verdict, words,
     },
 };
 
@@ -210,7 +210,7 @@ pub(super) struct OutputView {
 
 impl RunView {
     /// `output` belongs to a run that ended, `cases` to one that has some.
-    pub(super) fn new(sandbox: Sandbox, output: Option<Output>, cases: Option<Vec<Case>>, queue_position: Option<u64>) -> Self {
+    pub(super) fn new(sandbox: Sandbox, output: Option<Output>, cases: Option<Vec<ToldCase>>, queue_position: Option<u64>) -> Self {
         let is_final = sandbox.state.is_final();
         Self {
             id: sandbox.id,
@@ -221,7 +221,7 @@ impl RunView {
             output: output.map(OutputView::from),
             outcome: sandbox.outcome,
             compile: sandbox.compile.map(|compile| CompileView::from(*compile)),
-            verdict: cases.as_deref().filter(|_| is_final).map(Verdict::of_run),
+            verdict: cases.as_ref().filter(|_| is_final).map(|cases| Verdict::of_run(cases.iter().map(|told| &told.case))),
             cases: cases.map(|cases| cases.into_iter().enumerate().map(CaseView::from).collect()),
             fences: sandbox.fences.map(|fences| fences.iter().collect()),
             limits: sandbox.limits,
@@ -286,16 +286,16 @@ impl From<Compile> for CompileView {
     }
 }
 
-impl From<(usize, Case)> for CaseView {
-    fn from((index, case): (usize, Case)) -> Self {
+impl From<(usize, ToldCase)> for CaseView {
+    fn from((index, ToldCase { case, output }): (usize, ToldCase)) -> Self {
         let verdict = case.verdict();
-        let (output, outcome) = case.end.map(|end| (CaseOutputView::of(end.stdout, end.stderr), end.outcome)).unzip();
+        let (output, outcome) = case.end.map(|end| (CaseOutputView::from(output), end.outcome)).unzip();
         Self { index, name: case.name, verdict, outcome, output }
     }
 }
 
-impl CaseOutputView {
-    fn of(stdout: Beginning, stderr: Beginning) -> Self {
+impl From<CaseOutput> for CaseOutputView {
+    fn from(CaseOutput { stdout, stderr }: CaseOutput) -> Self {
         let (stdout_omitted_bytes, stderr_omitted_bytes) = (stdout.omitted_bytes, stderr.omitted_bytes);
         let (stdout, stdout_encoding) = text(stdout.bytes);
         let (stderr, stderr_encoding) = text(stderr.bytes);

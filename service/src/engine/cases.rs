@@ -22,8 +22,8 @@ use crate::{
     clock::at_us,
     runtime::CallError,
     sandbox::{
-        self, Case, CaseEnd, CaseReader, Comparer, Comparison, Finish, Judged, Judging, Mount, Reason, Sandbox, SandboxId, case_id,
-        case_ids, step_id,
+        self, Case, CaseEnd, CaseOutput, CaseReader, Comparer, Comparison, Finish, Judged, Judging, Mount, Reason, Sandbox, SandboxId,
+        ToldCase, case_id, case_ids, step_id,
     },
     store::{Input, Return, StoreError},
 };
@@ -37,12 +37,12 @@ const READ_ATTEMPTS: u32 = 20;
 const FORGET_ATTEMPTS: u32 = 200;
 
 impl Engine {
-    /// What came of the cases of this run so far; `None` if it has none.
-    pub async fn cases_of(&self, run: &Sandbox) -> Result<Option<Vec<Case>>, EngineError> {
+    /// What came of the cases of this run so far, with at most so many bytes of each stream of all of them together; `None` if it has none.
+    pub async fn cases_of(&self, run: &Sandbox, stream_bytes: usize) -> Result<Option<Vec<ToldCase>>, EngineError> {
         if run.judging.is_none() {
             return Ok(None);
         }
-        Ok(Some(self.store.cases_of(run.id).await?))
+        Ok(Some(self.store.told_cases(run.id, stream_bytes).await?))
     }
 
     /// Runs the cases from the first on whose end is not stored; that one may be with the keeper already, started like that.
@@ -76,8 +76,8 @@ impl Engine {
                 Err(course) => return course,
             };
             fail_point::reached("service.case.ended");
-            let end = self.end_of_case(live, judging, index, &ending).await;
-            if !self.until_clear(live, |hold| self.store.finish_case(id, hold, index, &end)).await {
+            let (end, output) = self.end_of_case(live, judging, index, &ending).await;
+            if !self.until_clear(live, |hold| self.store.finish_case(id, hold, index, &end, &output)).await {
                 return Course::NotOurs;
             }
             fail_point::reached("service.case.stored");
@@ -214,7 +214,7 @@ impl Engine {
     }
 
     /// What came of a case that ended like this. One whose output cannot be read was failed by us.
-    async fn end_of_case(&self, live: &Live, judging: Judging, index: usize, ending: &Ending) -> CaseEnd {
+    async fn end_of_case(&self, live: &Live, judging: Judging, index: usize, ending: &Ending) -> (CaseEnd, CaseOutput) {
         let id = live.sandbox.id;
         let expected = self.until_heard(id, || self.store.case_expected(id, index)).await.map(Arc::new);
         let finish = |ending: &Ending| Finish::of(ending, &live.limits(), phases(live, at_us(ending.ended_at_us)));

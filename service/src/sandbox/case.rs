@@ -60,7 +60,7 @@ pub struct Case {
     pub end: Option<CaseEnd>,
 }
 
-/// How a case ended.
+/// How a case ended: what a run goes on by. What it wrote is not here: of all cases together, that is megabytes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CaseEnd {
     pub verdict: Verdict,
@@ -68,8 +68,22 @@ pub struct CaseEnd {
     /// Exact usage, for the ledger.
     pub used: Usage,
     pub started_at: Option<OffsetDateTime>,
+    /// Bytes of its output that are stored.
+    pub stored_bytes: u64,
+}
+
+/// What is stored of what a case wrote.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CaseOutput {
     pub stdout: Beginning,
     pub stderr: Beginning,
+}
+
+/// One case of a run, with what it wrote: nothing, before its end.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ToldCase {
+    pub case: Case,
+    pub output: CaseOutput,
 }
 
 /// The beginning of what was written to a stream and kept.
@@ -80,20 +94,22 @@ pub struct Beginning {
     pub omitted_bytes: u64,
 }
 
-impl Case {
+impl CaseOutput {
     /// With at most so many bytes of each stream.
     #[must_use]
     pub fn shortened(mut self, most: usize) -> Self {
-        if let Some(end) = &mut self.end {
-            end.stdout.shorten(most);
-            end.stderr.shorten(most);
-        }
+        self.stdout.shorten(most);
+        self.stderr.shorten(most);
         self
+    }
+
+    fn stored_bytes(&self) -> u64 {
+        (self.stdout.bytes.len() + self.stderr.bytes.len()) as u64
     }
 }
 
 impl Beginning {
-    /// Not in the middle of a character.
+    /// Not in the middle of a character, if one byte more than that is here.
     fn shorten(&mut self, most: usize) {
         let is_inside = |at: usize| self.bytes.get(at).is_some_and(|byte| byte & 0xc0 == 0x80);
         let nearest = most.saturating_sub(3);
@@ -141,7 +157,7 @@ impl Judging {
             outcome: if self.next(cases).is_none() { decides().map(|end| end.outcome.clone()) } else { None },
             used: ends().fold(Usage::default(), |all, end| together(&all, &end.used)),
             started_at: ends().find_map(|end| end.started_at),
-            stored_bytes: ends().map(|end| (end.stdout.bytes.len() + end.stderr.bytes.len()) as u64).sum(),
+            stored_bytes: ends().map(|end| end.stored_bytes).sum(),
         }
     }
 }
@@ -162,8 +178,8 @@ impl Verdict {
     }
 
     /// That of a run with these cases: `accepted` if every one is, else that of the first that is not.
-    pub fn of_run(cases: &[Case]) -> Self {
-        cases.iter().map(Case::verdict).find(|verdict| *verdict != Self::Accepted).unwrap_or(Self::Accepted)
+    pub fn of_run<'a>(cases: impl IntoIterator<Item = &'a Case>) -> Self {
+        cases.into_iter().map(Case::verdict).find(|verdict| *verdict != Self::Accepted).unwrap_or(Self::Accepted)
     }
 }
 
@@ -174,8 +190,8 @@ impl Case {
 }
 
 impl CaseEnd {
-    /// This end, of which so much was read; a program that did not succeed failed, whatever it wrote.
-    pub fn of(finish: Finish, read: CaseReader) -> Self {
+    /// This end, of which so much was read, and what of that is to be stored; a program that did not succeed failed, whatever it wrote.
+    pub fn of(finish: Finish, read: CaseReader) -> (Self, CaseOutput) {
         let CaseReader { comparer, stdout, stderr } = read;
         let is_expected = comparer.is_none_or(|comparer| !finish.outcome.truncated.stdout && comparer.is_equal());
         let verdict = match (finish.outcome.is_success(), is_expected) {
@@ -184,7 +200,8 @@ impl CaseEnd {
             (true, true) => Verdict::Accepted,
         };
         let Finish { outcome, used, started_at, .. } = finish;
-        Self { verdict, outcome, used, started_at, stdout: stdout.cut_between_characters(), stderr: stderr.cut_between_characters() }
+        let output = CaseOutput { stdout: stdout.cut_between_characters(), stderr: stderr.cut_between_characters() };
+        (Self { verdict, outcome, used, started_at, stored_bytes: output.stored_bytes() }, output)
     }
 
     /// Whether somebody, or a fault of ours, ended more than this case.
@@ -294,7 +311,8 @@ mod tests {
     }
 
     fn ended(cause: Cause, expected: Option<&[u8]>) -> Case {
-        Case { name: None, end: Some(CaseEnd::of(finish(cause), read(expected, b"7\n"))) }
+        let (end, _) = CaseEnd::of(finish(cause), read(expected, b"7\n"));
+        Case { name: None, end: Some(end) }
     }
 
     fn accepted() -> Case {
@@ -319,7 +337,7 @@ mod tests {
     fn output_that_was_not_kept_to_its_end_is_not_what_was_expected() {
         let mut cut = finish(Cause::Exited { code: 0 });
         cut.outcome.truncated.stdout = true;
-        assert_eq!(CaseEnd::of(cut, read(Some(b"7"), b"7\n")).verdict, Verdict::WrongOutput);
+        assert_eq!(CaseEnd::of(cut, read(Some(b"7"), b"7\n")).0.verdict, Verdict::WrongOutput);
     }
 
     #[test]
@@ -358,10 +376,10 @@ mod tests {
         let mut reader = CaseReader::new(None);
         reader.push(Record { kind: Kind::Stdout, seq: 0, at_us: 1, data: b"x" });
         reader.push(Record { kind: Kind::Stdout, seq: 1, at_us: 1, data: long.as_bytes() });
-        let end = CaseEnd::of(finish(Cause::Exited { code: 0 }), reader);
-        assert_eq!(end.stdout.bytes.len(), Beginning::BYTES_MAX - 1);
-        assert_eq!(end.stdout.omitted_bytes, (long.len() + 1 - end.stdout.bytes.len()) as u64);
-        assert!(std::str::from_utf8(&end.stdout.bytes).is_ok());
+        let (end, CaseOutput { stdout, .. }) = CaseEnd::of(finish(Cause::Exited { code: 0 }), reader);
+        assert_eq!((stdout.bytes.len(), end.stored_bytes), (Beginning::BYTES_MAX - 1, stdout.bytes.len() as u64));
+        assert_eq!(stdout.omitted_bytes, (long.len() + 1 - stdout.bytes.len()) as u64);
+        assert!(std::str::from_utf8(&stdout.bytes).is_ok());
     }
 
     #[test]

@@ -5,7 +5,10 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 
 use super::{Hold, Input, Store, StoreError, bigint, damaged, sandboxes::id_at, unsigned};
-use crate::sandbox::{Beginning, Case, CaseEnd, NewCase, SandboxId, Verdict};
+use crate::sandbox::{Beginning, Case, CaseEnd, CaseOutput, NewCase, SandboxId, ToldCase, Verdict};
+
+/// More than any stream of ours, and no more than Postgres counts to.
+const STREAM_BYTES_MAX: i64 = 1 << 30;
 
 /// The cases of a new run, column by column.
 pub(super) struct Columns<'a> {
@@ -30,10 +33,7 @@ struct Row {
     outcome: Option<Value>,
     used: Option<Value>,
     started_at: Option<OffsetDateTime>,
-    stdout: Option<Vec<u8>>,
-    stderr: Option<Vec<u8>>,
-    stdout_omitted_bytes: i64,
-    stderr_omitted_bytes: i64,
+    stored_bytes: i64,
 }
 
 impl Row {
@@ -47,23 +47,59 @@ impl Row {
             outcome: serde_json::from_value(outcome).map_err(|error| unreadable("case's outcome", error))?,
             used: serde_json::from_value(used).map_err(|error| unreadable("case's usage", error))?,
             started_at: self.started_at,
-            stdout: Beginning { bytes: self.stdout.unwrap_or_default(), omitted_bytes: unsigned(self.stdout_omitted_bytes) },
-            stderr: Beginning { bytes: self.stderr.unwrap_or_default(), omitted_bytes: unsigned(self.stderr_omitted_bytes) },
+            stored_bytes: unsigned(self.stored_bytes),
         };
         Ok(Case { name: self.name, end: Some(end) })
     }
 }
 
+/// The beginning of a stream that begins with these bytes, and of which so many are stored and so many more were written.
+fn beginning(bytes: Option<Vec<u8>>, stored_bytes: i32, omitted_bytes: i64) -> Beginning {
+    let bytes = bytes.unwrap_or_default();
+    let unread = unsigned(stored_bytes.into()).saturating_sub(bytes.len() as u64);
+    Beginning { bytes, omitted_bytes: unsigned(omitted_bytes) + unread }
+}
+
 impl Store {
-    /// The cases of this run, in their order.
+    /// The cases of this run, in their order, and how those ended that have.
     pub async fn cases_of(&self, run: SandboxId) -> Result<Vec<Case>, StoreError> {
         let rows = sqlx::query_as!(
             Row,
-            "select name, verdict, outcome, used, started_at, stdout, stderr, stdout_omitted_bytes, stderr_omitted_bytes
-            from run_cases where run = $1 order by index",
+            r#"select name, verdict, outcome, used, started_at,
+                (coalesce(octet_length(stdout), 0) + coalesce(octet_length(stderr), 0))::bigint as "stored_bytes!"
+            from run_cases where run = $1 order by index"#,
             run.0,
         );
         rows.fetch_all(&self.pool).await?.into_iter().map(Row::read).collect()
+    }
+
+    /// The same with what they wrote: of all of them together at most so many bytes of each stream, to each its share.
+    pub async fn told_cases(&self, run: SandboxId, stream_bytes: usize) -> Result<Vec<ToldCase>, StoreError> {
+        let rows = sqlx::query!(
+            r#"select name, verdict, outcome, used, started_at,
+                coalesce(octet_length(stdout), 0) as "stdout_bytes!", coalesce(octet_length(stderr), 0) as "stderr_bytes!",
+                stdout_omitted_bytes, stderr_omitted_bytes,
+                -- by the byte behind it is known whether that is the end of a character
+                substring(stdout from 1 for ($2::bigint / count(*) over () + 1)::integer) as stdout,
+                substring(stderr from 1 for ($2::bigint / count(*) over () + 1)::integer) as stderr
+            from run_cases where run = $1 order by index"#,
+            run.0,
+            i64::try_from(stream_bytes).map_or(STREAM_BYTES_MAX, |bytes| bytes.min(STREAM_BYTES_MAX)),
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let share = stream_bytes / rows.len().max(1);
+        let told = rows.into_iter().map(|row| {
+            let output = CaseOutput {
+                stdout: beginning(row.stdout, row.stdout_bytes, row.stdout_omitted_bytes),
+                stderr: beginning(row.stderr, row.stderr_bytes, row.stderr_omitted_bytes),
+            };
+            let stored_bytes = i64::from(row.stdout_bytes) + i64::from(row.stderr_bytes);
+            let (verdict, outcome, used) = (row.verdict, row.outcome, row.used);
+            let case = Row { name: row.name, verdict, outcome, used, started_at: row.started_at, stored_bytes }.read()?;
+            Ok(ToldCase { case, output: output.shortened(share) })
+        });
+        told.collect()
     }
 
     /// What this case reads; `None` if there is nothing to read.
@@ -85,8 +121,16 @@ impl Store {
     }
 
     /// Stores the end of a case, however often that is said. False if the run is somebody else's by now, or has ended.
-    pub async fn finish_case(&self, run: SandboxId, hold: Hold, index: usize, end: &CaseEnd) -> Result<bool, StoreError> {
-        let CaseEnd { verdict, outcome, used, started_at, stdout, stderr } = end;
+    pub async fn finish_case(
+        &self,
+        run: SandboxId,
+        hold: Hold,
+        index: usize,
+        end: &CaseEnd,
+        output: &CaseOutput,
+    ) -> Result<bool, StoreError> {
+        let CaseEnd { verdict, outcome, used, started_at, .. } = end;
+        let CaseOutput { stdout, stderr } = output;
         let done = sqlx::query!(
             "with held as (
                 select id from sandboxes

@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     engine::{ANSWER_STREAM_BYTES, Finished, Followed},
-    sandbox::{BatchRequest, Case, Invalid, Kind, RUNS_MAX, RunRequest, Sandbox, SandboxId, TenantId},
+    sandbox::{BatchRequest, Invalid, Kind, RUNS_MAX, RunRequest, Sandbox, SandboxId, TenantId},
     token::Scope,
 };
 
@@ -276,17 +276,13 @@ async fn view_of(app: &App, waited: Waited, most: usize) -> Result<(RunView, boo
         Waited::GoesOn(run) | Waited::Seen(run) => (run, None),
     };
     let has_ended = output.is_some();
-    let cases = match app.engine.cases_of(&run).await {
+    let cases = match app.engine.cases_of(&run, most).await {
         Err(error) if is_made_now => {
             tracing::warn!(sandbox.id = %run.id, %error, "what came of the cases is not told");
             return Ok((RunView::new(run, None, None, None), false));
         }
         found => found?,
     };
-    let cases = cases.map(|cases: Vec<Case>| {
-        let share = most / cases.len().max(1);
-        cases.into_iter().map(|case| case.shortened(share)).collect()
-    });
     Ok((RunView::new(run, output.map(|output| output.last(most)), cases, None), has_ended))
 }
 

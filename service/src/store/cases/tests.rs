@@ -43,9 +43,17 @@ fn finish(cause: Cause) -> Finish {
     Finish::without_usage(cause, OffsetDateTime::UNIX_EPOCH, &limits, Phases::default())
 }
 
+fn output() -> CaseOutput {
+    CaseOutput { stdout: Beginning { bytes: b"out\xff".to_vec(), omitted_bytes: 7 }, stderr: Beginning::default() }
+}
+
 fn end() -> CaseEnd {
-    let end = CaseEnd::of(finish(Cause::Exited { code: 3 }), CaseReader::new(None));
-    CaseEnd { stdout: Beginning { bytes: b"out\xff".to_vec(), omitted_bytes: 7 }, started_at: Some(OffsetDateTime::UNIX_EPOCH), ..end }
+    let (end, _) = CaseEnd::of(finish(Cause::Exited { code: 3 }), CaseReader::new(None));
+    CaseEnd { started_at: Some(OffsetDateTime::UNIX_EPOCH), stored_bytes: 4, ..end }
+}
+
+async fn finish_case(store: &Store, run: &Sandbox, hold: Hold) -> bool {
+    store.finish_case(run.id, hold, 0, &end(), &output()).await.unwrap()
 }
 
 #[sqlx::test(migrations = "../migrations")]
@@ -69,11 +77,11 @@ async fn the_end_of_a_case_is_stored_by_whoever_holds_its_run_and_by_nobody_else
     admit_cases(&store, &run, lease, &[case(None, None, None), case(None, None, None)]).await;
     let (hold, of_another) = (Hold { lease, claims: 1 }, Hold { lease, claims: 2 });
 
-    assert!(!store.finish_case(run.id, of_another, 0, &end()).await.unwrap());
+    assert!(!finish_case(&store, &run, of_another).await);
     assert_eq!(store.cases_of(run.id).await.unwrap()[0].end, None);
     // The answer to the first may have been lost.
-    assert!(store.finish_case(run.id, hold, 0, &end()).await.unwrap());
-    assert!(store.finish_case(run.id, hold, 0, &end()).await.unwrap());
+    assert!(finish_case(&store, &run, hold).await);
+    assert!(finish_case(&store, &run, hold).await);
     let cases = store.cases_of(run.id).await.unwrap();
     assert_eq!((&cases[0].end, &cases[1].end), (&Some(end()), &None));
 }
@@ -85,7 +93,7 @@ async fn ends_outlive_a_return_into_the_queue_and_no_failed_attempt(pool: PgPool
     admit_cases(&store, &run, lease, &[case(None, Some(b"in"), None)]).await;
     let none = Input::default();
     let at = OffsetDateTime::UNIX_EPOCH;
-    store.finish_case(run.id, Hold { lease, claims: 1 }, 0, &end()).await.unwrap();
+    assert!(finish_case(&store, &run, Hold { lease, claims: 1 }).await);
 
     assert!(store.give_back(run.id, Hold { lease, claims: 1 }, Return::NotBegun { input: &none, until: None }, at).await.unwrap());
     store.claim(run.id, lease, at).await.unwrap().unwrap();
@@ -102,7 +110,7 @@ async fn what_cases_were_given_goes_at_the_end_of_their_run_and_what_they_wrote_
     let run = run();
     admit_cases(&store, &run, lease, &[case(None, Some(b"in"), Some(b"out"))]).await;
     let hold = Hold { lease, claims: 1 };
-    store.finish_case(run.id, hold, 0, &end()).await.unwrap();
+    assert!(finish_case(&store, &run, hold).await);
 
     let finish = finish(Cause::Exited { code: 3 });
     let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 4, log_file: LogKept::No };
@@ -112,7 +120,7 @@ async fn what_cases_were_given_goes_at_the_end_of_their_run_and_what_they_wrote_
     assert_eq!((store.case_stdin(run.id, 0).await.unwrap(), store.case_expected(run.id, 0).await.unwrap()), (None, None));
     let counted = sqlx::query_scalar!("select log_bytes from tenants where id = 'acme'").fetch_one(&pool).await.unwrap();
     assert_eq!(counted, 4);
-    assert!(!store.finish_case(run.id, hold, 0, &end()).await.unwrap());
+    assert!(!finish_case(&store, &run, hold).await);
 }
 
 #[sqlx::test(migrations = "../migrations")]
@@ -121,7 +129,7 @@ async fn old_cases_go_a_few_at_a_time_and_before_their_run(pool: PgPool) {
     let run = run();
     admit_cases(&store, &run, lease, &[case(None, None, None), case(None, None, None)]).await;
     let hold = Hold { lease, claims: 1 };
-    store.finish_case(run.id, hold, 0, &end()).await.unwrap();
+    assert!(finish_case(&store, &run, hold).await);
     // Of its making its id says so, too.
     let later = time::macros::datetime!(2200-01-01 00:00 UTC);
     assert_eq!(store.prune_cases(later, 10).await.unwrap(), 0, "it goes on");
@@ -132,4 +140,33 @@ async fn old_cases_go_a_few_at_a_time_and_before_their_run(pool: PgPool) {
     assert_eq!(store.prune_sandboxes(later, 10).await.unwrap(), 0);
     assert_eq!((store.prune_cases(later, 1).await.unwrap(), store.prune_cases(later, 10).await.unwrap()), (1, 1));
     assert_eq!(store.prune_sandboxes(later, 10).await.unwrap(), 1);
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn of_what_cases_wrote_each_is_told_its_share_in_whole_characters(pool: PgPool) {
+    let (store, lease) = store_with_node(pool).await;
+    let run = run();
+    admit_cases(&store, &run, lease, &[case(None, None, None), case(None, None, None)]).await;
+    let written = CaseOutput {
+        stdout: Beginning { bytes: "grün".into(), omitted_bytes: 7 },
+        stderr: Beginning { bytes: vec![b'x'; Beginning::BYTES_MAX], omitted_bytes: 0 },
+    };
+    assert!(store.finish_case(run.id, Hold { lease, claims: 1 }, 0, &end(), &written).await.unwrap());
+    let told = async |stream_bytes| {
+        let cases = store.told_cases(run.id, stream_bytes).await.unwrap();
+        assert_eq!((cases.len(), &cases[1].case.end, &cases[1].output), (2, &None, &CaseOutput::default()));
+        let CaseOutput { stdout, stderr } = &cases[0].output;
+        let text = String::from_utf8(stdout.bytes.clone()).unwrap();
+        assert_eq!(stderr.bytes.len() as u64 + stderr.omitted_bytes, Beginning::BYTES_MAX as u64);
+        format!("{text} {} {}", stdout.omitted_bytes, stderr.bytes.len())
+    };
+
+    assert_eq!(
+        [told(0).await, told(6).await, told(8).await, told(9).await, told(10).await],
+        [" 12 0", "gr 10 3", "grü 8 4", "grü 8 4", "grün 7 5"]
+    );
+    assert_eq!(store.told_cases(run.id, 2 * Beginning::BYTES_MAX).await.unwrap()[0].output, written);
+    assert_eq!(store.told_cases(run.id, usize::MAX).await.unwrap()[0].output, written);
+    let stored = store.cases_of(run.id).await.unwrap()[0].end.as_ref().unwrap().stored_bytes;
+    assert_eq!(stored, (5 + Beginning::BYTES_MAX) as u64);
 }
