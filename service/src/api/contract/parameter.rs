@@ -32,8 +32,8 @@ parameters! {
     /// The ids of many runs.
     RunIds = [needed(
         "ids",
-        "Whose: the parameter once for each, or with commas. What is no run of the tenant's is not found, in its place.",
-        json!({ "type": "array", "items": { "type": "string", "format": "uuid" }, "minItems": 1, "maxItems": RUNS_MAX })
+        "Whose: the parameter once for each, or with commas; none is there twice. What is no run of the tenant's is not found, in its place.",
+        json!({ "type": "array", "items": { "type": "string", "format": "uuid" }, "minItems": 1, "maxItems": RUNS_MAX, "uniqueItems": true })
     )];
     /// The ids of a sandbox and of one of its execs.
     Exec = [

@@ -1,6 +1,10 @@
 //! `/v1/runs/batch`: many runs by one request, each accepted or refused for itself; and many runs in one answer.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     Json,
@@ -312,6 +316,11 @@ fn ids(uri: &Uri) -> Result<Vec<SandboxId>, ApiError> {
     if !(1..=RUNS_MAX).contains(&ids.len()) {
         return Err(Invalid::new("ids", format!("{} ids are not 1 to {RUNS_MAX}", ids.len())).into());
     }
+    let mut seen = HashSet::new();
+    // What one has written is read for each place that it has.
+    if let Some(twice) = ids.iter().find(|id| !seen.insert(**id)) {
+        return Err(Invalid::new("ids", format!("{twice} is there more than once")).into());
+    }
     Ok(ids)
 }
 
@@ -334,9 +343,13 @@ mod tests {
             ["0190b5a4-0000-7000-8000-00000000000a", "0190b5a4-0000-7000-8000-00000000000b", "0190b5a4-0000-7000-8000-00000000000c"];
         let all: Vec<SandboxId> = [a, b, c].iter().map(|id| id.parse().unwrap()).collect();
         assert_eq!(parsed(&format!("ids={a},{b}&ids={c}")), Ok(all));
-        for bad in ["", "ids=", "ids=a", &format!("ids={a},"), &format!("ids={}", [a; 101].join(","))] {
+        for bad in ["", "ids=", "ids=a", &format!("ids={a},"), &format!("ids={a},{b}&ids={a}")] {
             assert_eq!(parsed(bad), Err(json!("ids")), "{bad}");
         }
+        let many =
+            |count: u128| (0..count).map(|number| SandboxId(uuid::Uuid::from_u128(number)).to_string()).collect::<Vec<_>>().join(",");
+        assert_eq!(parsed(&format!("ids={}", many(100))).map(|ids| ids.len()), Ok(100));
+        assert_eq!(parsed(&format!("ids={}", many(101))), Err(json!("ids")));
         assert_eq!(parsed("id=a"), Err(json!("id")));
     }
 
