@@ -12,7 +12,10 @@ use std::{
     io::{self, Read, Write},
 };
 
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{DeserializeOwned, Error as _, SeqAccess, Visitor},
+};
 
 /// The largest frame, in bytes.
 pub const FRAME_BYTES_MAX: usize = 1 << 20;
@@ -34,6 +37,8 @@ pub const AT_ONCE_MAX: usize = 12;
 pub const WATCHED_FOLDERS_MAX: usize = 4096;
 /// The most of [`Notice`]s that wait for whoever reads them: what happens beyond is a [`GapCause::SlowReader`].
 pub const NOTICES_MAX: usize = 4096;
+/// The most of them in one [`Reply::Noticed`]: as many as wait, and gaps between them.
+pub const NOTICES_AT_ONCE_MAX: usize = 2 * NOTICES_MAX + 1;
 
 /// A question, with the version of the protocol that it is meant in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -236,7 +241,9 @@ pub enum Reply {
         is_folder: bool,
         folders: u32,
     },
+    /// [`NOTICES_AT_ONCE_MAX`] at the most.
     Noticed {
+        #[serde(deserialize_with = "notices")]
         notices: Vec<Notice>,
     },
     WatchOver(WatchEnd),
@@ -255,6 +262,30 @@ pub enum Notice {
     },
     /// Something happened here that is not told.
     Gap { at_us: u64, cause: GapCause },
+}
+
+/// So many and no more: a notice takes three bytes of a frame, but many times that of memory.
+fn notices<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Notice>, D::Error> {
+    struct Few;
+    impl<'de> Visitor<'de> for Few {
+        type Value = Vec<Notice>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "at most {NOTICES_AT_ONCE_MAX} notices")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut from: A) -> Result<Self::Value, A::Error> {
+            let mut all = Vec::new();
+            while let Some(notice) = from.next_element()? {
+                if all.len() == NOTICES_AT_ONCE_MAX {
+                    return Err(A::Error::invalid_length(all.len() + 1, &self));
+                }
+                all.push(notice);
+            }
+            Ok(all)
+        }
+    }
+    from.deserialize_seq(Few)
 }
 
 /// What happened.
@@ -576,6 +607,14 @@ mod tests {
         assert!(read_frame::<Reply>(&mut large.as_slice()).is_err());
         assert!(piece(u32::try_from(PIECE_BYTES_MAX + 1).unwrap().to_le_bytes()).is_err());
         assert_eq!(read_frame::<Reply>(&mut [].as_slice()).unwrap(), None);
+    }
+
+    #[test]
+    fn notices_are_believed_up_to_their_number() {
+        let noticed = |count| Reply::Noticed { notices: vec![Notice::Gap { at_us: 0, cause: GapCause::Overflow }; count] };
+        let read = |count| read_frame::<Reply>(&mut frame(&noticed(count)).unwrap().as_slice());
+        assert_eq!(read(NOTICES_AT_ONCE_MAX).unwrap(), Some(noticed(NOTICES_AT_ONCE_MAX)));
+        assert_eq!(read(NOTICES_AT_ONCE_MAX + 1).unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 
     #[test]

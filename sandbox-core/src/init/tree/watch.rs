@@ -293,13 +293,4 @@ fn is_like_unnamed(name: &[u8]) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_draft_is_known_by_its_name_and_nothing_else_is_one() {
-        assert!(is_draft(format!(".mayfly-{}", uuid::Uuid::new_v4().simple()).as_bytes()));
-        assert!(!is_draft(b".mayfly-notes") && !is_draft(b".mayfly-"));
-        assert!(is_like_unnamed(b"#12") && !is_like_unnamed(b"#") && !is_like_unnamed(b"#1.txt") && !is_like_unnamed(b"12"));
-    }
-}
+mod tests;

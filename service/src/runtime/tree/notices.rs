@@ -62,7 +62,9 @@ impl Notices {
 
 #[cfg(test)]
 mod tests {
-    use sandbox_core::tree::{GapCause, frame};
+    use std::io;
+
+    use sandbox_core::tree::{GapCause, NOTICES_AT_ONCE_MAX, frame};
     use tokio::io::AsyncWriteExt as _;
 
     use super::*;
@@ -89,6 +91,20 @@ mod tests {
         for expected in [Noticed::Notice(gap(1)), Noticed::Notice(gap(2)), Noticed::Over(WatchEnd::Removed)] {
             assert_eq!(notices.next().await.unwrap(), expected);
         }
+    }
+
+    #[tokio::test]
+    async fn more_at_once_than_any_honest_side_tells_ends_it() {
+        let at_once = |count| Reply::Noticed { notices: vec![Notice::Gap { at_us: 0, cause: GapCause::Unwatched }; count] };
+        let stands = Reply::Watching { is_folder: true, folders: 1 };
+        let mut notices = watching(&[stands, at_once(NOTICES_AT_ONCE_MAX), at_once(NOTICES_AT_ONCE_MAX + 1)]).await;
+
+        for _ in 0..NOTICES_AT_ONCE_MAX {
+            assert!(matches!(notices.next().await, Ok(Noticed::Notice(_))));
+        }
+        let end = notices.next().await;
+
+        assert!(matches!(&end, Err(TreeError::Lost(error)) if error.kind() == io::ErrorKind::InvalidData), "{end:?}");
     }
 
     #[tokio::test]

@@ -9,15 +9,17 @@ use std::{
 
 use crate::{
     init::nanoseconds,
-    tree::{GapCause, NOTICES_MAX, Notice, NoticeKind, Reply, frame},
+    tree::{GapCause, NOTICES_AT_ONCE_MAX, NOTICES_MAX, Notice, NoticeKind, Reply, frame},
 };
 
 /// How long things are gathered: a file that is written to all the time is told of twenty times a second.
 const GATHER: Duration = Duration::from_millis(50);
 /// So many do not wait for that.
 const MANY: usize = 512;
-/// The most of paths in one answer: far below what a frame holds.
+/// The most of paths that wait.
 const BYTES_MAX: usize = 512 * 1024;
+/// The most of them in one answer: far below what a frame holds.
+const ANSWER_BYTES_MAX: usize = BYTES_MAX / 4;
 
 pub(super) struct Outbox {
     socket: UnixStream,
@@ -25,13 +27,14 @@ pub(super) struct Outbox {
     sending: Vec<u8>,
     sent: usize,
     notices: Vec<Notice>,
+    /// How much their paths are.
     bytes: usize,
+    /// How many went before them.
+    gone: usize,
     /// Since when the first of them waits.
     since: Option<Instant>,
     /// What was noticed of these paths since they were last made, removed or moved.
     noticed: HashMap<Vec<u8>, Noticed>,
-    /// How often all that waited was sent.
-    round: u64,
 }
 
 #[derive(Default)]
@@ -41,17 +44,14 @@ struct Noticed {
     has_attributes: bool,
 }
 
-/// The place of something that waits.
-pub(super) struct Slot {
-    round: u64,
-    index: usize,
-}
+/// The place of something that waits: how many there were before it, ever.
+pub(super) struct Slot(usize);
 
 impl Outbox {
     pub(super) fn new(socket: UnixStream) -> io::Result<Self> {
         // That of the socket itself, whatever descriptor it has.
         socket.set_nonblocking(true)?;
-        Ok(Self { socket, sending: Vec::new(), sent: 0, notices: Vec::new(), bytes: 0, since: None, noticed: HashMap::new(), round: 0 })
+        Ok(Self { socket, sending: Vec::new(), sent: 0, notices: Vec::new(), bytes: 0, gone: 0, since: None, noticed: HashMap::new() })
     }
 
     pub(super) fn socket(&self) -> &UnixStream {
@@ -95,20 +95,19 @@ impl Outbox {
         } else {
             self.noticed.remove(&path);
         }
-        let Some(Slot { round, index }) = removed else { return };
+        let Some(Slot(place)) = removed else { return };
         // Of such a one it is told that it went, and that something is missing.
         if self.bytes >= BYTES_MAX && !self.has_room() {
             return;
         }
-        match self.notices.get_mut(index) {
-            Some(waiting) if round == self.round => {
-                self.bytes += path.len();
-                *waiting = Notice::Change { at_us: now_us(), kind: NoticeKind::Moved, path, from: Some(from), is_folder };
-            }
+        let index = place.checked_sub(self.gone);
+        if let Some(waiting) = index.and_then(|index| self.notices.get_mut(index)) {
+            let moved = Notice::Change { at_us: now_us(), kind: NoticeKind::Moved, path, from: Some(from), is_folder };
+            self.bytes = self.bytes + size(&moved) - size(waiting);
+            *waiting = moved;
+        } else {
             // Told already.
-            Some(_) | None => {
-                self.change(NoticeKind::Created, path, is_folder);
-            }
+            self.change(NoticeKind::Created, path, is_folder);
         }
     }
 
@@ -133,13 +132,10 @@ impl Outbox {
     }
 
     fn push(&mut self, notice: Notice) -> Slot {
-        self.bytes += match &notice {
-            Notice::Change { path, .. } => path.len(),
-            Notice::Gap { .. } => 0,
-        };
+        self.bytes += size(&notice);
         self.since.get_or_insert_with(Instant::now);
         self.notices.push(notice);
-        Slot { round: self.round, index: self.notices.len() - 1 }
+        Slot(self.gone + self.notices.len() - 1)
     }
 
     /// Sends what has waited long enough, or is too much, as far as the socket takes it. `is_half`: the second half of a move may come.
@@ -149,16 +145,21 @@ impl Outbox {
     }
 
     fn is_much(&self) -> bool {
-        self.notices.len() >= MANY || self.bytes >= BYTES_MAX / 4
+        self.notices.len() >= MANY || self.bytes >= ANSWER_BYTES_MAX
     }
 
     /// All that waits, to somebody who is waited for.
     pub(super) fn send_rest(&mut self, socket: &mut UnixStream) -> io::Result<()> {
-        socket.write_all(&self.sending[self.sent..])?;
-        self.fill()?;
-        socket.write_all(&self.sending)
+        loop {
+            socket.write_all(&self.sending[self.sent..])?;
+            self.fill()?;
+            if self.sending.is_empty() {
+                return Ok(());
+            }
+        }
     }
 
+    /// One answer, as far as the socket takes it.
     fn send(&mut self) -> io::Result<()> {
         if self.sending.is_empty() {
             self.fill()?;
@@ -176,16 +177,36 @@ impl Outbox {
         Ok(())
     }
 
-    /// What waits becomes what is sent.
+    /// What waits becomes what is sent, as much of it as goes into an answer. The rest is as old as what goes, so that it is due next.
     fn fill(&mut self) -> io::Result<()> {
         (self.sending, self.sent) = (Vec::new(), 0);
+        // What is told twice of the rest harms nobody; what happens again to what goes has to be told.
         self.noticed.clear();
-        (self.since, self.bytes) = (None, 0);
-        self.round += 1;
-        if !self.notices.is_empty() {
-            self.sending = frame(&Reply::Noticed { notices: std::mem::take(&mut self.notices) })?;
+        let mut bytes = 0;
+        let fitting = self.notices.iter().take(NOTICES_AT_ONCE_MAX).take_while(|notice| {
+            bytes += size(notice);
+            bytes <= ANSWER_BYTES_MAX
+        });
+        // One always fits, whatever it is.
+        let count = fitting.count().max(1).min(self.notices.len());
+        let notices: Vec<_> = self.notices.drain(..count).collect();
+        self.bytes -= notices.iter().map(size).sum::<usize>();
+        self.gone += count;
+        if self.notices.is_empty() {
+            self.since = None;
+        }
+        if !notices.is_empty() {
+            self.sending = frame(&Reply::Noticed { notices })?;
         }
         Ok(())
+    }
+}
+
+/// How much its paths are.
+fn size(notice: &Notice) -> usize {
+    match notice {
+        Notice::Change { path, from, .. } => path.len() + from.as_ref().map_or(0, Vec::len),
+        Notice::Gap { .. } => 0,
     }
 }
 
@@ -195,7 +216,7 @@ fn now_us() -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::tests::in_short, *};
     use crate::tree::read_frame;
 
     fn outbox() -> (Outbox, UnixStream) {
@@ -208,13 +229,27 @@ mod tests {
     fn told(from: &mut UnixStream) -> Vec<String> {
         let reply: Option<Reply> = read_frame(from).unwrap();
         let Some(Reply::Noticed { notices }) = reply else { panic!("{reply:?}") };
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let say = |notice| match notice {
-            Notice::Change { kind, path, from: None, .. } => format!("{kind:?} {}", text(&path)),
-            Notice::Change { kind, path, from: Some(from), .. } => format!("{kind:?} {} to {}", text(&from), text(&path)),
-            Notice::Gap { cause, .. } => format!("{cause:?}"),
-        };
-        notices.into_iter().map(say).collect()
+        notices.iter().map(in_short).collect()
+    }
+
+    /// All that is still told, by the answers that it comes in.
+    fn rest(mut outbox: Outbox, mut theirs: UnixStream) -> Vec<Vec<Notice>> {
+        let reader = std::thread::spawn(move || {
+            let mut answers = Vec::new();
+            while let Some(Reply::Noticed { notices }) = read_frame::<Reply>(&mut theirs).unwrap() {
+                answers.push(notices);
+            }
+            answers
+        });
+        let mut socket = outbox.socket.try_clone().unwrap();
+        socket.set_nonblocking(false).unwrap();
+        outbox.send_rest(&mut socket).unwrap();
+        drop((socket, outbox));
+        reader.join().unwrap()
+    }
+
+    fn of_bytes(path_bytes: usize) -> Notice {
+        Notice::Change { at_us: 0, kind: NoticeKind::Created, path: vec![b'n'; path_bytes], from: None, is_folder: false }
     }
 
     #[test]
@@ -263,25 +298,52 @@ mod tests {
 
     #[test]
     fn somebody_who_does_not_read_is_waited_for_by_nobody_and_told_of_the_gap() {
-        let (mut outbox, mut theirs) = outbox();
+        let (mut outbox, theirs) = outbox();
         let name = |number: u32| format!("{number:0200}").into_bytes();
         for number in 0..50_000 {
             outbox.change(NoticeKind::Created, name(number), false);
         }
         assert!(outbox.is_waiting(), "the control: the socket took all of it");
-        let reader = std::thread::spawn(move || {
-            let mut seen = Vec::new();
-            while let Some(Reply::Noticed { notices }) = read_frame::<Reply>(&mut theirs).unwrap() {
-                seen.extend(notices);
-            }
-            seen
-        });
-        let mut socket = outbox.socket.try_clone().unwrap();
-        socket.set_nonblocking(false).unwrap();
-        outbox.send_rest(&mut socket).unwrap();
-        drop((socket, outbox));
-        let seen = reader.join().unwrap();
+        let seen = rest(outbox, theirs).concat();
         assert!(matches!(seen.last(), Some(Notice::Gap { cause: GapCause::SlowReader, .. })), "{:?}", seen.last());
         assert!(seen.len() < 20_000, "{} were kept", seen.len());
+    }
+
+    #[test]
+    fn no_answer_is_larger_than_whoever_reads_it_allows() {
+        let (mut outbox, theirs) = outbox();
+        // More than a frame holds, and then more than are let in at once.
+        let gaps = (0..2 * NOTICES_AT_ONCE_MAX as u64).map(|at_us| Notice::Gap { at_us, cause: GapCause::Unwatched });
+        let waiting: Vec<_> = (0..300).map(|more| of_bytes(4000 + more)).chain(gaps).collect();
+        for notice in &waiting {
+            outbox.push(notice.clone());
+        }
+        assert_eq!(outbox.bytes, waiting.iter().map(size).sum::<usize>());
+
+        let answers = rest(outbox, theirs);
+
+        assert!(answers.concat() == waiting, "not all of it, or not in its order");
+        let largest = answers.iter().map(|answer| answer.iter().map(size).sum::<usize>()).max().unwrap();
+        assert!((ANSWER_BYTES_MAX / 2..=ANSWER_BYTES_MAX).contains(&largest), "{largest} bytes");
+        let most = answers.iter().map(Vec::len).max().unwrap();
+        assert!((NOTICES_MAX..=NOTICES_AT_ONCE_MAX).contains(&most), "{most} at once");
+    }
+
+    #[test]
+    fn a_move_is_told_as_one_behind_what_went_before_it() {
+        let (mut outbox, theirs) = outbox();
+        for _ in 0..40 {
+            outbox.push(of_bytes(4000));
+        }
+        let removed =
+            outbox.push(Notice::Change { at_us: 0, kind: NoticeKind::Removed, path: b"a".to_vec(), from: None, is_folder: false });
+        outbox.fill().unwrap();
+        assert!(outbox.is_waiting() && outbox.since.is_some() && outbox.notices.len() > 1, "the control: a part went");
+
+        outbox.moved(Some(removed), b"a".to_vec(), b"b".to_vec(), false);
+
+        assert_eq!(outbox.bytes, outbox.notices.iter().map(size).sum::<usize>());
+        let told = rest(outbox, theirs).concat();
+        assert_eq!((told.len(), told.last().map(in_short).as_deref()), (41, Some("Moved a to b")));
     }
 }

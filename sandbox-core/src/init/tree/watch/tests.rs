@@ -1,0 +1,20 @@
+//! Watches of folders of this machine, where the kernel tells what happens.
+
+use super::*;
+use crate::tree::Notice;
+
+pub(super) fn in_short(notice: &Notice) -> String {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    match notice {
+        Notice::Change { kind, path, from: None, .. } => format!("{kind:?} {}", text(path)),
+        Notice::Change { kind, path, from: Some(from), .. } => format!("{kind:?} {} to {}", text(from), text(path)),
+        Notice::Gap { cause, .. } => format!("{cause:?}"),
+    }
+}
+
+#[test]
+fn a_draft_is_known_by_its_name_and_nothing_else_is_one() {
+    assert!(is_draft(format!(".mayfly-{}", uuid::Uuid::new_v4().simple()).as_bytes()));
+    assert!(!is_draft(b".mayfly-notes") && !is_draft(b".mayfly-"));
+    assert!(is_like_unnamed(b"#12") && !is_like_unnamed(b"#") && !is_like_unnamed(b"#1.txt") && !is_like_unnamed(b"12"));
+}
