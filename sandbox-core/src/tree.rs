@@ -310,7 +310,7 @@ pub enum GapCause {
     Overflow,
     /// Whoever reads does not keep up.
     SlowReader,
-    /// There are folders, new ones, that are not watched: too many, or too deep.
+    /// There are folders, new ones, that are not watched: too many, too deep, or none that could be looked at.
     Unwatched,
 }
 

@@ -113,7 +113,8 @@ pub(super) struct WatchGap {
     cause: WatchGapCause,
 }
 
-/// `overflow`: more at once than the kernel keeps; `slow_reader`: more than wait for a reader; `unwatched`: from now on there are folders that are not watched, since they are too many or too deep.
+/// `overflow`: more at once than the kernel keeps; `slow_reader`: more than wait for a reader; `unwatched`: from now on there are folders that are not
+/// watched, since they are too many, too deep or could not be looked at.
 #[derive(Debug, Clone, Copy, Serialize, ToSchema)]
 #[schema(as = FileWatchGapCause)]
 #[serde(rename_all = "snake_case")]

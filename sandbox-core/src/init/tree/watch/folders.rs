@@ -46,15 +46,15 @@ const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOF
 #[derive(Debug)]
 pub(super) struct Unwatched;
 
-/// Why a folder is not watched.
+/// Why a folder is not watched that somebody misses.
 #[derive(Debug)]
 enum Hindrance {
     TooMany,
     TooDeep,
     /// The kernel has none to give.
     NoWatch,
-    /// It is gone, or not to be watched; nobody misses it.
-    Gone,
+    /// It could not be looked at.
+    Failed(Fault),
 }
 
 pub(super) struct Folders {
@@ -114,7 +114,7 @@ impl Folders {
             Err(Hindrance::TooMany) => return Err(too_large(format!("there are more than {WATCHED_FOLDERS_MAX} folders"))),
             Err(Hindrance::TooDeep) => return Err(too_large(format!("folders are nested deeper than {DEPTH_MAX}"))),
             Err(Hindrance::NoWatch) => return Err(busy("what is watched in the sandbox is as much as its kernel allows")),
-            Err(Hindrance::Gone) => return Err(fault(Errno::NOENT)),
+            Err(Hindrance::Failed(fault)) => return Err(fault),
         }
         // It had its name when all this stood, so what takes it from there is heard.
         if folders.is_there() { Ok(folders) } else { Err(fault(Errno::NOENT)) }
@@ -164,11 +164,12 @@ impl Folders {
         (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
     }
 
-    /// Whether something has this name.
+    /// Whether something has this name, or that cannot be known.
     pub(super) fn has(&self, path: &[u8]) -> bool {
         // Of the one file that was asked for the path is empty.
         let path = self.only.as_deref().unwrap_or(path);
-        openat2(&self.top, path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty(), BELOW).is_ok()
+        let found = openat2(&self.top, path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty(), BELOW);
+        !found.is_err_and(is_nobodys)
     }
 
     /// A new folder at this path, with those below it. What is in them is told, unless they were watched before.
@@ -176,15 +177,14 @@ impl Folders {
         if !self.is_recursive {
             return Ok(());
         }
-        let depth = path.split(|byte| *byte == b'/').count();
         let done = match openat2(&self.top, path, FOLDER, Mode::empty(), BELOW) {
-            Ok(folder) => self.walk(&folder, path.to_vec(), depth, &mut tell),
+            Ok(folder) => self.walk(&folder, path.to_vec(), &mut tell),
             Err(Errno::NAMETOOLONG) => Err(Hindrance::TooDeep),
             // Gone again, or something else by now: what it is then is told, too.
-            Err(_) => Ok(()),
+            Err(errno) => unless_nobodys(errno),
         };
         self.go_back();
-        whole(done)
+        done.map_err(|_| Unwatched)
     }
 
     /// Those that there are now, after it was not told which came and went.
@@ -229,22 +229,24 @@ impl Folders {
     }
 
     fn walk_top(&mut self) -> Result<(), Hindrance> {
-        let top = openat(&self.top, ".", FOLDER, Mode::empty()).map_err(|_| Hindrance::Gone)?;
-        self.walk(&top, Vec::new(), 0, &mut |_, _| {})
+        let top = openat(&self.top, ".", FOLDER, Mode::empty()).map_err(|errno| Hindrance::Failed(fault(errno)))?;
+        self.walk(&top, Vec::new(), &mut |_, _| {})
     }
 
     /// Watches a folder first, so that nothing that comes later is missed, and then looks at what is there. One that cannot be watched does not keep the others from it.
-    fn walk(&mut self, folder: &OwnedFd, path: Vec<u8>, depth: usize, tell: &mut impl FnMut(Vec<u8>, bool)) -> Result<(), Hindrance> {
-        if depth > DEPTH_MAX || path.len() > PATH_BYTES_MAX {
+    fn walk(&mut self, folder: &OwnedFd, path: Vec<u8>, tell: &mut impl FnMut(Vec<u8>, bool)) -> Result<(), Hindrance> {
+        if is_too_deep(&path) {
             return Err(Hindrance::TooDeep);
         }
-        if is_proc(folder).unwrap_or(true) {
+        if is_proc(folder).map_err(Hindrance::Failed)? {
             return Ok(());
         }
         let watch = match self.add(folder, EVENTS) {
             Ok(watch) => watch,
             Err(Errno::NOSPC) => return Err(Hindrance::NoWatch),
-            Err(_) => return if depth == 0 { Err(Hindrance::Gone) } else { Ok(()) },
+            // Without the topmost nothing is told at all.
+            Err(errno) if path.is_empty() => return Err(Hindrance::Failed(fault(errno))),
+            Err(errno) => return unless_nobodys(errno),
         };
         let is_known = self.paths.get(&watch) == Some(&path);
         if !is_known && self.is_full() && !self.paths.contains_key(&watch) {
@@ -256,21 +258,39 @@ impl Folders {
         if is_known || !self.is_recursive {
             return Ok(());
         }
+        let entries = match names(folder) {
+            Ok(entries) => entries,
+            Err(errno) => return unless_nobodys(errno),
+        };
         let mut whole = Ok(());
-        for name in names(folder).into_iter().flatten().map_while(Result::ok) {
-            let Ok(stat) = statat(folder, name.as_slice(), AtFlags::SYMLINK_NOFOLLOW) else { continue };
-            let is_folder = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-            let below = join(&path, &name);
-            tell(below.clone(), is_folder);
-            if is_folder && let Ok(folder) = openat(folder, name.as_slice(), FOLDER, Mode::empty()) {
-                whole = self.walk(&folder, below, depth + 1, tell).and(whole);
-            }
+        for name in entries {
+            let done = match name {
+                Ok(name) => self.enter(folder, &name, join(&path, &name), tell),
+                Err(errno) => unless_nobodys(errno),
+            };
+            whole = done.and(whole);
             // There will be no room for the rest either.
             if matches!(whole, Err(Hindrance::TooMany | Hindrance::NoWatch)) {
                 break;
             }
         }
         whole
+    }
+
+    /// Tells of something in a folder. If it is a folder itself, walks on there.
+    fn enter(&mut self, folder: &OwnedFd, name: &[u8], path: Vec<u8>, tell: &mut impl FnMut(Vec<u8>, bool)) -> Result<(), Hindrance> {
+        let is_folder = match statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => FileType::from_raw_mode(stat.st_mode) == FileType::Directory,
+            Err(errno) => return unless_nobodys(errno),
+        };
+        tell(path.clone(), is_folder);
+        if !is_folder {
+            return Ok(());
+        }
+        match openat(folder, name, FOLDER, Mode::empty()) {
+            Ok(below) => self.walk(&below, path, tell),
+            Err(errno) => unless_nobodys(errno),
+        }
     }
 
     fn add(&self, folder: &OwnedFd, events: WatchFlags) -> Result<i32, Errno> {
@@ -285,11 +305,18 @@ impl Folders {
     }
 }
 
-fn whole(done: Result<(), Hindrance>) -> Result<(), Unwatched> {
-    match done {
-        Ok(()) | Err(Hindrance::Gone) => Ok(()),
-        Err(Hindrance::TooMany | Hindrance::TooDeep | Hindrance::NoWatch) => Err(Unwatched),
-    }
+/// Deeper than is followed, or of a longer path than is told.
+fn is_too_deep(path: &[u8]) -> bool {
+    path.len() > PATH_BYTES_MAX || path.split(|byte| *byte == b'/').count() > DEPTH_MAX
+}
+
+/// Whether it is gone, has become something else, or is not the sandbox's own to see: nobody misses that.
+fn is_nobodys(errno: Errno) -> bool {
+    matches!(errno, Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::ACCESS)
+}
+
+fn unless_nobodys(errno: Errno) -> Result<(), Hindrance> {
+    if is_nobodys(errno) { Ok(()) } else { Err(Hindrance::Failed(fault(errno))) }
 }
 
 fn busy(message: &str) -> Fault {
@@ -299,4 +326,60 @@ fn busy(message: &str) -> Fault {
 /// A name in a folder, as a path.
 pub(super) fn join(folder: &[u8], name: &[u8]) -> Vec<u8> {
     if folder.is_empty() { name.to_vec() } else { [folder, b"/", name].concat() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::tests::{apart, place},
+        *,
+    };
+    use crate::sys;
+
+    /// Has this call of this thread's fail from now on.
+    fn refuse(call: libc::c_long, errno: Errno) {
+        let instruction = |code: u32, jf, k| libc::sock_filter { code: u16::try_from(code).unwrap(), jt: 0, jf, k };
+        let failing = libc::SECCOMP_RET_ERRNO | errno.raw_os_error().cast_unsigned();
+        let program = [
+            // The number of the call comes first in what a filter sees (seccomp(2)).
+            instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+            instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, u32::try_from(call).unwrap()),
+            instruction(libc::BPF_RET | libc::BPF_K, 0, failing),
+            instruction(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+        ];
+        rustix::thread::set_no_new_privs(true).unwrap();
+        sys::set_seccomp_filter(&program).unwrap();
+    }
+
+    /// Follows a new folder with another in it, while this call fails; whether it says that not all is watched.
+    fn is_told(call: libc::c_long, errno: Errno) -> bool {
+        apart(|folder| {
+            std::fs::create_dir(folder.join("work")).unwrap();
+            let mut folders = Folders::watch(&place(folder), &TreePath::parse(b"work").unwrap(), true).unwrap();
+            std::fs::create_dir_all(folder.join("work/new/in")).unwrap();
+            refuse(call, errno);
+            folders.follow(b"new", |_, _| {}).is_err()
+        })
+    }
+
+    #[test]
+    fn whatever_keeps_a_folder_from_being_watched_is_told() {
+        assert!(is_told(libc::SYS_openat2, Errno::MFILE), "finding it");
+        assert!(is_told(libc::SYS_fstatfs, Errno::IO), "what it lies on");
+        assert!(is_told(libc::SYS_fchdir, Errno::NOMEM), "entering it");
+        assert!(is_told(libc::SYS_inotify_add_watch, Errno::NOMEM), "watching it");
+        assert!(is_told(libc::SYS_openat, Errno::NFILE), "opening it for what is in it");
+        assert!(is_told(libc::SYS_getdents64, Errno::IO), "what is in it");
+        assert!(is_told(libc::SYS_newfstatat, Errno::NOMEM), "what that is");
+        assert!(!is_told(libc::SYS_mkdirat, Errno::NOMEM), "the control: a call that is not made");
+    }
+
+    #[test]
+    fn what_is_gone_or_not_ours_to_see_is_missed_by_nobody() {
+        assert!(!is_told(libc::SYS_openat2, Errno::NOENT));
+        assert!(!is_told(libc::SYS_openat2, Errno::NOTDIR));
+        assert!(!is_told(libc::SYS_openat2, Errno::LOOP));
+        assert!(!is_told(libc::SYS_inotify_add_watch, Errno::ACCESS));
+        assert!(!is_told(libc::SYS_newfstatat, Errno::NOENT));
+    }
 }
