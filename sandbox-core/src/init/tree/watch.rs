@@ -234,7 +234,7 @@ impl Watch {
         };
         // Another folder that has this name still was replaced, or changed places with this one (renameat2(2)).
         let is_taken = is_folder && !self.folders.below(&path).is_empty();
-        self.folders.rename(&watches, &from, &path);
+        let renamed = self.folders.rename(&watches, &from, &path);
         self.outbox.moved(place, from, path.clone(), is_folder);
         // It may have gone before it was watched, and what is in it was not told.
         if is_folder {
@@ -242,7 +242,7 @@ impl Watch {
             let watched = folders.follow(&path, |path, is_folder| {
                 outbox.change(NoticeKind::Created, path, is_folder);
             });
-            self.note(watched);
+            self.note(renamed.and(watched));
         }
         if is_taken {
             let watched = self.folders.anew();

@@ -207,15 +207,20 @@ impl Folders {
         self.paths.iter().filter(|(_, other)| is_below(other)).map(|(watch, _)| *watch).collect()
     }
 
-    /// They lie elsewhere by now, but for what became of them since.
-    pub(super) fn rename(&mut self, watches: &[i32], from: &[u8], to: &[u8]) {
+    /// They lie elsewhere by now, but for what became of them since. Those that lie too deep there are watched no more.
+    pub(super) fn rename(&mut self, watches: &[i32], from: &[u8], to: &[u8]) -> Result<(), Unwatched> {
+        let mut whole = Ok(());
         for watch in watches {
-            if let Some(path) = self.paths.get_mut(watch)
-                && let Some(rest) = path.strip_prefix(from)
-            {
-                *path = [to, rest].concat();
+            let Some(rest) = self.paths.get(watch).and_then(|path| path.strip_prefix(from)) else { continue };
+            let path = [to, rest].concat();
+            if is_too_deep(&path) {
+                self.unwatch(*watch);
+                whole = Err(Unwatched);
+            } else {
+                self.paths.insert(*watch, path);
             }
         }
+        whole
     }
 
     pub(super) fn forget(&mut self, watch: i32) {

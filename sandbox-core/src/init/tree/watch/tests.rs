@@ -1,12 +1,12 @@
 //! Watches of folders of this machine, where the kernel tells what happens.
 
-use std::path::Path;
+use std::{fs, path::Path};
 
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{Mode, OFlags, open};
 
 use super::*;
-use crate::tree::Notice;
+use crate::tree::{Notice, read_frame};
 
 /// Runs this with an empty folder, on a thread that goes into folders by itself: where a process is holds for all of its threads else.
 pub(super) fn apart<T: Send>(test: impl FnOnce(&Path) -> T + Send) -> T {
@@ -24,6 +24,26 @@ pub(super) fn place(folder: &Path) -> Place {
     Place { root: found(folder), proc: found(Path::new("/proc")), upper: found(folder), lower: Vec::new() }
 }
 
+/// Watches `work` in this folder. With the other end of the socket.
+fn watching(folder: &Path) -> (Watch, UnixStream) {
+    let folders = Folders::watch(&place(folder), &TreePath::parse(b"work").unwrap(), true).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    theirs.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    (Watch { folders, outbox: Outbox::new(ours).unwrap(), halves: Vec::new(), is_short: false }, theirs)
+}
+
+/// What these events are told as.
+fn told(watch: &mut Watch, theirs: &mut UnixStream, events: Vec<Seen>) -> Vec<String> {
+    for seen in events {
+        assert_eq!(watch.take(seen), None);
+    }
+    let mut socket = watch.outbox.socket().try_clone().unwrap();
+    watch.outbox.send_rest(&mut socket).unwrap();
+    let reply: Option<Reply> = read_frame(theirs).unwrap();
+    let Some(Reply::Noticed { notices }) = reply else { panic!("{reply:?}") };
+    notices.iter().map(in_short).collect()
+}
+
 pub(super) fn in_short(notice: &Notice) -> String {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     match notice {
@@ -31,6 +51,28 @@ pub(super) fn in_short(notice: &Notice) -> String {
         Notice::Change { kind, path, from: Some(from), .. } => format!("{kind:?} {} to {}", text(from), text(path)),
         Notice::Gap { cause, .. } => format!("{cause:?}"),
     }
+}
+
+#[test]
+fn folders_whose_paths_outgrow_what_is_told_are_watched_no_more_and_that_is_told() {
+    apart(|folder| {
+        let deep = vec!["n".repeat(250); 10].join("/");
+        fs::create_dir_all(folder.join("work/a").join(&deep)).unwrap();
+        fs::create_dir_all(folder.join("work/b").join(&deep)).unwrap();
+        let (mut watch, mut theirs) = watching(folder);
+        assert_eq!(watch.folders.count(), 23);
+        let below = format!("a/{deep}/b");
+
+        fs::rename(folder.join("work/b"), folder.join("work").join(&below)).unwrap();
+        let events = watch.read().unwrap();
+
+        assert_eq!(told(&mut watch, &mut theirs, events), [format!("Moved b to {below}"), "Unwatched".to_owned()]);
+        // Those of up to 2513 + 6 * 251 bytes.
+        assert_eq!(watch.folders.count(), 19);
+        fs::write(folder.join("work").join(&below).join("f"), "").unwrap();
+        let events = watch.read().unwrap();
+        assert!(told(&mut watch, &mut theirs, events).contains(&format!("Created {below}/f")));
+    });
 }
 
 #[test]
