@@ -306,7 +306,7 @@ pub enum NoticeKind {
 /// Why something is not told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum GapCause {
-    /// More happened at once than the kernel keeps (`IN_Q_OVERFLOW`, inotify(7)). What is watched was gone through anew.
+    /// More happened at once than the kernel keeps (`IN_Q_OVERFLOW`, inotify(7)), or something in a folder in the midst of its move. What is watched was gone through anew.
     Overflow,
     /// Whoever reads does not keep up.
     SlowReader,

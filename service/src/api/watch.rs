@@ -113,7 +113,7 @@ pub(super) struct WatchGap {
     cause: WatchGapCause,
 }
 
-/// `overflow`: more at once than the kernel keeps; `slow_reader`: more than wait for a reader; `unwatched`: from now on there are folders that are not
+/// `overflow`: more at once than the kernel keeps, or something in a folder in the midst of its move; `slow_reader`: more than wait for a reader; `unwatched`: from now on there are folders that are not
 /// watched, since they are too many, too deep or could not be looked at.
 #[derive(Debug, Clone, Copy, Serialize, ToSchema)]
 #[schema(as = FileWatchGapCause)]

@@ -67,6 +67,8 @@ struct Half {
     cookie: u32,
     at: Instant,
     from: Left,
+    /// Something happened in it since, of which nobody knows yet where.
+    has_missed: bool,
 }
 
 struct Left {
@@ -157,8 +159,9 @@ impl Watch {
             self.folders.forget(seen.watch);
             return is_top.then_some(WatchEnd::Removed);
         }
-        // It went to where nobody watches, or else the word of where comes before all others.
-        if self.halves.iter().any(|half| half.from.watches.contains(&seen.watch)) {
+        // It went to where nobody watches, or else the word of where is yet to come. The kernel queues the halves of a move one by one, and others' doings between them.
+        if let Some(half) = self.halves.iter_mut().find(|half| half.from.watches.contains(&seen.watch)) {
+            half.has_missed |= seen.name.is_some();
             return None;
         }
         let Some(name) = seen.name else {
@@ -217,19 +220,22 @@ impl Watch {
     fn left(&mut self, cookie: u32, path: Vec<u8>, is_folder: bool) {
         let place = self.outbox.change(NoticeKind::Removed, path.clone(), is_folder);
         let watches = if is_folder { self.folders.below(&path) } else { Vec::new() };
-        self.halves.push(Half { cookie, at: Instant::now(), from: Left { path, place, watches } });
+        self.halves.push(Half { cookie, at: Instant::now(), from: Left { path, place, watches }, has_missed: false });
     }
 
     /// Folders that went may be what comes, by another way: that is watched anew.
     fn let_go(&mut self) {
-        let Self { halves, folders, .. } = self;
-        let watches = halves.iter_mut().flat_map(|half| std::mem::take(&mut half.from.watches));
-        watches.for_each(|watch| folders.unwatch(watch));
+        for half in &mut self.halves {
+            let watches = std::mem::take(&mut half.from.watches);
+            // What happened in them meanwhile is not heard any more, should their other half come yet.
+            half.has_missed |= !watches.is_empty();
+            watches.into_iter().for_each(|watch| self.folders.unwatch(watch));
+        }
     }
 
     fn arrived(&mut self, cookie: u32, path: Vec<u8>, is_folder: bool) {
         let half = self.halves.iter().position(|half| half.cookie == cookie).map(|place| self.halves.remove(place));
-        let Some(Left { path: from, place, watches }) = half.map(|half| half.from) else {
+        let Some(Half { from: Left { path: from, place, watches }, has_missed, .. }) = half else {
             return self.came(path, is_folder);
         };
         // Another folder that has this name still was replaced, or changed places with this one (renameat2(2)).
@@ -244,7 +250,10 @@ impl Watch {
             });
             self.note(renamed.and(watched));
         }
-        if is_taken {
+        if has_missed {
+            self.outbox.gap(GapCause::Overflow);
+        }
+        if is_taken || has_missed {
             let watched = self.folders.anew();
             self.note(watched);
         }

@@ -54,6 +54,55 @@ pub(super) fn in_short(notice: &Notice) -> String {
 }
 
 #[test]
+fn what_happens_in_a_folder_in_the_midst_of_its_move_is_a_gap_behind_which_all_is_watched() {
+    apart(|folder| {
+        fs::create_dir_all(folder.join("work/a")).unwrap();
+        let (mut watch, mut theirs) = watching(folder);
+        fs::rename(folder.join("work/a"), folder.join("work/b")).unwrap();
+        fs::create_dir(folder.join("work/b/in")).unwrap();
+        let mut events = watch.read().unwrap();
+        assert_eq!(events.len(), 3);
+        // As if another processor had been as fast.
+        events.swap(1, 2);
+
+        assert_eq!(told(&mut watch, &mut theirs, events), ["Moved a to b", "Overflow"]);
+
+        fs::write(folder.join("work/b/in/f"), "").unwrap();
+        let events = watch.read().unwrap();
+        assert_eq!(told(&mut watch, &mut theirs, events), ["Created b/in/f"]);
+    });
+}
+
+#[test]
+fn what_happens_in_a_folder_that_is_let_go_in_the_midst_of_its_move_is_a_gap() {
+    apart(|folder| {
+        fs::create_dir_all(folder.join("work/a")).unwrap();
+        fs::write(folder.join("work/a/f"), "").unwrap();
+        let (mut watch, mut theirs) = watching(folder);
+        fs::rename(folder.join("work/a"), folder.join("work/b")).unwrap();
+        fs::remove_file(folder.join("work/b/f")).unwrap();
+        fs::create_dir(folder.join("work/c")).unwrap();
+        let [from, to, removed, created] = <[Seen; 4]>::try_from(watch.read().unwrap()).ok().unwrap();
+
+        let events = vec![from, created, removed, to];
+        assert_eq!(told(&mut watch, &mut theirs, events), ["Moved a to b", "Created c", "Overflow"]);
+    });
+}
+
+#[test]
+fn a_move_with_nothing_in_its_midst_is_no_gap() {
+    apart(|folder| {
+        fs::create_dir_all(folder.join("work/a")).unwrap();
+        let (mut watch, mut theirs) = watching(folder);
+        fs::rename(folder.join("work/a"), folder.join("work/b")).unwrap();
+        fs::create_dir(folder.join("work/b/in")).unwrap();
+        let events = watch.read().unwrap();
+
+        assert_eq!(told(&mut watch, &mut theirs, events), ["Moved a to b", "Created b/in"]);
+    });
+}
+
+#[test]
 fn folders_whose_paths_outgrow_what_is_told_are_watched_no_more_and_that_is_told() {
     apart(|folder| {
         let deep = vec!["n".repeat(250); 10].join("/");
