@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the keeper's tests where cgroup v2 is the only one and AppArmor is on, then those of tests/selinux where SELinux is on: each in
 # a small emulated machine with Debian's kernel. LSMS (apparmor selinux) says in which. Arguments go to the tests, as in
-# `tools/test-vm.sh limits --exact …`. Only installing packages needs root. TIMEOUT_S (1800) bounds the life of each machine.
+# `tools/test-vm.sh limits --exact …`. Only installing packages needs root. TIMEOUT_S (2400) bounds the life of each machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -95,7 +95,7 @@ ended=0
 for lsm in ${LSMS:-apparmor selinux}; do
     say "booting with $lsm"
     options="console=ttyS0 loglevel=1 panic=-1 mitigations=off cgroup_no_v1=all security=$lsm selinux=1 enforcing=1"
-    timeout --foreground --kill-after=5 "${TIMEOUT_S:-1800}" "${emulator[@]}" "$options" </dev/null |
+    timeout --foreground --kill-after=5 "${TIMEOUT_S:-2400}" "${emulator[@]}" "$options" </dev/null |
         sed -uE 's/\r$//; /reboot: Power down$/d' | tee "$work/console" ||
         fail 'the machine did not come to its end; what it said stands above'
     status=$(sed -n 's/^test-vm: the tests ended with //p' "$work/console")
