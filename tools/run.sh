@@ -45,7 +45,7 @@ cat "$said"
 url=http://$LISTEN
 token() { "$mayfly" token --data-dir "$DATA_DIR" --tenant demo --sub "$1" --scope "$2" --ttl 24h; }
 admin=$(token operator admin)
-user=$(token me 'runs sandboxes:read sandboxes:write images:read images:write')
+user=$(token me 'runs sandboxes:read sandboxes:write images:read images:write volumes webhooks')
 
 # The same image is imported once: its manifest's digest says whether it is the same.
 wanted=$(tar -xOf "$archive" index.json | jq -r '.manifests[0].digest')
