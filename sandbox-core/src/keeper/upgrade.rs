@@ -148,6 +148,8 @@ mod given {
 #[derive(Debug)]
 pub(super) struct Trial {
     serial: u64,
+    /// Of what it was shown.
+    format: u32,
     child: Child,
     answer: OwnedFd,
 }
@@ -176,7 +178,7 @@ impl Keeper {
         let (answer, tell) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         let keeper = nix::unistd::getpid();
         match sys::clone3(nix::sched::CloneFlags::empty(), false, None)? {
-            Cloned::Parent(child) => Ok(Trial { serial, child, answer }),
+            Cloned::Parent(child) => Ok(Trial { serial, format: self.format(), child, answer }),
             Cloned::Child => {
                 let failed = self.become_trial(&description, &tell, keeper);
                 warn(format_args!("{}: {failed}", self.program.path.display()));
@@ -212,6 +214,7 @@ impl Keeper {
         let Some(trial) = self.trial.take_if(|trial| trial.serial == serial) else { return Ok(()) };
         let mut said = [0; 1];
         let len = rustix::io::retry_on_intr(|| rustix::io::read(&trial.answer, &mut said))?;
+        let shown = trial.format;
         drop(trial);
         if &said[..len] != YES {
             warn(format_args!("not upgrading: {} refused, or failed", self.program.path.display()));
@@ -219,6 +222,11 @@ impl Keeper {
         }
         reached("keeper.upgrade.accepted");
         if self.shutdown.is_some() {
+            return Ok(());
+        }
+        // Nobody comes back from a program that refuses now.
+        if self.format() > shown {
+            warn(format_args!("not upgrading: {} agreed to less than there is to take over by now", self.program.path.display()));
             return Ok(());
         }
         let failed = self.become_next();

@@ -15,7 +15,7 @@ use nix::{
 };
 use sandbox_core::{
     client::Client,
-    protocol::{Answer, Cause, Ending, FailureKind, Isolation, Layering, Medium, Request, SandboxId, Start},
+    protocol::{Answer, Cause, Ending, FailureKind, Isolation, KillReason, Layering, Medium, Request, SandboxId, Start},
 };
 
 use crate::{
@@ -347,6 +347,29 @@ fn a_program_that_knows_no_layers_over_others_is_told_of_another_format_while_th
     // Nothing is left of who had it when it can be given up.
     drop_layer(&mut node.client(), base);
     assert_eq!(told(), "{\"format\":1");
+}
+
+#[test]
+fn what_begins_under_a_trial_and_was_not_shown_to_the_program_is_not_handed_to_it() {
+    let keeper = Replaceable::start();
+    let node = &keeper.node;
+    let (base, _) = run(node, shell("echo left > /left"), Layering::Fresh);
+    // Agrees when it is told to, and could not take over.
+    let (begun, go) = (keeper.programs.path().join("begun"), keeper.programs.path().join("go"));
+    keeper.replace(&format!("#!/bin/sh\n: > {}\nwhile [ ! -e {} ]; do sleep 0.02; done\nprintf y >&4\n", begun.display(), go.display()));
+    let pid = node.pid();
+    ask_for_upgrade(node);
+    until(|| begun.exists().then_some(()));
+    let mut over = long("exec sleep 1000");
+    (over.layer, over.keeps_layer) = (Layering::Over(base), false);
+    assert!(matches!(launch(node, &over), Answer::Launched(_)));
+
+    std::fs::write(&go, "").unwrap();
+    until(|| keeper.said().contains("agreed to less than there is").then_some(()));
+
+    assert_eq!(node.pid(), pid);
+    kill(&mut node.client(), over.id);
+    assert_eq!(wait_across(node, over.id).cause, Cause::Killed(KillReason::StoppedByUser));
 }
 
 #[test]
