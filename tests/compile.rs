@@ -8,6 +8,10 @@ use mayfly_tests::{
     outcome::{assert_exit, assert_reason, stdout},
     service::{Place, shared},
 };
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(5);
@@ -282,6 +286,40 @@ async fn a_service_that_is_killed_while_it_is_compiled_leaves_a_run_that_is_comp
     assert_exit(&run, 0);
     assert_eq!((stdout(&run), &run["compile"]["stdout"], &run["attempt"]), ("file input", &json!("compiled\n"), &json!(1)), "{run:#}");
     assert_nothing_is_left(&mut service);
+}
+
+#[tokio::test]
+async fn of_runs_whose_keeper_dies_while_they_are_compiled_that_is_told_and_those_that_may_are_tried_again() {
+    let mut service = Service::start();
+    let client = Client::of(service.place(), "bereaved");
+    let mut runs = Vec::new();
+    for retries in [0, 1, 0, 1] {
+        let mut body = request("sleep 3", "true");
+        (body["wait_ms"], body["retry"]) = (json!(0), json!(retries));
+        // All of them at once, whatever the node has.
+        (body["limits"]["cpu_millis"], body["compile"]["limits"]["cpu_millis"]) = (json!(100), json!(100));
+        runs.push(client.post("/v1/runs", &body).await.expect(202)["id"].as_str().unwrap().to_owned());
+    }
+    for id in &runs {
+        client.until(&format!("/v1/runs/{id}"), |run| run["state"] == "starting").await;
+    }
+
+    kill(Pid::from_raw(service.place().keeper_pid().cast_signed()), Signal::SIGKILL).unwrap();
+    service.wait().unwrap();
+    service.start_again().unwrap();
+    let client = Client::of(service.place(), "bereaved");
+    let mut told = Vec::new();
+    for id in &runs {
+        told.push(client.until(&format!("/v1/runs/{id}"), |run| !run["outcome"].is_null()).await);
+    }
+
+    for lost in [&told[0], &told[2]] {
+        assert_reason(lost, "infra_error");
+    }
+    for retried in [&told[1], &told[3]] {
+        assert_exit(retried, 0);
+        assert_eq!(retried["attempt"], 2, "{retried:#}");
+    }
 }
 
 #[tokio::test]

@@ -482,6 +482,14 @@ impl Engine {
         self.let_go(!self.carried().is_empty()).await;
     }
 
+    /// Makes no more sandboxes and asks for the end of none: they ended with their keeper, and whoever asked for it would be told as the cause. What is
+    /// not stored of that yet, the next service tells.
+    pub async fn give_up(&self) {
+        self.closing.cancel();
+        self.stopping.cancel();
+        self.let_go(!self.carried().is_empty()).await;
+    }
+
     /// Makes no more sandboxes and leaves those that live to the keeper and to the next service.
     pub async fn hand_over(&self) {
         self.is_handed_over.store(true, Ordering::SeqCst);

@@ -180,8 +180,8 @@ async fn serve(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
         Ended::WithoutKeeper => {
             tracing::error!("the keeper is gone: no sandbox of this node can run or be started");
             stopping.cancel();
-            // No end of a sandbox will be heard of.
-            app.engine.stop(Duration::ZERO).await;
+            // What lived ended with it, and no end of a sandbox will be heard of.
+            app.engine.give_up().await;
             drop(tokio::time::timeout(LAST_ANSWERS, api).await);
         }
     }
