@@ -398,7 +398,8 @@ fn put(body: &mut Value, field: &str, value: i64) {
     match field.split_once('.') {
         Some((outer, inner)) => {
             if !body[outer].is_object() {
-                body[outer] = json!({});
+                // A step is nothing without its program.
+                body[outer] = if outer == "compile" { json!({ "command": ["true"] }) } else { json!({}) };
             }
             if outer == "tty" {
                 // It has both of its sizes, and no input that is given at once.
