@@ -275,6 +275,7 @@ mod tests {
     fn what_is_wrong_is_named() {
         for (query, name) in [
             ("from=-1", "from"),
+            ("from=18446744073709551616", "from"),
             ("follow=1", "follow"),
             ("tail=x", "tail"),
             ("tail=100001", "tail"),

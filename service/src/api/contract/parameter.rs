@@ -43,7 +43,7 @@ parameters! {
     /// What of a log is wanted.
     LogParameters = [
         query("follow", "Whether to stay until the end, or to stop at what is there.", json!({ "type": "boolean", "default": true })),
-        query("from", "The sequence number to begin at.", json!({ "type": "integer", "minimum": 0, "default": 0 })),
+        query("from", "The sequence number to begin at.", json!({ "type": "integer", "minimum": 0, "maximum": u64::MAX, "default": 0 })),
         query("tail", "Of what is there, only so many lines of both streams together, the last; all that is written later follows them.", bounded(&TAIL_LINES)),
         query("since", "Only what was written at this time or later.", json!({ "type": "string", "format": "date-time" })),
         query("stream", "Only this stream.", json!({ "type": "string", "enum": ["stdout", "stderr"] })),
