@@ -15,6 +15,8 @@ pub struct Footprint {
     processes: Vec<(u32, String)>,
     /// The keeper's number among those of this machine: it names its cgroups.
     number: String,
+    /// Its own folders in every hierarchy. The number is the next keeper's as soon as this one is gone.
+    groups: BTreeSet<(u64, u64)>,
     marker: String,
 }
 
@@ -40,7 +42,9 @@ impl Footprint {
         pids.extend(descendants(keeper));
         // A number that is used again belongs to another process, which the name tells in nearly all cases.
         let processes = pids.into_iter().map(|pid| (pid, status_field(pid, "Name").unwrap_or_default())).collect();
-        Self { processes, number: keeper_number(keeper), marker }
+        let number = keeper_number(keeper);
+        let groups = identities(&own_groups(&number));
+        Self { processes, number, groups, marker }
     }
 
     /// What of it is still there: processes, cgroups in every hierarchy, mounts.
@@ -49,11 +53,20 @@ impl Footprint {
         let alive = self.processes.iter().filter(|(pid, name)| status_field(*pid, "Name").as_ref() == Some(name));
         let mut left: Vec<_> = alive.map(|(pid, name)| format!("process {pid} ({name})")).collect();
         left.extend(processes_with(&self.marker).into_iter().map(|pid| format!("process {pid}: {}", command_line(pid))));
-        let own = Path::new("mayfly").join(format!("k{}", self.number));
-        left.extend(cgroups().into_iter().filter(|path| contains(path, &own)).map(|path| format!("cgroup {}", path.display())));
+        let named_so = own_groups(&self.number);
+        let (ours, others): (Vec<_>, Vec<_>) =
+            named_so.into_iter().partition(|path| identity(path).is_some_and(|it| self.groups.contains(&it)));
+        left.extend(
+            cgroups()
+                .into_iter()
+                .filter(|path| ours.iter().any(|own| path.starts_with(own)))
+                .map(|path| format!("cgroup {}", path.display())),
+        );
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let stage = format!("/stage-{} ", self.number);
-        left.extend(mounts.lines().filter(|line| line.contains(&self.marker) || line.contains(&stage)).map(|line| format!("mount {line}")));
+        // Where another keeper has the number, so it has the mount.
+        let is_ours = |line: &str| line.contains(&self.marker) || others.is_empty() && line.contains(&stage);
+        left.extend(mounts.lines().filter(|line| is_ours(line)).map(|line| format!("mount {line}")));
         left
     }
 
@@ -94,11 +107,24 @@ pub fn is_keeper_alive(number: &str) -> bool {
     held.lines().any(|line| line.contains("FLOCK") && line.contains(&inode))
 }
 
-/// The inodes of a keeper's own folders, in every hierarchy.
-pub(crate) fn groups_of_keeper(number: &str) -> BTreeSet<u64> {
+/// The folders that are named after a keeper, in every hierarchy.
+fn own_groups(number: &str) -> Vec<PathBuf> {
     let own = Path::new("mayfly").join(format!("k{number}"));
-    let groups = cgroups().into_iter().filter(|path| path.ends_with(&own));
-    groups.filter_map(|path| Some(fs::metadata(path).ok()?.ino())).collect()
+    cgroups().into_iter().filter(|path| path.ends_with(&own)).collect()
+}
+
+/// What tells a folder from another of its name: device and inode.
+fn identity(path: &PathBuf) -> Option<(u64, u64)> {
+    fs::metadata(path).ok().map(|found| (found.dev(), found.ino()))
+}
+
+fn identities(paths: &[PathBuf]) -> BTreeSet<(u64, u64)> {
+    paths.iter().filter_map(identity).collect()
+}
+
+/// The identities of a keeper's own folders, in every hierarchy.
+pub(crate) fn groups_of_keeper(number: &str) -> BTreeSet<(u64, u64)> {
+    identities(&own_groups(number))
 }
 
 /// Every folder of ours below every mounted hierarchy.

@@ -61,7 +61,7 @@ impl Stock {
 
 /// The keepers that a service had, by their numbers and what their cgroups were: another's keeper may have a number next, and die in its own test.
 #[derive(Debug, Default)]
-pub struct Keepers(BTreeMap<String, BTreeSet<u64>>);
+pub struct Keepers(BTreeMap<String, BTreeSet<(u64, u64)>>);
 
 impl Keepers {
     /// Notes a keeper that runs.
