@@ -105,8 +105,9 @@ async fn a_layer_is_not_given_up_for_its_age_under_a_start() {
     assert_eq!(committed(&service).await, 2 * LAYER);
 
     let start = starting(&client, &path);
-    // The round has come when the other one is gone.
-    while client.get(&other).await.status != 404 {
+    // The round has come when the other one's is given up.
+    let other = other.rsplit('/').next().unwrap();
+    while !service.log().lines().any(|line| line.contains("the layer of an ended sandbox is given up") && line.contains(other)) {
         assert!(began.elapsed() < ROUND + PATIENCE, "what is too old is still there");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
