@@ -91,7 +91,7 @@ fn two_sandboxes_share_one_with_the_same_ids_in_both() {
     let volume = make(node());
     let mut client = node().client();
     let first = with(
-        as_user(shell("echo mine > /data/a; echo ready; while [ ! -e /data/b ]; do sleep 0.02; done; cat /data/b; stat -c %u:%g /data/b")),
+        as_user(shell("echo mine > /data/a; echo ready; while [ ! -s /data/b ]; do sleep 0.02; done; cat /data/b; stat -c %u:%g /data/b")),
         volume,
         "/data",
     );
