@@ -8,7 +8,7 @@ use std::{
 };
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags, chownat, fchmod, fchown, fsetxattr,
+    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat, fchmod, fchown, fsetxattr,
     futimens, linkat, mkdirat, mknodat, openat2, statat, symlinkat, unlinkat, utimensat,
 };
 
@@ -101,8 +101,11 @@ impl Target {
 
     pub(super) fn fifo(&mut self, folders: Names<'_>, name: &[u8], attributes: Attributes) -> io::Result<()> {
         let parent = self.fresh(folders, name)?;
-        mknodat(&parent, name, FileType::Fifo, Mode::from_raw_mode(attributes.mode & 0o777), 0)?;
-        Ok(chown(&parent, name, &attributes)?)
+        let mode = Mode::from_raw_mode(attributes.mode & 0o777);
+        mknodat(&parent, name, FileType::Fifo, mode, 0)?;
+        chown(&parent, name, &attributes)?;
+        // Whatever the umask is. Nothing else can have the name by now.
+        Ok(chmodat(&parent, name, mode, AtFlags::empty())?)
     }
 
     /// Deletes what lower layers put under this name; nothing is fine, too.
