@@ -153,6 +153,10 @@ pub enum Ask {
     /// by [`Reply::Watching`] when nothing that happens afterwards is missed, then by any number of [`Reply::Noticed`], and [`Reply::WatchOver`] when there is nothing to watch any more.
     /// Nothing else is answered on this socket afterwards: who has seen enough closes it.
     Watch { path: TreePath, is_recursive: bool },
+    /// The whole tree as a layer of an image (image-spec, `layer.md`): what [`Ask::Pack`] of the root says, and also that files have several names, and their extended attributes in `user.`
+    /// whose name and value have neither a line feed nor, in the name, `=`. Of what is mounted the folder alone. Refused where something cannot be told: a name that begins with `.wh.`, which
+    /// means a deletion there; a file that cannot be read. Answered as [`Ask::Pack`] is; it breaks also behind `entries_max`.
+    Layer { bytes_max: u64, entries_max: u64 },
 }
 
 /// A part of a file's content.

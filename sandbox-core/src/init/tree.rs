@@ -8,6 +8,7 @@ mod archive;
 mod changes;
 mod draft;
 mod files;
+mod layer;
 mod processes;
 mod watch;
 
@@ -169,6 +170,13 @@ impl Worker {
                 Err(fault) => Err(fault),
             },
             Ask::Pack { path, bytes_max } => match place.begin_pack(&path) {
+                Ok(packing) => {
+                    write_frame(socket, &Reply::Archive)?;
+                    return stream(socket, |to| packing.write_to(to, bytes_max));
+                }
+                Err(fault) => Err(fault),
+            },
+            Ask::Layer { bytes_max, entries_max } => match place.begin_layer(entries_max) {
                 Ok(packing) => {
                     write_frame(socket, &Reply::Archive)?;
                     return stream(socket, |to| packing.write_to(to, bytes_max));

@@ -452,6 +452,34 @@ fn a_folder_goes_out_and_in_as_tar() {
 }
 
 #[test]
+fn a_layer_is_all_of_the_tree_but_what_is_mounted_in_it() {
+    let sandbox = running("mkdir /data; echo all > /data/a; /bin/busybox ln /data/a /data/b; echo hidden > /dev/shm/hidden");
+    let mut files = Files::of(&sandbox);
+
+    files.ask(Ask::Layer { bytes_max: 1 << 30, entries_max: 100_000 }).unwrap();
+    let mut layer = Vec::new();
+    ContentReader::new(&mut files.0).read_to_end(&mut layer).unwrap();
+
+    let mut archive = tar::Archive::new(layer.as_slice());
+    let (mut kinds, mut links) = (std::collections::BTreeMap::new(), Vec::new());
+    for entry in archive.entries().unwrap() {
+        let entry = entry.unwrap();
+        let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
+        links.extend(entry.link_name_bytes().filter(|_| entry.header().entry_type() == tar::EntryType::Link).map(|to| to.into_owned()));
+        kinds.insert(name, (entry.header().entry_type(), entry.header().mode().unwrap()));
+    }
+    assert_eq!((kinds["proc"], kinds["dev"]), ((tar::EntryType::Directory, 0o755), (tar::EntryType::Directory, 0o755)));
+    assert!(!kinds.keys().any(|name| name.starts_with("proc/") || name.starts_with("dev/")), "{:?}", kinds.keys());
+    assert!(kinds.contains_key("bin/busybox") && kinds.contains_key("etc/hostname"), "{:?}", kinds.keys());
+    // Which of the two is the first is the file system's order.
+    let [to] = links.as_slice() else { panic!("{links:?}") };
+    let mut pair = [kinds["data/a"].0, kinds["data/b"].0].map(|kind| kind.as_byte());
+    pair.sort_unstable();
+    assert_eq!(pair, [tar::EntryType::Regular, tar::EntryType::Link].map(|kind| kind.as_byte()));
+    assert!([&b"data/a"[..], b"data/b"].contains(&to.as_slice()));
+}
+
+#[test]
 fn an_archive_leads_nowhere_else_and_brings_no_device() {
     let sandbox = running("mkdir /into; echo kept > /kept");
     use tar::EntryType::{Char, Link as HardLink, Regular, Symlink};

@@ -2,11 +2,7 @@
 
 use std::{
     io::{self, Read, Write},
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::ffi::OsStrExt,
-    },
-    path::Path,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 use rustix::{
@@ -17,7 +13,9 @@ use rustix::{
 use super::{
     Place, fault,
     files::{is_proc, names},
-    io_fault, too_large,
+    io_fault,
+    layer::{self, Layer, named},
+    too_large,
 };
 use crate::{
     tree::{DEPTH_MAX, Fault, FaultKind, Reply, TreePath},
@@ -30,18 +28,28 @@ pub(super) struct Packing<'a> {
     place: &'a Place,
     found: OwnedFd,
     name: Vec<u8>,
+    layer: Option<Layer>,
 }
 
 /// Tar on its way out, and how much of it may still come.
 struct Packer<'a, W: Write> {
     place: &'a Place,
     builder: tar::Builder<Bounded<W>>,
+    /// Of a layer, what no other archive needs.
+    layer: Option<Layer>,
 }
 
 impl Place {
     pub(super) fn begin_pack(&self, path: &TreePath) -> Result<Packing<'_>, Fault> {
         let found = self.open(path, OFlags::PATH)?;
-        Ok(Packing { place: self, found, name: path.names().last().cloned().unwrap_or_default() })
+        Ok(Packing { place: self, found, name: path.names().last().cloned().unwrap_or_default(), layer: None })
+    }
+
+    /// The whole tree, for [`Ask::Layer`](crate::tree::Ask::Layer).
+    pub(super) fn begin_layer(&self, entries_max: u64) -> Result<Packing<'_>, Fault> {
+        let found = self.open(&TreePath::default(), OFlags::PATH)?;
+        let layer = Layer::new(&fstat(&found).map_err(fault)?, entries_max);
+        Ok(Packing { place: self, found, name: Vec::new(), layer: Some(layer) })
     }
 
     /// What an archive holds, put into a folder. No entry leads out of it ([`crate::unpack`]).
@@ -59,8 +67,8 @@ impl Place {
 impl Packing<'_> {
     /// Writes all of it.
     pub(super) fn write_to(self, to: &mut impl Write, bytes_max: u64) -> Result<(), Fault> {
-        let Self { place, found, name } = self;
-        let mut packer = Packer { place, builder: tar::Builder::new(Bounded { to, left: bytes_max, is_over: false }) };
+        let Self { place, found, name, layer } = self;
+        let mut packer = Packer { place, builder: tar::Builder::new(Bounded { to, left: bytes_max, is_over: false }), layer };
         let stat = fstat(&found).map_err(fault)?;
         let packed = packer.add(&found, &stat, &name, 0).and_then(|()| packer.builder.finish().map_err(|e| io_fault(&e)));
         if packer.builder.get_ref().is_over {
@@ -73,50 +81,128 @@ impl Packing<'_> {
 impl<W: Write> Packer<'_, W> {
     /// One that was found, and what is in it.
     fn add(&mut self, found: &OwnedFd, stat: &Stat, path: &[u8], depth: usize) -> Result<(), Fault> {
-        match FileType::from_raw_mode(stat.st_mode) {
-            FileType::Directory => self.add_folder(found, stat, path, depth),
-            FileType::RegularFile => {
-                let Ok(file) = self.place.open_regular(found) else { return Ok(()) };
-                let stat = fstat(&file).map_err(fault)?;
-                let size = u64::try_from(stat.st_size).unwrap_or(0);
-                let mut header = header(&stat, tar::EntryType::Regular, size);
-                // What is cut meanwhile is filled up, what grows is cut: the length was said before.
-                let content = file.chain(io::repeat(0)).take(size);
-                self.builder.append_data(&mut header, as_path(path), content).map_err(|e| io_fault(&e))
-            }
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        if kind == FileType::Directory {
+            return self.add_folder(found, stat, path, depth);
+        }
+        let is_packed = matches!(kind, FileType::RegularFile | FileType::Symlink | FileType::Fifo);
+        if is_packed
+            && let Some(layer) = &mut self.layer
+            && let Some(first) = layer.first_name(stat, path)?
+        {
+            return self.append_link(header(stat, tar::EntryType::Link, 0), path, &first).map_err(|e| io_fault(&e));
+        }
+        match kind {
+            FileType::RegularFile => self.add_file(found, path),
             FileType::Symlink => {
                 let target = readlinkat(found, "", Vec::new()).map_err(fault)?;
-                let mut header = header(stat, tar::EntryType::Symlink, 0);
-                self.builder.append_link(&mut header, as_path(path), as_path(target.to_bytes())).map_err(|e| io_fault(&e))
+                self.append_link(header(stat, tar::EntryType::Symlink, 0), path, target.to_bytes()).map_err(|e| io_fault(&e))
             }
-            FileType::Fifo => {
-                let mut header = header(stat, tar::EntryType::Fifo, 0);
-                self.builder.append_data(&mut header, as_path(path), io::empty()).map_err(|e| io_fault(&e))
-            }
-            FileType::Socket | FileType::CharacterDevice | FileType::BlockDevice | FileType::Unknown => Ok(()),
+            FileType::Fifo => self.append(header(stat, tar::EntryType::Fifo, 0), path, io::empty()).map_err(|e| io_fault(&e)),
+            FileType::Directory | FileType::Socket | FileType::CharacterDevice | FileType::BlockDevice | FileType::Unknown => Ok(()),
         }
+    }
+
+    fn add_file(&mut self, found: &OwnedFd, path: &[u8]) -> Result<(), Fault> {
+        let file = match self.place.open_regular(found) {
+            Ok(file) => file,
+            // Who asks for a layer asks for all of it that is there.
+            Err(Fault { kind, message }) if self.layer.is_some() && kind != FaultKind::NotFound => return Err(named(path, kind, &message)),
+            Err(_) => return Ok(()),
+        };
+        let stat = fstat(&file).map_err(fault)?;
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
+        let bounded = self.builder.get_mut();
+        if size > bounded.left {
+            // It may be nothing but a hole: nobody need read that to know.
+            bounded.is_over = true;
+            return Err(too_large(String::new()));
+        }
+        self.append_extended(file.as_fd(), path)?;
+        // What is cut meanwhile is filled up, what grows is cut: the length was said before.
+        let content = file.chain(io::repeat(0)).take(size);
+        self.append(header(&stat, tar::EntryType::Regular, size), path, content).map_err(|e| io_fault(&e))
     }
 
     fn add_folder(&mut self, found: &OwnedFd, stat: &Stat, path: &[u8], depth: usize) -> Result<(), Fault> {
         if depth > DEPTH_MAX {
             return Err(too_large(format!("folders are nested deeper than {DEPTH_MAX}")));
         }
+        if let Some(layer) = &self.layer
+            && layer.is_mounted(stat)
+        {
+            return self
+                .append(layer::place_of_mount(header(stat, tar::EntryType::Directory, 0)), path, io::empty())
+                .map_err(|e| io_fault(&e));
+        }
+        let folder = if is_proc(found)? {
+            None
+        } else {
+            Some(openat(found, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(fault)?)
+        };
         // The root has no name to be packed below.
         if !path.is_empty() {
-            let mut header = header(stat, tar::EntryType::Directory, 0);
-            self.builder.append_data(&mut header, as_path(path), io::empty()).map_err(|e| io_fault(&e))?;
+            if let Some(folder) = &folder {
+                self.append_extended(folder.as_fd(), path)?;
+            }
+            self.append(header(stat, tar::EntryType::Directory, 0), path, io::empty()).map_err(|e| io_fault(&e))?;
         }
-        if is_proc(found)? {
-            return Ok(());
-        }
-        let folder = openat(found, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(fault)?;
+        let Some(folder) = folder else { return Ok(()) };
         for name in names(&folder).map_err(fault)? {
             let name = name.map_err(fault)?;
+            let below = if path.is_empty() { name.clone() } else { [path, &name].join(&b'/') };
             let Some((found, stat)) = find(folder.as_fd(), &name)? else { continue };
-            let below = if path.is_empty() { name } else { [path, &name].join(&b'/') };
+            if let Some(layer) = &mut self.layer {
+                layer.admit(&name, &below)?;
+            }
             self.add(&found, &stat, &below, depth + 1)?;
         }
         Ok(())
+    }
+
+    /// Of a layer: the extended attributes of the entry that comes next.
+    fn append_extended(&mut self, opened: BorrowedFd<'_>, path: &[u8]) -> Result<(), Fault> {
+        if self.layer.is_none() {
+            return Ok(());
+        }
+        let attributes = layer::extended_attributes(opened, path)?;
+        let records = attributes.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
+        self.builder.append_pax_extensions(records).map_err(|e| io_fault(&e))
+    }
+
+    /// Writes an entry with its name byte for byte, as the kernel has it.
+    fn append(&mut self, mut header: tar::Header, path: &[u8], content: impl Read) -> io::Result<()> {
+        let first = self.append_long(tar::EntryType::GNULongName, path)?;
+        header.as_old_mut().name[..first.len()].copy_from_slice(first);
+        header.set_cksum();
+        self.builder.append(&header, content)
+    }
+
+    /// Writes one that leads elsewhere. The text of a link may mean something that is no path, so none of it is tidied up.
+    fn append_link(&mut self, mut header: tar::Header, path: &[u8], to: &[u8]) -> io::Result<()> {
+        let first = self.append_long(tar::EntryType::GNULongLink, to)?;
+        header.as_old_mut().linkname[..first.len()].copy_from_slice(first);
+        self.append(header, path, io::empty())
+    }
+
+    /// Says in front of an entry what its header has no place for (tar(5), «GNU tar archives»). Answers how much of it goes there.
+    fn append_long<'t>(&mut self, kind: tar::EntryType, text: &'t [u8]) -> io::Result<&'t [u8]> {
+        const NAME: &[u8] = b"././@LongLink";
+        const FIELD_BYTES: usize = 100;
+        if text.len() <= FIELD_BYTES {
+            return Ok(text);
+        }
+        let mut header = tar::Header::new_gnu();
+        header.as_old_mut().name[..NAME.len()].copy_from_slice(NAME);
+        header.set_entry_type(kind);
+        header.set_size(text.len() as u64 + 1);
+        header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
+        header.set_cksum();
+        self.builder.append(&header, text.chain(&[0][..]))?;
+        Ok(&text[..FIELD_BYTES])
     }
 }
 
@@ -140,10 +226,6 @@ fn header(stat: &Stat, kind: tar::EntryType, size: u64) -> tar::Header {
     header.set_gid(u64::from(stat.st_gid));
     header.set_mtime(u64::try_from(stat.st_mtime).unwrap_or(0));
     header
-}
-
-fn as_path(bytes: &[u8]) -> &Path {
-    Path::new(std::ffi::OsStr::from_bytes(bytes))
 }
 
 /// Something that takes so much and no more.
