@@ -431,6 +431,53 @@ async fn whoever_waits_hears_that_the_service_stops() {
     assert_eq!((&waited["result"], &waited["sandbox"]["state"]), (&json!("stopping"), &json!("running")));
 }
 
+/// The files in folders of the service's and the keeper's own that images are made of.
+fn image_files(service: &Service) -> Vec<String> {
+    let names = |folder: &str| {
+        let entries = std::fs::read_dir(service.place().data_dir.join(folder)).unwrap();
+        entries.map(move |entry| format!("{folder}/{}", entry.unwrap().file_name().display())).collect::<Vec<_>>()
+    };
+    let mut all = [names("blobs/sha256"), names("images"), names("uploads")].concat();
+    all.sort();
+    all
+}
+
+#[tokio::test]
+async fn of_a_commit_that_its_service_died_over_nothing_is_left_and_it_can_be_asked_for_again() {
+    let mut service = Service::start();
+    let path = sandbox(&client(&service), "echo committed > /tmp/file; exec sleep 1000", json!({})).await;
+    client(&service).until(&path, |sandbox| sandbox["state"] == "running").await;
+    let (commit, body, before) = (format!("{path}/commit"), json!({ "reference": "made" }), image_files(&service));
+
+    for step in ["service.commit.read", "service.import.kept", "service.import.unpacked"] {
+        send_and_die(&mut service, step, reqwest::Method::POST, &commit, &body).await;
+
+        client(&service).get("/v1/images/made").await.problem(404, "image_not_found");
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+        while image_files(&service) != before {
+            assert!(tokio::time::Instant::now() < deadline, "{step}: {:?} is not {before:?}", image_files(&service));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    let client = client(&service);
+    client.post(&commit, &body).await.expect(201);
+    let run = client.run(&json!({ "image": "made", "command": ["cat", "/tmp/file"] })).await;
+    assert_eq!(stdout(&run), "committed\n");
+}
+
+#[tokio::test]
+async fn a_commit_that_was_stored_and_not_answered_is_an_image() {
+    let mut service = Service::start();
+    let path = sandbox(&client(&service), "exec sleep 1000", json!({})).await;
+    client(&service).until(&path, |sandbox| sandbox["state"] == "running").await;
+    let body = json!({ "reference": "made", "command": ["echo", "made"] });
+
+    send_and_die(&mut service, "service.import.recorded", reqwest::Method::POST, &format!("{path}/commit"), &body).await;
+
+    let run = client(&service).run(&json!({ "image": "made" })).await;
+    assert_eq!(stdout(&run), "made\n");
+}
+
 /// Counts its lives in a file, and exits with their number.
 const LIVES: &str = "n=$(cat /work/n 2>/dev/null || echo 0); n=$((n+1)); echo $n > /work/n; exit $n";
 

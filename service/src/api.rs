@@ -6,6 +6,7 @@ mod attach;
 mod bounds;
 mod browser;
 pub mod caller;
+mod commit;
 mod contract;
 pub mod error;
 mod events;
@@ -155,8 +156,9 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(operations::ready))
         .routes(routes!(operations::openapi))
         .routes(routes!(operations::docs));
-    // An import lasts as long as its archive; it keeps its own bounds.
-    waiting.merge(timed(quick, QUICK_DEADLINE)).merge(images::router()).merge(files::router())
+    // An import lasts as long as its archive, a commit as long as the files that are read; they keep their own bounds.
+    let committing = OpenApiRouter::new().routes(routes!(commit::commit));
+    waiting.merge(timed(quick, QUICK_DEADLINE)).merge(images::router()).merge(committing).merge(files::router())
 }
 
 /// Ends what takes longer, and has the contract say so.

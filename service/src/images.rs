@@ -1,7 +1,8 @@
-//! Images come in: an archive that somebody sent becomes checked blobs, an unpacked root in the keeper's store, and a row.
+//! Images come in: an archive that somebody sent, or what a sandbox's files are, becomes checked blobs, an unpacked root in the keeper's store, and a row.
 
 mod archive;
 mod blob;
+mod commit;
 mod layout;
 
 use std::{
@@ -27,8 +28,8 @@ use tokio::{
 
 use crate::{
     clock::Clock,
-    runtime::{CallError, Keeper},
-    sandbox::{Exceeded, ImageReference, Owner, Quotas, TenantId},
+    runtime::{CallError, Keeper, TreeError},
+    sandbox::{Exceeded, ImageReference, Owner, Quotas, SandboxId, TenantId},
     store::{Act, Image, NewImage, Recorded, Store, StoreError},
 };
 pub(crate) use archive::ARCHIVE_BYTES_MAX;
@@ -78,6 +79,9 @@ pub enum ImportError {
     Invalid(String),
     #[error("the archive has more than {ARCHIVE_BYTES_MAX} bytes")]
     TooLarge,
+    /// What was to be read in a sandbox could not be.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
     /// Later it may work.
     #[error("{0}")]
     Busy(String),
@@ -135,6 +139,17 @@ pub struct Upload<'a> {
     _place: SemaphorePermit<'a>,
 }
 
+/// What is to become of an image that comes in.
+#[derive(Debug)]
+struct Naming {
+    reference: ImageReference,
+    /// `None`: it is for all.
+    tenant: Option<TenantId>,
+    actor: Owner,
+    /// The sandbox whose files it is.
+    sandbox: Option<SandboxId>,
+}
+
 impl Images {
     /// Takes over the folders `blobs` and `uploads` of the data folder.
     pub fn open(store: Store, keeper: Keeper, clock: Clock, quotas: Quotas, data_dir: &Path) -> anyhow::Result<Arc<Self>> {
@@ -189,26 +204,42 @@ impl Images {
         B: AsRef<[u8]>,
         E: std::error::Error,
     {
+        let place = self.place()?;
+        let body = body.map(|chunk| chunk.map_err(|error| ImportError::Invalid(format!("the upload broke off: {error}"))));
+        let silence = ImportError::Invalid(format!("the upload brought nothing for {} s", UPLOAD_IDLE.as_secs()));
+        let file = self.spool(body, ARCHIVE_BYTES_MAX, silence).await?.ok_or(ImportError::TooLarge)?;
+        fail_point::reached("service.import.received");
+        Ok(Upload { file, _place: place })
+    }
+
+    /// Room for one upload.
+    fn place(&self) -> Result<SemaphorePermit<'_>, ImportError> {
         let full = |_| ImportError::Busy(format!("{UPLOADS_MAX} uploads are in progress, which is all that this node takes at one time"));
-        let place = self.receiving.try_acquire().map_err(full)?;
+        self.receiving.try_acquire().map_err(full)
+    }
+
+    /// Puts what comes into a file without a name; `None` if it is more than so many bytes. `silence` is the error if nothing comes for too long.
+    async fn spool<B: AsRef<[u8]>>(
+        &self,
+        body: impl Stream<Item = Result<B, ImportError>>,
+        bytes_max: u64,
+        silence: ImportError,
+    ) -> Result<Option<File>, ImportError> {
         let file = tempfile::tempfile_in(&self.uploads).context("making a file for an upload").map_err(ImportError::Internal)?;
         let mut to = tokio::io::BufWriter::with_capacity(1 << 20, tokio::fs::File::from_std(file));
         let mut body = std::pin::pin!(body);
         let mut len = 0;
         loop {
-            let next = tokio::time::timeout(UPLOAD_IDLE, body.next()).await;
-            let next = next.map_err(|_| ImportError::Invalid(format!("the upload brought nothing for {} s", UPLOAD_IDLE.as_secs())))?;
-            let Some(chunk) = next else { break };
-            let chunk = chunk.map_err(|error| ImportError::Invalid(format!("the upload broke off: {error}")))?;
+            let Ok(next) = tokio::time::timeout(UPLOAD_IDLE, body.next()).await else { return Err(silence) };
+            let Some(chunk) = next.transpose()? else { break };
             len += chunk.as_ref().len() as u64;
-            if len > ARCHIVE_BYTES_MAX {
-                return Err(ImportError::TooLarge);
+            if len > bytes_max {
+                return Ok(None);
             }
             to.write_all(chunk.as_ref()).await.context("keeping an upload").map_err(ImportError::Internal)?;
         }
         to.flush().await.context("keeping an upload").map_err(ImportError::Internal)?;
-        fail_point::reached("service.import.received");
-        Ok(Upload { file: to.into_inner().into_std().await, _place: place })
+        Ok(Some(to.into_inner().into_std().await))
     }
 
     /// Makes `reference` name the image in the archive, for this tenant or — `None` — for all. A caller who goes away after the upload
@@ -220,9 +251,24 @@ impl Images {
         tenant: Option<TenantId>,
         actor: Owner,
     ) -> Result<Image, ImportError> {
-        let images = Arc::clone(self);
         let Upload { file, _place } = upload;
-        let work = tokio::spawn(async move { images.take_in(file, reference, tenant, &actor).await });
+        let (scratch, name) = (self.uploads.clone(), reference.as_str().to_owned());
+        let read = move || {
+            let archive = Archive::open(file, &scratch)?;
+            let found = layout::find(&archive, &name)?;
+            Ok((archive, found))
+        };
+        self.take_in(read, Naming { reference, tenant, actor, sandbox: None }).await
+    }
+
+    /// Takes in what `read` finds. Goes on to its end, whoever waits for it.
+    async fn take_in(
+        self: &Arc<Self>,
+        read: impl FnOnce() -> Result<(Archive, Found), Fault> + Send + 'static,
+        naming: Naming,
+    ) -> Result<Image, ImportError> {
+        let images = Arc::clone(self);
+        let work = tokio::spawn(async move { images.take_in_now(read, naming).await });
         work.await.unwrap_or_else(|panic| Err(ImportError::Internal(panic.into())))
     }
 
@@ -241,22 +287,20 @@ impl Images {
         Act { actor: Some(actor), at: self.clock.now(), data: serde_json::json!({}) }
     }
 
-    async fn take_in(&self, file: File, reference: ImageReference, tenant: Option<TenantId>, actor: &Owner) -> Result<Image, ImportError> {
+    async fn take_in_now(
+        &self,
+        read: impl FnOnce() -> Result<(Archive, Found), Fault> + Send + 'static,
+        naming: Naming,
+    ) -> Result<Image, ImportError> {
         let _turn = self.importing.acquire().await.context("nobody closes this").map_err(ImportError::Internal)?;
-        let (blobs, scratch, name) = (Arc::clone(&self.blobs), self.uploads.clone(), reference.as_str().to_owned());
-        let read = tokio::task::spawn_blocking(move || {
-            let archive = Archive::open(file, &scratch)?;
-            let found = layout::find(&archive, &name)?;
-            Ok::<_, Fault>((archive, found, blobs))
-        });
-        let (archive, found, blobs) = read.await.map_err(|panic| ImportError::Internal(panic.into()))??;
+        let (archive, found) = tokio::task::spawn_blocking(read).await.map_err(|panic| ImportError::Internal(panic.into()))??;
         fail_point::reached("service.import.read");
-        let (digests, manifest) = (found.digests(), found.manifest.digest.clone());
+        let (digests, manifest, blobs) = (found.digests(), found.manifest.digest.clone(), Arc::clone(&self.blobs));
 
         let adding = self.content.read().await;
         let kept = tokio::task::spawn_blocking(move || keep(&blobs, &archive, &found).map(|layers| (found, layers))).await;
         let imported = match kept.unwrap_or_else(|panic| Err(Fault::Host(panic.into()))) {
-            Ok((found, layers)) => self.unpack_and_record(&found, layers, reference, tenant, actor).await,
+            Ok((found, layers)) => self.unpack_and_record(&found, layers, naming).await,
             Err(fault) => Err(fault.into()),
         };
         drop(adding);
@@ -280,9 +324,7 @@ impl Images {
         &self,
         found: &Found,
         layers: Vec<OwnedFd>,
-        reference: ImageReference,
-        tenant: Option<TenantId>,
-        actor: &Owner,
+        Naming { reference, tenant, actor, sandbox }: Naming,
     ) -> Result<(Image, Option<ImageId>), ImportError> {
         let root = root_of(&found.manifest.digest);
         let size_bytes = found.size_bytes();
@@ -304,8 +346,9 @@ impl Images {
             config,
             size_bytes,
             created_at: self.clock.now(),
+            sandbox,
         };
-        let image = match self.store.record_image(&image, &self.quotas, &self.act_of(actor)).await? {
+        let image = match self.store.record_image(&image, &self.quotas, &self.act_of(&actor)).await? {
             Recorded::Yes(image) => *image,
             Recorded::Exceeded(exceeded) => return Err(ImportError::QuotaExceeded(Box::new(exceeded))),
         };

@@ -3,6 +3,7 @@
 mod batch;
 mod case;
 mod change;
+mod commit;
 mod comparer;
 mod compile;
 mod exec;
@@ -23,6 +24,7 @@ use std::{collections::BTreeMap, fmt};
 pub use batch::{BatchRequest, RUNS_MAX};
 pub use case::{Beginning, Case, CaseEnd, CaseOutput, CaseReader, Comparison, Judged, Judging, NewCase, ToldCase, Verdict};
 pub use change::{Change, ChangeRequest, new_limits};
+pub use commit::{Commit, CommitRequest};
 pub use comparer::Comparer;
 pub use compile::{Compile, CompileEnd, NewCompile, case_id, case_ids, is_part, is_step, run_id, step_id};
 pub use exec::{EXECS_MAX, Exec, ExecPlan, ExecRequest, ExecState, NewExec, SizeRequest};

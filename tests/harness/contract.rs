@@ -38,12 +38,19 @@ impl Operation {
         &document()["paths"][&self.template][self.method.to_lowercase()]
     }
 
-    /// The scopes of which a token needs one; empty if any valid token will do. `None`: it needs no token.
+    /// The scopes that a token may need; empty if any valid token will do. `None`: it needs no token.
     #[must_use]
     pub fn scopes(&self) -> Option<Vec<&'static str>> {
         let requirements = self.definition().get("security").unwrap_or(&document()["security"]).as_array()?;
         let names = |requirement: &'static Value| requirement["bearer"].as_array().into_iter().flatten().filter_map(Value::as_str);
         (!requirements.is_empty()).then(|| requirements.iter().flat_map(names).collect())
+    }
+
+    /// The scopes of which a token needs no more: all that the first of its alternatives names.
+    #[must_use]
+    pub fn enough(&self) -> Vec<&'static str> {
+        let requirements = self.definition().get("security").unwrap_or(&document()["security"]);
+        requirements[0]["bearer"].as_array().into_iter().flatten().filter_map(Value::as_str).collect()
     }
 }
 

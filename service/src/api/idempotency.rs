@@ -25,7 +25,8 @@ use tracing::Instrument as _;
 use uuid::Uuid;
 
 use super::{
-    App, QUICK_DEADLINE, STOP_DEADLINE, caller::Caller, error::ApiError, execs, json, observe, runs, runs::batch, sandboxes, webhooks,
+    App, QUICK_DEADLINE, STOP_DEADLINE, caller::Caller, commit::COMMIT, error::ApiError, execs, json, observe, runs, runs::batch,
+    sandboxes, webhooks,
 };
 use crate::{
     sandbox::{Invalid, SandboxId, WAIT_MS},
@@ -156,6 +157,8 @@ impl Route {
     fn scope(&self) -> Scope {
         let below = |area: &str| self.0.as_str().strip_prefix(area).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
         match () {
+            // Its answers tell of images.
+            () if self.0.as_str() == COMMIT => Scope::ImagesWrite,
             () if below("/v1/runs") => Scope::Runs,
             () if below("/v1/sandboxes") => Scope::SandboxesWrite,
             () if below("/v1/images") => Scope::ImagesWrite,
@@ -175,6 +178,7 @@ impl Route {
         match self.0.as_str() {
             "/v1/runs" | BATCH | EXECS => Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE,
             "/v1/sandboxes/{id}/stop" => STOP_DEADLINE,
+            COMMIT => IMPORT_DEADLINE,
             _ if self.is_streamed() => IMPORT_DEADLINE,
             _ => QUICK_DEADLINE,
         }

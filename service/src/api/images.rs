@@ -33,13 +33,10 @@ pub(super) fn router() -> OpenApiRouter<Arc<App>> {
     OpenApiRouter::new().routes(routes!(list)).routes(routes!(import)).routes(routes!(read, remove))
 }
 
-/// What stands in the place of a reference in the path of an import.
-const IMPORT: &str = "import";
-
 /// An image as it is now.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Image)]
-struct ImageView {
+pub(super) struct ImageView {
     #[schema(value_type = words::Reference)]
     reference: String,
     #[schema(value_type = words::Digest)]
@@ -94,9 +91,13 @@ async fn import(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Bod
     let reference = reference(query::pairs(&uri)?)?;
     let tenant = (!caller.scopes.allow(Scope::Admin)).then(|| caller.tenant.clone());
     let upload = app.images.receive(body.into_data_stream()).await?;
-    let image = app.images.import(upload, reference, tenant, caller.owner()).await?;
+    Ok(created(app.images.import(upload, reference, tenant, caller.owner()).await?))
+}
+
+/// The answer to whoever made an image.
+pub(super) fn created(image: Image) -> Response {
     let location = format!("/v1/images/{}", image.reference);
-    Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(ImageView::from(image))).into_response())
+    (StatusCode::CREATED, [(header::LOCATION, location)], Json(ImageView::from(image))).into_response()
 }
 
 /// What the tenant's sandboxes can be made of
@@ -175,8 +176,7 @@ fn reference(pairs: Vec<(String, String)>) -> Result<ImageReference, ApiError> {
     let mut found = None;
     for (name, value) in pairs {
         match name.as_str() {
-            "reference" if value == IMPORT => return Err(Invalid::new("reference", "no image can have the name of this route").into()),
-            "reference" if found.is_none() => found = Some(ImageReference::parse("reference", value)?),
+            "reference" if found.is_none() => found = Some(ImageReference::parse_new("reference", value)?),
             "reference" => return Err(Invalid::new("reference", "an image has one reference").into()),
             _ => return Err(query::unknown(&name)),
         }
@@ -203,6 +203,7 @@ impl From<ImportError> for ApiError {
         match error {
             ImportError::Invalid(why) => Invalid::new("", why).into(),
             ImportError::TooLarge => Self::PayloadTooLarge(error.to_string()),
+            ImportError::Tree(error) => error.into(),
             ImportError::Busy(why) => Self::Busy(why),
             ImportError::QuotaExceeded(exceeded) => Self::QuotaExceeded(exceeded),
             ImportError::KeeperUnavailable => Self::KeeperUnavailable,

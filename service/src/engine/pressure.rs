@@ -9,7 +9,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::Engine;
+use super::{Engine, EngineError};
 
 /// How long nothing is taken after the keeper found the machine short of something.
 const BREATHER: Duration = Duration::from_secs(1);
@@ -88,6 +88,11 @@ impl Pressure {
 }
 
 impl Engine {
+    /// Fails if this node is short of something: nothing large is put on its disk then.
+    pub fn check_shortage(&self) -> Result<(), EngineError> {
+        self.pressure.now().map_or(Ok(()), |shortage| Err(EngineError::Busy(shortage)))
+    }
+
     /// Why this node takes no work now; `None` if it does.
     pub(super) fn hindrance(&self) -> Option<String> {
         if self.is_closing() {

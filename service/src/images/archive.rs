@@ -78,6 +78,12 @@ impl Archive {
         Ok(Self { file, files, links })
     }
 
+    /// A layer by itself, in a file of its own, and where it lies in that.
+    pub(super) fn of_layer(file: File) -> Result<(Self, Section), Fault> {
+        let bytes = file.metadata().context("a layer's size")?.len();
+        Ok((Self { file, files: HashMap::new(), links: HashMap::new() }, Section { offset: 0, bytes }))
+    }
+
     /// The file of exactly this name. Fails if there is none.
     pub(super) fn section(&self, name: &str) -> Result<Section, Fault> {
         self.find(name).ok_or_else(|| Fault::Invalid(format!("the archive lacks {name:?}")))

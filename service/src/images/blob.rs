@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Context;
-use oci_spec::image::{ImageManifest, Sha256Digest};
+use oci_spec::image::{ImageConfiguration, ImageManifest, Sha256Digest};
 use sha2::{Digest as _, Sha256};
 
 use super::Fault;
@@ -97,6 +97,14 @@ impl Blobs {
         let mut all: HashSet<_> = descriptors.filter_map(|descriptor| descriptor.as_digest_sha256()?.parse().ok()).collect();
         all.insert(manifest.clone());
         Ok(all)
+    }
+
+    /// The configuration of the image whose manifest this is. Fails if the one or the other is not here.
+    pub(super) fn configuration(&self, manifest: &Sha256Digest) -> anyhow::Result<ImageConfiguration> {
+        let parsed: ImageManifest = serde_json::from_reader(io::BufReader::new(self.open_blob(manifest)?))?;
+        let config: Option<Sha256Digest> = parsed.config().as_digest_sha256().and_then(|digest| digest.parse().ok());
+        let config = config.with_context(|| format!("the manifest {manifest} names no configuration"))?;
+        Ok(serde_json::from_reader(io::BufReader::new(self.open_blob(&config)?))?)
     }
 
     fn path(&self, digest: &Sha256Digest) -> PathBuf {

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use oci_spec::image::{
-    Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, ImageManifestBuilder, MediaType, OciLayout, Os, Sha256Digest,
+    Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, ImageManifestBuilder, MediaType, OciLayout, Os, RootFs, Sha256Digest,
 };
 use sandbox_core::protocol::DESCRIPTORS_MAX;
 use serde::{Deserialize, de::DeserializeOwned};
@@ -283,15 +283,33 @@ fn from_docker(archive: &Archive, reference: &str) -> Result<Found, Fault> {
         descriptors.push(Descriptor::new(media_type.clone(), layer.section.bytes, layer.digest.clone()));
         layers.push(layer.clone());
     }
+    Ok(Found { manifest: manifest_of(&config, descriptors)?, config, configuration, layers })
+}
+
+/// An image of one layer, which was read in a sandbox and is neither packed nor named by anybody.
+pub(super) fn of_layer(archive: &Archive, section: Section, mut configuration: ImageConfiguration) -> Result<Found, Fault> {
+    let (digest, _) = hash(archive.reader(section), |_| Ok(()))?;
+    let mut rootfs = RootFs::default();
+    rootfs.set_diff_ids(vec![format!("sha256:{digest}")]);
+    configuration.set_rootfs(rootfs);
+    let bytes = serde_json::to_vec(&configuration).map_err(anyhow::Error::from)?;
+    let configuration = self::configuration(&bytes, 1)?;
+    let config = Document { digest: digest_of(&bytes), bytes };
+    let descriptor = Descriptor::new(MediaType::ImageLayer, section.bytes, digest.clone());
+    Ok(Found { manifest: manifest_of(&config, vec![descriptor])?, config, configuration, layers: vec![Layer { digest, section }] })
+}
+
+/// The manifest of an image that came without one.
+fn manifest_of(config: &Document, layers: Vec<Descriptor>) -> Result<Document, Fault> {
     let manifest = ImageManifestBuilder::default()
         .schema_version(2_u32)
         .media_type(MediaType::ImageManifest)
         .config(Descriptor::new(MediaType::ImageConfig, config.bytes.len() as u64, config.digest.clone()))
-        .layers(descriptors)
+        .layers(layers)
         .build()
         .map_err(anyhow::Error::from)?;
     let bytes = serde_json::to_vec(&manifest).map_err(anyhow::Error::from)?;
-    Ok(Found { manifest: Document { digest: digest_of(&bytes), bytes }, config, configuration, layers })
+    Ok(Document { digest: digest_of(&bytes), bytes })
 }
 
 fn saved_layer(archive: &Archive, name: &str) -> Result<(Layer, MediaType), Fault> {

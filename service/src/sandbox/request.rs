@@ -449,6 +449,14 @@ impl ImageReference {
         })
     }
 
+    /// [`ImageReference::parse`] of one that an image is to be given: it could be read by no one if it had the name of the route of imports.
+    pub fn parse_new(field: &str, text: String) -> Result<Self, Invalid> {
+        if text == "import" {
+            return Err(Invalid::new(field, "no image can have the name of the route of imports"));
+        }
+        Self::parse(field, text)
+    }
+
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -686,7 +694,7 @@ fn volumes(volumes: Vec<MountRequest>, isolation: Isolation) -> Result<Vec<Mount
     volume::mounts(volumes)
 }
 
-fn entrypoint(entrypoint: Option<Vec<String>>) -> Result<Option<Vec<String>>, Invalid> {
+pub(super) fn entrypoint(entrypoint: Option<Vec<String>>) -> Result<Option<Vec<String>>, Invalid> {
     if entrypoint.as_ref().and_then(|args| args.first()).is_some_and(String::is_empty) {
         return Err(Invalid::new("entrypoint", "the first element names the program and cannot be empty"));
     }

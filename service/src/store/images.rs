@@ -7,9 +7,9 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::{Store, StoreError, bigint, damaged, events::Act, unsigned};
-use crate::sandbox::{Exceeded, ImageId, QuotaScope, Quotas, TenantId};
+use crate::sandbox::{Exceeded, ImageId, QuotaScope, Quotas, SandboxId, TenantId};
 
-/// An image that was imported.
+/// An image that came in.
 #[derive(Debug, Clone)]
 pub struct NewImage {
     /// `None`: for all tenants.
@@ -22,6 +22,8 @@ pub struct NewImage {
     pub config: ImageConfiguration,
     pub size_bytes: u64,
     pub created_at: OffsetDateTime,
+    /// The sandbox whose files it is; `None`: it was imported.
+    pub sandbox: Option<SandboxId>,
 }
 
 /// An image as its tenant sees it.
@@ -91,13 +93,7 @@ impl Store {
             if let Some(limit) = locked.quotas.0.over(defaults).number("image_bytes")
                 && unsigned(after) > limit
             {
-                return Ok(Recorded::Exceeded(Exceeded {
-                    scope: QuotaScope::Tenant,
-                    quota: "image_bytes".to_owned(),
-                    limit: limit.into(),
-                    used: unsigned(locked.image_bytes).into(),
-                    retry_after_s: Some(60),
-                }));
+                return Ok(Recorded::Exceeded(exceeded(limit, locked.image_bytes)));
             }
             sqlx::query!("update tenants set image_bytes = $2 where id = $1", tenant.as_str(), after).execute(&mut *transaction).await?;
         }
@@ -120,11 +116,35 @@ impl Store {
         )
         .fetch_one(&mut *transaction)
         .await?;
-        let act = Act { data: json!({ "digest": image.digest, "size_bytes": image.size_bytes }), ..act.clone() };
+        let mut act = Act { data: json!({ "digest": image.digest, "size_bytes": image.size_bytes }), ..act.clone() };
+        let kind = if let Some(sandbox) = image.sandbox {
+            act.data["sandbox"] = json!(sandbox.to_string());
+            "image.committed"
+        } else {
+            "image.imported"
+        };
         let object = format!("image/{}", image.reference);
-        super::events::tell(&mut transaction, image.tenant.as_ref(), "image.imported", Some(&object), &act).await?;
+        super::events::tell(&mut transaction, image.tenant.as_ref(), kind, Some(&object), &act).await?;
         transaction.commit().await?;
         row.read().map(|image| Recorded::Yes(Box::new(image)))
+    }
+
+    /// How many bytes an image of the tenant's may have that is to take this reference, as things are now: for whoever wants to know before there is one. `None`: as
+    /// many as it likes. Beyond that, what [`Store::record_image`] would say.
+    pub async fn image_room(&self, tenant: &TenantId, reference: &str, defaults: &Quotas) -> Result<Option<(u64, Exceeded)>, StoreError> {
+        let row = sqlx::query!(
+            r#"select quotas as "quotas: Json<Quotas>", image_bytes,
+                (select size_bytes from images where images.tenant = tenants.id and reference = $2) as replaced_bytes
+            from tenants where id = $1"#,
+            tenant.as_str(),
+            reference,
+        )
+        .fetch_optional(&self.pool)
+        .await?;
+        let limit = row.as_ref().map_or_else(|| defaults.number("image_bytes"), |row| row.quotas.0.over(defaults).number("image_bytes"));
+        let Some(limit) = limit else { return Ok(None) };
+        let (used, replaced) = row.map_or((0, 0), |row| (row.image_bytes, row.replaced_bytes.unwrap_or(0)));
+        Ok(Some((limit.saturating_sub(unsigned(used.saturating_sub(replaced))), exceeded(limit, used))))
     }
 
     /// What the tenant means by this reference: its own image, else the shared one.
@@ -204,6 +224,16 @@ impl Store {
     }
 }
 
+fn exceeded(limit: u64, used_bytes: i64) -> Exceeded {
+    Exceeded {
+        scope: QuotaScope::Tenant,
+        quota: "image_bytes".to_owned(),
+        limit: limit.into(),
+        used: unsigned(used_bytes).into(),
+        retry_after_s: Some(60),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -219,6 +249,7 @@ mod tests {
             config: serde_json::from_value(config).unwrap(),
             size_bytes: 1,
             created_at: OffsetDateTime::UNIX_EPOCH,
+            sandbox: None,
         }
     }
 
@@ -248,6 +279,31 @@ mod tests {
         assert_eq!(bytes().await, 0);
         let kinds = sqlx::query_scalar!("select kind from events order by id").fetch_all(&pool).await.unwrap();
         assert_eq!(kinds, ["image.imported", "image.imported", "image.removed"]);
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn the_room_for_an_image_is_what_the_quota_leaves_and_what_it_replaces(pool: sqlx::PgPool) {
+        let store = Store { pool: pool.into() };
+        let quotas: Quotas = serde_json::from_value(json!({"image_bytes": 10})).unwrap();
+        let acme = TenantId::proven("acme".into());
+        let room = async |reference| store.image_room(&acme, reference, &quotas).await.unwrap().unwrap();
+        assert_eq!(room("one").await.0, 10);
+        let image = NewImage { size_bytes: 6, ..image(Some("acme"), "one", 'a') };
+        assert!(matches!(store.record_image(&image, &quotas, &act()).await.unwrap(), Recorded::Yes(_)));
+        let (bytes, exceeded) = room("two").await;
+        assert_eq!((bytes, exceeded.used), (4, json!(6)));
+        assert_eq!(room("one").await.0, 10);
+        assert_eq!(store.image_room(&acme, "two", &Quotas::default()).await.unwrap().map(|(bytes, _)| bytes), None);
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn what_was_a_sandboxs_files_is_told_as_that(pool: sqlx::PgPool) {
+        let store = Store { pool: pool.clone().into() };
+        let sandbox = SandboxId(Uuid::from_u128(7));
+        record(&store, &NewImage { sandbox: Some(sandbox), ..image(Some("acme"), "mine", 'a') }).await.unwrap();
+        let told = sqlx::query!("select kind, object, data from events").fetch_one(&pool).await.unwrap();
+        assert_eq!((told.kind.as_str(), told.object.as_deref()), ("image.committed", Some("image/mine")));
+        assert_eq!(told.data["sandbox"], sandbox.to_string());
     }
 
     #[sqlx::test(migrations = "../migrations")]

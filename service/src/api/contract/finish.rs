@@ -11,6 +11,8 @@ use yaml_serde::{Mapping, Value};
 
 /// The paths of those that are served by a listener of its own, around which there is less.
 const BARE: &str = "/metrics";
+/// Between scopes that are needed together.
+const AND: &str = "` and `";
 const METHODS: [&str; 8] = ["get", "put", "post", "delete", "options", "head", "patch", "trace"];
 
 /// What comes as server-sent events is described event by event.
@@ -100,6 +102,7 @@ fn settle_operation(path: &str, method: &str, operation: &mut Mapping) {
     let needs = match scopes.as_slice() {
         [] if is_open => "",
         [] => "Any valid token will do.",
+        [one] if one.contains(AND) => &format!("Needs the scopes `{one}`."),
         [one] => &format!("Needs the scope `{one}`."),
         [first, others @ ..] => &format!("Needs the scope `{first}`, or `{}`.", others.join("` or `")),
     };
@@ -173,10 +176,12 @@ fn settle_operation(path: &str, method: &str, operation: &mut Mapping) {
     }
 }
 
+/// The alternatives; where one is several scopes, all of them together.
 fn scopes(operation: &Mapping) -> Vec<String> {
     let requirements = operation.get("security").and_then(Value::as_sequence).into_iter().flatten();
-    let named = requirements.filter_map(|requirement| requirement.get("bearer")?.as_sequence()).flatten();
-    named.filter_map(|scope| scope.as_str().map(ToOwned::to_owned)).collect()
+    let named = requirements.filter_map(|requirement| requirement.get("bearer")?.as_sequence());
+    let together = named.map(|scopes| scopes.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(AND));
+    together.filter(|scopes| !scopes.is_empty()).collect()
 }
 
 /// In a path or a query nothing is null: what is not there is absent. Words of JSON Schema belong into the schema.
