@@ -175,6 +175,21 @@ mod tests {
     }
 
     #[test]
+    fn the_configuration_of_an_image_is_found_by_its_manifest() {
+        let (_folder, blobs) = blobs();
+        let written =
+            json!({ "architecture": "amd64", "os": "linux", "config": { "Cmd": ["sh"] }, "rootfs": { "type": "layers", "diff_ids": [] } });
+        let config = keep(&blobs, written.to_string().as_bytes());
+        let manifest = manifest(&blobs, &config, &[]);
+
+        let found = blobs.configuration(&manifest).unwrap();
+
+        assert_eq!(found.config().as_ref().unwrap().cmd().as_deref(), Some(&["sh".to_owned()][..]));
+        assert!(blobs.configuration(&config).is_err(), "that is no manifest");
+        assert!(blobs.configuration(&digest_of(b"never kept")).is_err());
+    }
+
+    #[test]
     fn content_of_another_digest_is_refused_and_leaves_nothing() {
         let (folder, blobs) = blobs();
         let fault = blobs.keep(&digest_of(b"promised"), 8, &b"sent ..."[..]).unwrap_err();

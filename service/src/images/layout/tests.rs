@@ -99,6 +99,45 @@ fn good() -> Packer {
     packer.index(&[manifest])
 }
 
+/// An image of this layer alone, with this configuration.
+fn committed(layer: &[u8], configuration: &Value) -> Result<Found, Fault> {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(layer).unwrap();
+    let (archive, section) = Archive::of_layer(file)?;
+    of_layer(&archive, section, serde_json::from_value(configuration.clone()).unwrap())
+}
+
+#[test]
+fn a_layer_by_itself_is_an_image_whose_documents_name_it() {
+    // The layers of the one before are no part of it.
+    let found = committed(b"all files", &config(&here(), &[b"one", b"two"])).unwrap();
+
+    let digest = format!("sha256:{}", digest_of(b"all files"));
+    let manifest: ImageManifest = serde_json::from_slice(&found.manifest.bytes).unwrap();
+    assert_eq!(found.configuration.rootfs().diff_ids(), &[digest.clone()]);
+    assert_eq!((manifest.layers().len(), manifest.layers()[0].digest().to_string()), (1, digest));
+    assert_eq!(manifest.config().digest().to_string(), format!("sha256:{}", digest_of(&found.config.bytes)));
+    assert_eq!((found.size_bytes(), found.digests().len()), (9, 3));
+    assert_eq!(serde_json::from_slice::<ImageConfiguration>(&found.config.bytes).unwrap(), found.configuration);
+}
+
+#[test]
+fn the_same_files_and_the_same_configuration_are_the_same_image() {
+    let digest = |layer: &[u8]| committed(layer, &config(&here(), &[])).unwrap().manifest.digest;
+
+    assert_eq!(digest(b"same"), digest(b"same"));
+    assert_ne!(digest(b"same"), digest(b"other"));
+}
+
+#[test]
+fn a_configuration_that_no_import_would_bring_is_none_for_a_layer_either() {
+    let mut large = config(&here(), &[]);
+    large["config"]["Env"] = json!([format!("A={}", "x".repeat(CONFIG_BYTES_MAX))]);
+
+    refused(committed(b"layer", &large), "bytes; at most");
+    refused(committed(b"layer", &config("riscv64", &[])), "this machine is");
+}
+
 #[test]
 fn an_oci_layout_is_found() {
     let found = good().find().unwrap();
