@@ -58,6 +58,6 @@ pub(super) async fn commit(State(app): State<Arc<App>>, caller: Caller, Path(id)
         Err(EngineError::WrongState(state)) if state.is_final() => return Err(ApiError::LayerLost),
         tree => tree?.ok_or(ApiError::NotFound)?,
     };
-    let image = app.images.commit(tree, id, &sandbox.image.root, asked, caller.owner()).await?;
-    Ok(created(image))
+    let committed = app.images.commit(tree, id, &sandbox.image.root, asked, caller.owner());
+    Ok(created(app.engine.in_use(id, committed).await?))
 }

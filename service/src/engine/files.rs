@@ -8,13 +8,16 @@ use tokio::time::Instant;
 use super::{Engine, EngineError};
 use crate::{
     runtime::{CallError, Tree},
-    sandbox::{Kind, SandboxId, State, TenantId},
+    sandbox::{IDLE_TIMEOUT_MS, Kind, SandboxId, State, TenantId},
     store::StoreError,
 };
 
 /// How long what is left of a sandbox that has ended, or of who worked on its files before, is waited for.
 const LEFTOVER_PATIENCE: Duration = Duration::from_secs(5);
 const LEFTOVER_PAUSE: Duration = Duration::from_millis(20);
+/// How often it is said of a sandbox in long use that it is not idle: twice in the shortest time after which one can be.
+const USE_BEAT: Duration = Duration::from_millis(500);
+const _: () = assert!(USE_BEAT.as_millis() * 2 <= IDLE_TIMEOUT_MS.min as u128, "who is used would be idle between two beats");
 
 impl Engine {
     /// Somebody inside the tenant's sandbox who works on its files: it runs, or has ended and kept its layer. `None` if there is no such sandbox.
@@ -27,6 +30,11 @@ impl Engine {
                 Now::Soon(_) => tokio::time::sleep(LEFTOVER_PAUSE).await,
             }
         }
+    }
+
+    /// Does something that takes its time with what is inside a sandbox, which is not idle meanwhile.
+    pub async fn in_use<T>(&self, id: SandboxId, work: impl Future<Output = T>) -> T {
+        with_beat(|| self.touch(id), work).await
     }
 
     async fn files_now(&self, tenant: &TenantId, id: SandboxId) -> Result<Now, EngineError> {
@@ -67,8 +75,47 @@ impl Engine {
     }
 }
 
+/// Says so, again and again, until the work is done.
+async fn with_beat<T>(say: impl Fn(), work: impl Future<Output = T>) -> T {
+    let mut work = std::pin::pin!(work);
+    let mut beat = tokio::time::interval(USE_BEAT);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            _ = beat.tick() => say(),
+        }
+    }
+}
+
 enum Now {
     There(Option<Tree>),
     /// Not yet, and why.
     Soon(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_used_for_long_is_said_to_be_used_all_the_time_and_not_afterwards() {
+        let (said, last) = (Cell::new(0), Cell::new(Instant::now()));
+        let say = || {
+            assert!(last.replace(Instant::now()).elapsed() < Duration::from_millis(IDLE_TIMEOUT_MS.min));
+            said.set(said.get() + 1);
+        };
+
+        let done = with_beat(say, async {
+            tokio::time::sleep(Duration::from_secs(100)).await;
+            7
+        });
+        let done = done.await;
+
+        let during = said.get();
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        assert_eq!((done, said.get()), (7, during));
+        assert!(during >= 200, "{during}");
+    }
 }

@@ -64,8 +64,8 @@ impl CommitRequest {
 }
 
 impl Commit {
-    /// Puts what was asked for over the configuration of the image that the sandbox was made of. How that one was built is no part of it: the same files are
-    /// the same image.
+    /// Puts what was asked for over the configuration of the image that the sandbox was made of. When and how that one was built is no
+    /// part of it.
     pub fn over(&self, mut configuration: ImageConfiguration) -> ImageConfiguration {
         let mut config = configuration.config().clone().unwrap_or_default();
         if let Some(entrypoint) = &self.entrypoint {
