@@ -114,7 +114,7 @@ fn a_layer_by_itself_is_an_image_whose_documents_name_it() {
 
     let digest = format!("sha256:{}", digest_of(b"all files"));
     let manifest: ImageManifest = serde_json::from_slice(&found.manifest.bytes).unwrap();
-    assert_eq!(found.configuration.rootfs().diff_ids(), &[digest.clone()]);
+    assert_eq!(found.configuration.rootfs().diff_ids(), std::slice::from_ref(&digest));
     assert_eq!((manifest.layers().len(), manifest.layers()[0].digest().to_string()), (1, digest));
     assert_eq!(manifest.config().digest().to_string(), format!("sha256:{}", digest_of(&found.config.bytes)));
     assert_eq!((found.size_bytes(), found.digests().len()), (9, 3));
