@@ -244,12 +244,12 @@ async fn a_volume_outlives_the_sandbox_that_wrote_to_it() {
 async fn a_prepared_sandbox_becomes_an_image_of_which_there_are_any_number() {
     let client = shared().client();
     let sandbox = running(&client, IDLE).await;
-    put(&client, &format!("{sandbox}/files/opt/prepared"), "once\n").await;
+    put(&client, &format!("{sandbox}/files/prepared"), "once\n").await;
 
-    client.post(&format!("{sandbox}/commit"), &json!({ "reference": "prepared:1", "command": ["cat", "/opt/prepared"] })).await.expect(201);
+    client.post(&format!("{sandbox}/commit"), &json!({ "reference": "prepared:1", "command": ["cat", "/prepared"] })).await.expect(201);
     gone(&client, &sandbox).await;
     let forks = [
-        json!({ "image": "prepared:1", "command": ["sh", "-c", "echo mine >> /opt/prepared; cat /opt/prepared"] }),
+        json!({ "image": "prepared:1", "command": ["sh", "-c", "echo mine >> /prepared; cat /prepared"] }),
         json!({ "image": "prepared:1" }),
     ];
     let (first, second) = tokio::join!(client.run(&forks[0]), client.run(&forks[1]));

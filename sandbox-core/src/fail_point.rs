@@ -129,6 +129,8 @@ pub const STEPS: &[&str] = &[
     "service.import.kept",
     "service.import.unpacked",
     "service.import.recorded",
+    // A sandbox becomes an image: its tree is read.
+    "service.commit.read",
     // An image goes: its row; its root.
     "service.image.unnamed",
     "service.image.removed",
