@@ -105,7 +105,8 @@ impl Target {
         mknodat(&parent, name, FileType::Fifo, mode, 0)?;
         chown(&parent, name, &attributes)?;
         // Whatever the umask is. Nothing else can have the name by now.
-        Ok(chmodat(&parent, name, mode, AtFlags::empty())?)
+        chmodat(&parent, name, mode, AtFlags::empty())?;
+        Ok(utimensat(&parent, name, &times(attributes.modified_s)?, AtFlags::SYMLINK_NOFOLLOW)?)
     }
 
     /// Deletes what lower layers put under this name; nothing is fine, too.

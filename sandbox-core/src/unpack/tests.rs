@@ -1,6 +1,9 @@
 //! Good layers and hostile ones, unpacked into a folder with a secret beside it.
 
-use std::{fs, os::unix::fs::MetadataExt};
+use std::{
+    fs,
+    os::unix::fs::{FileTypeExt as _, MetadataExt},
+};
 
 use tar::{Builder, Header};
 
@@ -105,6 +108,15 @@ fn files_folders_and_links_arrive_with_mode_and_time() {
     assert_eq!((a.ino(), a.mode() & 0o7777, a.mtime()), (c.ino(), 0o640, 1_000_000));
     let folder = fs::metadata(place.root().join("bin")).unwrap();
     assert_eq!((folder.mode() & 0o7777, folder.mtime()), (0o750, 1_000_000));
+}
+
+#[test]
+fn a_fifo_and_a_symbolic_link_arrive_with_mode_and_time_too() {
+    let place = Place::new();
+    place.unpack(vec![Layer::new().raw("pipe", EntryType::Fifo, "", b"").symlink("link", "pipe").bytes()]).unwrap();
+    let (pipe, link) = (fs::symlink_metadata(place.root().join("pipe")).unwrap(), fs::symlink_metadata(place.root().join("link")).unwrap());
+    assert!(pipe.file_type().is_fifo() && link.is_symlink());
+    assert_eq!((pipe.mode() & 0o7777, pipe.mtime(), link.mtime()), (0o640, 1_000_000, 1_000_000));
 }
 
 #[test]
