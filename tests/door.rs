@@ -231,6 +231,31 @@ async fn slow_clients_are_not_waited_for() {
 }
 
 #[tokio::test]
+async fn whoever_still_sends_when_it_is_answered_gets_the_answer_and_the_next_one() {
+    const BYTES: usize = 32 << 20;
+    let service = shared();
+    let mut client = TcpStream::connect(address(&service.place.url)).await.unwrap();
+    let head = format!("POST /v1/images/import?reference=a HTTP/1.1\r\nhost: a\r\ncontent-length: {BYTES}\r\n\r\n");
+    client.write_all(head.as_bytes()).await.unwrap();
+    // As many clients do: nothing is read before all of it is sent. More than both sides of a connection hold.
+    timeout(SOON, client.write_all(&vec![0; BYTES])).await.unwrap().unwrap();
+    client.write_all(b"GET /healthz HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.unwrap();
+
+    let mut said = String::new();
+    timeout(SOON, client.read_to_string(&mut said)).await.unwrap().unwrap();
+    let (refused, next) = said.split_at(said.rfind("HTTP/1.1").unwrap());
+    assert!(refused.starts_with("HTTP/1.1 401") && refused.contains("application/problem+json"), "{said}");
+    assert!(next.starts_with("HTTP/1.1 200"), "{said}");
+
+    // Whoever asks whether it is to send is told not to.
+    let mut client = TcpStream::connect(address(&service.place.url)).await.unwrap();
+    client.write_all(head.replace("\r\n\r\n", "\r\nexpect: 100-continue\r\n\r\n").as_bytes()).await.unwrap();
+    let mut said = String::new();
+    timeout(SOON, client.read_to_string(&mut said)).await.unwrap().unwrap();
+    assert!(said.starts_with("HTTP/1.1 401") && !said.contains("100 Continue"), "{said}");
+}
+
+#[tokio::test]
 async fn one_connection_too_many_waits_and_the_metrics_have_their_own() {
     let service = Service::start_with(&["--connections-max", "4", "--head-timeout-s", "2"]).unwrap();
     let place = service.place();

@@ -16,7 +16,11 @@ use axum::{
     middleware::Next,
     response::{IntoResponse as _, Response},
 };
-use hyper::body::{Frame, SizeHint};
+use futures_util::StreamExt as _;
+use hyper::{
+    body::{Frame, SizeHint},
+    header,
+};
 use tokio::time::{Instant, Sleep};
 
 use super::error::ApiError;
@@ -36,14 +40,23 @@ pub(super) async fn bound_head(request: Request, next: Next) -> Response {
     next.run(request).await
 }
 
+/// How long what comes of a body is still taken, and dropped, when the answer was given without it.
+const LINGER: Duration = Duration::from_secs(10);
+
 /// Ends a body that does not come: it has `patience`, and a second more for each 16 KiB.
+///
+/// Whoever is answered before all of the body has come may still be sending. A socket that is closed while something comes in is reset, and the answer on its way is lost (RFC 9112, section 9.6); so
+/// the rest is read for a while.
 pub(super) async fn bound_body(State(patience): State<Duration>, request: Request, next: Next) -> Response {
     if request.body().is_end_stream() {
         return next.run(request).await;
     }
     let is_late = Arc::new(AtomicBool::new(false));
     let began_at = Instant::now();
-    let request = request.map(|body| Body::new(Timed { body, began_at, patience, bytes: 0, sleep: None, is_late: Arc::clone(&is_late) }));
+    // Whoever waits to be asked for it is not asked.
+    let lingers = !request.headers().contains_key(header::EXPECT);
+    let request =
+        request.map(|body| Body::new(Timed { body, began_at, patience, bytes: 0, sleep: None, is_late: Arc::clone(&is_late), lingers }));
     let response = next.run(request).await;
     // Whatever the handler made of the broken body, this is why it broke.
     if is_late.load(Ordering::Relaxed) && !response.status().is_success() {
@@ -61,6 +74,17 @@ struct Timed {
     /// There while nothing comes.
     sleep: Option<Pin<Box<Sleep>>>,
     is_late: Arc<AtomicBool>,
+    /// Whether the rest is read when nobody wants it any more.
+    lingers: bool,
+}
+
+impl Drop for Timed {
+    fn drop(&mut self) {
+        if self.lingers && !self.is_end_stream() {
+            let mut rest = std::mem::take(&mut self.body).into_data_stream();
+            tokio::spawn(tokio::time::timeout(LINGER, async move { while let Some(Ok(_)) = rest.next().await {} }));
+        }
+    }
 }
 
 impl HttpBody for Timed {
@@ -71,6 +95,8 @@ impl HttpBody for Timed {
         if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(context) {
             if let Some(Ok(frame)) = &frame {
                 self.bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
+            } else {
+                self.lingers = false;
             }
             self.sleep = None;
             return Poll::Ready(frame);
@@ -81,6 +107,7 @@ impl HttpBody for Timed {
             return Poll::Pending;
         }
         self.is_late.store(true, Ordering::Relaxed);
+        self.lingers = false;
         Poll::Ready(Some(Err(axum::Error::new("the body comes too slowly"))))
     }
 
@@ -98,7 +125,7 @@ mod tests {
     use std::convert::Infallible;
 
     use axum::{Router, middleware, routing::post};
-    use futures_util::{StreamExt as _, stream};
+    use futures_util::stream;
     use tower::ServiceExt as _;
 
     use super::*;
