@@ -94,14 +94,23 @@ impl Watch {
             if !self.wait()? {
                 return Ok(None);
             }
-            for seen in self.read()? {
-                if let Some(end) = self.take(seen) {
-                    return Ok(Some(end));
-                }
+            let seen = self.read()?;
+            if let Some(end) = self.take_all(seen)? {
+                return Ok(Some(end));
             }
             self.halves_over();
             self.outbox.send_due(!self.halves.is_empty())?;
         }
+    }
+
+    /// What these events mean; with an end after which none does. Fails where nothing would be heard any more, not even that end.
+    fn take_all(&mut self, events: Vec<Seen>) -> io::Result<Option<WatchEnd>> {
+        for seen in events {
+            if let Some(end) = self.take(seen) {
+                return Ok(Some(end));
+            }
+        }
+        if self.folders.count() == 0 { Err(io::Error::other("not even the topmost folder can be watched anew")) } else { Ok(None) }
     }
 
     /// Waits for something to do. False: whoever listened is gone, or breaks the silence, which ends it, too.

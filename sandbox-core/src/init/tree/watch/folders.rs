@@ -187,14 +187,13 @@ impl Folders {
         done.map_err(|_| Unwatched)
     }
 
-    /// Those that there are now, after it was not told which came and went.
+    /// Those that there are now, after it was not told which came and went. Without the topmost there is none.
     pub(super) fn anew(&mut self) -> Result<(), Unwatched> {
         let before = std::mem::take(&mut self.paths);
         let done = self.walk_top();
         self.go_back();
         let gone: Vec<i32> = before.into_keys().filter(|watch| !self.paths.contains_key(watch)).collect();
         gone.into_iter().for_each(|watch| self.unwatch(watch));
-        // Where not even the topmost can be looked at, nothing more would ever be told.
         done.map_err(|_| Unwatched)
     }
 
@@ -336,25 +335,9 @@ pub(super) fn join(folder: &[u8], name: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::tests::{apart, place},
+        super::tests::{apart, place, refuse},
         *,
     };
-    use crate::sys;
-
-    /// Has this call of this thread's fail from now on.
-    fn refuse(call: libc::c_long, errno: Errno) {
-        let instruction = |code: u32, jf, k| libc::sock_filter { code: u16::try_from(code).unwrap(), jt: 0, jf, k };
-        let failing = libc::SECCOMP_RET_ERRNO | errno.raw_os_error().cast_unsigned();
-        let program = [
-            // The number of the call comes first in what a filter sees (seccomp(2)).
-            instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
-            instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, u32::try_from(call).unwrap()),
-            instruction(libc::BPF_RET | libc::BPF_K, 0, failing),
-            instruction(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW),
-        ];
-        rustix::thread::set_no_new_privs(true).unwrap();
-        sys::set_seccomp_filter(&program).unwrap();
-    }
 
     /// Follows a new folder with another in it, while this call fails; whether it says that not all is watched.
     fn is_told(call: libc::c_long, errno: Errno) -> bool {

@@ -6,7 +6,10 @@ use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{Mode, OFlags, open};
 
 use super::*;
-use crate::tree::{Notice, read_frame};
+use crate::{
+    sys,
+    tree::{Notice, read_frame},
+};
 
 /// Runs this with an empty folder, on a thread that goes into folders by itself: where a process is holds for all of its threads else.
 pub(super) fn apart<T: Send>(test: impl FnOnce(&Path) -> T + Send) -> T {
@@ -16,6 +19,21 @@ pub(super) fn apart<T: Send>(test: impl FnOnce(&Path) -> T + Send) -> T {
         test(folder.path())
     };
     std::thread::scope(|scope| scope.spawn(alone).join().unwrap())
+}
+
+/// Has this call of this thread's fail from now on.
+pub(super) fn refuse(call: libc::c_long, errno: Errno) {
+    let instruction = |code: u32, jf, k| libc::sock_filter { code: u16::try_from(code).unwrap(), jt: 0, jf, k };
+    let failing = libc::SECCOMP_RET_ERRNO | errno.raw_os_error().cast_unsigned();
+    let program = [
+        // The number of the call comes first in what a filter sees (seccomp(2)).
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, u32::try_from(call).unwrap()),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, failing),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    rustix::thread::set_no_new_privs(true).unwrap();
+    sys::set_seccomp_filter(&program).unwrap();
 }
 
 /// A place whose root is this folder.
@@ -86,6 +104,41 @@ fn what_happens_in_a_folder_that_is_let_go_in_the_midst_of_its_move_is_a_gap() {
 
         let events = vec![from, created, removed, to];
         assert_eq!(told(&mut watch, &mut theirs, events), ["Moved a to b", "Created c", "Overflow"]);
+    });
+}
+
+/// Whether a watch goes on after an overflow, if this call fails from then on.
+fn goes_on_without(call: libc::c_long, errno: Errno) -> bool {
+    apart(|folder| {
+        fs::create_dir_all(folder.join("work/in")).unwrap();
+        let (mut watch, _theirs) = watching(folder);
+        refuse(call, errno);
+        let overflow = Seen { watch: -1, what: ReadFlags::QUEUE_OVERFLOW, cookie: 0, name: None };
+        watch.take_all(vec![overflow]).is_ok_and(|end| end.is_none())
+    })
+}
+
+#[test]
+fn a_watch_whose_topmost_folder_cannot_be_watched_anew_ends() {
+    assert!(!goes_on_without(libc::SYS_openat, Errno::NFILE));
+    assert!(!goes_on_without(libc::SYS_inotify_add_watch, Errno::NOMEM));
+    // With the topmost the rest can be asked for again, and its end is heard.
+    assert!(goes_on_without(libc::SYS_getdents64, Errno::IO));
+    assert!(goes_on_without(libc::SYS_mkdirat, Errno::NOMEM), "the control: a call that is not made");
+}
+
+#[test]
+fn a_watch_ends_that_is_deaf_since_a_folder_arrived() {
+    apart(|folder| {
+        fs::create_dir_all(folder.join("work/a")).unwrap();
+        let (mut watch, _theirs) = watching(folder);
+        fs::rename(folder.join("work/a"), folder.join("work/b")).unwrap();
+        fs::create_dir(folder.join("work/b/in")).unwrap();
+        let mut events = watch.read().unwrap();
+        events.swap(1, 2);
+        refuse(libc::SYS_inotify_add_watch, Errno::NOMEM);
+
+        assert!(watch.take_all(events).is_err());
     });
 }
 
