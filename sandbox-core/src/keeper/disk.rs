@@ -125,6 +125,15 @@ impl Disk {
         Ok(())
     }
 
+    /// Starts to remove what there is on disk by the name of one that has no mount any more.
+    pub(super) fn discard(disks: &Disks, project: u32) -> io::Result<Self> {
+        let worker = Worker::start(None, |socket, _| match disks.discard(project) {
+            Ok(()) => Ok(()),
+            Err(error) => transport::send(socket, &Said::Err(error.to_string()), &[]),
+        });
+        worker.map(Self::Removing)
+    }
+
     /// The socket to be watched.
     pub(super) fn socket(&self) -> Option<BorrowedFd<'_>> {
         match self {
@@ -194,12 +203,7 @@ impl Keeper {
         }
         let disks = self.disks.clone();
         let Some(body) = self.body(serial) else { return Ok(()) };
-        let project = body.project();
-        let worker = Worker::start(None, |socket, _| match disks.discard(project) {
-            Ok(()) => Ok(()),
-            Err(error) => transport::send(socket, &Said::Err(error.to_string()), &[]),
-        })?;
-        body.disk = Some(Disk::Removing(worker));
+        body.disk = Some(Disk::discard(&disks, body.project())?);
         self.watch_disk(serial)
     }
 

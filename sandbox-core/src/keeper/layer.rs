@@ -316,6 +316,8 @@ impl Keeper {
                     body.disk = None;
                 }
             }
+            // What is left of it goes when nothing is left of who was to lie over it ([`Keeper::layer_freed`]): until then he has their range.
+            None if is_over => {}
             None => {
                 warn(format_args!("the layer of sandbox {id} is lost: it could not be made"));
                 self.layers.kept.remove(&id);
@@ -327,11 +329,31 @@ impl Keeper {
     /// Nothing is left of whoever had a layer: somebody else can have it. `has_files`: something of it was still charged to his group.
     pub(super) fn layer_freed(&mut self, serial: u64, has_files: bool) {
         let Some((id, kept)) = self.layers.of_user(serial) else { return };
+        if kept.mount.is_none() {
+            return self.layer_lost(id);
+        }
         kept.user = None;
         kept.groups = kept.groups.saturating_add(u32::from(has_files));
         // Nobody wrote to a new one whose sandbox was ended before its payload ran, and nobody asks for it.
         if self.shutdown.is_some() || kept.is_new {
             self.drop_layer(id);
+        }
+    }
+
+    /// One that was to lie below another did not come back from who was to make it ready: its mount is gone, and its name may be left on disk.
+    fn layer_lost(&mut self, id: SandboxId) {
+        warn(format_args!("the layer of sandbox {id} is lost: it could not be made ready"));
+        let Some(Kept { shape, .. }) = self.layers.kept.remove(&id) else { return };
+        if shape.supervision.medium == Medium::Memory || !self.disks.leaves_names() {
+            return self.slots.release(shape.id_base);
+        }
+        match Disk::discard(&self.disks, shape.id_base) {
+            Ok(disk) => self.follow_removal(disk, shape.id_base),
+            Err(error) => {
+                // The next layer on disk that gets this range removes it first.
+                warn(format_args!("starting to remove what is left of the layer failed: {error}"));
+                self.slots.release(shape.id_base);
+            }
         }
     }
 
@@ -360,19 +382,22 @@ impl Keeper {
             }
             (Ok(()), disk) => disk,
         };
-        let shape = kept.shape;
+        self.follow_removal(disk, kept.shape.id_base);
+        Answer::Done
+    }
+
+    /// Gives the id range of a layer back when that is removed.
+    fn follow_removal(&mut self, disk: Disk, id_base: u32) {
         let serial = self.serial();
         let watched = disk.socket().map_or(Ok(()), |socket| self.watch(socket, Source::Layer, serial));
         if let Err(error) = watched {
             // Its range stays with it: it may still be on its way.
-            warn(format_args!("the removal of a kept layer is not followed: {error}"));
-            return Answer::Done;
+            return warn(format_args!("the removal of a kept layer is not followed: {error}"));
         }
         match disk.socket() {
-            Some(_) => drop(self.layers.dropped.insert(serial, Dropped { disk, id_base: shape.id_base })),
-            None => self.slots.release(shape.id_base),
+            Some(_) => drop(self.layers.dropped.insert(serial, Dropped { disk, id_base })),
+            None => self.slots.release(id_base),
         }
-        Answer::Done
     }
 
     /// All of them: the keeper stops.

@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::mount::{MsFlags, mount, umount};
 use sandbox_core::protocol::{Answer, Cause, FailureKind, Limit, Medium, Start};
 
 use crate::harness::{Node, Run, kill, shell, wait};
@@ -40,6 +41,24 @@ pub(crate) fn wait_until_gone(folder: &Path) {
     while traces(folder) != (vec![], vec![]) {
         assert!(Instant::now() < deadline, "something is left: {:?}", traces(folder));
         std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Takes its files away from the one layer that is in `folder`: nothing can be made of it any more.
+pub(crate) fn spoil_layer(folder: &Path) {
+    let (devices, content) = traces(folder);
+    match (devices.as_slice(), content.as_slice()) {
+        ([], [project]) => std::fs::remove_dir_all(folder.join(project).join("upper")).unwrap(),
+        ([device], []) => {
+            let at = tempfile::tempdir().unwrap();
+            let device = Path::new("/dev").join(device.file_name().unwrap());
+            // The same file system once more.
+            mount(Some(&device), at.path(), Some("ext4"), MsFlags::empty(), None::<&str>).unwrap();
+            let removed = std::fs::remove_dir_all(at.path().join("upper"));
+            umount(at.path()).unwrap();
+            removed.unwrap();
+        }
+        other => panic!("not one layer: {other:?}"),
     }
 }
 

@@ -8,7 +8,7 @@ use sandbox_core::{
 };
 
 use crate::{
-    disk::{nodes, wait_until_gone},
+    disk::{nodes, spoil_layer, wait_until_gone},
     exec::{run_exec, script},
     harness::{Node, Run, busybox_layer, kill, node, output, shell, wait, wait_for_text},
     layers::{as_user, drop_layer, files, is, launch, launch_and_kill, on_disk, run},
@@ -252,6 +252,32 @@ fn a_start_that_fails_leaves_the_layer_below_as_it_is() {
     forget(node(), broken.id);
     assert_eq!(run_over(node(), shell("cat /left"), base), "left\n");
     drop_layer(&mut node().client(), base);
+}
+
+#[test]
+fn a_layer_on_disk_that_cannot_be_made_ready_is_gone_with_whoever_was_to_lie_over_it() {
+    for node in nodes() {
+        let folder = node.disks().to_owned();
+        for own in [in_memory as On, on_disk] {
+            let (base, _) = run(&node, on_disk(shell("echo left > /left")), Layering::Fresh);
+            spoil_layer(&folder);
+
+            let next = over(own(shell("cat /left")), base);
+            let answer = launch(&node, &next);
+
+            let Answer::Ended(ending) = answer else { panic!("{answer:?}") };
+            assert!(
+                matches!(&ending.cause, Cause::InfraError { message } if message.contains("making the layer below ready failed")),
+                "{ending:?}"
+            );
+            forget(&node, next.id);
+            wait_until_gone(&folder);
+            assert!(is(&launch(&node, &over(shell("true"), base)), FailureKind::Gone));
+        }
+        // The control: it was that layer, not the keeper.
+        let (base, _) = run(&node, on_disk(shell("echo left > /left")), Layering::Fresh);
+        assert_eq!(run_over(&node, on_disk(shell("cat /left")), base), "left\n");
+    }
 }
 
 #[test]
