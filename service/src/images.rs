@@ -4,6 +4,7 @@ mod archive;
 mod blob;
 mod commit;
 mod layout;
+mod place;
 
 use std::{
     collections::HashSet,
@@ -23,7 +24,7 @@ use sandbox_core::{
 };
 use tokio::{
     io::AsyncWriteExt,
-    sync::{RwLock, Semaphore, SemaphorePermit},
+    sync::{RwLock, Semaphore},
 };
 
 use crate::{
@@ -36,9 +37,8 @@ pub(crate) use archive::ARCHIVE_BYTES_MAX;
 use archive::Archive;
 use blob::Blobs;
 use layout::Found;
+use place::{Place, Places};
 
-/// Uploads that this node receives at one time. Each may fill as much disk as an archive may have.
-const UPLOADS_MAX: usize = 8;
 /// Archives that are read at one time. The keeper unpacks one after the other anyway.
 const IMPORTS_MAX: usize = 2;
 /// An upload that brings nothing for so long was given up.
@@ -63,7 +63,7 @@ pub struct Images {
     quotas: Quotas,
     uploads: PathBuf,
     blobs: Arc<Blobs>,
-    receiving: Semaphore,
+    places: Arc<Places>,
     importing: Semaphore,
     /// Held for reading by who adds blobs and roots, for writing by who takes them away.
     content: RwLock<()>,
@@ -134,9 +134,9 @@ impl From<CallError> for ImportError {
 
 /// An archive as it was sent: a file without a name, gone when this is dropped, however that happens.
 #[derive(Debug)]
-pub struct Upload<'a> {
+pub struct Upload {
     file: File,
-    _place: SemaphorePermit<'a>,
+    place: Place,
 }
 
 /// What is to become of an image that comes in.
@@ -165,7 +165,7 @@ impl Images {
             quotas,
             uploads,
             blobs: Arc::new(Blobs::open(&blobs).with_context(|| blobs.display().to_string())?),
-            receiving: Semaphore::new(UPLOADS_MAX),
+            places: Arc::default(),
             importing: Semaphore::new(IMPORTS_MAX),
             content: RwLock::default(),
             leftover: Mutex::default(),
@@ -198,24 +198,18 @@ impl Images {
         tokio::task::spawn_blocking(move || blobs.release(blobs.all()?, roots.iter().map(digest_of_root))).await?
     }
 
-    /// Receives an archive of at most 8 GiB.
-    pub async fn receive<B, E>(&self, body: impl Stream<Item = Result<B, E>>) -> Result<Upload<'_>, ImportError>
+    /// Receives an archive of at most 8 GiB, from this tenant or — `None` — from an operator.
+    pub async fn receive<B, E>(&self, tenant: Option<&TenantId>, body: impl Stream<Item = Result<B, E>>) -> Result<Upload, ImportError>
     where
         B: AsRef<[u8]>,
         E: std::error::Error,
     {
-        let place = self.place()?;
+        let place = self.places.take(tenant).map_err(ImportError::Busy)?;
         let body = body.map(|chunk| chunk.map_err(|error| ImportError::Invalid(format!("the upload broke off: {error}"))));
         let silence = ImportError::Invalid(format!("the upload brought nothing for {} s", UPLOAD_IDLE.as_secs()));
         let file = self.spool(body, ARCHIVE_BYTES_MAX, silence).await?.ok_or(ImportError::TooLarge)?;
         fail_point::reached("service.import.received");
-        Ok(Upload { file, _place: place })
-    }
-
-    /// Room for one upload.
-    fn place(&self) -> Result<SemaphorePermit<'_>, ImportError> {
-        let full = |_| ImportError::Busy(format!("{UPLOADS_MAX} uploads are in progress, which is all that this node takes at one time"));
-        self.receiving.try_acquire().map_err(full)
+        Ok(Upload { file, place })
     }
 
     /// Puts what comes into a file without a name; `None` if it is more than so many bytes. `silence` is the error if nothing comes for too long.
@@ -246,29 +240,30 @@ impl Images {
     /// changes nothing: what was begun is finished.
     pub async fn import(
         self: &Arc<Self>,
-        upload: Upload<'_>,
+        upload: Upload,
         reference: ImageReference,
         tenant: Option<TenantId>,
         actor: Owner,
     ) -> Result<Image, ImportError> {
-        let Upload { file, _place } = upload;
+        let Upload { file, place } = upload;
         let (scratch, name) = (self.uploads.clone(), reference.as_str().to_owned());
         let read = move || {
             let archive = Archive::open(file, &scratch)?;
             let found = layout::find(&archive, &name)?;
             Ok((archive, found))
         };
-        self.take_in(read, Naming { reference, tenant, actor, sandbox: None }).await
+        self.take_in(place, read, Naming { reference, tenant, actor, sandbox: None }).await
     }
 
     /// Takes in what `read` finds. Goes on to its end, whoever waits for it.
     async fn take_in(
         self: &Arc<Self>,
+        place: Place,
         read: impl FnOnce() -> Result<(Archive, Found), Fault> + Send + 'static,
         naming: Naming,
     ) -> Result<Image, ImportError> {
         let images = Arc::clone(self);
-        let work = tokio::spawn(async move { images.take_in_now(read, naming).await });
+        let work = place.hold(async move { images.take_in_now(read, naming).await });
         work.await.unwrap_or_else(|panic| Err(ImportError::Internal(panic.into())))
     }
 

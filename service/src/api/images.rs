@@ -90,7 +90,7 @@ async fn import(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Bod
     caller.require(Scope::ImagesWrite)?;
     let reference = reference(query::pairs(&uri)?)?;
     let tenant = (!caller.scopes.allow(Scope::Admin)).then(|| caller.tenant.clone());
-    let upload = app.images.receive(body.into_data_stream()).await?;
+    let upload = app.images.receive(tenant.as_ref(), body.into_data_stream()).await?;
     Ok(created(app.images.import(upload, reference, tenant, caller.owner()).await?))
 }
 

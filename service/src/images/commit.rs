@@ -26,7 +26,7 @@ impl Images {
         asked: Commit,
         actor: Owner,
     ) -> Result<Image, ImportError> {
-        let _place = self.place()?;
+        let place = self.places.take(Some(&actor.tenant)).map_err(ImportError::Busy)?;
         let (blobs, manifest) = (Arc::clone(&self.blobs), digest_of_root(base));
         let base = tokio::task::spawn_blocking(move || blobs.configuration(&manifest)).await;
         let base = base.map_err(|panic| ImportError::Internal(panic.into()))?.map_err(|error| {
@@ -43,7 +43,7 @@ impl Images {
             Ok((archive, found))
         };
         let tenant = Some(actor.tenant.clone());
-        self.take_in(read, Naming { reference: asked.reference, tenant, actor, sandbox: Some(sandbox) }).await
+        self.take_in(place, read, Naming { reference: asked.reference, tenant, actor, sandbox: Some(sandbox) }).await
     }
 
     /// All files, as far as the largest archive and what the tenant may still have of images.
