@@ -88,7 +88,7 @@ impl<W: Write> Packer<'_, W> {
         let is_packed = matches!(kind, FileType::RegularFile | FileType::Symlink | FileType::Fifo);
         if is_packed
             && let Some(layer) = &mut self.layer
-            && let Some(first) = layer.first_name(stat, path)?
+            && let Some(first) = layer.first_name(found.as_fd(), stat, path)?
         {
             return self.append_link(header(stat, tar::EntryType::Link, 0), path, &first).map_err(|e| io_fault(&e));
         }
@@ -132,7 +132,7 @@ impl<W: Write> Packer<'_, W> {
             && layer.is_mounted(stat)
         {
             return self
-                .append(layer::place_of_mount(header(stat, tar::EntryType::Directory, 0)), path, io::empty())
+                .append(layer::plain_folder(header(stat, tar::EntryType::Directory, 0)), path, io::empty())
                 .map_err(|e| io_fault(&e));
         }
         let folder = if is_proc(found)? {
@@ -141,7 +141,12 @@ impl<W: Write> Packer<'_, W> {
             Some(openat(found, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(fault)?)
         };
         // The root has no name to be packed below.
-        if !path.is_empty() {
+        if path.is_empty() {
+            if self.layer.is_some() {
+                let root = layer::plain_folder(header(stat, tar::EntryType::Directory, 0));
+                self.append(root, layer::ROOT, io::empty()).map_err(|e| io_fault(&e))?;
+            }
+        } else {
             if let Some(folder) = &folder {
                 self.append_extended(folder.as_fd(), path)?;
             }

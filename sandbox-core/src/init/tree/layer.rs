@@ -6,12 +6,12 @@ use std::{
 };
 
 use rustix::{
-    fs::{Stat, fgetxattr, flistxattr},
+    fs::{AtFlags, Stat, StatxFlags, fgetxattr, flistxattr, statx},
     io::Errno,
 };
 
 use super::{fault, too_large};
-use crate::tree::{Fault, FaultKind};
+use crate::tree::{Fault, FaultKind, PATH_BYTES_MAX};
 
 /// The most that is remembered of names of files that have several, in bytes. Who works here lives in the sandbox's memory.
 const LINK_NAMES_BYTES_MAX: usize = 8 << 20;
@@ -29,21 +29,42 @@ pub(super) struct Layer {
     device: u64,
     entries_max: u64,
     entries: u64,
-    /// By device and inode: the name under which a file was packed that has more than one.
-    first_names: HashMap<(u64, u64), Vec<u8>>,
+    /// The name under which a file was packed that has more than one.
+    first_names: HashMap<Identity, Vec<u8>>,
     name_bytes: usize,
 }
 
+/// Which file it is, as long as the tree is read.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    /// When it was made, where its file system knows: the number of one that goes meanwhile is given to the next.
+    made: Option<(i64, u32)>,
+}
+
+impl Identity {
+    fn of(found: BorrowedFd<'_>, stat: &Stat) -> Result<Self, Fault> {
+        let more = statx(found, "", AtFlags::EMPTY_PATH, StatxFlags::BTIME).map_err(fault)?;
+        let has_time = more.stx_mask & StatxFlags::BTIME.bits() != 0;
+        let made = has_time.then_some((more.stx_btime.tv_sec, more.stx_btime.tv_nsec));
+        Ok(Self { device: stat.st_dev, inode: stat.st_ino, made })
+    }
+}
+
 impl Layer {
-    /// Of the tree with this root.
+    /// Of the tree with this root, which is an entry, too.
     pub(super) fn new(root: &Stat, entries_max: u64) -> Self {
-        Self { device: root.st_dev, entries_max, entries: 0, first_names: HashMap::new(), name_bytes: 0 }
+        Self { device: root.st_dev, entries_max, entries: 1, first_names: HashMap::new(), name_bytes: 0 }
     }
 
     /// Whether something of this name, at this path, can be told.
     pub(super) fn admit(&mut self, name: &[u8], path: &[u8]) -> Result<(), Fault> {
         if name.starts_with(WHITEOUT) {
             return Err(named(path, FaultKind::WrongKind, "names that begin with .wh. mean deletions in an image"));
+        }
+        if path.len() > PATH_BYTES_MAX {
+            return Err(named(path, FaultKind::TooLarge, "its path is too long for an image"));
         }
         self.entries += 1;
         if self.entries > self.entries_max {
@@ -53,11 +74,11 @@ impl Layer {
     }
 
     /// The name under which this very file was packed before. If there is none, this is remembered as the one.
-    pub(super) fn first_name(&mut self, stat: &Stat, path: &[u8]) -> Result<Option<Vec<u8>>, Fault> {
+    pub(super) fn first_name(&mut self, found: BorrowedFd<'_>, stat: &Stat, path: &[u8]) -> Result<Option<Vec<u8>>, Fault> {
         if stat.st_nlink < 2 {
             return Ok(None);
         }
-        match self.first_names.entry((stat.st_dev, stat.st_ino)) {
+        match self.first_names.entry(Identity::of(found, stat)?) {
             Entry::Occupied(first) => Ok(Some(first.get().clone())),
             Entry::Vacant(vacant) => {
                 self.name_bytes += path.len();
@@ -76,8 +97,12 @@ impl Layer {
     }
 }
 
-/// A folder in the place of what is mounted there, as one is made for a volume: what it says of itself is not what lies below it.
-pub(super) fn place_of_mount(mut header: tar::Header) -> tar::Header {
+/// The name of the root, with which a layer begins: names that are somebody else's choice could make it look packed to who reads it.
+pub(super) const ROOT: &[u8] = b"./";
+
+/// A folder that is nobody's to shape: in the place of what is mounted there, as one is made for a volume, for what it says of itself is not what lies below it; and the root,
+/// which every sandbox makes its own.
+pub(super) fn plain_folder(mut header: tar::Header) -> tar::Header {
     header.set_mode(0o755);
     header.set_uid(0);
     header.set_gid(0);

@@ -1,21 +1,24 @@
 use std::{
     ffi::OsStr,
     fs,
-    io::Read as _,
-    os::unix::{
-        ffi::OsStrExt as _,
-        fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, symlink},
-        net::UnixListener,
+    io::{Read as _, Seek as _, Write as _},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::{
+            ffi::OsStrExt as _,
+            fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, symlink},
+            net::UnixListener,
+        },
     },
     path::Path,
 };
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, XattrFlags, fsetxattr, mknodat, open};
+use rustix::fs::{CWD, FileType, Mode, OFlags, XattrFlags, fsetxattr, fstat, mknodat, open};
 
 use super::*;
 use crate::{
     init::tree::Place,
-    unpack::{Bounds, Target, unpack_archive},
+    unpack::{Bounds, Target, unpack, unpack_archive},
 };
 
 fn place(root: &Path) -> Place {
@@ -108,17 +111,77 @@ fn a_name_that_means_a_deletion_is_no_part_of_a_layer() {
 }
 
 #[test]
+fn no_name_makes_a_layer_look_packed() {
+    let from = tempfile::tempdir().unwrap();
+    // What gzip begins with.
+    let name = OsStr::from_bytes(b"\x1f\x8b\x08");
+    fs::write(from.path().join(name), "plain").unwrap();
+    let mut layer = tempfile::tempfile().unwrap();
+    layer.write_all(&layer_of(from.path(), 1 << 20, 10).unwrap()).unwrap();
+    layer.rewind().unwrap();
+
+    let to = tempfile::tempdir().unwrap();
+    let mut target = Target::new(open(to.path(), OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap());
+    unpack(std::iter::once(layer), &mut target, Bounds { bytes: 1 << 20, entries: 10 }).unwrap();
+
+    assert_eq!(fs::read_to_string(to.path().join(name)).unwrap(), "plain");
+}
+
+#[test]
+fn a_path_that_no_image_can_have_is_refused_before_it_is_read() {
+    let from = tempfile::tempdir().unwrap();
+    let mut folder = open(from.path(), OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
+    for _ in 0..17 {
+        rustix::fs::mkdirat(&folder, "n".repeat(250), Mode::from_raw_mode(0o755)).unwrap();
+        folder = rustix::fs::openat(&folder, "n".repeat(250), OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
+    }
+
+    let refused = layer_of(from.path(), 1 << 30, 100).unwrap_err();
+
+    assert_eq!(refused.kind, FaultKind::TooLarge);
+    assert!(refused.message.ends_with("its path is too long for an image"), "{refused}");
+}
+
+#[test]
+fn a_file_that_has_the_number_of_one_that_went_is_another() {
+    let from = tempfile::tempdir().unwrap();
+    let found = |name: &str| open(from.path().join(name), OFlags::PATH, Mode::empty()).unwrap();
+    let made = |file: &OwnedFd| Identity::of(file.as_fd(), &fstat(file).unwrap()).unwrap().made.unwrap();
+    fs::write(from.path().join("one"), "").unwrap();
+    fs::hard_link(from.path().join("one"), from.path().join("of-one")).unwrap();
+    let one = found("one");
+    let stat = fstat(&one).unwrap();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    // The kernel's clock of files goes in ticks.
+    let next = loop {
+        fs::write(from.path().join("next"), "").unwrap();
+        let next = found("next");
+        if made(&next) != made(&one) {
+            break next;
+        }
+        assert!(std::time::Instant::now() < deadline, "its clock stands still");
+        fs::remove_file(from.path().join("next")).unwrap();
+    };
+    let mut layer = Layer::new(&stat, 10);
+
+    assert_eq!(layer.first_name(one.as_fd(), &stat, b"one").unwrap(), None);
+    // As if it had the number, and as many names.
+    assert_eq!(layer.first_name(next.as_fd(), &stat, b"next").unwrap(), None);
+    assert_eq!(layer.first_name(found("of-one").as_fd(), &stat, b"of-one").unwrap().unwrap(), b"one", "the control");
+}
+
+#[test]
 fn a_layer_has_as_many_entries_and_bytes_as_it_may_have_and_no_more() {
     let from = tempfile::tempdir().unwrap();
     for name in ["a", "b", "c"] {
         fs::write(from.path().join(name), [7; 512]).unwrap();
     }
-    // Header and content of each, and two blocks at the end.
-    let bytes = 3 * 1024 + 1024;
+    // The root; header and content of each; and two blocks at the end.
+    let bytes = 512 + 3 * 1024 + 1024;
 
-    assert_eq!(layer_of(from.path(), bytes, 3).unwrap().len() as u64, bytes);
-    assert_eq!(layer_of(from.path(), bytes, 2).unwrap_err().kind, FaultKind::TooLarge);
-    assert_eq!(layer_of(from.path(), bytes - 1, 3).unwrap_err().kind, FaultKind::TooLarge);
+    assert_eq!(layer_of(from.path(), bytes, 4).unwrap().len() as u64, bytes);
+    assert_eq!(layer_of(from.path(), bytes, 3).unwrap_err().kind, FaultKind::TooLarge);
+    assert_eq!(layer_of(from.path(), bytes - 1, 4).unwrap_err().kind, FaultKind::TooLarge);
 }
 
 #[test]
@@ -140,7 +203,7 @@ fn of_what_is_mounted_the_folder_alone_is_told() {
     header.set_uid(7);
 
     assert!(layer.is_mounted(&elsewhere) && !layer.is_mounted(&rustix::fs::stat(proc).unwrap()));
-    let header = place_of_mount(header);
+    let header = plain_folder(header);
     assert_eq!((header.mode().unwrap(), header.uid().unwrap()), (0o755, 0));
     layer.admit(b"name", b"name").unwrap();
 }
