@@ -276,6 +276,17 @@ async fn a_machine_that_is_short_of_disk_or_memory_starts_nothing_and_says_why()
 }
 
 #[tokio::test]
+async fn a_disk_that_is_short_takes_no_image_but_an_operators() {
+    let service = Service::start_with(&["--disk-reserve-percent", "100"]).unwrap();
+
+    let refused = client(&service).post_raw("/v1/images/import?reference=mine", "application/x-tar", "x").await;
+
+    let problem = refused.problem(503, "no_capacity");
+    assert!(problem["detail"].as_str().unwrap().contains("disk"), "{problem}");
+    service.import("busybox").unwrap();
+}
+
+#[tokio::test]
 async fn a_run_in_progress_comes_to_its_end_before_the_service_stops() {
     let service = Service::start();
     let pid = service.place().pid;

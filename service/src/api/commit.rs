@@ -58,6 +58,11 @@ pub(super) async fn commit(State(app): State<Arc<App>>, caller: Caller, Path(id)
         Err(EngineError::WrongState(state)) if state.is_final() => return Err(ApiError::LayerLost),
         tree => tree?.ok_or(ApiError::NotFound)?,
     };
-    let committed = app.images.commit(tree, id, &sandbox.image.root, asked, caller.owner());
-    Ok(created(app.engine.in_use(id, committed).await?))
+    let actor = caller.owner();
+    let commit = async {
+        let reading = app.images.read_tree(tree, id, &sandbox.image.root, &asked, &actor);
+        let read = app.engine.while_disk_lasts(reading).await??;
+        Ok::<_, ApiError>(app.images.commit(read, id, asked, caller.owner()).await?)
+    };
+    Ok(created(app.engine.in_use(id, commit).await?))
 }

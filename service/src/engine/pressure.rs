@@ -14,6 +14,9 @@ use super::{Engine, EngineError};
 /// How long nothing is taken after the keeper found the machine short of something.
 const BREATHER: Duration = Duration::from_secs(1);
 
+/// How often the disk is looked at while something large is put on it.
+const DISK_LOOK: Duration = Duration::from_millis(100);
+
 /// The share of a disk, in percent, that is kept without an operator's word, and how many bytes of a large one.
 const DISK_PERCENT: u64 = 5;
 const DISK_BYTES_MAX: u64 = 2 << 30;
@@ -58,12 +61,9 @@ impl Pressure {
     }
 
     fn shortage(&self) -> io::Result<Option<String>> {
-        let Reserves { memory_percent, disk_percent } = self.reserves;
-        let disk = rustix::fs::statvfs(&self.folder)?;
-        let free_bytes = disk.f_bavail.saturating_mul(disk.f_frsize);
-        let kept_bytes = disk_kept_bytes(disk.f_blocks.saturating_mul(disk.f_frsize), disk_percent);
-        if free_bytes < kept_bytes {
-            return Ok(Some(format!("this node has {free_bytes} bytes of its disk left, and keeps {kept_bytes}")));
+        let memory_percent = self.reserves.memory_percent;
+        if let Some(shortage) = self.disk_shortage()? {
+            return Ok(Some(shortage));
         }
         let meminfo = fs::read_to_string("/proc/meminfo")?;
         let kib = |name: &str| meminfo.lines().find_map(|line| line.strip_prefix(name)?.trim().trim_end_matches(" kB").parse::<u64>().ok());
@@ -73,6 +73,14 @@ impl Pressure {
             }
             _ => Ok(None),
         }
+    }
+
+    fn disk_shortage(&self) -> io::Result<Option<String>> {
+        let disk = rustix::fs::statvfs(&self.folder)?;
+        let free_bytes = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let kept_bytes = disk_kept_bytes(disk.f_blocks.saturating_mul(disk.f_frsize), self.reserves.disk_percent);
+        let is_short = free_bytes < kept_bytes;
+        Ok(is_short.then(|| format!("this node has {free_bytes} bytes of its disk left, and keeps {kept_bytes}")))
     }
 
     /// The keeper could not start a sandbox for want of something.
@@ -93,6 +101,11 @@ impl Engine {
         self.pressure.now().map_or(Ok(()), |shortage| Err(EngineError::Busy(shortage)))
     }
 
+    /// Does something that puts much on this node's disk, and gives it up when that has no more left than is kept. What cannot be read is no shortage.
+    pub async fn while_disk_lasts<T>(&self, work: impl Future<Output = T>) -> Result<T, EngineError> {
+        while_lasts(|| self.pressure.disk_shortage().ok().flatten(), work).await
+    }
+
     /// Why this node takes no work now; `None` if it does.
     pub(super) fn hindrance(&self) -> Option<String> {
         if self.is_closing() {
@@ -105,6 +118,19 @@ impl Engine {
             return Some("the keeper of this node is away".to_owned());
         }
         self.pressure.now()
+    }
+}
+
+/// Looks again and again, first of all too, until the work is done or something is short.
+async fn while_lasts<T>(look: impl Fn() -> Option<String>, work: impl Future<Output = T>) -> Result<T, EngineError> {
+    let mut work = std::pin::pin!(work);
+    let mut pause = tokio::time::interval(DISK_LOOK);
+    loop {
+        tokio::select! {
+            biased;
+            _ = pause.tick() => if let Some(shortage) = look() { return Err(EngineError::Busy(shortage)) },
+            done = &mut work => return Ok(done),
+        }
     }
 }
 
@@ -125,6 +151,8 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
 
     fn pressure(memory_percent: u64, disk_percent: u64) -> Pressure {
@@ -159,6 +187,27 @@ mod tests {
             pressure.look();
             assert!(pressure.now().unwrap().contains(word));
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_fills_the_disk_is_given_up_when_that_is_short_and_not_before() {
+        let (looks, is_done) = (Cell::new(0), Cell::new(false));
+        let look = |short_after: u32| {
+            looks.set(looks.get() + 1);
+            (looks.get() > short_after).then(|| "full".to_owned())
+        };
+        let work = async || {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            is_done.set(true);
+        };
+
+        let given_up = while_lasts(|| look(5), work()).await;
+
+        assert!(matches!(given_up, Err(EngineError::Busy(why)) if why == "full"));
+        assert!(!is_done.get());
+        looks.set(0);
+        while_lasts(|| look(u32::MAX), work()).await.unwrap();
+        assert!(is_done.get() && looks.get() > 5, "{}", looks.get());
     }
 
     #[tokio::test(start_paused = true)]

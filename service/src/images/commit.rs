@@ -3,29 +3,40 @@
 use std::{fs::File, sync::Arc};
 
 use futures_util::{Stream, StreamExt as _};
+use oci_spec::image::ImageConfiguration;
 use sandbox_core::{
     fail_point,
     tree::{Ask, Reply},
 };
 
-use super::{ARCHIVE_BYTES_MAX, Images, ImportError, Naming, UNPACKED_ENTRIES_MAX, UPLOAD_IDLE, archive::Archive, digest_of_root, layout};
+use super::{
+    ARCHIVE_BYTES_MAX, Images, ImportError, Naming, UNPACKED_ENTRIES_MAX, UPLOAD_IDLE, archive::Archive, digest_of_root, layout,
+    place::Place,
+};
 use crate::{
     runtime::{Content, Tree},
     sandbox::{Commit, ImageId, Owner, SandboxId},
     store::Image,
 };
 
+/// The files of a sandbox as they were read, and what its image says of itself.
+#[derive(Debug)]
+pub struct Read {
+    file: File,
+    base: ImageConfiguration,
+    place: Place,
+}
+
 impl Images {
-    /// Makes an image of the tenant's of what `tree` gives: all files of `sandbox`, which is made of the image `base`. That is kept and counted as one that is imported;
-    /// a caller who goes away after the files were read changes nothing. Nobody else's image is touched, whoever asks.
-    pub async fn commit(
-        self: &Arc<Self>,
+    /// Reads all files of `sandbox`, which is made of the image `base`: what `tree` gives.
+    pub async fn read_tree(
+        &self,
         tree: Tree,
         sandbox: SandboxId,
         base: &ImageId,
-        asked: Commit,
-        actor: Owner,
-    ) -> Result<Image, ImportError> {
+        asked: &Commit,
+        actor: &Owner,
+    ) -> Result<Read, ImportError> {
         let place = self.places.take(Some(&actor.tenant)).map_err(ImportError::Busy)?;
         let (blobs, manifest) = (Arc::clone(&self.blobs), digest_of_root(base));
         let base = tokio::task::spawn_blocking(move || blobs.configuration(&manifest)).await;
@@ -34,16 +45,23 @@ impl Images {
             tracing::info!(error = format!("{error:#}"), sandbox.id = %sandbox, "the image of a sandbox that is to be committed is gone");
             ImportError::Busy("the image that the sandbox was made of is going away, with the sandbox".to_owned())
         })?;
-        let file = self.spool_tree(tree, &asked, &actor).await?;
+        let file = self.spool_tree(tree, asked, actor).await?;
         fail_point::reached("service.commit.read");
+        Ok(Read { file, base, place })
+    }
+
+    /// Makes an image of the tenant's of what was read. That is kept and counted as one that is imported; a caller who goes away changes nothing. Nobody else's image is touched,
+    /// whoever asks.
+    pub async fn commit(self: &Arc<Self>, read: Read, sandbox: SandboxId, asked: Commit, actor: Owner) -> Result<Image, ImportError> {
+        let Read { file, base, place } = read;
         let configuration = asked.over(base);
-        let read = move || {
+        let find = move || {
             let (archive, section) = Archive::of_layer(file)?;
             let found = layout::of_layer(&archive, section, configuration)?;
             Ok((archive, found))
         };
         let tenant = Some(actor.tenant.clone());
-        self.take_in(place, read, Naming { reference: asked.reference, tenant, actor, sandbox: Some(sandbox) }).await
+        self.take_in(place, find, Naming { reference: asked.reference, tenant, actor, sandbox: Some(sandbox) }).await
     }
 
     /// All files, as far as the largest archive and what the tenant may still have of images.
