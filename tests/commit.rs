@@ -253,6 +253,10 @@ async fn what_is_larger_than_an_image_may_be_is_refused_before_it_is_read() {
     commit(&client, &sandbox, &json!({ "reference": "huge" })).await.problem(413, "payload_too_large");
 
     assert!(began.elapsed() < std::time::Duration::from_secs(20), "{:?}: it was read", began.elapsed());
+    // So is what no launch could carry, and before that.
+    let env = json!({ "reference": "huge", "env": { "A": "x".repeat(70_000) } });
+    let refused = commit(&client, &sandbox, &env).await.problem(422, "invalid_request");
+    assert!(refused["detail"].as_str().unwrap().contains("at most 65536"), "{refused:#}");
     client.get("/v1/images/huge").await.problem(404, "image_not_found");
     gone(&client, &sandbox).await;
 }

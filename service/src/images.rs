@@ -9,6 +9,7 @@ mod place;
 use std::{
     collections::HashSet,
     fs::{self, File},
+    io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -114,8 +115,20 @@ impl From<Fault> for ImportError {
     fn from(fault: Fault) -> Self {
         match fault {
             Fault::Invalid(why) => Self::Invalid(why),
-            Fault::Host(error) => Self::Internal(error),
+            Fault::Host(error) => Self::of_host(error),
         }
+    }
+}
+
+impl ImportError {
+    /// What this machine could not do. A full disk may have room again.
+    fn of_host(error: anyhow::Error) -> Self {
+        let is_full = |cause: &io::Error| matches!(cause.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+        if error.chain().filter_map(|cause| cause.downcast_ref()).any(is_full) {
+            tracing::warn!(error = format!("{error:#}"), "an image does not fit on this node's disk");
+            return Self::Busy("the disk of this node is full".to_owned());
+        }
+        Self::Internal(error)
     }
 }
 
@@ -219,7 +232,7 @@ impl Images {
         bytes_max: u64,
         silence: ImportError,
     ) -> Result<Option<File>, ImportError> {
-        let file = tempfile::tempfile_in(&self.uploads).context("making a file for an upload").map_err(ImportError::Internal)?;
+        let file = tempfile::tempfile_in(&self.uploads).context("making a file for an upload").map_err(ImportError::of_host)?;
         let mut to = tokio::io::BufWriter::with_capacity(1 << 20, tokio::fs::File::from_std(file));
         let mut body = std::pin::pin!(body);
         let mut len = 0;
@@ -230,9 +243,9 @@ impl Images {
             if len > bytes_max {
                 return Ok(None);
             }
-            to.write_all(chunk.as_ref()).await.context("keeping an upload").map_err(ImportError::Internal)?;
+            to.write_all(chunk.as_ref()).await.context("keeping an upload").map_err(ImportError::of_host)?;
         }
-        to.flush().await.context("keeping an upload").map_err(ImportError::Internal)?;
+        to.flush().await.context("keeping an upload").map_err(ImportError::of_host)?;
         Ok(Some(to.into_inner().into_std().await))
     }
 
@@ -420,4 +433,18 @@ fn digest_of_root(root: &ImageId) -> Sha256Digest {
 pub(crate) fn configuration_in(archive: File, reference: &str) -> anyhow::Result<oci_spec::image::ImageConfiguration> {
     let archive = Archive::open(archive, &std::env::temp_dir()).map_err(ImportError::from)?;
     Ok(layout::find(&archive, reference).map_err(ImportError::from)?.configuration)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_is_full_is_no_fault_of_the_services() {
+        let of = |kind: io::ErrorKind| ImportError::from(Fault::Host(anyhow::Error::new(io::Error::from(kind)).context("keeping a blob")));
+
+        assert!(matches!(of(io::ErrorKind::StorageFull), ImportError::Busy(_)));
+        assert!(matches!(of(io::ErrorKind::QuotaExceeded), ImportError::Busy(_)));
+        assert!(matches!(of(io::ErrorKind::NotFound), ImportError::Internal(_)));
+    }
 }

@@ -19,11 +19,11 @@ use crate::{
     store::Image,
 };
 
-/// The files of a sandbox as they were read, and what its image says of itself.
+/// The files of a sandbox as they were read, and what the image of them is to say of itself.
 #[derive(Debug)]
 pub struct Read {
     file: File,
-    base: ImageConfiguration,
+    configuration: ImageConfiguration,
     place: Place,
 }
 
@@ -45,16 +45,18 @@ impl Images {
             tracing::info!(error = format!("{error:#}"), sandbox.id = %sandbox, "the image of a sandbox that is to be committed is gone");
             ImportError::Busy("the image that the sandbox was made of is going away, with the sandbox".to_owned())
         })?;
+        let configuration = asked.over(base);
+        // Before all the reading.
+        layout::check_fits(&configuration)?;
         let file = self.spool_tree(tree, asked, actor).await?;
         fail_point::reached("service.commit.read");
-        Ok(Read { file, base, place })
+        Ok(Read { file, configuration, place })
     }
 
     /// Makes an image of the tenant's of what was read. That is kept and counted as one that is imported; a caller who goes away changes nothing. Nobody else's image is touched,
     /// whoever asks.
     pub async fn commit(self: &Arc<Self>, read: Read, sandbox: SandboxId, asked: Commit, actor: Owner) -> Result<Image, ImportError> {
-        let Read { file, base, place } = read;
-        let configuration = asked.over(base);
+        let Read { file, configuration, place } = read;
         let find = move || {
             let (archive, section) = Archive::of_layer(file)?;
             let found = layout::of_layer(&archive, section, configuration)?;

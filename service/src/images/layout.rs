@@ -216,7 +216,13 @@ fn configuration(bytes: &[u8], layers: usize) -> Result<ImageConfiguration, Faul
     if !(1..=DESCRIPTORS_MAX).contains(&layers) {
         return invalid(format!("the image has {layers} layers; 1 to {DESCRIPTORS_MAX} are possible"));
     }
-    if let Some(config) = parsed.config() {
+    check_fits(&parsed)?;
+    Ok(parsed)
+}
+
+/// Checks that what an image says of itself fits a launch and a row.
+pub(super) fn check_fits(configuration: &ImageConfiguration) -> Result<(), Fault> {
+    if let Some(config) = configuration.config() {
         let lists = [config.entrypoint(), config.cmd(), config.env()];
         let texts = lists.into_iter().flatten().flatten().chain(config.user()).chain(config.working_dir());
         let labels = config.labels().iter().flatten().flat_map(|(key, value)| [key, value]);
@@ -226,10 +232,10 @@ fn configuration(bytes: &[u8], layers: usize) -> Result<ImageConfiguration, Faul
         }
     }
     // What a row holds: all that was understood, not only what a launch needs.
-    if has_zero(&serde_json::to_value(&parsed).map_err(anyhow::Error::from)?) {
+    if has_zero(&serde_json::to_value(configuration).map_err(anyhow::Error::from)?) {
         return invalid("the image's configuration holds a zero byte");
     }
-    Ok(parsed)
+    Ok(())
 }
 
 /// Whether a text in it holds a zero byte, which no program can be given and no row can hold.
