@@ -54,6 +54,15 @@ async fn made(place: &Place, tenant: &str) -> usize {
     page["items"].as_array().unwrap().len()
 }
 
+/// Waits until there are so many runs of the tenant `vanishing`.
+async fn until_made(service: &Service, count: usize) {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+    while made(service.place(), "vanishing").await < count {
+        assert!(tokio::time::Instant::now() < deadline, "{count} runs are never there\n{}", service.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 #[tokio::test]
 async fn each_run_is_told_in_its_place_and_a_bad_one_refuses_only_itself() {
     let client = shared().client();
@@ -295,6 +304,42 @@ async fn a_batch_that_a_crash_cut_off_is_completed_and_no_run_of_it_made_twice()
     assert_eq!((before, made(service.place(), "survivor").await), (3, 5));
     assert_eq!(ids(&answer).into_iter().flatten().collect::<BTreeSet<_>>().len(), 5);
     assert_eq!((second.header("idempotency-replayed"), &first.text), ("true", &second.text));
+}
+
+#[tokio::test]
+async fn a_batch_whose_client_vanishes_in_its_midst_is_accepted_to_its_end_and_no_run_of_it_made_twice() {
+    let mut service = Service::start();
+    service.kill();
+    // Stands still for a while when one is accepted.
+    service.arm("service.batch.accepted=sleep(1500)");
+    service.start_again().unwrap();
+    let client = Client::of(service.place(), "vanishing");
+    let runs: Vec<_> = (0..5).map(|number| shell(&format!("echo {number}"))).collect();
+    let (key, request) = (key(), batch(&runs));
+    // Gone when two are there, and back when nothing was asked for any more and all are.
+    let vanish = async |asked: reqwest::RequestBuilder, before: usize| {
+        let asking = tokio::spawn(asked.json(&request).send());
+        until_made(&service, before + 2).await;
+        asking.abort();
+        assert!(asking.await.is_err(), "it was answered before it went");
+        let in_the_midst = made(service.place(), "vanishing").await;
+        assert!(in_the_midst < before + 5, "the control: all {in_the_midst} were accepted before it went");
+        until_made(&service, before + 5).await;
+    };
+
+    vanish(client.request(Method::POST, BATCH).header("idempotency-key", &key), 0).await;
+    let first = post(&client, &key, &request).await;
+    let second = post(&client, &key, &request).await;
+    // Without a key it is the same, but for the answer.
+    vanish(client.request(Method::POST, BATCH), 5).await;
+
+    let answer = first.clone().expect(200);
+    let told: Vec<_> = answer["items"].as_array().unwrap().iter().map(|item| stdout(&item["run"]).to_owned()).collect();
+    assert_eq!(told, (0..5).map(|number| format!("{number}\n")).collect::<Vec<_>>());
+    assert_eq!(ids(&answer).into_iter().flatten().collect::<BTreeSet<_>>().len(), 5);
+    assert_eq!((first.header("idempotency-replayed"), second.header("idempotency-replayed")), ("true", "true"));
+    assert_eq!(first.text, second.text);
+    assert_eq!(made(service.place(), "vanishing").await, 10);
 }
 
 #[tokio::test]

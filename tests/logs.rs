@@ -4,8 +4,9 @@
 use std::time::Duration;
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
-use mayfly_tests::{Client, outcome::assert_exit, service::shared, stream};
+use mayfly_tests::{Client, host, outcome::assert_exit, service::shared, stream};
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt as _;
 use tokio_tungstenite::tungstenite::{Message, client::IntoClientRequest, http::HeaderValue};
 
 async fn sandbox(client: &Client, script: &str) -> String {
@@ -134,6 +135,25 @@ async fn readers_that_talk_too_much_or_vanish_are_gone_and_the_log_goes_on() {
 
     assert!(frames.stdout_text().ends_with("line\nlast\n") && frames.gaps.is_empty(), "{frames:?}");
     assert_eq!(frames.end.unwrap()["exit_code"], 0);
+}
+
+#[tokio::test]
+async fn readers_that_close_their_side_are_let_go_while_the_log_goes_on() {
+    let client = shared().client();
+    let id = sandbox(&client, "echo first; exec sleep 1000").await;
+    let path = format!("/v1/sandboxes/{id}/logs");
+
+    for form in ["accept: application/x-ndjson\r\n", "accept: text/event-stream\r\n", "accept: text/plain\r\n", stream::HANDSHAKE] {
+        let mut reader = client.get_by_hand(&path, form).await;
+        stream::read_until(&mut reader, "first").await;
+        assert!(host::holds_connection(reader.peer_addr().unwrap(), reader.local_addr().unwrap()), "the control: {form}");
+        reader.shutdown().await.unwrap();
+        stream::read_to_end(&mut reader).await;
+        stream::until_let_go(&reader).await;
+    }
+
+    assert_eq!(client.follow(&id, "from=0").await.next().await.unwrap()["data"], "first\n");
+    assert_eq!(client.delete(&format!("/v1/sandboxes/{id}")).await.status, 204);
 }
 
 #[tokio::test]

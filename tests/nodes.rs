@@ -10,11 +10,13 @@ use mayfly_tests::{
     outcome::{assert_exit, assert_reason, stdout},
     postgres::Database,
     service::{finish, mayfly, shared},
+    stream::Frames,
 };
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use reqwest::Method;
 use serde_json::{Value, json};
 
 /// Long enough to notice by, and for a loaded machine.
@@ -362,4 +364,57 @@ async fn whoever_waits_at_one_node_hears_of_what_happens_at_another() {
 
     assert_eq!((&paused["result"], &paused["sandbox"]["state"]), (&json!("reached"), &json!("paused")));
     assert_eq!((&removed["result"], &removed["sandbox"]), (&json!("reached"), &Value::Null));
+}
+
+/// What was read, and what the gaps tell of, by its numbers.
+fn told(frames: &Frames) -> Vec<u64> {
+    let missing = frames.gaps.iter().flat_map(|gap| gap["from"].as_u64().unwrap()..=gap["to"].as_u64().unwrap());
+    let mut all: Vec<_> = frames.seqs.iter().copied().chain(missing).collect();
+    all.sort_unstable();
+    all
+}
+
+/// What one frame says, and what comes before it: the id of an event.
+fn event(text: &str) -> (&str, Value) {
+    let (id, data) = text.split_once('\n').unwrap();
+    (id.strip_prefix("id: ").unwrap(), serde_json::from_str(data.strip_prefix("data: ").unwrap()).unwrap())
+}
+
+#[tokio::test]
+async fn of_a_log_that_another_node_keeps_the_end_is_told_and_in_every_form_what_is_missing() {
+    let database = Database::start();
+    let first = node(&database);
+    let run = client(&first).shell("echo early >&2; flood 300000; echo late").await;
+    let id = run["id"].as_str().unwrap();
+    // Where it ran, all of it is there.
+    let whole = client(&first).log(id).await;
+    let second = node(&database);
+    let (elsewhere, path) = (client(&second), format!("/v1/sandboxes/{id}/logs"));
+    let read = async |form: &str, seen: Option<&str>| {
+        let request = elsewhere.request(Method::GET, &path).header("accept", form);
+        let request = if let Some(seen) = seen { request.header("last-event-id", seen) } else { request };
+        elsewhere.send(request, "GET", &path).await.text
+    };
+
+    let socket = elsewhere.log(id).await;
+    let mut lines = Frames::default();
+    read("application/x-ndjson", None).await.lines().for_each(|line| lines.add(&serde_json::from_str(line).unwrap()));
+    let text = read("text/event-stream", None).await;
+    let events: Vec<_> = text.split_terminator("\n\n").map(event).collect();
+    let plain = read("text/plain", None).await;
+
+    assert_eq!((whole.stdout.len(), &whole.gaps), (300_005, &vec![]));
+    assert!(!socket.gaps.is_empty() && told(&socket) == whole.seqs, "{:?} and {:?} of {:?}", socket.seqs, socket.gaps, whole.seqs);
+    assert!((64 << 10..300_005).contains(&socket.stdout.len()) && whole.stdout.ends_with(&socket.stdout), "{}", socket.stdout.len());
+    assert_eq!((&socket.stderr, socket.end.as_ref()), (&whole.stderr, Some(&run["outcome"])));
+    assert_eq!(lines, socket);
+    let mut from_events = Frames::default();
+    events.iter().for_each(|(_, frame)| from_events.add(frame));
+    assert_eq!(from_events, socket);
+    assert!(plain.ends_with("late\n") && plain.len() == socket.stdout.len() + socket.stderr.len());
+    // A browser that has heard of the gap goes on behind it.
+    let (place, (seen, gap)) = events.iter().enumerate().find(|(_, (_, frame))| frame.get("gap").is_some()).unwrap();
+    assert_eq!(seen.parse(), Ok(gap["gap"]["to"].as_u64().unwrap()));
+    let rest = read("text/event-stream", Some(seen)).await;
+    assert_eq!(rest.split_terminator("\n\n").map(event).collect::<Vec<_>>(), events[place + 1..]);
 }

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt as _, StreamExt as _};
-use mayfly_tests::{Client, service::shared};
+use mayfly_tests::{Client, service::shared, stream};
 use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -35,6 +35,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def any(self):
         path = self.path.split("?")[0]
         if path == "/ws": return self.websocket()
+        if path == "/last":
+            self.shake(); data = self.rfile.read(); self.wfile.write(b"%d bytes" % len(data)); return
         if path == "/slow":
             self.send_response(200); self.send_header("Transfer-Encoding", "chunked"); self.end_headers()
             for part in (b"first", b"second"):
@@ -50,12 +52,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         told = {"method": self.command, "path": self.path, "bytes": len(body), "sha256": hashlib.sha256(body).hexdigest(),
             "headers": [[name.lower(), value] for name, value in self.headers.items()]}
         self.tell(200, json.dumps(told).encode(), [("Content-Type", "application/json")])
-    def websocket(self):
+    def shake(self):
         accept = base64.b64encode(hashlib.sha1((self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest())
         self.send_response(101)
         self.send_header("Upgrade", "websocket"); self.send_header("Connection", "Upgrade")
         self.send_header("Sec-WebSocket-Accept", accept.decode()); self.end_headers()
         self.close_connection = True
+    def websocket(self):
+        self.shake()
         offered = (self.headers.get("Sec-WebSocket-Protocol") or "none").encode()
         self.wfile.write(bytes([0x81, len(offered)]) + offered)
         while True:
@@ -81,12 +85,14 @@ class Rude(socketserver.BaseRequestHandler):
         self.request.recv(1000); self.request.sendall(b"this is no HTTP\r\n\r\n")
 
 class Silent(socketserver.BaseRequestHandler):
-    def handle(self): self.request.recv(1)
+    def handle(self):
+        while self.request.recv(1000): pass
 
 four = Server(socket.AF_INET, ("127.0.0.1", 8080))
 six = Server(socket.AF_INET6, ("::1", 8081))
 rude = socketserver.ThreadingTCPServer(("127.0.0.1", 8082), Rude)
-for server in (six, rude): threading.Thread(target=server.serve_forever, daemon=True).start()
+silent = socketserver.ThreadingTCPServer(("127.0.0.1", 8083), Silent)
+for server in (six, rude, silent): threading.Thread(target=server.serve_forever, daemon=True).start()
 print("ready", flush=True)
 four.serve_forever()
 "#;
@@ -275,19 +281,45 @@ async fn a_websocket_is_tunnelled_without_the_token() {
 }
 
 #[tokio::test]
+async fn a_client_that_closes_its_side_of_a_tunnel_still_hears_the_answer_and_is_then_let_go() {
+    let served = Served::new().await;
+    let mut tunnel = served.client.get_by_hand(&served.path("8080/last"), stream::HANDSHAKE).await;
+    let head = stream::read_until(&mut tunnel, "\r\n\r\n").await;
+    assert!(head.starts_with(b"HTTP/1.1 101 "), "{}", String::from_utf8_lossy(&head));
+
+    // Whoever answers does so when it has read all of it.
+    tunnel.write_all(&vec![7; 1 << 20]).await.unwrap();
+    tunnel.shutdown().await.unwrap();
+    let answer = stream::read_to_end(&mut tunnel).await;
+
+    assert_eq!(String::from_utf8_lossy(&answer), "1048576 bytes");
+    stream::until_let_go(&tunnel).await;
+    served.end().await;
+}
+
+#[tokio::test]
+async fn a_client_that_closes_its_side_within_a_request_is_let_go() {
+    let served = Served::new().await;
+    for (path, lines) in [("8080/slow", ""), ("8080/", "content-length: 100\r\n"), ("8083/", "")] {
+        let mut client = served.client.get_by_hand(&served.path(path), lines).await;
+        if path == "8080/slow" {
+            stream::read_until(&mut client, "first").await;
+        }
+        client.shutdown().await.unwrap();
+        stream::read_to_end(&mut client).await;
+        stream::until_let_go(&client).await;
+    }
+
+    assert_eq!(served.told(served.request(Method::GET, "8080/")).await["method"], "GET");
+    served.end().await;
+}
+
+#[tokio::test]
 async fn a_client_that_vanishes_ends_its_tunnel_and_nothing_else() {
     let served = Served::new().await;
-    let host = served.client.place().url.trim_start_matches("http://").to_owned();
-    let head = |path: &str, more: &str| {
-        let token = served.client.token().unwrap();
-        format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {token}\r\n{more}\r\n")
-    };
-    let upgrade =
-        "connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
     // After the handshake, within a long answer, and within a body.
-    for (path, more) in [("8080/ws", upgrade), ("8080/slow", ""), ("8080/", "content-length: 100\r\n")] {
-        let mut stream = tokio::net::TcpStream::connect(&host).await.unwrap();
-        stream.write_all(head(&served.path(path), more).as_bytes()).await.unwrap();
+    for (path, more) in [("8080/ws", stream::HANDSHAKE), ("8080/slow", ""), ("8080/", "content-length: 100\r\n")] {
+        let mut stream = served.client.get_by_hand(&served.path(path), more).await;
         if more != "content-length: 100\r\n" {
             let mut some = [0; 12];
             stream.read_exact(&mut some).await.unwrap();

@@ -40,6 +40,30 @@ async fn one_sample_tells_what_is_used_and_what_may_be() {
 }
 
 #[tokio::test]
+async fn what_reaches_the_nodes_disks_is_counted_by_bytes_and_by_operations() {
+    let client = shared().client();
+    // More disk than memory is on disk; past the kernel's own memory it gets there at once.
+    let script = "dd if=/dev/zero of=/fill bs=65536 count=128 oflag=direct 2>/dev/null && dd if=/fill of=/dev/null bs=65536 iflag=direct 2>/dev/null && echo through";
+    let request =
+        json!({ "image": "busybox", "command": ["sleep", "1000"], "limits": { "memory_bytes": 16 * MIB, "disk_bytes": 32 * MIB } });
+    let path = format!("/v1/sandboxes/{}", client.post("/v1/sandboxes", &request).await.expect(201)["id"].as_str().unwrap());
+    client.until(&path, |sandbox| sandbox["state"] == "running").await;
+    let sample = async || client.get(&format!("{path}/stats")).await.expect(200);
+
+    let before = sample().await;
+    let done = client.post(&format!("{path}/execs"), &json!({ "command": ["sh", "-c", script], "wait_ms": 60_000 })).await.expect(200);
+    let after = sample().await;
+
+    assert_eq!(done["stdout"], "through\n", "{done:#}");
+    let more = |pointer: &str| number(&after, pointer) - number(&before, pointer);
+    // No piece of it is counted twice, though it goes through a device of its own on its way; what the file system keeps of it comes on top.
+    assert!((8 * MIB..12 * MIB).contains(&more("/io/written_bytes")), "{before:#} {after:#}");
+    assert!((8 * MIB..16 * MIB).contains(&more("/io/read_bytes")), "{before:#} {after:#}");
+    assert!(more("/io/writes") > 0 && more("/io/reads") > 0, "{before:#} {after:#}");
+    assert_eq!(client.delete(&path).await.status, 204);
+}
+
+#[tokio::test]
 async fn a_stream_tells_of_a_busy_loop_and_ends_with_the_outcome() {
     let client = shared().client();
     let id = sandbox(&client, "end=$(($(date +%s) + 3)); while [ $(date +%s) -lt $end ]; do :; done; exit 4").await;

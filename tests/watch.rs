@@ -9,7 +9,7 @@ use std::{
 
 use futures_util::{Stream, StreamExt as _};
 use mayfly_tests::{
-    Client, Service, contract,
+    Client, Service, contract, host,
     service::shared,
     stream::{self, Socket},
 };
@@ -47,6 +47,19 @@ fn change(frame: &Value) -> (&str, &str) {
 async fn watching(client: &Client, path: &str) -> (Value, Socket) {
     let mut socket = client.attach(path).await;
     (socket.next().await.unwrap(), socket)
+}
+
+/// Watches as soon as one more may.
+async fn get_where_there_is_room(client: &Client, path: &str) -> Response {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    loop {
+        let again = get(client, path, "application/x-ndjson").await;
+        if again.status() == 200 {
+            return again;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "no place was ever free: {}", again.status());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 /// A stream in one of the forms of HTTP.
@@ -251,14 +264,37 @@ async fn a_sandbox_is_watched_so_often_and_whoever_leaves_makes_room() {
         assert_eq!(change(&changes.next().await.unwrap()), ("created", "/work/a"));
     }
     watches.clear();
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
-    loop {
-        let again = get(&client, &path, "application/x-ndjson").await;
-        if again.status() == 200 {
-            break;
-        }
-        assert!(tokio::time::Instant::now() < deadline, "no place was ever free: {}", again.status());
-        tokio::time::sleep(Duration::from_millis(50)).await;
+    get_where_there_is_room(&client, &path).await;
+    gone(&client, &sandbox).await;
+}
+
+#[tokio::test]
+async fn readers_that_close_their_side_are_let_go_and_make_room() {
+    let client = shared().client();
+    let sandbox = sandbox(&client, "").await;
+    let path = format!("{sandbox}/watch?path=/work");
+    let forms = ["accept: application/x-ndjson\r\n", "accept: text/event-stream\r\n", stream::HANDSHAKE];
+
+    // More than there are places.
+    for form in forms.repeat(2) {
+        let mut reader = client.get_by_hand(&path, form).await;
+        stream::read_until(&mut reader, "watching").await;
+        assert!(host::holds_connection(reader.peer_addr().unwrap(), reader.local_addr().unwrap()), "the control");
+        reader.shutdown().await.unwrap();
+        stream::read_to_end(&mut reader).await;
+        stream::until_let_go(&reader).await;
+    }
+    // Before anything is answered.
+    for form in forms {
+        let mut reader = client.get_by_hand(&path, form).await;
+        reader.shutdown().await.unwrap();
+        stream::read_to_end(&mut reader).await;
+        stream::until_let_go(&reader).await;
+    }
+
+    let mut watches = Vec::new();
+    for _ in 0..4 {
+        watches.push(get_where_there_is_room(&client, &path).await);
     }
     gone(&client, &sandbox).await;
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use reqwest::{Method, header::HeaderMap};
 use serde_json::{Value, json};
+use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 
 use crate::{
     contract,
@@ -201,6 +202,16 @@ impl Client {
     pub async fn attach(&self, path: &str) -> Socket {
         let url = format!("{}{path}", self.place.url);
         stream::open(&url, self.token.as_deref()).await.unwrap_or_else(|e| panic!("{url}: {e:#}"))
+    }
+
+    /// A connection of one's own over which the head of a GET was sent, with our token and these further lines: for what no client library does.
+    pub async fn get_by_hand(&self, path: &str, lines: &str) -> TcpStream {
+        let host = self.place.url.trim_start_matches("http://");
+        let token = self.token.as_deref().expect("a client with a token");
+        let head = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {token}\r\n{lines}\r\n");
+        let mut stream = TcpStream::connect(host).await.unwrap_or_else(|e| panic!("{host}: {e}"));
+        stream.write_all(head.as_bytes()).await.unwrap_or_else(|e| panic!("{path}: {e}"));
+        stream
     }
 
     /// A long-lived sandbox of the `busybox` image that runs this script.

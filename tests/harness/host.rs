@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs::{self, File},
+    net::{IpAddr, SocketAddr},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -175,6 +176,23 @@ pub fn command_line(pid: u32) -> String {
 #[must_use]
 pub fn is_alive(pid: u32) -> bool {
     status_field(pid, "State").is_some_and(|state| !state.starts_with('Z'))
+}
+
+/// Whether the process at `server` has its end of the connection from `client` still open, though the other end may be closed: what proc_pid_net(5) says of TCP over IPv4.
+#[must_use]
+pub fn holds_connection(server: SocketAddr, client: SocketAddr) -> bool {
+    /// `TCP_ESTABLISHED` and `TCP_CLOSE_WAIT`.
+    const OPEN: [&str; 2] = ["01", "08"];
+    let hex = |address: SocketAddr| match address.ip() {
+        IpAddr::V4(ip) => format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), address.port()),
+        IpAddr::V6(ip) => panic!("{ip} is in another table"),
+    };
+    let table = fs::read_to_string("/proc/net/tcp").expect("/proc is mounted");
+    let ends = [hex(server), hex(client)];
+    table.lines().any(|line| {
+        let words: Vec<_> = line.split_whitespace().skip(1).take(3).collect();
+        words.len() == 3 && words[..2] == ends && OPEN.contains(&words[2])
+    })
 }
 
 /// A field of `/proc/PID/status`, without the blanks around it.

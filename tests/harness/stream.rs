@@ -6,16 +6,49 @@ use anyhow::{Context, Result};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use futures_util::{SinkExt, StreamExt};
 use serde_json::Value;
-use tokio::net::TcpStream;
+use tokio::{io::AsyncReadExt as _, net::TcpStream};
 use tokio_tungstenite::{
     MaybeTlsStream, WebSocketStream,
     tungstenite::{Message, client::IntoClientRequest, http::HeaderValue},
 };
 
-use crate::contract;
+use crate::{contract, host};
 
 /// The longest that a test waits for the next frame.
 const FRAME_DEADLINE: Duration = Duration::from_secs(60);
+
+/// What a client says beside the first line to have a connection become a WebSocket.
+pub const HANDSHAKE: &str =
+    "connection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+
+/// Reads from a connection until this has come; what came with it.
+pub async fn read_until(stream: &mut TcpStream, text: &str) -> Vec<u8> {
+    let mut seen = Vec::new();
+    while !seen.windows(text.len()).any(|part| part == text.as_bytes()) {
+        let read = tokio::time::timeout(FRAME_DEADLINE, stream.read_buf(&mut seen)).await;
+        let is_more = read.is_ok_and(|read| read.is_ok_and(|count| count > 0));
+        assert!(is_more, "{text:?} never came, but {}", String::from_utf8_lossy(&seen));
+    }
+    seen
+}
+
+/// Reads from a connection whose other end is to close it. A reset is an end, too.
+pub async fn read_to_end(stream: &mut TcpStream) -> Vec<u8> {
+    let mut seen = Vec::new();
+    let read = tokio::time::timeout(FRAME_DEADLINE, stream.read_to_end(&mut seen)).await;
+    assert!(read.is_ok(), "the connection is open, and brought {}", String::from_utf8_lossy(&seen));
+    seen
+}
+
+/// Waits until the service has closed its end of this connection, however the other end stands.
+pub async fn until_let_go(stream: &TcpStream) {
+    let (client, service) = (stream.local_addr().expect("it is connected"), stream.peer_addr().expect("it is connected"));
+    let deadline = tokio::time::Instant::now() + FRAME_DEADLINE;
+    while host::holds_connection(service, client) {
+        assert!(tokio::time::Instant::now() < deadline, "the service holds the connection from {client}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
 
 /// An open log stream.
 #[derive(Debug)]
