@@ -215,7 +215,7 @@ async fn a_paused_sandbox_goes_on_when_it_is_resumed() {
     nothing_ends().await;
     let (before, waited, after) = (written().await, nothing_ends().await, written().await);
     let resumed = client.post(&format!("{sandbox}/resume"), &json!({})).await.expect(200);
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(30);
     while written().await == after {
         assert!(Instant::now() < deadline, "it stands still");
     }
@@ -565,15 +565,49 @@ fn the_page_of_features_says_what_the_tests_here_show() {
         include_str!("features.rs").split("#[tokio::test]\nasync fn ").skip(1).map(|test| test.split('(').next().unwrap()).collect();
 
     let named: BTreeSet<_> = rows.iter().filter_map(|row| row.test).collect();
-    let names: BTreeSet<_> = rows.iter().map(|row| row.name).collect();
+    let names: Vec<_> = rows.iter().map(|row| row.name).collect();
 
     assert_eq!(named, shown);
-    assert_eq!((names.len(), rows.len()), (ROWS, ROWS), "{names:?}");
+    assert_eq!(names, COMPARED);
     for row in &rows {
         let is_told = matches!((row.is_there, row.test), ("yes" | "partly", Some(_)) | ("not yet", None));
         assert!(is_told, "{row:?}");
     }
 }
 
-/// Of the comparison with other services that the page's rows come from.
-const ROWS: usize = 33;
+/// By what services of this kind are compared, in the words of the comparison: what is not here yet has a row, too.
+const COMPARED: [&str; 33] = [
+    "run-once call",
+    "long-lived sandbox",
+    "exec in running",
+    "stdout / stderr apart",
+    "streaming",
+    "stdin while running",
+    "TTY + resize",
+    "resume stream by offset",
+    "file upload/download",
+    "file watch",
+    "port exposure / proxy",
+    "pause / resume",
+    "snapshot / fork",
+    "volumes",
+    "images",
+    "network policy",
+    "limits per request",
+    "reports CPU time / peak memory",
+    "machine-readable kill reason",
+    "output limit reported",
+    "test-case judging",
+    "compile once, run many",
+    "batch",
+    "webhooks",
+    "idempotent create",
+    "wait for state",
+    "pagination / filters",
+    "tenancy / auth",
+    "quotas",
+    "audit log",
+    "Prometheus / Grafana",
+    "SDKs",
+    "OpenAPI published",
+];
