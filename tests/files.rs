@@ -21,7 +21,7 @@ impl Inside {
         let id = client.post("/v1/sandboxes", &asked).await.expect(201)["id"].as_str().unwrap().to_owned();
         let inside = Self { client, id };
         // The script is through when what it says last is there.
-        tokio::time::timeout(Duration::from_secs(20), async {
+        tokio::time::timeout(Duration::from_secs(60), async {
             let mut log = inside.client.follow(&inside.id, "from=0").await;
             while log.next().await.is_some_and(|frame| frame["data"] != "ready\n") {}
         })
@@ -304,6 +304,13 @@ async fn a_path_is_as_long_as_the_system_takes_it_and_no_longer_wherever_it_stan
     inside.end().await;
 }
 
+/// Gives the head of an entry the sum of its bytes.
+fn sum_up(head: &mut [u8]) {
+    head[148..156].copy_from_slice(b"        ");
+    let sum: u32 = head.iter().map(|byte| u32::from(*byte)).sum();
+    head[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+}
+
 /// An archive of so many empty files.
 fn archive_of(count: usize) -> Vec<u8> {
     let mut archive = Vec::with_capacity((count + 2) * 512);
@@ -316,11 +323,9 @@ fn archive_of(count: usize) -> Vec<u8> {
         head[116..124].copy_from_slice(b"0000000\0");
         head[124..136].copy_from_slice(b"00000000000\0");
         head[136..148].copy_from_slice(b"00000000000\0");
-        head[148..156].copy_from_slice(b"        ");
         head[156] = b'0';
         head[257..265].copy_from_slice(b"ustar\x0000");
-        let sum: u32 = head.iter().map(|byte| u32::from(*byte)).sum();
-        head[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        sum_up(&mut head);
         archive.extend(head);
     }
     archive.extend([0; 1024]);
@@ -364,7 +369,7 @@ async fn clients_that_vanish_from_an_archive_or_a_download_leave_nothing_at_work
     }
 
     // Whoever worked in there for them is gone: what is left is the sandbox's own.
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
     loop {
         let processes = inside.json("/top").await["items"].as_array().unwrap().len();
         if processes == 1 {
@@ -378,6 +383,11 @@ async fn clients_that_vanish_from_an_archive_or_a_download_leave_nothing_at_work
     inside.end().await;
 }
 
+/// So many mebibytes, whose length nobody says before they come.
+fn unmeasured(mebibytes: usize) -> reqwest::Body {
+    reqwest::Body::wrap_stream(futures_util::stream::iter((0..mebibytes).map(|_| Ok::<_, std::io::Error>(vec![1; 1 << 20]))))
+}
+
 #[tokio::test]
 async fn a_full_disk_is_told_and_the_old_file_stays() {
     let client = shared().client();
@@ -387,8 +397,49 @@ async fn a_full_disk_is_told_and_the_old_file_stays() {
     assert_eq!(inside.put("/a", "old").await.status(), 200);
 
     problem(inside.put("/a", vec![1; 8 << 20]).await, 507, "disk_full").await;
+    problem(inside.put("/a", unmeasured(32)).await, 507, "disk_full").await;
 
     assert_eq!(inside.content("/a").await, b"old");
+    // What was taken of them is given back.
+    let listed = inside.json("/files?list").await;
+    let names: Vec<_> = listed["items"].as_array().unwrap().iter().map(|entry| entry["name"].as_str().unwrap()).collect();
+    assert!(names.contains(&"a") && !names.iter().any(|name| name.starts_with('.')), "{names:?}");
+    assert_eq!(inside.put("/b", vec![1; 3 << 20]).await.status(), 200);
+    inside.end().await;
+}
+
+#[tokio::test]
+async fn an_archive_of_more_than_is_taken_is_refused_as_soon_as_it_says_so() {
+    const TAKEN: u64 = 16 << 30;
+    let inside = Inside::new("mkdir /into; echo old > /into/f00000").await;
+    let path = inside.at("/archive?path=/into");
+    // One file, of which no more than a mebibyte comes.
+    let said = |bytes: u64| {
+        let mut archive = archive_of(1);
+        archive.truncate(512);
+        archive[124..136].copy_from_slice(&[&[0x80, 0, 0, 0][..], &bytes.to_be_bytes()].concat());
+        sum_up(&mut archive);
+        archive.resize(1 << 20, 0);
+        archive
+    };
+    let send = async |body: reqwest::Body| inside.client.send(inside.client.request(Method::PUT, &path).body(body), "PUT", &path).await;
+
+    let measured = send(said(TAKEN + 1).into()).await;
+    let pieces = [said(TAKEN + 1)].into_iter().chain((0..31).map(|_| vec![0; 1 << 20])).map(Ok::<_, std::io::Error>);
+    let unmeasured = send(reqwest::Body::wrap_stream(futures_util::stream::iter(pieces))).await;
+    let left = inside.content("/into/f00000").await;
+    let control = send(said(TAKEN).into()).await;
+
+    let told = measured.problem(413, "payload_too_large");
+    assert!(told["detail"].as_str().unwrap().contains(&TAKEN.to_string()), "{told:#}");
+    unmeasured.problem(413, "payload_too_large");
+    assert_eq!(left, b"old\n");
+    // That is no more than its end is missing.
+    control.problem(422, "invalid_request");
+    assert_eq!(inside.json("/top").await["items"].as_array().unwrap().len(), 1);
+    assert_eq!(inside.put("/into/f00000", "new").await.status(), 200);
+    assert_eq!(inside.content("/into/f00000").await, b"new");
+    inside.end().await;
 }
 
 #[tokio::test]
