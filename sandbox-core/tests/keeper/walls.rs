@@ -173,7 +173,7 @@ fn a_keeper_that_is_killed_leaves_no_process_behind() {
 }
 
 pub(crate) fn wait_until(otherwise: &str, is_so: impl Fn() -> bool) {
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
     while !is_so() {
         assert!(std::time::Instant::now() < deadline, "{otherwise}");
         std::thread::yield_now();
