@@ -144,7 +144,7 @@ async fn who_comes_again_goes_on_where_it_was() {
 #[tokio::test]
 async fn a_program_that_does_not_read_stops_its_writer_and_nobody_else() {
     let sandbox = Sandbox::new().await;
-    let exec = sandbox.shell("echo on; sleep 3; echo reading; wc -c").await;
+    let exec = sandbox.shell("echo on; while ! [ -e /tmp/go ]; do sleep 0.05; done; echo reading; wc -c").await;
     let mut writer = sandbox.attach(&exec).await;
     let watcher = tokio::spawn(sandbox.attach(&exec).await.collect_attached());
     const PIECE: usize = 100_000;
@@ -153,7 +153,7 @@ async fn a_program_that_does_not_read_stops_its_writer_and_nobody_else() {
     let mut sent = 0;
     while sent < 64 << 20 {
         let message = Message::binary(vec![b'x'; PIECE]);
-        if tokio::time::timeout(Duration::from_millis(700), writer.send_message(message)).await.is_err() {
+        if tokio::time::timeout(Duration::from_secs(2), writer.send_message(message)).await.is_err() {
             break;
         }
         sent += PIECE;
@@ -164,6 +164,8 @@ async fn a_program_that_does_not_read_stops_its_writer_and_nobody_else() {
     let exec_now = sandbox.client.get(&exec).await.expect(200);
     assert_eq!(exec_now["state"], "running");
     let mut ender = sandbox.attach(&exec).await;
+    let go = format!("/v1/sandboxes/{}/files/tmp/go", sandbox.id);
+    sandbox.client.send(sandbox.client.request(reqwest::Method::PUT, &go).body(""), "PUT", &go).await.expect(200);
     ender.until(|seen| seen.log.stdout_text().contains("reading")).await;
     ender.send(&json!({ "stdin_end": true })).await.unwrap();
     let seen = watcher.await.unwrap();

@@ -19,7 +19,7 @@ use nix::{
 use reqwest::Method;
 use serde_json::{Value, json};
 
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_secs(30);
 const KEPT_BYTES: usize = 64 * 1024;
 /// Reads a number, and writes that many times two.
 const DOUBLE: &str = "read n; echo $((n * 2))";
@@ -460,7 +460,7 @@ async fn written(client: &Client, volume: &str, file: &str) -> String {
 }
 
 async fn until_written(client: &Client, volume: &str, file: &str, wanted: &str) {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
     loop {
         let found = written(client, volume, file).await;
         if found == wanted {
@@ -473,7 +473,7 @@ async fn until_written(client: &Client, volume: &str, file: &str, wanted: &str) 
 
 /// Deletes it as soon as nobody holds it.
 async fn delete(client: &Client, volume: &str) {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
     loop {
         let answer = client.delete(&format!("/v1/volumes/{volume}")).await;
         if answer.status == 204 {

@@ -28,7 +28,7 @@ async fn prepared(client: &Client, script: &str, more: Value) -> String {
     let made = client.post("/v1/sandboxes", &request).await.expect(201);
     let path = format!("/v1/sandboxes/{}", made["id"].as_str().unwrap());
     let look = format!("while [ ! -e {ready} ]; do sleep 0.02; done");
-    let is_ready = json!({ "command": ["sh", "-c", look], "limits": { "wall_ms": 20_000 }, "wait_ms": 25_000 });
+    let is_ready = json!({ "command": ["sh", "-c", look], "limits": { "wall_ms": 60_000 }, "wait_ms": 65_000 });
     client.until(&path, |sandbox| sandbox["state"] != "queued" && sandbox["state"] != "starting").await;
     assert_exit(&client.post(&format!("{path}/execs"), &is_ready).await.expect(200), 0);
     path
@@ -159,7 +159,7 @@ async fn one_that_runs_goes_on() {
     let (after, kept) = (count().await, run(&client, "count", "cat /tmp/count").await);
     let kept = stdout(&kept).trim().parse::<u64>().unwrap();
     assert!(before <= kept && kept <= after, "{before} {kept} {after}");
-    let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(20);
+    let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(60);
     while count().await <= after {
         assert!(tokio::time::Instant::now() < deadline, "it stands still");
     }

@@ -14,7 +14,7 @@ use nix::{
 };
 use serde_json::{Value, json};
 
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_secs(30);
 
 fn shell(script: &str) -> Value {
     json!(["sh", "-c", script])

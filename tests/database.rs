@@ -29,7 +29,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 /// How long a refusal may take while the database is known to be away.
-const AT_ONCE: Duration = Duration::from_secs(1);
+const AT_ONCE: Duration = Duration::from_secs(3);
 /// How long it may take until the service knows that the database hangs, or is back.
 const NOTICED: Duration = Duration::from_secs(10);
 /// How long anybody may wait for a database that hangs.

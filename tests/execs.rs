@@ -134,10 +134,12 @@ async fn an_exec_outlives_whoever_asked_for_it() {
     let client = shared().client();
     let id = client.sandbox(IDLE).await;
     let asking = client.request(Method::POST, &format!("/v1/sandboxes/{id}/execs"));
-    let asking = asking.json(&json!({ "command": ["sh", "-c", "sleep 1; echo all the same"] })).timeout(Duration::from_millis(500));
-    assert!(asking.send().await.is_err());
+    let asking = tokio::spawn(asking.json(&json!({ "command": ["sh", "-c", "sleep 2; echo all the same"] })).send());
+    let is_there = |page: &Value| page["items"].as_array().is_some_and(|items| !items.is_empty());
+    let listed = client.until(&format!("/v1/sandboxes/{id}/execs"), is_there).await;
+    asking.abort();
+    assert!(asking.await.is_err(), "it was answered before it went");
 
-    let listed = client.get(&format!("/v1/sandboxes/{id}/execs")).await.expect(200);
     let done = ended(&client, &format!("/v1/sandboxes/{id}/execs/{}", listed["items"][0]["id"].as_str().unwrap())).await;
 
     assert_exit(&done, 0);

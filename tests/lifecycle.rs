@@ -159,7 +159,7 @@ async fn what_the_program_leaves_running_is_ended_with_it() {
 
     assert_exit(&run, 0);
     assert_eq!(stdout(&run), "done\n");
-    assert!(started.elapsed() < Duration::from_secs(10), "took {:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(60), "took {:?}", started.elapsed());
 }
 
 #[tokio::test]
@@ -175,7 +175,7 @@ async fn a_run_that_outlasts_the_wait_is_found_later() {
     assert_eq!(path, format!("/v1/runs/{}", early["id"].as_str().unwrap()));
     assert_exit(&run, 0);
     assert_eq!(stdout(&run), "late\n");
-    assert_within(&run, "wall_ms", 500..=2_000);
+    assert_within(&run, "wall_ms", 500..=10_000);
 }
 
 #[tokio::test]
@@ -191,24 +191,19 @@ async fn a_finished_run_reads_back_as_it_was_answered() {
 #[tokio::test]
 async fn a_run_goes_on_when_its_client_goes_away() {
     let service = shared();
-    let client = service.client();
-    let request = client
-        .request(reqwest::Method::POST, "/v1/runs")
-        .json(&json!({ "image": "busybox", "command": ["sh", "-c", "sleep 0.7; echo finished"], "labels": { "left": "alone" } }))
-        .timeout(Duration::from_millis(300));
+    let tenant = format!("tenant-{}", uuid::Uuid::new_v4().simple());
+    let (client, admin) = (Client::of(&service.place, &tenant), Client::admin(&service.place));
+    // Only an operator is told of a run whose id nobody was told.
+    let all = format!("/v1/admin/sandboxes?kind=run&tenant={tenant}");
+    let request = json!({ "image": "busybox", "command": ["sh", "-c", "sleep 2; exit 6"] });
+    let asking = tokio::spawn(client.request(reqwest::Method::POST, "/v1/runs").json(&request).send());
+    admin.until(&all, |page| page["items"][0].is_object()).await;
 
-    request.send().await.expect_err("the client gives up");
+    asking.abort();
+    assert!(asking.await.is_err(), "it was answered before it went");
+    let ended = admin.until(&all, |page| page["items"][0]["state"] == "exited").await;
 
-    // Only the metric of the whole service tells of a run whose id nobody was told.
-    let count = || async {
-        let text = reqwest::get(format!("{}/metrics", service.place.metrics_url)).await.unwrap().text().await.unwrap();
-        text.lines().any(|line| line.starts_with("sandbox_runs_total") && line.contains("exited"))
-    };
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
-    while !count().await {
-        assert!(tokio::time::Instant::now() < deadline, "the run was never counted");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    assert_exit(&ended["items"][0], 6);
 }
 
 #[tokio::test]
@@ -341,7 +336,7 @@ async fn written(client: &Client, path: &str) -> String {
 }
 
 async fn until_written(client: &Client, path: &str, what: &str) -> String {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
     loop {
         let text = written(client, path).await;
         if text.contains(what) {
@@ -364,7 +359,18 @@ async fn a_paused_sandbox_stands_still_until_it_is_resumed() {
     until_written(&client, &path, "3\n").await;
 
     let paused = client.post(&format!("{path}/pause"), &json!({})).await.expect(200);
-    let still = written(&client, &path).await;
+    // What was written before may still be on its way.
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    let mut still = written(&client, &path).await;
+    loop {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let now = written(&client, &path).await;
+        if now == still {
+            break;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "it writes on and on");
+        still = now;
+    }
     tokio::time::sleep(Duration::from_millis(300)).await;
     let later = written(&client, &path).await;
     let again = client.post(&format!("{path}/pause"), &json!({})).await.expect(200);
@@ -472,14 +478,14 @@ async fn what_cannot_be_done_in_a_state_is_refused_with_that_state() {
 #[tokio::test]
 async fn waiting_ends_with_the_state_or_with_its_time() {
     let client = shared().client();
-    let path = sandbox(&client, "sleep 0.7; exit 5", &json!({})).await;
+    let path = sandbox(&client, "sleep 3; exit 5", &json!({})).await;
 
     let running = wait(&client, &path, "until=running").await;
     let not_yet = wait(&client, &path, "until=exited&timeout_ms=50").await;
     let exited = wait(&client, &path, "until=exited&timeout_ms=20000").await;
     let never = wait(&client, &path, "until=paused").await;
     let (removed, deleted) = tokio::join!(wait(&client, &path, "until=removed&timeout_ms=20000"), async {
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
         client.delete(&path).await.status
     });
     let unknown = client.get(&format!("{path}/wait?until=removed")).await;
@@ -591,12 +597,12 @@ async fn a_sandbox_that_does_nothing_is_ended_and_one_that_writes_is_not() {
     let client = shared().client();
     let writes = "for i in 1 2 3 4 5 6 7; do echo $i; sleep 0.4; done";
     let (idle, busy, busy_in_vain, busy_beyond) = (
-        sandbox(&client, "sleep 1000", &json!({ "idle_timeout_ms": 1000 })).await,
-        sandbox(&client, writes, &json!({ "idle_timeout_ms": 1000 })).await,
-        sandbox(&client, writes, &json!({ "idle_timeout_ms": 1000, "output_policy": "discard" })).await,
-        sandbox(&client, writes, &json!({ "idle_timeout_ms": 1000, "limits": { "output_bytes": 2 } })).await,
+        sandbox(&client, "sleep 1000", &json!({ "idle_timeout_ms": 2000 })).await,
+        sandbox(&client, writes, &json!({ "idle_timeout_ms": 2000 })).await,
+        sandbox(&client, writes, &json!({ "idle_timeout_ms": 2000, "output_policy": "discard" })).await,
+        sandbox(&client, writes, &json!({ "idle_timeout_ms": 2000, "limits": { "output_bytes": 2 } })).await,
     );
-    let once = sandbox(&client, "sleep 0.5; echo; sleep 1000", &json!({ "idle_timeout_ms": 1000, "output_policy": "discard" })).await;
+    let once = sandbox(&client, "sleep 0.5; echo; sleep 1000", &json!({ "idle_timeout_ms": 2000, "output_policy": "discard" })).await;
 
     assert_reason(&wait(&client, &idle, "until=exited").await["sandbox"], "idle_timeout");
     for path in [&busy, &busy_in_vain, &busy_beyond] {
@@ -604,7 +610,7 @@ async fn a_sandbox_that_does_nothing_is_ended_and_one_that_writes_is_not() {
     }
     let ended = wait(&client, &once, "until=exited").await["sandbox"].clone();
     assert_reason(&ended, "idle_timeout");
-    assert_within(&ended, "wall_ms", 1500..=2400);
+    assert_within(&ended, "wall_ms", 2500..=10_000);
 }
 
 #[tokio::test]
@@ -614,7 +620,7 @@ async fn what_is_to_be_removed_at_its_end_is_and_its_event_tells_how_it_ended() 
 
     let seen = wait(&client, &path, "until=exited").await;
     let removed = async || client.get(&path).await.status == 404;
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
     while !removed().await {
         assert!(tokio::time::Instant::now() < deadline, "it is still there");
         tokio::time::sleep(Duration::from_millis(20)).await;

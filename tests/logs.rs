@@ -50,7 +50,7 @@ async fn output_arrives_while_the_program_runs() {
     let client = shared().client();
     let id = sandbox(&client, "echo now; exec sleep 1000").await;
 
-    let first = tokio::time::timeout(Duration::from_secs(5), async { client.follow(&id, "from=0").await.next().await }).await.unwrap();
+    let first = tokio::time::timeout(Duration::from_secs(30), async { client.follow(&id, "from=0").await.next().await }).await.unwrap();
 
     assert_eq!(first.unwrap()["data"], "now\n");
     assert_eq!(client.delete(&format!("/v1/sandboxes/{id}")).await.status, 204);

@@ -31,7 +31,7 @@ fn main() -> Result<()> {
     let footprint = place.footprint();
     let status = service.stop()?;
     ensure!(status.success(), "the service ended with {status}\n{}", service.log());
-    let left = footprint.wait_until_gone(Duration::from_secs(5));
+    let left = footprint.wait_until_gone(Duration::from_secs(30));
     ensure!(left.is_empty(), "left behind: {left:#?}");
     Ok(())
 }

@@ -10,7 +10,7 @@ use mayfly_tests::{
 };
 use serde_json::Value;
 
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(60);
 
 #[tokio::test]
 async fn without_postgres_one_line_says_what_to_install() {
@@ -94,7 +94,7 @@ async fn a_second_start_takes_over_all_that_there_is() {
     let took = started.elapsed();
     let tenant = Client::of(service.place(), "again");
 
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert!(took < Duration::from_secs(20), "{took:?}");
     assert_eq!(fs::read(service.place().secret_file()).unwrap(), secret);
     assert_eq!(tenant.get(&format!("/v1/runs/{}", run["id"].as_str().unwrap())).await.expect(200), run);
     assert_exit(&tenant.shell("true").await, 0);

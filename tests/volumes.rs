@@ -17,7 +17,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 const SIZE: u64 = 16 << 20;
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(60);
 
 async fn make(client: &Client, name: &str) -> Value {
     client.post("/v1/volumes", &json!({ "name": name, "size_bytes": SIZE })).await.expect(201)

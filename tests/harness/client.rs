@@ -181,13 +181,13 @@ impl Client {
 
     /// Asks for a run or sandbox at `path` until `is_it` says yes.
     pub async fn until(&self, path: &str, is_it: impl Fn(&Value) -> bool) -> Value {
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
         loop {
             let body = self.get(path).await.expect(200);
             if is_it(&body) {
                 return body;
             }
-            assert!(tokio::time::Instant::now() < deadline, "waited 30 s in vain at {path}: {body:#}");
+            assert!(tokio::time::Instant::now() < deadline, "waited a minute in vain at {path}: {body:#}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
