@@ -434,8 +434,9 @@ async fn an_archive_of_more_than_is_taken_is_refused_as_soon_as_it_says_so() {
     assert!(told["detail"].as_str().unwrap().contains(&TAKEN.to_string()), "{told:#}");
     unmeasured.problem(413, "payload_too_large");
     assert_eq!(left, b"old\n");
-    // That is no more than its end is missing.
+    // Of that no more than its end is missing, and of a file nobody has half.
     control.problem(422, "invalid_request");
+    problem(inside.get("/files/into/f00000").await, 404, "file_not_found").await;
     assert_eq!(inside.json("/top").await["items"].as_array().unwrap().len(), 1);
     assert_eq!(inside.put("/into/f00000", "new").await.status(), 200);
     assert_eq!(inside.content("/into/f00000").await, b"new");

@@ -151,7 +151,7 @@ fn place(entry: &mut Entry<'_, impl Read>, kind: EntryType, names: &[Vec<u8>], t
     };
     match kind {
         EntryType::Directory => target.folder(folders, name, attributes),
-        EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => target.file(folders, name, attributes, entry),
+        EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => target.file(folders, name, attributes, (entry.size(), entry)),
         EntryType::Symlink => target.symlink(folders, name, &link_name(entry)?, &attributes),
         EntryType::Link => {
             let to = self::names(&link_name(entry)?)?;

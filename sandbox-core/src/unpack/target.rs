@@ -62,13 +62,22 @@ impl Target {
         Ok(())
     }
 
-    pub(super) fn file(&mut self, folders: Names<'_>, name: &[u8], attributes: Attributes, content: &mut impl Read) -> io::Result<()> {
+    pub(super) fn file(
+        &mut self,
+        folders: Names<'_>,
+        name: &[u8],
+        attributes: Attributes,
+        (size, content): (u64, &mut impl Read),
+    ) -> io::Result<()> {
         let parent = self.fresh(folders, name)?;
         // O_EXCL and RESOLVE_NO_SYMLINKS: a new file here, and no other.
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = openat2(&parent, name, flags, Mode::from_raw_mode(0o600), ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH)?;
         let mut file = File::from(file);
-        if let Err(error) = io::copy(content, &mut file) {
+        // To the tar crate, the archive's end within a file is the file's.
+        let copied = io::copy(content, &mut file)
+            .and_then(|bytes| if bytes == size { Ok(()) } else { Err(super::invalid("the archive ends within it")) });
+        if let Err(error) = copied {
             // Half of it is nothing that the archive held.
             unlinkat(&parent, name, AtFlags::empty())?;
             return Err(error);

@@ -223,3 +223,15 @@ fn too_many_bytes_or_entries_end_it() {
     let many = (0..101).fold(Layer::new(), |layer, n| layer.folder(&format!("d{n}")));
     assert!(matches!(Place::new().unpack(vec![many.bytes()]), Err(UnpackError::TooManyEntries(_))));
 }
+
+#[test]
+fn a_file_within_which_its_archive_ends_is_not_there() {
+    let place = Place::new();
+    let layer = Layer::new().file("whole", "1").file("cut", &"2".repeat(2000)).bytes();
+    // The head and content of the first in two blocks, the head of the second in one, and half of its content.
+    let error = place.unpack(vec![layer[..2560].to_vec()]).unwrap_err().to_string();
+    assert!(error.contains("cut") && error.contains("ends within it"), "{error}");
+    assert!(place.has("whole") && !place.has("cut"));
+    place.unpack(vec![layer]).unwrap();
+    assert!(place.has("cut"), "the control");
+}
