@@ -256,7 +256,7 @@ async fn the_answer_to_a_batch_with_much_output_is_told_again() {
 async fn what_was_refused_for_now_is_tried_again_with_the_same_key_and_nothing_else() {
     let service = shared();
     let (client, admin) = tenant_with(&service.place, json!({ "sandboxes": 1 })).await;
-    let (key, request) = (key(), batch(&[shell("sleep 1; echo one"), shell("echo two")]));
+    let (key, request) = (key(), batch(&[shell("sleep 3; echo one"), shell("echo two")]));
 
     let first = post(&client, &key, &request).await.expect(200);
     Client::admin(&service.place).patch(&admin, &json!({ "quotas": { "sandboxes": 2 } })).await.expect(200);

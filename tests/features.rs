@@ -144,7 +144,7 @@ async fn a_terminal_has_the_size_that_it_is_given_later() {
 #[tokio::test]
 async fn a_reader_goes_on_at_the_number_where_it_stopped() {
     let client = shared().client();
-    let run = client.shell("echo a; sleep 0.1; echo b").await;
+    let run = client.shell("echo a; sleep 1; echo b").await;
     let id = run["id"].as_str().unwrap();
     let all = client.log(id).await;
 
@@ -436,7 +436,7 @@ async fn many_runs_are_asked_for_at_once_and_each_is_answered_for_itself() {
 #[tokio::test]
 async fn whoever_waits_for_a_state_is_answered_when_it_is_reached() {
     let client = shared().client();
-    let sandbox = running(&client, "sleep 2; exit 5").await;
+    let sandbox = running(&client, "sleep 4; exit 5").await;
 
     let not_yet = client.get(&format!("{sandbox}/wait?until=exited&timeout_ms=50")).await.expect(200);
     let ended = client.get(&format!("{sandbox}/wait?until=exited&timeout_ms=20000")).await.expect(200);

@@ -169,8 +169,10 @@ async fn only_loopback_is_there() {
 
 #[tokio::test]
 async fn loopback_works_inside() {
-    let run =
-        shared().client().shell("echo through loopback | nc -l -p 4000 127.0.0.1 & sleep 0.3; nc 127.0.0.1 4000 </dev/null; true").await;
+    // 4000 is 0FA0, and it takes a moment until somebody listens there.
+    let listens = "for i in $(seq 100); do grep -q :0FA0 /proc/net/tcp && break; sleep 0.05; done";
+    let script = format!("echo through loopback | nc -l -p 4000 127.0.0.1 & {listens}; nc 127.0.0.1 4000 </dev/null; true");
+    let run = shared().client().shell(&script).await;
 
     assert_eq!(stdout(&run), "through loopback\n", "{run:#}");
 }

@@ -312,8 +312,8 @@ async fn the_figures_of_a_known_program_are_true() {
     let run = shared().client().run(&json!({ "image": "busybox", "command": ["burn", "200"] })).await;
 
     assert_exit(&run, 0);
-    assert_within(&run, "cpu_ms", 195..=260);
-    assert_within(&run, "wall_ms", 195..=3_000);
+    assert_within(&run, "cpu_ms", 195..=400);
+    assert_within(&run, "wall_ms", 195..=10_000);
     assert_within(&run, "pids_peak", 1..=1);
     assert!(usage(&run, "memory_peak_bytes") < 16 << 20, "{run:#}");
     let phases = &run["outcome"]["phases_ms"];

@@ -59,7 +59,7 @@ async fn output_arrives_while_the_program_runs() {
 #[tokio::test]
 async fn a_reader_goes_on_where_it_stopped() {
     let client = shared().client();
-    let run = client.shell("echo a; sleep 0.1; echo b; sleep 0.1; echo c").await;
+    let run = client.shell("echo a; sleep 1; echo b; sleep 1; echo c").await;
     let id = run["id"].as_str().unwrap();
     let all = client.log(id).await;
 
@@ -285,7 +285,7 @@ async fn one_stream_alone_is_shown_without_gaps() {
 #[tokio::test]
 async fn nothing_is_shown_that_was_written_before_the_time_asked_for() {
     let client = shared().client();
-    let run = client.shell("echo early; sleep 0.3; echo late").await;
+    let run = client.shell("echo early; sleep 1; echo late").await;
     let id = run["id"].as_str().unwrap();
     let frames: Vec<Value> = {
         let mut socket = client.follow(id, "from=0").await;
@@ -305,7 +305,7 @@ async fn nothing_is_shown_that_was_written_before_the_time_asked_for() {
 #[tokio::test]
 async fn a_log_is_plain_text_with_times_if_so_asked() {
     let client = shared().client();
-    let run = client.shell("printf 'a\\nb\\n\\377'; sleep 0.1; echo c >&2").await;
+    let run = client.shell("printf 'a\\nb\\n\\377'; sleep 1; echo c >&2").await;
     let path = format!("/v1/sandboxes/{}/logs", run["id"].as_str().unwrap());
 
     let plain = client.request(reqwest::Method::GET, &path).header("accept", "text/plain").send().await.unwrap();
@@ -321,7 +321,7 @@ async fn a_log_is_plain_text_with_times_if_so_asked() {
 #[tokio::test]
 async fn a_browser_goes_on_by_its_last_event_and_stops_at_the_end() {
     let client = shared().client();
-    let run = client.shell("echo a; sleep 0.1; echo b").await;
+    let run = client.shell("echo a; sleep 1; echo b").await;
     let path = format!("/v1/sandboxes/{}/logs", run["id"].as_str().unwrap());
     let (status, kind, all) = read_as(&client, &path, "text/event-stream").await;
     let events: Vec<(&str, Value)> = all
