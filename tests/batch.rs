@@ -311,7 +311,7 @@ async fn a_batch_whose_client_vanishes_in_its_midst_is_accepted_to_its_end_and_n
     let mut service = Service::start();
     service.kill();
     // Stands still for a while when one is accepted.
-    service.arm("service.batch.accepted=sleep(1500)");
+    service.arm("service.batch.accepted=sleep(2000)");
     service.start_again().unwrap();
     let client = Client::of(service.place(), "vanishing");
     let runs: Vec<_> = (0..5).map(|number| shell(&format!("echo {number}"))).collect();
