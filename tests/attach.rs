@@ -233,8 +233,8 @@ async fn input_behind_its_end_is_refused() {
 #[tokio::test]
 async fn input_that_nobody_takes_is_told_and_costs_no_output() {
     let sandbox = Sandbox::new().await;
-    let without = json!({ "command": ["sh", "-c", "sleep 1; echo all the same"] });
-    let closes = json!({ "command": ["sh", "-c", "exec <&-; echo closed; sleep 1; echo all the same"], "stdin_open": true });
+    let without = json!({ "command": ["sh", "-c", "sleep 3; echo all the same"] });
+    let closes = json!({ "command": ["sh", "-c", "exec <&-; echo closed; sleep 3; echo all the same"], "stdin_open": true });
     for request in [without, closes] {
         let is_open = request["stdin_open"] == true;
         let exec = sandbox.exec(request).await;

@@ -353,7 +353,7 @@ async fn a_service_that_dies_between_the_step_and_the_program_begins_anew_too() 
 async fn a_program_that_outlives_the_service_is_told_with_its_step() {
     let mut service = Service::start();
     let client = Client::of(service.place(), "survivor");
-    let mut request = request("echo compiled", "sleep 0.7; echo ran");
+    let mut request = request("echo compiled", "sleep 3; echo ran");
     request["wait_ms"] = json!(0);
     let id = client.post("/v1/runs", &request).await.expect(202)["id"].as_str().unwrap().to_owned();
     let running = client.until(&format!("/v1/runs/{id}"), |run| run["state"] == "running").await;

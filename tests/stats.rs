@@ -92,7 +92,7 @@ async fn a_stream_tells_of_a_busy_loop_and_ends_with_the_outcome() {
 #[tokio::test]
 async fn samples_come_as_lines_and_as_events() {
     let client = shared().client();
-    let id = sandbox(&client, "sleep 1").await;
+    let id = sandbox(&client, "sleep 4").await;
     let path = format!("/v1/sandboxes/{id}/stats?interval_ms=100");
     let get = |accept: &'static str| client.request(reqwest::Method::GET, &path).header("accept", accept).send();
 
@@ -128,13 +128,15 @@ async fn what_does_not_run_has_no_stats() {
 #[tokio::test]
 async fn a_reader_of_samples_that_vanishes_leaves_the_sandbox_alone() {
     let client = shared().client();
-    let id = sandbox(&client, "sleep 1.5; echo done").await;
+    let id = sandbox(&client, "while ! [ -e /tmp/go ]; do sleep 0.05; done; echo done").await;
     for _ in 0..5 {
         let mut socket = client.attach(&format!("/v1/sandboxes/{id}/stats?interval_ms=100")).await;
         socket.next().await.unwrap();
     }
+    let go = format!("/v1/sandboxes/{id}/files/tmp/go");
+    client.send(client.request(reqwest::Method::PUT, &go).body(""), "PUT", &go).await.expect(200);
 
-    let frames = tokio::time::timeout(Duration::from_secs(30), client.log(&id)).await.unwrap();
+    let frames = tokio::time::timeout(Duration::from_secs(60), client.log(&id)).await.unwrap();
 
     assert_eq!((frames.stdout_text().as_str(), &frames.end.unwrap()["exit_code"]), ("done\n", &json!(0)));
 }
