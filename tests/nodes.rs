@@ -3,7 +3,7 @@
 //! A test that has two nodes starts two services on this machine, each with its own keeper and data folder.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use mayfly_tests::{
     Client, Service, host,
@@ -13,7 +13,10 @@ use mayfly_tests::{
     stream::Frames,
 };
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::{
+        signal::{Signal, kill},
+        statvfs::statvfs,
+    },
     unistd::Pid,
 };
 use reqwest::Method;
@@ -23,6 +26,8 @@ use serde_json::{Value, json};
 const SOON: Duration = Duration::from_secs(30);
 /// A lease as short as it may be: the others need not wait for long.
 const LEASE_S: &str = "2";
+/// The size of a layer that is nothing else's.
+const LAYER_BYTES: u64 = 5 << 20;
 
 fn node(database: &Database) -> Service {
     let service = Service::start_with(&["--database-url", &database.url, "--node-lease-s", LEASE_S]).unwrap();
@@ -51,7 +56,7 @@ async fn ended(node: &Service, id: &str) -> Value {
 }
 
 fn node_id(node: &Service) -> String {
-    std::fs::read_to_string(node.place().data_dir.join("node-id")).unwrap().trim().to_owned()
+    fs::read_to_string(node.place().data_dir.join("node-id")).unwrap().trim().to_owned()
 }
 
 /// The whole machine, as far as it is this node's.
@@ -178,6 +183,55 @@ async fn what_a_node_still_has_of_a_case_is_not_taken_for_one_of_the_next_attemp
     assert_eq!(told, ["1\n", "2\n", "3\n"], "{run:#}");
     assert_eq!((&run["verdict"], &run["attempt"]), (&json!("accepted"), &json!(2)), "{run:#}");
     assert_eq!(first.place().keeper_pid(), keeper);
+}
+
+/// Its service restarts, and in between nobody can tell it; its keeper lives on.
+#[tokio::test]
+async fn layers_that_are_wanted_no_more_since_their_service_was_away_are_given_up_and_no_others() {
+    let database = Database::start();
+    let (mut first, second) = (node(&database), node(&database));
+    let keeper = first.place().keeper_pid();
+    let limits = json!({ "memory_bytes": 16 << 20, "disk_bytes": LAYER_BYTES });
+    let script = "n=$(cat /work/n 2>/dev/null || echo 0); n=$((n+1)); echo $n > /work/n; exit $n";
+    let request = json!({ "image": "busybox", "command": ["sh", "-c", script], "keep_layer": true, "limits": limits });
+    let mut paths = Vec::new();
+    for _ in 0..3 {
+        let made = client(&first).post("/v1/sandboxes", &request).await.expect(201);
+        let path = format!("/v1/sandboxes/{}", made["id"].as_str().unwrap());
+        assert_exit(&end_of(&first, &path).await, 1);
+        paths.push(path);
+    }
+    let [deleted, begun_anew, kept] = &paths[..] else { panic!("three of them") };
+    until_host(|| layers_of(keeper) == 3).await;
+
+    first.kill();
+    assert_eq!(client(&second).delete(deleted).await.status, 204);
+    client(&second).post(&format!("{begun_anew}/start"), &json!({ "fresh": true })).await.expect(200);
+    let anew = end_of(&second, begun_anew).await;
+    first.start_again().unwrap();
+
+    until_host(|| layers_of(keeper) == 1).await;
+    client(&first).post(&format!("{kept}/start"), &json!({})).await.expect(200);
+    assert_exit(&end_of(&first, kept).await, 2);
+    assert_exit(&anew, 1);
+    client(&second).post(&format!("{begun_anew}/start"), &json!({})).await.expect(200);
+    assert_exit(&end_of(&second, begun_anew).await, 2);
+    assert_eq!(first.place().keeper_pid(), keeper);
+}
+
+async fn end_of(node: &Service, path: &str) -> Value {
+    let waited = client(node).get(&format!("{path}/wait?until=exited")).await.expect(200);
+    assert_eq!(waited["result"], "reached");
+    waited["sandbox"].clone()
+}
+
+/// How many file systems of a layer's size a keeper holds.
+fn layers_of(keeper: u32) -> usize {
+    let descriptors = fs::read_dir(format!("/proc/{keeper}/fd")).unwrap().flatten();
+    // One may be closed since it was listed, and not everything has a size.
+    let is_layer =
+        |descriptor: &fs::DirEntry| statvfs(&descriptor.path()).is_ok_and(|found| found.blocks() * found.fragment_size() == LAYER_BYTES);
+    descriptors.filter(is_layer).count()
 }
 
 async fn until_host(is_so: impl Fn() -> bool) {

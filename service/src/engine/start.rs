@@ -1,7 +1,7 @@
 //! Another life for a sandbox that has ended, on what it wrote in the one before; and the room of the layers that are kept for that.
 //!
 //! A layer is kept by this node's keeper under the sandbox's id, and goes with that keeper. What is in memory stays in memory: it takes up room of the node
-//! for as long as it is kept. It is given up before its row is deleted, so that no layer is left of which nobody knows.
+//! for as long as it is kept. It is given up before its row is deleted; where another node does that, this one gives it up when it sees that nobody will ask for it.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     runtime::CallError,
-    sandbox::{Kind, Limits, Sandbox, SandboxId, State, TenantId},
+    sandbox::{Kind, Limits, Sandbox, SandboxId, State, TenantId, is_step},
     store::{Act, HeldKey, Input, StartedAgain, StoreError},
 };
 
@@ -201,11 +201,14 @@ impl Engine {
         })
     }
 
-    /// Gives the room that it takes to each layer that this node's keeper keeps of an ended sandbox, and back that of those that it has no more.
+    /// Gives the room that it takes to each layer that this node's keeper keeps of an ended sandbox, and back that of those that it has no more; and gives up those that
+    /// nobody will ask for here.
     pub(super) async fn know_kept_layers(self: &Arc<Self>) -> anyhow::Result<()> {
         let keeper = self.keeper.connected().await.started_at_us;
         let (rows, layers) = self.kept_layers().await?;
-        let all: HashSet<SandboxId> = rows.into_keys().chain(self.kept.ids()).collect();
+        // What a compile step left is its run's to give up.
+        let of_sandboxes = layers.iter().copied().filter(|id| !is_step(*id));
+        let all: HashSet<SandboxId> = rows.into_keys().chain(self.kept.ids()).chain(of_sandboxes).collect();
         let is_told_wrongly = |id: &SandboxId| layers.contains(id) != self.kept.contains(*id);
         let turns: Vec<Turn<'_>> = all.into_iter().filter(is_told_wrongly).filter_map(|id| self.turn_at_rest(id)).collect();
         if turns.is_empty() {
@@ -213,16 +216,36 @@ impl Engine {
         }
         // Anew: what was said before may have changed until it was our turn.
         let (rows, layers) = self.kept_layers().await?;
+        let ids: Vec<SandboxId> = turns.iter().map(Turn::id).collect();
+        let unwanted: HashSet<SandboxId> = self.store.unwanted_layers(self.node, &ids).await?.into_iter().collect();
+        let mut given_up = Vec::new();
         for turn in turns {
             match (layers.contains(&turn.id()), rows.get(&turn.id())) {
                 (false, _) => turn.free(),
+                (true, _) if unwanted.contains(&turn.id()) => given_up.push(turn),
                 (true, Some(sandbox)) if !self.kept.contains(turn.id()) => {
                     turn.put(self.capacity.reserve_for_live(room_of_layer(&sandbox.limits)), keeper);
                 }
                 (true, _) => {}
             }
         }
+        // Last: nobody else waits for his turn meanwhile.
+        for turn in given_up {
+            self.drop_unwanted(&turn).await;
+        }
         Ok(())
+    }
+
+    /// Gives up a layer of a sandbox that was deleted, or has had another life, elsewhere: nobody could tell this service while it was away. Asked once: what somebody still
+    /// has is looked at in the next round.
+    async fn drop_unwanted(&self, turn: &Turn<'_>) {
+        match self.in_time(self.keeper.drop_layer(turn.id())).await {
+            Ok(()) => {
+                tracing::info!(sandbox.id = %turn.id(), "a layer that nobody will ask for is given up");
+                turn.free();
+            }
+            Err(error) => tracing::debug!(sandbox.id = %turn.id(), %error, "a layer that nobody will ask for is not given up yet"),
+        }
     }
 
     /// What has ended here with a layer, by its row, and the layers that the keeper has.

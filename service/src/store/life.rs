@@ -108,6 +108,22 @@ impl Store {
         Ok(ended.collect())
     }
 
+    /// Of these layers, which this node's keeper has, those that nobody will ask for here: their sandboxes are gone, belong to another node by now, or have ended with nothing kept.
+    pub async fn unwanted_layers(&self, node: NodeId, ids: &[SandboxId]) -> Result<Vec<SandboxId>, StoreError> {
+        let ids: Vec<uuid::Uuid> = ids.iter().map(|id| id.0).collect();
+        let unwanted = sqlx::query_scalar!(
+            r#"select id as "id!" from unnest($2::uuid[]) as asked (id)
+            where not exists (
+                select 1 from sandboxes
+                -- without a node it waits, and may come here
+                where sandboxes.id = asked.id and (node = $1 or node is null) and (keep_layer or state not in ('exited', 'failed'))
+            )"#,
+            node.0,
+            &ids,
+        );
+        Ok(unwanted.fetch_all(&self.pool).await?.into_iter().map(SandboxId).collect())
+    }
+
     /// Notes that these layers are kept no more.
     pub async fn give_up_layers(&self, ids: &[SandboxId]) -> Result<(), StoreError> {
         let ids: Vec<uuid::Uuid> = ids.iter().map(|id| id.0).collect();

@@ -1,5 +1,7 @@
 //! Pauses, changes and removals against a real database.
 
+use std::collections::BTreeSet;
+
 use sandbox_core::{fence::Fences, protocol::Cause};
 use serde_json::json;
 use sqlx::PgPool;
@@ -270,4 +272,21 @@ async fn a_row_with_a_layer_is_not_pruned_until_that_is_given_up(pool: PgPool) {
     assert_eq!(store.layers_of_gone_nodes(NOW + std::time::Duration::from_secs(1)).await.unwrap(), []);
     store.give_up_layers(&[sandbox.id]).await.unwrap();
     assert_eq!(store.prune_sandboxes(later, 10).await.unwrap(), 1);
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn a_layer_is_wanted_where_its_sandbox_lives_or_ended_and_as_long_as_it_is_kept(pool: PgPool) {
+    let (store, lease) = store_with_node(pool).await;
+    let sandbox = Sandbox { keep_layer: true, ..sandbox("acme", Kind::Sandbox, None) };
+    let gone = SandboxId(uuid::Uuid::now_v7());
+    let elsewhere = NodeId(uuid::Uuid::now_v7());
+    let unwanted = async |node| BTreeSet::from_iter(store.unwanted_layers(node, &[sandbox.id, gone]).await.unwrap());
+
+    let hold = running(&store, lease, &sandbox).await;
+    assert_eq!(unwanted(lease.node).await, BTreeSet::from([gone]));
+    end(&store, &sandbox, hold).await;
+    assert_eq!(unwanted(lease.node).await, BTreeSet::from([gone]));
+    assert_eq!(unwanted(elsewhere).await, BTreeSet::from([sandbox.id, gone]));
+    store.give_up_layers(&[sandbox.id]).await.unwrap();
+    assert_eq!(unwanted(lease.node).await, BTreeSet::from([sandbox.id, gone]));
 }
