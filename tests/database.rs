@@ -387,3 +387,45 @@ async fn a_row_that_nobody_can_read_is_ended_and_holds_up_nobody() {
     assert_exit(&Client::of(service.place(), "damaged").shell("exit 5").await, 5);
     assert_eq!(postgres.ask("select live + queued from tenants where id = 'damaged'"), "0");
 }
+
+#[tokio::test]
+async fn a_case_that_nobody_can_read_ends_its_run_and_holds_up_no_order() {
+    let postgres = Database::start();
+    let mut service = service_with(&postgres);
+    let client = |service: &Service| Client::of(service.place(), "damaged");
+    let cases = json!([{ "stdin": "0\n" }, { "stdin": "1000\n" }, {}]);
+    let request = |name: &str, retry: u64| {
+        let mut request = shell("read n; sleep $n");
+        (request["cases"], request["wait_ms"], request["retry"], request["labels"]) =
+            (cases.clone(), json!(0), json!(retry), json!({ "name": name }));
+        request
+    };
+    let mut paths = Vec::new();
+    for (name, retry) in [("ended", 0), ("retried", 1)] {
+        let run = client(&service).post("/v1/runs", &request(name, retry)).await.expect(202);
+        paths.push(format!("/v1/runs/{}", run["id"].as_str().unwrap()));
+    }
+    let started = Instant::now();
+    while postgres.ask("select count(*) from run_cases where verdict is not null") != "2" {
+        assert!(started.elapsed() < AT_THE_LATEST, "the first of their cases do not end");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+
+    service.kill();
+    postgres.ask("update run_cases set outcome = '{\"reason\": \"of another version\"}' where verdict is not null");
+    service.start_again().unwrap();
+    let client = client(&service);
+    let ended = client.until(&paths[0], |run| !run["outcome"].is_null()).await;
+    // What an attempt left is gone with it.
+    client.until(&paths[1], |run| run["attempt"] == 2 && run["cases"][0]["verdict"] == "accepted").await;
+    let cancelled = client.delete(&paths[1]).await.expect(200);
+
+    assert_reason(&ended, "infra_error");
+    let message = ended["outcome"]["message"].as_str().unwrap();
+    assert!(message.contains("the outcome of a case cannot be read"), "{message}");
+    let verdicts: Vec<_> = ended["cases"].as_array().unwrap().iter().map(|case| case["verdict"].clone()).collect();
+    assert_eq!((verdicts, &ended["state"]), (vec![json!("accepted"), json!("not_run"), json!("not_run")], &json!("failed")), "{ended:#}");
+    assert_eq!(client.get(&paths[0]).await.expect(200), ended);
+    assert_reason(&cancelled, "stopped_by_user");
+    assert_eq!(postgres.ask("select live + queued from tenants where id = 'damaged'"), "0");
+}

@@ -141,6 +141,21 @@ impl Reason {
 }
 
 impl Outcome {
+    /// Of what is known by nothing but a fault of ours.
+    pub fn of_fault(message: String) -> Self {
+        Self {
+            reason: Reason::InfraError,
+            exit_code: None,
+            signal: None,
+            limits_hit: Vec::new(),
+            message,
+            usage: Usage::default(),
+            truncated: Truncated::default(),
+            phases_ms: Phases::default(),
+            launch: None,
+        }
+    }
+
     /// Whether the program exited with 0.
     pub fn is_success(&self) -> bool {
         self.reason == Reason::Exited && self.exit_code == Some(0)

@@ -1,11 +1,12 @@
 //! Table `run_cases`: what the cases of a run are given, and what came of each.
 
+use sandbox_core::protocol::Usage;
 use serde_json::Value;
 use sqlx::types::Json;
 use time::OffsetDateTime;
 
-use super::{Hold, Input, Store, StoreError, bigint, damaged, sandboxes::id_at, unsigned};
-use crate::sandbox::{Beginning, Case, CaseEnd, CaseOutput, NewCase, SandboxId, ToldCase, Verdict};
+use super::{Hold, Input, Store, StoreError, bigint, sandboxes::id_at, unsigned};
+use crate::sandbox::{Beginning, Case, CaseEnd, CaseOutput, NewCase, Outcome, SandboxId, ToldCase, Verdict};
 
 /// More than any stream of ours, and no more than Postgres counts to.
 const STREAM_BYTES_MAX: i64 = 1 << 30;
@@ -37,19 +38,21 @@ struct Row {
 }
 
 impl Row {
-    fn read(self) -> Result<Case, StoreError> {
+    /// Whatever it holds: nobody would ever read more of it, and what waits for that would wait for good.
+    fn read(self) -> Case {
         let Some(((verdict, outcome), used)) = self.verdict.zip(self.outcome).zip(self.used) else {
-            return Ok(Case { name: self.name, end: None });
+            return Case { name: self.name, end: None };
         };
-        let unreadable = |column: &str, error: serde_json::Error| damaged(format_args!("a {column} that cannot be read: {error}"));
-        let end = CaseEnd {
-            verdict: Verdict::named(&verdict).ok_or_else(|| damaged(format_args!("the verdict {verdict}")))?,
-            outcome: serde_json::from_value(outcome).map_err(|error| unreadable("case's outcome", error))?,
-            used: serde_json::from_value(used).map_err(|error| unreadable("case's usage", error))?,
-            started_at: self.started_at,
-            stored_bytes: unsigned(self.stored_bytes),
+        let verdict = Verdict::named(&verdict);
+        let read = || -> Result<(Outcome, Usage), String> {
+            let unreadable = |column: &str, error: serde_json::Error| format!("{column} of a case cannot be read: {error}");
+            let outcome = serde_json::from_value(outcome).map_err(|error| unreadable("the outcome", error))?;
+            let used = serde_json::from_value(used).map_err(|error| unreadable("the usage", error))?;
+            verdict.is_some().then_some((outcome, used)).ok_or_else(|| "the verdict of a case cannot be read".to_owned())
         };
-        Ok(Case { name: self.name, end: Some(end) })
+        let (outcome, used) = read().unwrap_or_else(|fault| (Outcome::of_fault(fault), Usage::default()));
+        let (verdict, stored_bytes) = (verdict.unwrap_or(Verdict::Failed), unsigned(self.stored_bytes));
+        Case { name: self.name, end: Some(CaseEnd { verdict, outcome, used, started_at: self.started_at, stored_bytes }) }
     }
 }
 
@@ -61,7 +64,7 @@ fn beginning(bytes: Option<Vec<u8>>, stored_bytes: i32, omitted_bytes: i64) -> B
 }
 
 impl Store {
-    /// The cases of this run, in their order, and how those ended that have.
+    /// The cases of this run, in their order, and how those ended that have. One whose end cannot be read ended by a fault of ours, which ends its run.
     pub async fn cases_of(&self, run: SandboxId) -> Result<Vec<Case>, StoreError> {
         let rows = sqlx::query_as!(
             Row,
@@ -70,7 +73,7 @@ impl Store {
             from run_cases where run = $1 order by index"#,
             run.0,
         );
-        rows.fetch_all(&self.pool).await?.into_iter().map(Row::read).collect()
+        Ok(rows.fetch_all(&self.pool).await?.into_iter().map(Row::read).collect())
     }
 
     /// The same with what they wrote: of all of them together at most so many bytes of each stream, to each its share.
@@ -96,10 +99,10 @@ impl Store {
             };
             let stored_bytes = i64::from(row.stdout_bytes) + i64::from(row.stderr_bytes);
             let (verdict, outcome, used) = (row.verdict, row.outcome, row.used);
-            let case = Row { name: row.name, verdict, outcome, used, started_at: row.started_at, stored_bytes }.read()?;
-            Ok(ToldCase { case, output: output.shortened(share) })
+            let case = Row { name: row.name, verdict, outcome, used, started_at: row.started_at, stored_bytes }.read();
+            ToldCase { case, output: output.shortened(share) }
         });
-        told.collect()
+        Ok(told.collect())
     }
 
     /// What this case reads; `None` if there is nothing to read.

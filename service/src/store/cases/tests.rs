@@ -6,7 +6,9 @@ use sqlx::PgPool;
 
 use super::{super::sandboxes::tests::*, *};
 use crate::{
-    sandbox::{CaseReader, Comparison, Content, DefaultQuotas, Finish, Judging, Kind, Limits, LogTail, Phases, RequestedLimits, Sandbox},
+    sandbox::{
+        CaseReader, Comparison, Content, DefaultQuotas, Finish, Judging, Kind, Limits, LogTail, Phases, Reason, RequestedLimits, Sandbox,
+    },
     store::{Admission, Admitted, Ended, Lease, LogKept, Return, Writer},
 };
 
@@ -102,6 +104,28 @@ async fn ends_outlive_a_return_into_the_queue_and_no_failed_attempt(pool: PgPool
     assert!(store.give_back(run.id, Hold { lease, claims: 2 }, Return::Failed { message: "gone", until: at }, at).await.unwrap());
     assert_eq!(store.cases_of(run.id).await.unwrap()[0].end, None);
     assert_eq!(store.case_stdin(run.id, 0).await.unwrap().as_deref(), Some(b"in".as_slice()));
+}
+
+/// As another version of ours may have written it.
+#[sqlx::test(migrations = "../migrations")]
+async fn an_end_that_cannot_be_read_ends_its_run_and_keeps_its_verdict_and_its_output(pool: PgPool) {
+    let (store, lease) = store_with_node(pool.clone()).await;
+    let run = run();
+    admit_cases(&store, &run, lease, &[case(None, None, None), case(None, None, None)]).await;
+
+    for (column, value) in [("outcome", json!({ "reason": "of another version" })), ("used", json!([]))] {
+        assert!(finish_case(&store, &run, Hold { lease, claims: 1 }).await);
+        let damaging = format!("update run_cases set {column} = $1 where verdict is not null");
+        sqlx::query(sqlx::AssertSqlSafe(damaging)).bind(Json(&value)).execute(&pool).await.unwrap();
+        let cases = store.cases_of(run.id).await.unwrap();
+        let end = cases[0].end.as_ref().unwrap();
+        let judged = run.judging.unwrap().of(&cases);
+
+        assert_eq!(judged.outcome.unwrap().reason, Reason::InfraError, "{column}");
+        assert!(end.outcome.message.contains(" of a case cannot be read: "), "{}", end.outcome.message);
+        assert_eq!((end.verdict, end.used, end.stored_bytes), (Verdict::Failed, Usage::default(), 4));
+        assert_eq!(store.told_cases(run.id, Beginning::BYTES_MAX).await.unwrap()[0].output, output());
+    }
 }
 
 #[sqlx::test(migrations = "../migrations")]
