@@ -221,8 +221,8 @@ impl RunView {
             output: output.map(OutputView::from),
             outcome: sandbox.outcome,
             compile: sandbox.compile.map(|compile| CompileView::from(*compile)),
-            verdict: cases.as_ref().filter(|_| is_final).map(|cases| Verdict::of_run(cases.iter().map(|told| &told.case))),
-            cases: cases.map(|cases| cases.into_iter().enumerate().map(CaseView::from).collect()),
+            verdict: cases.as_ref().filter(|_| is_final).and_then(|cases| Verdict::of_run(cases.iter().map(|told| &told.case))),
+            cases: cases.map(|cases| cases.into_iter().map(CaseView::from).collect()),
             fences: sandbox.fences.map(|fences| fences.iter().collect()),
             limits: sandbox.limits,
             attempt: sandbox.attempt,
@@ -286,8 +286,8 @@ impl From<Compile> for CompileView {
     }
 }
 
-impl From<(usize, ToldCase)> for CaseView {
-    fn from((index, ToldCase { case, output }): (usize, ToldCase)) -> Self {
+impl From<ToldCase> for CaseView {
+    fn from(ToldCase { index, case, output }: ToldCase) -> Self {
         let verdict = case.verdict();
         let (output, outcome) = case.end.map(|end| (CaseOutputView::from(output), end.outcome)).unzip();
         Self { index, name: case.name, verdict, outcome, output }

@@ -82,6 +82,8 @@ pub struct CaseOutput {
 /// One case of a run, with what it wrote: nothing, before its end.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ToldCase {
+    /// Its place among all of its run's, from 0 on.
+    pub index: usize,
     pub case: Case,
     pub output: CaseOutput,
 }
@@ -177,9 +179,11 @@ impl Verdict {
         [Self::Accepted, Self::WrongOutput, Self::Failed, Self::NotRun].into_iter().find(|verdict| verdict.as_str() == name)
     }
 
-    /// That of a run with these cases: `accepted` if every one is, else that of the first that is not.
-    pub fn of_run<'a>(cases: impl IntoIterator<Item = &'a Case>) -> Self {
-        cases.into_iter().map(Case::verdict).find(|verdict| *verdict != Self::Accepted).unwrap_or(Self::Accepted)
+    /// That of a run with these cases: `accepted` if every one is, else that of the first that is not; `None` if none are there: nothing is said of what is not kept any more.
+    pub fn of_run<'a>(cases: impl IntoIterator<Item = &'a Case>) -> Option<Self> {
+        let mut verdicts = cases.into_iter().map(Case::verdict).peekable();
+        verdicts.peek()?;
+        Some(verdicts.find(|verdict| *verdict != Self::Accepted).unwrap_or(Self::Accepted))
     }
 }
 
@@ -344,9 +348,10 @@ mod tests {
     fn a_run_has_the_outcome_and_the_verdict_of_the_first_case_that_is_not_accepted() {
         let cases = [accepted(), ended(Cause::Exited { code: 3 }, None), ended(Cause::WallTimeout, None)];
         let outcome = ALL.of(&cases).outcome.unwrap();
-        assert_eq!((outcome.exit_code, Verdict::of_run(&cases)), (Some(3), Verdict::Failed));
+        assert_eq!((outcome.exit_code, Verdict::of_run(&cases)), (Some(3), Some(Verdict::Failed)));
         assert_eq!(ALL.of(&[accepted(), accepted()]).outcome.unwrap().exit_code, Some(0));
-        assert_eq!(Verdict::of_run(&[accepted(), accepted()]), Verdict::Accepted);
+        assert_eq!(Verdict::of_run(&[accepted(), accepted()]), Some(Verdict::Accepted));
+        assert_eq!(Verdict::of_run(&[]), None);
     }
 
     #[test]

@@ -79,7 +79,7 @@ impl Store {
     /// The same with what they wrote: of all of them together at most so many bytes of each stream, to each its share.
     pub async fn told_cases(&self, run: SandboxId, stream_bytes: usize) -> Result<Vec<ToldCase>, StoreError> {
         let rows = sqlx::query!(
-            r#"select name, verdict, outcome, used, started_at,
+            r#"select index, name, verdict, outcome, used, started_at,
                 coalesce(octet_length(stdout), 0) as "stdout_bytes!", coalesce(octet_length(stderr), 0) as "stderr_bytes!",
                 stdout_omitted_bytes, stderr_omitted_bytes,
                 -- by the byte behind it is known whether that is the end of a character
@@ -100,7 +100,7 @@ impl Store {
             let stored_bytes = i64::from(row.stdout_bytes) + i64::from(row.stderr_bytes);
             let (verdict, outcome, used) = (row.verdict, row.outcome, row.used);
             let case = Row { name: row.name, verdict, outcome, used, started_at: row.started_at, stored_bytes }.read();
-            ToldCase { case, output: output.shortened(share) }
+            ToldCase { index: usize::try_from(row.index).unwrap_or_default(), case, output: output.shortened(share) }
         });
         Ok(told.collect())
     }
@@ -164,17 +164,16 @@ impl Store {
         Ok(done.rows_affected() == 1)
     }
 
-    /// Removes cases of runs that ended before this time and are about to be removed, a few at a time: of one run alone they can be megabytes.
-    /// Answers how many.
+    /// Removes the cases of runs that ended before this time and are about to be removed, a few at a time: of one run alone they can be megabytes. Of a run all go at once: what is
+    /// left of some would be told as if it were all. Answers how many, which is fewer than the limit if none are left.
     pub async fn prune_cases(&self, before: OffsetDateTime, limit: u32) -> Result<u64, StoreError> {
         let gone = sqlx::query!(
-            "delete from run_cases using (
-                select run, index from run_cases join sandboxes on sandboxes.id = run_cases.run
+            "delete from run_cases where run in (
+                select run from run_cases join sandboxes on sandboxes.id = run_cases.run
                 where run < $3 and state in ('exited', 'failed') and finished_at < $1 and not has_log_file and not keep_layer
-                order by run, index
+                order by run
                 limit $2
-            ) as old
-            where run_cases.run = old.run and run_cases.index = old.index",
+            )",
             before,
             i64::from(limit),
             id_at(before),

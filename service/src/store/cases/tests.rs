@@ -148,22 +148,45 @@ async fn what_cases_were_given_goes_at_the_end_of_their_run_and_what_they_wrote_
 }
 
 #[sqlx::test(migrations = "../migrations")]
-async fn old_cases_go_a_few_at_a_time_and_before_their_run(pool: PgPool) {
+async fn old_cases_go_a_few_runs_at_a_time_each_with_all_of_its_own_and_before_their_run(pool: PgPool) {
     let (store, lease) = store_with_node(pool).await;
-    let run = run();
-    admit_cases(&store, &run, lease, &[case(None, None, None), case(None, None, None)]).await;
     let hold = Hold { lease, claims: 1 };
-    assert!(finish_case(&store, &run, hold).await);
+    let runs = [run(), run()];
+    for run in &runs {
+        admit_cases(&store, run, lease, &[case(None, None, None), case(None, None, None), case(None, None, None)]).await;
+        assert!(finish_case(&store, run, hold).await);
+    }
     // Of its making its id says so, too.
     let later = time::macros::datetime!(2200-01-01 00:00 UTC);
-    assert_eq!(store.prune_cases(later, 10).await.unwrap(), 0, "it goes on");
-    let finish = finish(Cause::Exited { code: 3 });
-    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 4, log_file: LogKept::No };
-    assert!(store.finish(run.id, Writer::Holder(hold), &ended).await.unwrap());
+    assert_eq!(store.prune_cases(later, 10).await.unwrap(), 0, "they go on");
+    for run in &runs {
+        let finish = finish(Cause::Exited { code: 3 });
+        let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 4, log_file: LogKept::No };
+        assert!(store.finish(run.id, Writer::Holder(hold), &ended).await.unwrap());
+    }
+    let left = async || {
+        let mut left = [store.told_cases(runs[0].id, 10).await.unwrap().len(), store.told_cases(runs[1].id, 10).await.unwrap().len()];
+        left.sort_unstable();
+        left
+    };
 
     assert_eq!(store.prune_sandboxes(later, 10).await.unwrap(), 0);
-    assert_eq!((store.prune_cases(later, 1).await.unwrap(), store.prune_cases(later, 10).await.unwrap()), (1, 1));
-    assert_eq!(store.prune_sandboxes(later, 10).await.unwrap(), 1);
+    // A limit in the midst of a run is none for that run.
+    assert_eq!((store.prune_cases(later, 2).await.unwrap(), left().await), (3, [0, 3]));
+    assert_eq!((store.prune_cases(later, 4).await.unwrap(), left().await), (3, [0, 0]));
+    assert_eq!(store.prune_sandboxes(later, 10).await.unwrap(), 2);
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn a_case_is_told_by_its_own_place_whatever_has_become_of_others(pool: PgPool) {
+    let (store, lease) = store_with_node(pool.clone()).await;
+    let run = run();
+    admit_cases(&store, &run, lease, &[case(None, None, None), case(Some("second"), None, None)]).await;
+    sqlx::query("delete from run_cases where index = 0").execute(&pool).await.unwrap();
+
+    let told = store.told_cases(run.id, 10).await.unwrap();
+
+    assert_eq!(told.iter().map(|told| (told.index, told.case.name.as_deref())).collect::<Vec<_>>(), [(1, Some("second"))]);
 }
 
 #[sqlx::test(migrations = "../migrations")]
