@@ -253,7 +253,7 @@ async fn a_private_postgres_that_dies_is_started_again_while_the_service_goes_on
     assert_eq!(host::command_line(last), "", "it was not stopped with the service");
 }
 
-/// Stands between a service and its Postgres. Of the first statement that carries the mark it lets Postgres do the work, and then cuts the
+/// Stands between a service and its Postgres. On the first connection that carries these marks, one after the other, it lets Postgres do what is asked with the last, and then cuts the
 /// connection before the answer.
 struct Cutter {
     port: u16,
@@ -261,7 +261,7 @@ struct Cutter {
 }
 
 impl Cutter {
-    fn before(postgres: &Database, mark: &'static str) -> Self {
+    fn before(postgres: &Database, marks: &'static [&'static str]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (port, to) = (listener.local_addr().unwrap().port(), postgres.port());
         let has_cut = Arc::new(AtomicBool::new(false));
@@ -273,10 +273,15 @@ impl Cutter {
                 let (cut, doomed) = (Arc::clone(&cut), Arc::clone(&is_doomed));
                 let (from, into) = (client.try_clone().unwrap(), server.try_clone().unwrap());
                 std::thread::spawn(move || {
+                    let mut ahead = marks;
                     carry(from, into, |bytes| {
-                        let is_marked = bytes.windows(mark.len()).any(|window| window == mark.as_bytes());
-                        if is_marked && !cut.swap(true, Ordering::SeqCst) {
-                            doomed.store(true, Ordering::SeqCst);
+                        if let [mark, behind @ ..] = ahead
+                            && bytes.windows(mark.len()).any(|window| window == mark.as_bytes())
+                        {
+                            ahead = behind;
+                            if behind.is_empty() && !cut.swap(true, Ordering::SeqCst) {
+                                doomed.store(true, Ordering::SeqCst);
+                            }
                         }
                         true
                     });
@@ -285,6 +290,14 @@ impl Cutter {
             }
         });
         Self { port, has_cut }
+    }
+
+    /// A service of this Postgres, behind this.
+    fn service(&self, postgres: &Database) -> Service {
+        let url = postgres.url.replace(&format!(":{}/", postgres.port()), &format!(":{}/", self.port));
+        let service = Service::start_with(&["--database-url", &format!("{url}?sslmode=disable")]).unwrap();
+        service.import("busybox").unwrap();
+        service
     }
 }
 
@@ -305,10 +318,8 @@ fn carry(mut from: TcpStream, mut into: TcpStream, mut may_pass: impl FnMut(&[u8
 async fn an_admission_whose_answer_was_lost_is_undone_and_its_key_starts_another() {
     const MARK: &str = "the-answer-to-this-is-lost";
     let postgres = Database::start();
-    let cutter = Cutter::before(&postgres, MARK);
-    let url = postgres.url.replace(&format!(":{}/", postgres.port()), &format!(":{}/", cutter.port));
-    let service = Service::start_with(&["--database-url", &format!("{url}?sslmode=disable")]).unwrap();
-    service.import("busybox").unwrap();
+    let cutter = Cutter::before(&postgres, &[MARK]);
+    let service = cutter.service(&postgres);
     let client = Client::of(service.place(), "unclear");
     // The statement is prepared, so that its parameters and the order to do it come at one time.
     assert_exit(&client.shell("true").await, 0);
@@ -338,6 +349,38 @@ async fn an_admission_whose_answer_was_lost_is_undone_and_its_key_starts_another
     assert_reason(&second.body, "exited");
     assert_eq!(postgres.ask(made), "2");
     assert_eq!(postgres.ask("select live from tenants where id = 'unclear'"), "0");
+}
+
+/// A run whose first case has ended comes back to the queue, as the second was not begun, and whether it is claimed then is not clear.
+#[tokio::test]
+async fn what_was_stored_of_cases_is_counted_where_the_answer_to_a_later_claim_was_lost() {
+    let postgres = Database::start();
+    let cutter = Cutter::before(&postgres, &["from picked where sandboxes.id = picked.id", "commit\0"]);
+    let mut service = cutter.service(&postgres);
+    let client = |service: &Service| Client::of(service.place(), "unclear");
+    service.kill();
+    service.arm("service.case.stored=1*return");
+    service.start_again().unwrap();
+    let mut request = shell("read n; echo $n");
+    (request["cases"], request["wait_ms"]) = (json!([{ "stdin": "12\n" }, { "stdin": "345\n" }]), json!(0));
+
+    // It may die before it has answered.
+    drop(client(&service).try_post("/v1/runs", &request).await);
+    service.wait().unwrap();
+    let id = postgres.ask("select id from sandboxes where tenant = 'unclear'");
+    service.arm("");
+    service.start_again().unwrap();
+    let client = client(&service);
+    let run = client.until(&format!("/v1/runs/{id}"), |run| !run["outcome"].is_null()).await;
+    let used = client.get("/v1/usage").await.expect(200);
+
+    assert!(cutter.has_cut.load(Ordering::SeqCst), "nothing was cut");
+    assert_reason(&run, "infra_error");
+    assert!(run["outcome"]["message"].as_str().unwrap().contains("taken from the queue"), "{run:#}");
+    assert_eq!((&run["cases"][0]["stdout"], &run["cases"][1]["verdict"]), (&json!("12\n"), &json!("not_run")), "{run:#}");
+    assert_eq!((&used["total"]["output_bytes"], &used["total"]["log_bytes"]), (&json!(3), &json!(3)), "{used:#}");
+    assert_eq!(postgres.ask("select log_bytes from tenants where id = 'unclear'"), "3");
+    assert!(run["started_at"].is_string(), "{run:#}");
 }
 
 #[tokio::test]

@@ -220,6 +220,8 @@ impl Engine {
         let engine = Arc::clone(self);
         tokio::spawn(async move {
             let known = engine.live.known(Arc::clone(&live));
+            // It may have been begun before, and have come back to the queue since.
+            engine.recall_cases(&live).await;
             if engine.settle(&live, &ending).await == After::Waits {
                 known.keep();
             }
