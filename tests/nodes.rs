@@ -147,22 +147,31 @@ async fn a_node_that_was_taken_for_dead_writes_nothing_over_its_successors_word(
     assert!(log.contains("taken for dead"), "{log}");
 }
 
-/// The third case of the first attempt has ended, its keeper has the record, and its node dies as soon as it has claimed the run again.
 #[tokio::test]
 async fn what_a_node_still_has_of_a_case_is_not_taken_for_one_of_the_next_attempt() {
+    judges_anew_after(1).await;
+}
+
+#[tokio::test]
+async fn what_a_node_still_has_of_a_case_is_not_taken_for_one_of_the_attempt_after_the_next() {
+    judges_anew_after(2).await;
+}
+
+/// The third case of the first attempt has ended, its keeper has the record, and its node dies as soon as it has claimed the run again: after so many attempts have failed, the second of them elsewhere.
+async fn judges_anew_after(failed: u64) {
     let database = Database::start();
-    let (mut first, second) = (node(&database), node(&database));
+    let (mut first, mut second) = (node(&database), node(&database));
     first.kill();
     first.arm("service.queue.claimed=1*off->return");
     first.start_again().unwrap();
     // What comes to its door waits in the queue, and only the first node takes it.
-    Client::admin(second.place()).post(&format!("/v1/admin/nodes/{}/drain", node_id(&second)), &json!({})).await.expect(200);
+    order(&second, "drain").await;
     let (keeper, unique) = (first.place().keeper_pid(), uuid::Uuid::new_v4().as_u128() % 1_000_000_000);
     // The shell's own arguments do not say what the sleeper's do.
     let script = format!("read n; s=3; [ $n != 3 ] || sleep $s.{unique:09}; echo $n");
     let sleeper = format!("sleep 3.{unique:09}");
     let cases: Vec<_> = ["1", "2", "3"].iter().map(|n| json!({ "stdin": format!("{n}\n"), "expected_stdout": n })).collect();
-    let request = json!({ "image": "busybox", "command": ["sh", "-c", script], "cases": cases, "retry": 1, "wait_ms": 0 });
+    let request = json!({ "image": "busybox", "command": ["sh", "-c", script], "cases": cases, "retry": failed, "wait_ms": 0 });
     let run = client(&second).post("/v1/runs", &request).await.expect(202);
     let path = format!("/v1/runs/{}", run["id"].as_str().unwrap());
 
@@ -170,6 +179,16 @@ async fn what_a_node_still_has_of_a_case_is_not_taken_for_one_of_the_next_attemp
     signal(first.place().pid, Signal::SIGSTOP);
     client(&second).until(&path, |run| run["attempt"] == 2).await;
     until_host(|| host::processes_with(&sleeper).is_empty()).await;
+    if failed == 2 {
+        order(&second, "resume").await;
+        until_host(|| !host::processes_with(&sleeper).is_empty()).await;
+        // It takes no third attempt.
+        order(&second, "drain").await;
+        signal(second.place().keeper_pid(), Signal::SIGKILL);
+        second.wait().unwrap();
+        second.start_again().unwrap();
+        client(&second).until(&path, |run| run["attempt"] == 3).await;
+    }
     // It can be told to forget nothing before its service has claimed the run and died.
     signal(keeper, Signal::SIGSTOP);
     signal(first.place().pid, Signal::SIGCONT);
@@ -181,8 +200,13 @@ async fn what_a_node_still_has_of_a_case_is_not_taken_for_one_of_the_next_attemp
 
     let told: Vec<_> = run["cases"].as_array().unwrap().iter().map(|case| case["stdout"].as_str().unwrap_or_default()).collect();
     assert_eq!(told, ["1\n", "2\n", "3\n"], "{run:#}");
-    assert_eq!((&run["verdict"], &run["attempt"]), (&json!("accepted"), &json!(2)), "{run:#}");
+    assert_eq!((&run["verdict"], &run["attempt"]), (&json!("accepted"), &json!(failed + 1)), "{run:#}");
     assert_eq!(first.place().keeper_pid(), keeper);
+}
+
+/// Has a node take nothing more, or again.
+async fn order(node: &Service, what: &str) {
+    Client::admin(node.place()).post(&format!("/v1/admin/nodes/{}/{what}", node_id(node)), &json!({})).await.expect(200);
 }
 
 /// Its service restarts, and in between nobody can tell it; its keeper lives on.

@@ -88,7 +88,7 @@ impl Engine {
         }
     }
 
-    /// Takes over a run with cases, of which the keeper has these records of this attempt.
+    /// Takes over a run with cases, of which the keeper has these records of this claim.
     pub(super) async fn adopt_cases(
         self: Arc<Self>,
         live: Arc<Live>,
@@ -148,10 +148,10 @@ impl Engine {
         }
     }
 
-    /// Has the keeper end and forget what it may still have of this run's cases. False if that cannot be done now.
-    pub(super) async fn clear_cases(&self, run: SandboxId) -> bool {
+    /// Has the keeper end and forget what it may still have of this run's cases, by whichever claim. False if that cannot be done now.
+    pub(super) async fn clear_cases(&self, run: &Sandbox) -> bool {
         let mut is_cleared = true;
-        for id in case_ids(run) {
+        for id in case_ids(run.id, run.claims) {
             self.end_leftover(id).await;
             is_cleared &= self.forget(id).await;
         }
@@ -193,7 +193,7 @@ impl Engine {
                     // Ordered while the keeper may not have known of it.
                     self.kill(live, reason).await;
                 }
-                Ok(self.follow(live, case_id(run.id, run.attempt, index), wait).await)
+                Ok(self.follow(live, case_id(run.id, run.claims, index), wait).await)
             }
         }
     }
@@ -203,7 +203,7 @@ impl Engine {
             self.note_running(live, launched);
         }
         let run = &live.sandbox;
-        self.follow(live, case_id(run.id, run.attempt, index), None::<Pending<_>>).await
+        self.follow(live, case_id(run.id, run.claims, index), None::<Pending<_>>).await
     }
 
     /// A run has run since the first of its cases does.
@@ -218,7 +218,7 @@ impl Engine {
         let id = live.sandbox.id;
         let expected = self.until_heard(id, || self.store.case_expected(id, index)).await.map(Arc::new);
         let finish = |ending: &Ending| Finish::of(ending, &live.limits(), phases(live, at_us(ending.ended_at_us)));
-        match self.read_case(case_id(id, live.sandbox.attempt, index), judging.comparison, expected).await {
+        match self.read_case(case_id(id, live.sandbox.claims, index), judging.comparison, expected).await {
             // What a full disk of ours lost is no fault of the program's.
             Ok(read) if ending.cause == SUCCESS && read.stdout_bytes() < ending.usage.stdout_bytes.min(live.limits().output_bytes()) => {
                 CaseEnd::of(finish(&failed_by_us(ending, "its node lost some of its output")), read)
@@ -247,7 +247,7 @@ impl Engine {
     /// Has the keeper forget a case whose end is stored: the second after it has the same name. Tried until it is done, or the keeper is gone for good; fails where the keeper is there and
     /// does not do it, however often it is asked.
     async fn forget_case(&self, live: &Live, index: usize) -> Result<(), Failure> {
-        let id = case_id(live.sandbox.id, live.sandbox.attempt, index);
+        let id = case_id(live.sandbox.id, live.sandbox.claims, index);
         let mut refusals = 0;
         loop {
             match self.keeper.forget(id).await {
@@ -285,7 +285,7 @@ fn failed_by_us(ending: &Ending, message: &str) -> Ending {
 
 fn launch_of_case(live: &Live, index: usize, has_stdin: bool, has_files: bool) -> Launch {
     let run = &live.sandbox;
-    let id = case_id(run.id, run.attempt, index);
+    let id = case_id(run.id, run.claims, index);
     Launch {
         id,
         image: run.image.root.clone(),

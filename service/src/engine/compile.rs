@@ -95,7 +95,8 @@ impl Engine {
     /// Clears away what there may be of this run beside itself: its cases, and then the step that they are over. False if that cannot be done now.
     pub(super) async fn clear_parts(&self, live: &Live) -> bool {
         let id = live.sandbox.id;
-        (live.sandbox.judging.is_none() || self.clear_cases(id).await) && (live.sandbox.compile.is_none() || self.clear_step(id).await)
+        (live.sandbox.judging.is_none() || self.clear_cases(&live.sandbox).await)
+            && (live.sandbox.compile.is_none() || self.clear_step(id).await)
     }
 
     /// Has the keeper end what there may be of this run's compile step, give up what that wrote, and then forget it. False if that cannot be done now.

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     clock::at_us,
     metrics::Metrics,
-    sandbox::{CompileEnd, Event, Judged, Limits, LogTail, Sandbox, SandboxId, State, case_ids, step_id},
+    sandbox::{CompileEnd, Event, Judged, Limits, LogTail, Sandbox, SandboxId, State, case_id, step_id},
     store::{Hold, Lease},
 };
 
@@ -174,7 +174,7 @@ impl Live {
     /// By which the keeper may know something of it: its payload or the cases of that, and before them its compile step.
     pub(super) fn names(&self) -> impl Iterator<Item = SandboxId> + use<> {
         let step = self.sandbox.compile.as_ref().map(|_| step_id(self.sandbox.id));
-        let cases = self.sandbox.judging.map(|_| case_ids(self.sandbox.id));
+        let cases = self.sandbox.judging.map(|_| [0, 1].map(|index| case_id(self.sandbox.id, self.sandbox.claims, index)));
         step.into_iter().chain(cases.into_iter().flatten()).chain([self.sandbox.id])
     }
 

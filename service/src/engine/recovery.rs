@@ -138,9 +138,9 @@ impl Engine {
             let is_same_keeper = sandbox.claimed_at.is_some_and(|at| unix_us(at) > keeper_started_at_us);
             if let Some(judging) = sandbox.judging {
                 adopted += 1;
-                let of_cases = [0, 1].map(|index| records.remove(&case_id(sandbox.id, sandbox.attempt, index)));
-                // What there may be of an attempt before this one is cleared away with the run, or before it is begun again.
-                for id in case_ids(sandbox.id) {
+                let of_cases = [0, 1].map(|index| records.remove(&case_id(sandbox.id, sandbox.claims, index)));
+                // What there may be of a claim before this one is cleared away with the run, or before it is begun again.
+                for id in case_ids(sandbox.id, sandbox.claims) {
                     records.remove(&id);
                 }
                 let live = self.live.claimed(sandbox, self.lease());

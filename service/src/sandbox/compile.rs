@@ -82,25 +82,27 @@ pub(super) fn together(one: &Usage, other: &Usage) -> Usage {
 /// Where the version stands in an id, and that of the ids of compile steps: all others are of version 7 (RFC 9562, sections 5.7 and 5.8).
 const VERSION_SHIFT: u32 = 76;
 const OF_STEP: u128 = 8;
-/// Two are enough for all cases of an attempt: they come one after another, and one is begun only when the one before the last is forgotten. The next attempt has two others: a node that was taken
-/// for dead may still have what it began.
-const OF_CASES: [[u128; 2]; 2] = [[9, 10], [11, 12]];
 const OF_RUN: u128 = 7;
+/// Two are enough for all cases of a claim: they come one after another, and one is begun only when the one before the last is forgotten. The next claim has two others: a node that was taken
+/// for dead, or that could not clear away what it began, may still have that when it claims the run again. All that are left: who comes back to the first is the eighth.
+const OF_CASES: [[u128; 2]; 7] = [[9, 10], [11, 12], [13, 14], [15, 0], [1, 2], [3, 4], [5, 6]];
 
 /// What the keeper calls the compile step of this run: each can be told from the other, so nobody has to write down what belongs together.
 pub fn step_id(run: SandboxId) -> SandboxId {
     with_version(run, OF_STEP)
 }
 
-/// What the keeper calls this case of this attempt at this run, and the second after it.
-pub fn case_id(run: SandboxId, attempt: u32, index: usize) -> SandboxId {
-    let of_attempt = OF_CASES[usize::from(attempt.is_multiple_of(2))];
-    with_version(run, of_attempt[index % of_attempt.len()])
+/// What the keeper calls this case, and the second after it, of a run that was claimed so many times.
+pub fn case_id(run: SandboxId, claims: u64, index: usize) -> SandboxId {
+    let nth = claims.saturating_sub(1) % OF_CASES.len() as u64;
+    let of_claim = OF_CASES[usize::try_from(nth).expect("it is less than there are")];
+    with_version(run, of_claim[index % of_claim.len()])
 }
 
-/// All that the keeper may call a case of this run, at whichever attempt.
-pub fn case_ids(run: SandboxId) -> impl Iterator<Item = SandboxId> {
-    OF_CASES.into_iter().flatten().map(move |version| with_version(run, version))
+/// All that the keeper may call a case of a run that was claimed so many times, by whichever claim.
+pub fn case_ids(run: SandboxId, claims: u64) -> impl Iterator<Item = SandboxId> {
+    let of_claims = OF_CASES.into_iter().take(usize::try_from(claims).unwrap_or(usize::MAX));
+    of_claims.flatten().map(move |version| with_version(run, version))
 }
 
 /// The run of which this is the compile step or a case, or what it is itself.
@@ -155,16 +157,25 @@ mod tests {
     }
 
     #[test]
-    fn one_case_is_told_from_the_next_and_from_those_of_the_attempt_before_by_its_name() {
+    fn one_case_is_told_from_the_next_and_from_those_of_the_claims_before_by_its_name() {
         let run = SandboxId(Uuid::now_v7());
-        let names = [(1, 0), (1, 1), (2, 0), (2, 1)].map(|(attempt, index)| case_id(run, attempt, index));
+        let names: Vec<_> = (1..=7).flat_map(|claims| [case_id(run, claims, 0), case_id(run, claims, 1)]).collect();
         assert_eq!((case_id(run, 1, 2), case_id(run, 2, 3)), (names[0], names[3]));
-        assert_eq!(BTreeSet::from(names).len(), 4);
-        assert_eq!(case_ids(run).collect::<BTreeSet<_>>(), BTreeSet::from(names));
+        assert_eq!(names.iter().copied().collect::<BTreeSet<_>>().len(), 14);
         for name in names {
             assert_eq!((run_id(name), is_part(name), is_step(name)), (run, true, false));
         }
         assert!(!is_part(run));
+    }
+
+    #[test]
+    fn what_a_case_may_be_called_is_known_for_every_claim_so_far() {
+        let run = SandboxId(Uuid::now_v7());
+        let names = |claims: u64| case_ids(run, claims).collect::<BTreeSet<_>>();
+        let up_to = |claims: u64| (1..=claims).flat_map(|claim| [0, 1].map(|index| case_id(run, claim, index))).collect::<BTreeSet<_>>();
+        for claims in [0, 1, 3, 7, 100] {
+            assert_eq!(names(claims), up_to(claims), "{claims}");
+        }
     }
 
     #[test]
