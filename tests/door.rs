@@ -223,8 +223,8 @@ async fn slow_clients_are_not_waited_for() {
         let (body, after) = trickle(&place.url, &post(path), b" ").await;
         assert!(body.starts_with("HTTP/1.1 408"), "{path}: {body}");
         assert!((Duration::from_millis(1900)..Duration::from_secs(8)).contains(&after), "{path}: {after:?}");
-        let problem = body.split("\r\n\r\n").nth(1).unwrap();
-        contract::check("POST", path, 408, "application/problem+json", problem).unwrap();
+        let (head, problem) = body.split_once("\r\n\r\n").unwrap();
+        contract::check("POST", path, 408, &contract::headers(head).unwrap(), problem).unwrap();
         assert_eq!(serde_json::from_str::<Value>(problem).unwrap()["code"], "timeout");
     }
     client.get("/v1/limits").await.expect(200);

@@ -1,4 +1,4 @@
-//! Holds answers against `openapi.yaml`: every status and every body that the service sends must be promised there.
+//! Holds answers against `openapi.yaml`: every status, header, body and code of a refusal that the service sends must be promised there.
 
 use std::{
     collections::HashMap,
@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use jsonschema::Validator;
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::{Value, json};
 
 static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
@@ -69,12 +70,18 @@ pub fn operations() -> Vec<Operation> {
     all
 }
 
+/// What HTTP itself has of headers, and CORS: of these the contract says nothing.
+const OF_HTTP: [&str; 9] =
+    ["allow", "connection", "content-length", "content-type", "date", "keep-alive", "transfer-encoding", "upgrade", "vary"];
+const PROBLEM: &str = "application/problem+json";
+
 /// Whether the answer to `method path` is one that the contract promises.
 ///
 /// # Errors
-/// The text says what is not promised: the status, the media type, or the place in the body.
-pub fn check(method: &str, path: &str, status: u16, content_type: &str, body: &str) -> Result<()> {
+/// The text says what is not promised: the status, the media type, the header, the code, or the place in the body.
+pub fn check(method: &str, path: &str, status: u16, headers: &HeaderMap, body: &str) -> Result<()> {
     let path = path.split('?').next().unwrap_or(path);
+    let content_type = headers.get("content-type").and_then(|value| value.to_str().ok()).unwrap_or_default();
     let media_type = content_type.split(';').next().unwrap_or("").trim();
     let Some(operation) = find(method, path) else {
         // Not in the contract: what may be said then is that there is no such thing.
@@ -86,13 +93,11 @@ pub fn check(method: &str, path: &str, status: u16, content_type: &str, body: &s
         return validate("#/components/schemas/Problem", body);
     }
     let pointer = format!("/paths/{}/{}/responses/{status}", escape(&operation.template), method.to_lowercase());
-    let mut response =
+    let response =
         document().pointer(&pointer).with_context(|| format!("status {status} is not promised for {method} {}", operation.template))?;
-    let mut place = format!("#{pointer}");
-    if let Some(reference) = response["$ref"].as_str() {
-        place = reference.to_owned();
-        response = document().pointer(reference.trim_start_matches('#')).with_context(|| format!("{reference} leads nowhere"))?;
-    }
+    let place = response["$ref"].as_str().map_or_else(|| format!("#{pointer}"), ToOwned::to_owned);
+    let response = resolved(response)?;
+    check_headers(response, &place, headers).with_context(|| format!("{method} {path}: {status}"))?;
     let Some(content) = response.get("content") else {
         ensure!(body.is_empty(), "{method} {path}: {status} is promised without a body, but has {} bytes", body.len());
         return Ok(());
@@ -101,10 +106,75 @@ pub fn check(method: &str, path: &str, status: u16, content_type: &str, body: &s
     let schema = format!("{place}/content/{}/schema", escape(media_type));
     let checked = match media_type {
         "application/x-ndjson" => body.lines().try_for_each(|line| validate(&schema, line)),
+        PROBLEM => validate(&schema, body).and_then(|()| check_code(response, status, body)),
         _ if media_type.ends_with("json") => validate(&schema, body),
         _ => Ok(()),
     };
     checked.with_context(|| format!("{method} {path}: {status}"))
+}
+
+/// Whether each header is one that the answer tells of, and none is missing of those that always come.
+fn check_headers(response: &'static Value, place: &str, headers: &HeaderMap) -> Result<()> {
+    let described = response["headers"].as_object();
+    let described = described.into_iter().flatten().map(|(name, header)| Ok((name.to_lowercase(), name, resolved(header)?)));
+    let described: Vec<_> = described.collect::<Result<_>>()?;
+    for (name, value) in headers {
+        if OF_HTTP.contains(&name.as_str()) || name.as_str().starts_with("access-control-") {
+            continue;
+        }
+        let (_, shown, header) =
+            described.iter().find(|(lower, ..)| lower == name.as_str()).with_context(|| format!("the header {name} is not promised"))?;
+        let text = value.to_str().with_context(|| format!("{name} is no text"))?;
+        let is_number = header["schema"]["type"] == "integer";
+        let value = if is_number { text.parse::<u64>().map_or_else(|_| json!(text), |number| json!(number)) } else { json!(text) };
+        let reference = response["headers"][shown.as_str()]["$ref"].as_str();
+        let at = reference.map_or_else(|| format!("{place}/headers/{}", escape(shown)), ToOwned::to_owned);
+        validate_value(&format!("{at}/schema"), &value).with_context(|| format!("the header {name}"))?;
+    }
+    for (lower, shown, header) in described {
+        ensure!(header["required"] != true || headers.contains_key(&lower), "the header {shown} is missing");
+    }
+    Ok(())
+}
+
+/// Whether a refusal's code is one of those that its operation tells of for this status.
+fn check_code(response: &'static Value, status: u16, body: &str) -> Result<()> {
+    let problem: Value = serde_json::from_str(body)?;
+    ensure!(problem["status"] == status, "the problem is of another status: {problem:#}");
+    let codes = codes(response)?;
+    ensure!(codes.iter().any(|code| problem["code"] == *code), "the code {} is none of {codes:?}", problem["code"]);
+    Ok(())
+}
+
+/// The codes that an answer tells of, each by an example.
+///
+/// # Errors
+/// An example leads nowhere.
+pub fn codes(response: &'static Value) -> Result<Vec<&'static str>> {
+    let examples = response["content"][PROBLEM]["examples"].as_object().into_iter().flatten();
+    examples.map(|(name, example)| resolved(example)?["value"]["code"].as_str().with_context(|| format!("{name} has no code"))).collect()
+}
+
+/// What stands there, or where it leads.
+///
+/// # Errors
+/// It leads nowhere.
+pub fn resolved(value: &'static Value) -> Result<&'static Value> {
+    let Some(reference) = value["$ref"].as_str() else { return Ok(value) };
+    document().pointer(reference.trim_start_matches('#')).with_context(|| format!("{reference} leads nowhere"))
+}
+
+/// The headers of an answer that was read from a socket, up to the empty line behind them.
+///
+/// # Errors
+/// A line is no header.
+pub fn headers(head: &str) -> Result<HeaderMap> {
+    let lines = head.lines().skip(1).take_while(|line| !line.is_empty());
+    let pairs = lines.map(|line| {
+        let (name, value) = line.split_once(':').with_context(|| format!("{line:?} is no header"))?;
+        Ok((HeaderName::try_from(name)?, HeaderValue::try_from(value.trim())?))
+    });
+    pairs.collect()
 }
 
 fn find(method: &str, path: &str) -> Option<Operation> {

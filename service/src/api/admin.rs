@@ -201,7 +201,10 @@ fn weight() -> Value {
     tag = "admin",
     security(("bearer" = ["admin"])),
     request_body(content = NewTenant, example = json!({ "id": "acme", "weight": 200, "quotas": { "sandboxes": 50 } })),
-    responses((status = 201, description = "The tenant is there.", body = TenantView, headers(("Location" = String, description = "Where the tenant is found.")))),
+    responses(
+        (status = 201, description = "The tenant is there.", body = TenantView, headers(("Location" = String, description = "Where the tenant is found."))),
+        refusal::Conflict,
+    ),
 )]
 async fn create(State(app): State<Arc<App>>, Admin(admin): Admin, body: Body) -> Result<Response, ApiError> {
     let NewTenant { id, weight, quotas, principal_quotas } = json::read(body).await?;
@@ -286,7 +289,11 @@ async fn change(
     security(("bearer" = ["admin"])),
     params(parameter::Tenant),
     request_body(content = SuspendRequest, example = json!({ "stop_sandboxes": true })),
-    responses((status = 200, description = "The tenant as it is now.", body = TenantView), refusal::NotFound),
+    responses(
+        (status = 200, description = "The tenant as it is now.", body = TenantView),
+        refusal::NotFound,
+        refusal::Conflict,
+    ),
 )]
 async fn suspend(
     State(app): State<Arc<App>>,
@@ -401,7 +408,11 @@ async fn change_principal(
     security(("bearer" = ["admin"])),
     params(parameter::Principal),
     request_body(content = SuspendRequest, example = json!({ "stop_sandboxes": true })),
-    responses((status = 200, description = "The principal as it is now.", body = PrincipalView), refusal::NotFound),
+    responses(
+        (status = 200, description = "The principal as it is now.", body = PrincipalView),
+        refusal::NotFound,
+        refusal::Conflict,
+    ),
 )]
 async fn suspend_principal(
     State(app): State<Arc<App>>,

@@ -42,7 +42,8 @@ pub(super) const COMMIT: &str = "/v1/sandboxes/{id}/commit";
     request_body(content = CommitRequest, example = json!({ "reference": "prepared:1", "command": ["sh"] })),
     responses(
         (status = 201, description = "The image is there.", body = ImageView, headers(("Location" = String, description = "Where the image is found."))),
-        refusal::FileNotFound,
+        refusal::OfFiles,
+        refusal::LayerLost,
         refusal::QuotaExceeded,
     ),
 )]

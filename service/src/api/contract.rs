@@ -1,5 +1,6 @@
 //! The API's contract (OpenAPI 3.1), made from the code: what each handler says of itself, and what holds for all of them.
 
+mod answers;
 mod finish;
 mod page;
 pub(super) mod parameter;
@@ -8,9 +9,9 @@ pub(super) mod refusal;
 use std::sync::LazyLock;
 
 use utoipa::{
-    OpenApi,
+    IntoResponses as _, OpenApi,
     openapi::{
-        self, Ref, RefOr,
+        self,
         path::{Operation, PathItem},
     },
 };
@@ -18,7 +19,7 @@ use yaml_serde::Value;
 
 use super::error::Problem;
 
-/// What is there once for all operations: information, headers, refusals.
+/// What is there once for all operations: information, headers.
 const FRAME: &str = include_str!("contract/frame.yaml");
 
 static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
@@ -51,7 +52,7 @@ pub(super) fn page() -> &'static page::Page {
 pub(super) fn promise_timeout(openapi: &mut openapi::OpenApi) {
     for item in openapi.paths.paths.values_mut() {
         for operation in operations(item) {
-            operation.responses.responses.insert("504".to_owned(), RefOr::Ref(Ref::from_response_name("Timeout")));
+            operation.responses.responses.extend(refusal::Timeout::responses());
         }
     }
 }
@@ -93,7 +94,7 @@ mod tests {
         let mut found = BTreeSet::new();
         references(&DOCUMENT, &mut found);
         let mut idle = Vec::new();
-        for section in ["schemas", "responses", "parameters", "headers"] {
+        for section in ["schemas", "responses", "examples", "parameters", "headers"] {
             for (name, _) in DOCUMENT["components"][section].as_mapping().unwrap() {
                 let place = format!("#/components/{section}/{}", name.as_str().unwrap());
                 if !found.contains(&place) {

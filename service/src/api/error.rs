@@ -304,10 +304,15 @@ impl ApiError {
 
     /// What the caller of this request is sent. A cause that is not sent is logged.
     pub(super) fn problem(&self, request_id: String) -> Problem {
-        let (status, code, title) = self.parts();
         if let Self::Internal(cause) = self {
             tracing::error!(cause = format!("{cause:#}"), "a request failed");
         }
+        self.told(request_id)
+    }
+
+    /// The same, where nobody was refused: an example.
+    pub(super) fn told(&self, request_id: String) -> Problem {
+        let (status, code, title) = self.parts();
         let (field, bound, detail) = if let Self::Invalid(Invalid { field, bound, detail }) = self {
             (Some(field.clone()).filter(|field| !field.is_empty()), *bound, detail.clone())
         } else {
@@ -326,6 +331,24 @@ impl ApiError {
             state: self.state(),
             quota: self.exceeded().map(QuotaView::from),
         }
+    }
+
+    /// What is said beside the problem.
+    pub(super) fn headers(&self) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        if let Some(exceeded) = self.exceeded() {
+            rate_limit_headers(exceeded, &mut headers);
+        }
+        if let Some(challenge) = self.challenge() {
+            headers.insert(header::WWW_AUTHENTICATE, challenge);
+        }
+        if let Self::RangeNotSatisfiable(size) = self {
+            headers.insert(header::CONTENT_RANGE, HeaderValue::try_from(format!("bytes */{size}")).expect("a number is ASCII"));
+        }
+        if matches!(self.parts().0, StatusCode::SERVICE_UNAVAILABLE | StatusCode::CONFLICT) && self.is_retryable() {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        headers
     }
 
     /// A handler panicked; the panic itself is in the log.
@@ -364,18 +387,9 @@ const fn file_parts(kind: FaultKind) -> (StatusCode, Code, &'static str) {
 impl IntoResponse for ApiError {
     /// Status and problem; the body is written where the request's id is known, in [`super::observe`].
     fn into_response(self) -> Response {
-        let (status, problem) = (self.parts().0, self.problem(String::new()));
-        let mut response = status.into_response();
-        if let Some(exceeded) = self.exceeded() {
-            rate_limit_headers(exceeded, response.headers_mut());
-        }
-        if let Some(challenge) = self.challenge() {
-            response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
-        }
-        if matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::CONFLICT) && self.is_retryable() {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
-        }
-        response.extensions_mut().insert(problem);
+        let mut response = self.parts().0.into_response();
+        response.headers_mut().extend(self.headers());
+        response.extensions_mut().insert(self.problem(String::new()));
         response
     }
 }

@@ -153,7 +153,7 @@ impl ExecView {
     responses(
         (status = 200, description = "It has ended.", body = ExecView),
         (status = 202, description = "It goes on.", body = ExecView, headers(("Location" = String, description = "Where it is found."))),
-        refusal::NotFound,
+        refusal::OfLife,
         refusal::QuotaExceeded,
     ),
 )]
@@ -296,6 +296,10 @@ pub(super) async fn read(
     responses(
         (status = 204, description = "The signal was sent."),
         refusal::NotFound,
+        refusal::WrongState,
+        refusal::Conflict,
+        refusal::OutcomeUnknown,
+        refusal::KeeperUnavailable,
     ),
 )]
 pub(super) async fn kill(
@@ -334,6 +338,9 @@ pub(super) async fn kill(
     responses(
         (status = 204, description = "It knows."),
         refusal::NotFound,
+        refusal::WrongState,
+        refusal::Conflict,
+        refusal::KeeperUnavailable,
     ),
 )]
 pub(super) async fn resize(

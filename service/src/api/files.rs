@@ -213,11 +213,14 @@ async fn files(app: &App, caller: &Caller, sandbox: &str) -> Result<Tree, ApiErr
                 ("Accept-Ranges" = String, description = "Of a file: `bytes`."),
             )),
         (status = 206, description = "A part of a file.", content((serde_json::Value = "application/octet-stream")),
-            headers(("Content-Range" = String, description = "Which part, and of how many bytes."))),
-        refusal::FileNotFound,
-        refusal::Conflict,
+            headers(
+                ("Content-Range" = String, description = "Which part, and of how many bytes."),
+                ("ETag" = String, description = "Changes with the file."),
+                ("Last-Modified" = String, description = "When the file was written last."),
+                ("Accept-Ranges" = String, description = "`bytes`."),
+            )),
+        refusal::OfFiles,
         refusal::RangeNotSatisfiable,
-        refusal::PayloadTooLarge,
     ),
 )]
 async fn read(State(app): State<Arc<App>>, caller: Caller, method: Method, uri: Uri, headers: HeaderMap) -> Result<Response, ApiError> {
@@ -254,9 +257,7 @@ async fn read_content(tree: Tree, path: TreePath, headers: &HeaderMap) -> Result
     let Reply::Content { entry, offset, length } = reply else { return Err(nonsense()) };
     let size = entry.size;
     if span.is_some() && length == 0 {
-        let mut refused = ApiError::RangeNotSatisfiable(size).into_response();
-        refused.headers_mut().insert(header::CONTENT_RANGE, text(format!("bytes */{size}")));
-        return Ok(refused);
+        return Err(ApiError::RangeNotSatisfiable(size));
     }
     let mut response = described(&entry, body(content));
     response.headers_mut().insert(header::CONTENT_LENGTH, length.into());
@@ -328,9 +329,7 @@ fn body(content: Content) -> Body {
     request_body(description = "The content.", content(("application/octet-stream"))),
     responses(
         (status = 200, description = "The file as it is now.", body = EntryView),
-        refusal::FileNotFound,
-        refusal::Conflict,
-        refusal::DiskFull,
+        refusal::OfChange,
     ),
 )]
 async fn write(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Body) -> Result<Json<EntryView>, ApiError> {
@@ -373,10 +372,7 @@ async fn heard<T>(done: Result<T, ApiError>, content: &mut BodyDataStream) -> Re
     ),
     responses(
         (status = 204, description = "It is gone."),
-        refusal::FileNotFound,
-        refusal::Conflict,
-        refusal::PayloadTooLarge,
-        refusal::DiskFull,
+        refusal::OfChange,
     ),
 )]
 async fn remove(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<StatusCode, ApiError> {
@@ -409,8 +405,8 @@ async fn remove(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result
     responses(
         (status = 200, description = "It has its new name.", body = EntryView),
         (status = 201, description = "The folder is there.", body = EntryView),
-        refusal::FileNotFound,
-        refusal::DiskFull,
+        refusal::OfChange,
+        refusal::OutcomeUnknown,
     ),
 )]
 async fn change(State(app): State<Arc<App>>, caller: Caller, keyed: Keyed, uri: Uri) -> Result<Response, ApiError> {
@@ -453,9 +449,7 @@ async fn change(State(app): State<Arc<App>>, caller: Caller, keyed: Keyed, uri: 
     ),
     responses(
         (status = 200, description = "The archive; it breaks off if something goes wrong.", content((serde_json::Value = "application/x-tar"))),
-        refusal::FileNotFound,
-        refusal::Conflict,
-        refusal::PayloadTooLarge,
+        refusal::OfFiles,
     ),
 )]
 async fn pack(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Response, ApiError> {
@@ -484,9 +478,7 @@ async fn pack(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<R
     request_body(description = "A tar archive.", content(("application/x-tar"))),
     responses(
         (status = 200, description = "It is there.", body = ArchiveView),
-        refusal::FileNotFound,
-        refusal::Conflict,
-        refusal::DiskFull,
+        refusal::OfChange,
     ),
 )]
 async fn unpack(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Body) -> Result<Json<ArchiveView>, ApiError> {
@@ -518,9 +510,7 @@ async fn unpack(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Bod
     params(parameter::Id),
     responses(
         (status = 200, description = "The differences.", body = DiffView),
-        refusal::FileNotFound,
-        refusal::Conflict,
-        refusal::PayloadTooLarge,
+        refusal::OfFiles,
     ),
 )]
 async fn diff(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Json<DiffView>, ApiError> {
@@ -541,9 +531,7 @@ async fn diff(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<J
     params(parameter::Id),
     responses(
         (status = 200, description = "The processes.", body = TopView),
-        refusal::FileNotFound,
-        refusal::Conflict,
-        refusal::PayloadTooLarge,
+        refusal::OfFiles,
     ),
 )]
 async fn top(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Json<TopView>, ApiError> {

@@ -84,6 +84,7 @@ struct Page {
     responses(
         (status = 201, description = "The image is there.", body = ImageView, headers(("Location" = String, description = "Where the image is found."))),
         refusal::QuotaExceeded,
+        refusal::OnNode,
     ),
 )]
 async fn import(State(app): State<Arc<App>>, caller: Caller, uri: Uri, body: Body) -> Result<Response, ApiError> {
@@ -129,7 +130,10 @@ async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<Page>,
     tag = "images",
     security(("bearer" = ["images:read"])),
     params(parameter::Reference),
-    responses((status = 200, description = "The image as it is now.", body = ImageView), refusal::ImageNotFound),
+    responses(
+        (status = 200, description = "The image as it is now.", body = ImageView),
+        refusal::ImageNotFound,
+    ),
 )]
 async fn read(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path<String>) -> Result<Json<ImageView>, ApiError> {
     caller.require(Scope::ImagesRead)?;
@@ -148,7 +152,10 @@ async fn read(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path
     tag = "images",
     security(("bearer" = ["images:write"])),
     params(parameter::Reference),
-    responses((status = 204, description = "The reference names nothing any more."), refusal::ImageNotFound),
+    responses(
+        (status = 204, description = "The reference names nothing any more."),
+        refusal::ImageNotFound,
+    ),
 )]
 async fn remove(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path<String>) -> Result<StatusCode, ApiError> {
     caller.require(Scope::ImagesWrite)?;

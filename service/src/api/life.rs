@@ -88,7 +88,11 @@ pub(super) struct WaitView {
     request_body(content = Option<StartRequest>, description = "May be absent.", example = json!({ "fresh": true })),
     responses(
         (status = 200, description = "It runs, has failed to start, or is still starting: `state` says which.", body = SandboxView),
-        refusal::NotFound,
+        refusal::OfLife,
+        refusal::LayerLost,
+        refusal::VolumeNotFound,
+        refusal::VolumeElsewhere,
+        refusal::RateLimited,
         refusal::QuotaExceeded,
     ),
 )]
@@ -120,7 +124,10 @@ pub(super) async fn start(
     security(("bearer" = ["sandboxes:write"])),
     params(parameter::Named),
     request_body(content = Option<StopRequest>, example = json!({ "signal": "SIGTERM", "grace_ms": 5000 })),
-    responses((status = 200, description = "The sandbox as it is now.", body = SandboxView), refusal::NotFound),
+    responses(
+        (status = 200, description = "The sandbox as it is now.", body = SandboxView),
+        refusal::OfLife,
+    ),
 )]
 pub(super) async fn stop(
     State(app): State<Arc<App>>,
@@ -147,7 +154,11 @@ pub(super) async fn stop(
     security(("bearer" = ["sandboxes:write"])),
     params(parameter::Named),
     request_body(content = Option<KillRequest>, example = json!({ "signal": "SIGUSR1" })),
-    responses((status = 200, description = "The sandbox as it is now.", body = SandboxView), refusal::NotFound),
+    responses(
+        (status = 200, description = "The sandbox as it is now.", body = SandboxView),
+        refusal::OfLife,
+        refusal::OutcomeUnknown,
+    ),
 )]
 pub(super) async fn kill(
     State(app): State<Arc<App>>,
@@ -184,7 +195,10 @@ pub(super) async fn kill(
     security(("bearer" = ["sandboxes:write"])),
     params(parameter::Named),
     request_body(content = Option<Nothing>, example = json!({})),
-    responses((status = 200, description = "The sandbox as it is now.", body = SandboxView), refusal::NotFound),
+    responses(
+        (status = 200, description = "The sandbox as it is now.", body = SandboxView),
+        refusal::OfLife,
+    ),
 )]
 pub(super) async fn pause(
     State(app): State<Arc<App>>,
@@ -204,7 +218,10 @@ pub(super) async fn pause(
     security(("bearer" = ["sandboxes:write"])),
     params(parameter::Named),
     request_body(content = Option<Nothing>, example = json!({})),
-    responses((status = 200, description = "The sandbox as it is now.", body = SandboxView), refusal::NotFound),
+    responses(
+        (status = 200, description = "The sandbox as it is now.", body = SandboxView),
+        refusal::OfLife,
+    ),
 )]
 pub(super) async fn resume(
     State(app): State<Arc<App>>,
@@ -241,7 +258,11 @@ async fn answer(app: &App, sandbox: Option<Sandbox>) -> Result<Json<SandboxView>
             extensions(("x-schema" = json!({ "enum": ["running", "paused", "exited", "removed"], "default": "exited" })))),
         ("timeout_ms" = Option<u64>, Query, description = "For how long, in milliseconds.", extensions(("x-bound" = json!(UNTIL_MS)))),
     ),
-    responses((status = 200, description = "How the waiting ended.", body = WaitView), refusal::NotFound, refusal::QuotaExceeded),
+    responses(
+        (status = 200, description = "How the waiting ended.", body = WaitView),
+        refusal::NotFound,
+        refusal::QuotaExceeded,
+    ),
 )]
 pub(super) async fn wait(
     State(app): State<Arc<App>>,

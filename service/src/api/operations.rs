@@ -51,7 +51,11 @@ pub(super) async fn health() -> Json<Alive> {
     operation_id = "ready",
     tag = "operations",
     security(()),
-    responses((status = 200, description = "They can.", body = Ready), refusal::Unavailable),
+    responses(
+        (status = 200, description = "They can.", body = Ready),
+        refusal::OnNode,
+        refusal::DatabaseUnavailable,
+    ),
 )]
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Json<Ready>, ApiError> {
     app.store.ping().await?;
@@ -102,7 +106,10 @@ pub(super) async fn docs() -> impl IntoResponse {
     operation_id = "metrics",
     tag = "operations",
     security(()),
-    responses((status = 200, description = "Every series, in the text format.", body = String, content_type = "text/plain")),
+    responses(
+        (status = 200, description = "Every series, in the text format.", body = String, content_type = "text/plain"),
+        refusal::Internal,
+    ),
 )]
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     app.metrics.jwks(&app.verifier.freshness());

@@ -78,8 +78,7 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
     responses(
         (status = 200, description = "The run ended.", body = RunView),
         (status = 202, description = "The run goes on, or waits for room.", body = RunView, headers(("Location" = String, description = "Where the run is found."))),
-        refusal::ImageNotFound,
-        refusal::QuotaExceeded,
+        refusal::OfCreation,
     ),
 )]
 pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator, keyed: Keyed, body: Body) -> Result<Response, ApiError> {
@@ -157,7 +156,10 @@ async fn wait(app: &App, run: &mut Followed, patience: Duration) -> Option<Arc<F
     tag = "runs",
     security(("bearer" = ["runs"])),
     params(parameter::Id),
-    responses((status = 200, description = "The run as it is now.", body = RunView), refusal::NotFound),
+    responses(
+        (status = 200, description = "The run as it is now.", body = RunView),
+        refusal::NotFound,
+    ),
 )]
 pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<RunView>, ApiError> {
     caller.require(Scope::Runs)?;
@@ -175,7 +177,11 @@ pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): 
     tag = "runs",
     security(("bearer" = ["runs"])),
     params(parameter::Id),
-    responses((status = 200, description = "The run as it is now.", body = RunView), refusal::NotFound),
+    responses(
+        (status = 200, description = "The run as it is now.", body = RunView),
+        refusal::NotFound,
+        refusal::KeeperUnavailable,
+    ),
 )]
 pub(super) async fn cancel(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<RunView>, ApiError> {
     caller.require(Scope::Runs)?;

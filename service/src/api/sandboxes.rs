@@ -62,8 +62,8 @@ pub(super) struct Page {
     })),
     responses(
         (status = 201, description = "The sandbox was made.", body = SandboxView, headers(("Location" = String, description = "Where the sandbox is found."))),
-        refusal::ImageNotFound,
-        refusal::QuotaExceeded,
+        refusal::OfCreation,
+        refusal::Conflict,
     ),
 )]
 pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator, keyed: Keyed, body: Body) -> Result<Response, ApiError> {
@@ -100,7 +100,10 @@ pub(super) async fn view(app: &App, sandbox: Sandbox) -> Json<SandboxView> {
     tag = "sandboxes",
     security(("bearer" = ["sandboxes:read"])),
     params(parameter::Named),
-    responses((status = 200, description = "The sandbox as it is now.", body = SandboxView), refusal::NotFound),
+    responses(
+        (status = 200, description = "The sandbox as it is now.", body = SandboxView),
+        refusal::NotFound,
+    ),
 )]
 pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<SandboxView>, ApiError> {
     caller.require(Scope::SandboxesRead)?;
@@ -120,7 +123,11 @@ pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): 
     security(("bearer" = ["sandboxes:write"])),
     params(parameter::Named),
     request_body(content = ChangeRequest, example = json!({ "labels": { "job": null, "stage": "done" } })),
-    responses((status = 200, description = "The sandbox as it is now.", body = SandboxView), refusal::NotFound, refusal::Conflict, refusal::QuotaExceeded),
+    responses(
+        (status = 200, description = "The sandbox as it is now.", body = SandboxView),
+        refusal::OfLife,
+        refusal::QuotaExceeded,
+    ),
 )]
 pub(super) async fn update(
     State(app): State<Arc<App>>,
@@ -145,7 +152,11 @@ pub(super) async fn update(
     tag = "sandboxes",
     security(("bearer" = ["sandboxes:write"])),
     params(parameter::Named),
-    responses((status = 204, description = "It is gone."), refusal::NotFound),
+    responses(
+        (status = 204, description = "It is gone."),
+        refusal::NotFound,
+        refusal::OnNode,
+    ),
 )]
 pub(super) async fn delete(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
     caller.require(Scope::SandboxesWrite)?;

@@ -131,7 +131,8 @@ pub(super) enum StatsFrame {
             (String = "text/event-stream"),
         )),
         refusal::NotFound,
-        refusal::Conflict,
+        refusal::WrongState,
+        refusal::KeeperUnavailable,
     ),
 )]
 pub(super) async fn read(

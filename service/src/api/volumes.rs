@@ -79,7 +79,9 @@ struct Page {
     request_body(content = VolumeRequest, example = json!({ "name": "cache", "size_bytes": 16_777_216, "labels": { "of": "builds" } })),
     responses(
         (status = 201, description = "The volume is there.", body = VolumeView, headers(("Location" = String, description = "Where the volume is found."))),
+        refusal::Conflict,
         refusal::QuotaExceeded,
+        refusal::OnNode,
     ),
 )]
 async fn create(State(app): State<Arc<App>>, caller: Caller, keyed: Keyed, body: Body) -> Result<Response, ApiError> {
@@ -131,7 +133,10 @@ async fn list(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<J
     tag = "volumes",
     security(("bearer" = ["volumes"])),
     params(parameter::Volume),
-    responses((status = 200, description = "The volume as it is now.", body = VolumeView), refusal::VolumeNotFound),
+    responses(
+        (status = 200, description = "The volume as it is now.", body = VolumeView),
+        refusal::VolumeNotFound,
+    ),
 )]
 async fn read(State(app): State<Arc<App>>, caller: Caller, Path(name): Path<String>) -> Result<Json<VolumeView>, ApiError> {
     caller.require(Scope::Volumes)?;
@@ -150,7 +155,11 @@ async fn read(State(app): State<Arc<App>>, caller: Caller, Path(name): Path<Stri
     tag = "volumes",
     security(("bearer" = ["volumes"])),
     params(parameter::Volume),
-    responses((status = 204, description = "It is gone."), refusal::VolumeNotFound, refusal::Conflict),
+    responses(
+        (status = 204, description = "It is gone."),
+        refusal::VolumeNotFound,
+        refusal::VolumeInUse,
+    ),
 )]
 async fn remove(State(app): State<Arc<App>>, caller: Caller, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
     caller.require(Scope::Volumes)?;

@@ -153,9 +153,7 @@ pub(super) struct WatchEndView {
             (FileWatchFrame = "application/x-ndjson"),
             (String = "text/event-stream"),
         )),
-        refusal::FileNotFound,
-        refusal::Conflict,
-        refusal::PayloadTooLarge,
+        refusal::OfFiles,
         refusal::QuotaExceeded,
     ),
 )]

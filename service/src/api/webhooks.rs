@@ -499,6 +499,7 @@ async fn delivery(State(app): State<Arc<App>>, caller: Caller, Path((id, deliver
     responses(
         (status = 202, description = "What will be sent.", body = DeliveryView),
         refusal::NotFound,
+        refusal::Conflict,
     ),
 )]
 async fn redeliver(

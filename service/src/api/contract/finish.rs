@@ -6,8 +6,13 @@
 
 use std::collections::BTreeSet;
 
-use utoipa::openapi::OpenApi;
+use utoipa::{IntoResponses, openapi::OpenApi};
 use yaml_serde::{Mapping, Value};
+
+use super::{
+    answers::{Around, Refusals, headers_around},
+    refusal,
+};
 
 /// The paths of those that are served by a listener of its own, around which there is less.
 const BARE: &str = "/metrics";
@@ -32,9 +37,13 @@ pub(super) fn finished(described: &OpenApi, frame: &str) -> Value {
     let described = yaml_serde::to_value(described).expect("what utoipa makes is YAML");
     let mut document: Value = yaml_serde::from_str(frame).expect("the frame is YAML: a test reads it");
     let (mut paths, schemas) = (described["paths"].clone(), described["components"]["schemas"].clone());
-    each_operation(&mut paths, settle_operation);
+    let mut refusals = Refusals::new();
+    each_operation(&mut paths, |path, method, operation| settle_operation(path, method, operation, &mut refusals));
     under(&mut document, "paths", unstarred(paths));
     let components = document.get_mut("components").expect("the frame has components");
+    let (answers, examples) = refusals.into_components();
+    under(components, "responses", answers);
+    under(components, "examples", examples);
     under(components, "schemas", schemas);
     each_value(&mut document, &mut settle_extensions);
     let all = document["components"]["schemas"].clone();
@@ -92,7 +101,7 @@ fn each_operation(paths: &mut Value, mut settle: impl FnMut(&str, &str, &mut Map
     }
 }
 
-fn settle_operation(path: &str, method: &str, operation: &mut Mapping) {
+fn settle_operation(path: &str, method: &str, operation: &mut Mapping, refusals: &mut Refusals) {
     let scopes = scopes(operation);
     let is_open =
         operation.get("security").and_then(Value::as_sequence).is_some_and(|all| all.iter().all(|one| one.get("bearer").is_none()));
@@ -112,8 +121,11 @@ fn settle_operation(path: &str, method: &str, operation: &mut Mapping) {
         operation.insert("description".into(), description.into());
     }
     if path == BARE {
+        let answers = operation.get_mut("responses").and_then(Value::as_mapping_mut).expect("every operation has answers");
+        refusals.settle(answers, Around::Nothing);
         return;
     }
+    let around = if method == "post" { Around::Keys } else { Around::All };
     let has_parameters = operation.contains_key("parameters");
     let has_body = method == "post" || operation.contains_key("requestBody");
     if let Some(body) = operation.get_mut("requestBody").and_then(Value::as_mapping_mut) {
@@ -138,42 +150,59 @@ fn settle_operation(path: &str, method: &str, operation: &mut Mapping) {
         }
     }
     let answers = operation.get_mut("responses").and_then(Value::as_mapping_mut).expect("every operation has answers");
-    for (status, answer) in answers.iter_mut() {
-        if answer.get("$ref").is_some() || status == "101" {
-            continue;
-        }
-        let answer = answer.as_mapping_mut().expect("an answer is a mapping");
-        let mut headers = Mapping::from_iter([("X-Request-Id".into(), reference("headers", "RequestId"))]);
-        if method == "post" {
-            headers.insert("Idempotency-Replayed".into(), reference("headers", "IdempotencyReplayed"));
-        }
-        headers.extend(answer.remove("headers").and_then(|own| own.as_mapping().cloned()).unwrap_or_default());
-        answer.insert("headers".into(), headers.into());
-        if let Some(events) = answer.get_mut("content").and_then(|content| content.get_mut("text/event-stream")) {
-            *events = yaml_serde::from_str(EVENTS).expect("it is YAML: every test of the contract reads it");
+    for (_, answer) in answers.iter_mut() {
+        if answer.get("$ref").is_none() {
+            settle_answer(answer.as_mapping_mut().expect("an answer is a mapping"), around);
         }
     }
-    let mut promise = |status: &str, name: &str| {
-        if !answers.contains_key(status) {
-            answers.insert(status.into(), reference("responses", name));
-        }
-    };
-    promise("500", "Internal");
+    promise::<refusal::Internal>(answers);
     if !is_open {
-        promise("401", "Unauthenticated");
-        promise("403", "Forbidden");
-        promise("503", "Unavailable");
+        promise::<refusal::Unauthenticated>(answers);
+        promise::<refusal::Suspended>(answers);
+        promise::<refusal::UnknownTenant>(answers);
+        promise::<refusal::DatabaseUnavailable>(answers);
+    }
+    if !scopes.is_empty() {
+        promise::<refusal::Forbidden>(answers);
     }
     if has_body {
-        promise("408", "SlowBody");
-        promise("413", "PayloadTooLarge");
+        promise::<refusal::SlowBody>(answers);
+        promise::<refusal::PayloadTooLarge>(answers);
     }
     if has_body || has_parameters {
-        promise("422", "Invalid");
+        promise::<refusal::InvalidRequest>(answers);
     }
     if method == "post" {
-        promise("409", "Conflict");
+        promise::<refusal::KeyReused>(answers);
+        promise::<refusal::KeyInUse>(answers);
     }
+    refusals.settle(answers, around);
+}
+
+/// Has an operation refuse this, too.
+fn promise<R: IntoResponses>(answers: &mut Mapping) {
+    for name in R::responses().into_keys() {
+        let value = reference("responses", &name);
+        answers.insert(name.into(), value);
+    }
+}
+
+/// The headers of an answer that is no refusal, and the form of its events.
+fn settle_answer(answer: &mut Mapping, around: Around) {
+    let mut headers = headers_around(around);
+    let mut own = answer.remove("headers").and_then(|own| own.as_mapping().cloned()).unwrap_or_default();
+    // Where it is told at all it always comes.
+    for name in ["Location", "Content-Range"] {
+        if let Some(header) = own.get_mut(name).and_then(Value::as_mapping_mut) {
+            header.insert("required".into(), true.into());
+        }
+    }
+    headers.extend(own);
+    if let Some(events) = answer.get_mut("content").and_then(|content| content.get_mut("text/event-stream")) {
+        *events = yaml_serde::from_str(EVENTS).expect("it is YAML: every test of the contract reads it");
+        headers.insert("X-Accel-Buffering".into(), reference("headers", "AccelBuffering"));
+    }
+    answer.insert("headers".into(), headers.into());
 }
 
 /// The alternatives; where one is several scopes, all of them together.
@@ -359,6 +388,6 @@ fn with_pages_named(document: &Value) -> Value {
     }
 }
 
-fn reference(section: &str, name: &str) -> Value {
+pub(super) fn reference(section: &str, name: &str) -> Value {
     Mapping::from_iter([("$ref".into(), format!("#/components/{section}/{name}").into())]).into()
 }

@@ -120,7 +120,9 @@ fn content(page: &mut String, of: &Value) {
     for (media_type, content) in members(&of["content"]) {
         add(page, format_args!("<p><code>{}</code> {}</p>", escaped(media_type), content.get("schema").map(kind).unwrap_or_default()));
         let named = members(&content["examples"]).map(|(_, example)| (text(&example["summary"]), &example["value"]));
-        for (summary, example) in content.get("example").map(|example| (String::new(), example)).into_iter().chain(named) {
+        // Of refusals, which are the same everywhere, the description of each code says enough.
+        let shown = content.get("example").map(|example| (String::new(), example)).into_iter().chain(named);
+        for (summary, example) in shown.filter(|_| media_type != "application/problem+json") {
             let json = serde_json::to_string_pretty(example).unwrap_or_default();
             add(page, format_args!("<figure><figcaption>{summary}</figcaption><pre>{}</pre></figure>", escaped(&json)));
         }

@@ -25,7 +25,7 @@ use super::{
     super::{
         App,
         caller::Caller,
-        contract::parameter,
+        contract::{parameter, refusal},
         error::{ApiError, Problem},
         idempotency::{self, Keyed},
         json, observe, query,
@@ -110,6 +110,7 @@ enum Waited {
     responses(
         (status = 200, description = "None goes on: each has ended, or was refused.", body = Batch),
         (status = 202, description = "Some go on, or wait for room.", body = Batch),
+        refusal::NotFound,
     ),
 )]
 pub(in crate::api) async fn create(
