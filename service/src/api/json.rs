@@ -6,10 +6,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::error::ApiError;
-use crate::sandbox::{Invalid, bound_of, whole};
+use crate::sandbox::{BODY_BYTES_MAX, Invalid, bound_of, whole};
 
-/// The largest body of a request that is JSON.
-const BODY_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// The largest that is read once more for the sake of its numbers: as values it takes many times its size.
 const REREAD_BYTES_MAX: usize = 256 * 1024;
 /// How much of a body that is too large is read all the same: a client that is still sending would not hear the answer.

@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 
 use super::{
     ImageReference, Invalid, User,
-    request::{USER_PATTERN, command, entrypoint, env, workdir},
+    request::{USER_PATTERN, command, entrypoint, env, fit, workdir},
     words,
 };
 
@@ -52,14 +52,16 @@ pub struct Commit {
 impl CommitRequest {
     /// What is to be done, or the first field that is wrong.
     pub fn parse(self) -> Result<Commit, Invalid> {
-        Ok(Commit {
+        let commit = Commit {
             reference: ImageReference::parse_new("reference", self.reference)?,
             entrypoint: entrypoint(self.entrypoint)?,
             command: command(self.command)?,
             env: env(self.env)?,
             workdir: workdir(self.workdir)?,
             user: self.user.map(|user| User::parse("user", &user)).transpose()?,
-        })
+        };
+        fit("", [commit.entrypoint.as_deref(), commit.command.as_deref()], &commit.env)?;
+        Ok(commit)
     }
 }
 

@@ -14,7 +14,7 @@ use super::{
     Bound, Invalid, Outcome, State, TenantId, User, WAIT_MS,
     limits::{EXEC_OUTPUT_BYTES, EXEC_WALL_MS},
     request::{
-        ARGS_ENV_BYTES_MAX, Content, Encoding, TTY_COLUMNS, TTY_ROWS, TtyRequest, USER_PATTERN, command, env, object, stdin, truncate,
+        BODY_BYTES_MAX, Content, Encoding, TTY_COLUMNS, TTY_ROWS, TtyRequest, USER_PATTERN, command, env, fit, object, stdin, truncate,
         workdir,
     },
     words,
@@ -45,6 +45,7 @@ pub struct ExecRequest {
     #[schema(extensions(("x-schema" = json!({ "pattern": USER_PATTERN }))))]
     user: Option<String>,
     /// Read by it at once, to its end.
+    #[schema(extensions(("x-schema" = json!({ "maxLength": BODY_BYTES_MAX }))))]
     stdin: Option<String>,
     #[serde(default)]
     stdin_encoding: Encoding,
@@ -194,7 +195,7 @@ impl ExecRequest {
             output_bytes: EXEC_OUTPUT_BYTES.check(self.limits.output_bytes.unwrap_or(1 << 20))?,
             output_policy: self.output_policy,
         };
-        plan.args_and_env_fit()?;
+        fit("", [None, Some(&plan.command)], &plan.env)?;
         Ok((NewExec { plan, stdin: stdin(self.stdin, self.stdin_encoding)? }, wait_ms))
     }
 }
@@ -210,16 +211,6 @@ impl ExecPlan {
     /// `NAME=value`, as programs have it.
     pub fn environment(&self) -> Vec<String> {
         self.env.iter().map(|(key, value)| format!("{key}={value}")).collect()
-    }
-
-    fn args_and_env_fit(&self) -> Result<(), Invalid> {
-        let args: usize = self.command.iter().map(|arg| arg.len() + 1).sum();
-        let env: usize = self.env.iter().map(|(key, value)| key.len() + value.len() + 2).sum();
-        if args + env > ARGS_ENV_BYTES_MAX {
-            let field = if args > env { "command" } else { "env" };
-            return Err(Invalid::new(field, format!("command and env together are {} bytes; at most {ARGS_ENV_BYTES_MAX}", args + env)));
-        }
-        Ok(())
     }
 }
 

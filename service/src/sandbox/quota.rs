@@ -49,6 +49,7 @@ pub const WATCHES_IN_SANDBOX_MAX: u64 = 4;
 const LISTS: [&str; 2] = ["networks", "isolations"];
 /// Names in one of them.
 const WORDS_MAX: usize = 16;
+const WORD_CHARACTERS_MAX: usize = 64;
 /// In place of a value: as if it had never been set.
 const DEFAULT: &str = "default";
 
@@ -98,7 +99,8 @@ fn changes(scope: QuotaScope, description: &str) -> RefOr<Schema> {
     of_names(scope, description, |kind| match kind {
         Kind::Number => json!({ "oneOf": [{ "type": ["integer", "null"], "minimum": 0, "maximum": NUMBER_MAX }, { "const": DEFAULT }] }),
         Kind::List => {
-            json!({ "oneOf": [{ "type": ["array", "null"], "maxItems": WORDS_MAX, "items": { "type": "string", "pattern": "^[^\\u0000]*$" } }, { "const": DEFAULT }] })
+            let word = json!({ "type": "string", "maxLength": WORD_CHARACTERS_MAX, "pattern": "^[^\\u0000]*$" });
+            json!({ "oneOf": [{ "type": ["array", "null"], "maxItems": WORDS_MAX, "items": word }, { "const": DEFAULT }] })
         }
     })
 }
@@ -191,7 +193,7 @@ impl Quotas {
             let is_sound = match (&value, kind) {
                 (Value::Null, _) => true,
                 (Value::Number(number), Kind::Number) => whole(number).is_some_and(|number| number <= NUMBER_MAX),
-                (Value::Array(words), Kind::List) => words.len() <= WORDS_MAX && words.iter().all(Value::is_string),
+                (Value::Array(words), Kind::List) => words.len() <= WORDS_MAX && words.iter().all(is_word),
                 _ => false,
             };
             if !is_sound {
@@ -238,6 +240,11 @@ impl Quotas {
     pub fn largest(&self, field: &str) -> Option<u64> {
         self.number(&format!("{LARGEST}{}", leaf(field)))
     }
+}
+
+/// Whether this may stand in a quota that is a list.
+fn is_word(value: &Value) -> bool {
+    value.as_str().is_some_and(|word| word.chars().count() <= WORD_CHARACTERS_MAX && !word.contains('\0'))
 }
 
 /// The number, if it has no fraction and no sign, however it is written, as far as a double is exact.

@@ -48,6 +48,11 @@ const STOP_GRACE_DEFAULT_MS: u64 = 10_000;
 const CASES_MAX: usize = 64;
 const _: () = assert!(CASES_MAX == 64, "the contract of `cases` says so too, and takes nothing but a literal");
 const CASE_NAME_CHARACTERS_MAX: usize = 64;
+/// The largest body of a request that is JSON, and so the longest text in one.
+pub const BODY_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// Entry point and command, each by itself.
+pub(super) const ARGS_MAX: usize = 1024;
+pub(super) const ENV_MAX: usize = 512;
 const FILES_MAX: usize = 1024;
 const _: () = assert!(FILES_MAX == 1024, "the contract of `files` says so too, and takes nothing but a literal");
 /// `args` and `env` travel in one message with the rest of the description.
@@ -58,6 +63,8 @@ pub(super) const LABEL_VALUE_BYTES_MAX: usize = 256;
 const REFERENCE_BYTES_MAX: usize = 256;
 const NAME_BYTES_MAX: usize = 63;
 
+/// For the contract: what an operator may call a language.
+const LANGUAGE_PATTERN: &str = "^[a-z][a-z0-9+-]{0,31}$";
 /// For the contract: parts with slashes between, none of them `..`, the last neither that nor `.`.
 const FILE_PATTERN: &str = "^/*(([^/.\\u0000][^/\\u0000]*|\\.[^/.\\u0000][^/\\u0000]*|\\.\\.[^/\\u0000]+|\\.)/+)*([^/.\\u0000][^/\\u0000]*|\\.[^/.\\u0000][^/\\u0000]*|\\.\\.[^/\\u0000]+)$";
 /// For the contract: what [`User::parse`] takes, but for names that begin with a digit.
@@ -94,11 +101,11 @@ pub struct RunRequest {
     image: Option<String>,
     /// One of `GET /v1/languages`, in place of an image and a command. With it comes `source`.
     #[serde(default, deserialize_with = "given")]
-    #[schema(required = false, value_type = String)]
+    #[schema(required = false, value_type = String, extensions(("x-schema" = json!({ "pattern": LANGUAGE_PATTERN }))))]
     language: Option<String>,
     /// A program's text in that language.
     #[serde(default, deserialize_with = "given")]
-    #[schema(required = false, value_type = String)]
+    #[schema(required = false, value_type = String, extensions(("x-schema" = json!({ "maxLength": BODY_BYTES_MAX }))))]
     source: Option<String>,
     /// What is run before the program, in a sandbox of its own. A language that is compiled has one without being asked for it. Not under gVisor.
     compile: Option<CompileRequest>,
@@ -125,6 +132,7 @@ pub struct RunRequest {
     #[schema(max_items = 1024)]
     files: Vec<FileRequest>,
     /// The program's standard input; absent, there is nothing to read. Not beside `cases`, which have their own.
+    #[schema(extensions(("x-schema" = json!({ "maxLength": BODY_BYTES_MAX }))))]
     stdin: Option<String>,
     #[serde(default)]
     stdin_encoding: Encoding,
@@ -189,10 +197,12 @@ struct CaseRequest {
     #[schema(max_length = 64, pattern = "^[^\\u0000]*$")]
     name: Option<String>,
     /// As that of a run.
+    #[schema(extensions(("x-schema" = json!({ "maxLength": BODY_BYTES_MAX }))))]
     stdin: Option<String>,
     #[serde(default)]
     stdin_encoding: Encoding,
     /// What the program is to write to its standard output; absent, whatever it writes will do.
+    #[schema(extensions(("x-schema" = json!({ "maxLength": BODY_BYTES_MAX }))))]
     expected_stdout: Option<String>,
     #[serde(default)]
     expected_stdout_encoding: Encoding,
@@ -230,6 +240,7 @@ pub struct SandboxRequest {
     #[schema(max_items = 1024)]
     files: Vec<FileRequest>,
     /// The program's standard input; absent, there is nothing to read.
+    #[schema(extensions(("x-schema" = json!({ "maxLength": BODY_BYTES_MAX }))))]
     stdin: Option<String>,
     #[serde(default)]
     stdin_encoding: Encoding,
@@ -325,6 +336,7 @@ struct FileRequest {
     /// Absolute, or relative to the working folder; through no `..`. Missing folders are made.
     #[schema(min_length = 1, extensions(("x-schema" = json!({ "maxLength": PATH_BYTES_MAX, "pattern": FILE_PATTERN }))))]
     path: String,
+    #[schema(extensions(("x-schema" = json!({ "maxLength": BODY_BYTES_MAX }))))]
     content: String,
     #[serde(default)]
     encoding: Encoding,
@@ -653,18 +665,21 @@ impl NewSandbox {
     }
 
     fn args_and_env_fit(&self) -> Result<(), Invalid> {
-        fit("", self.entrypoint.iter().chain(&self.command).flatten(), &self.env)?;
-        self.compile.as_ref().map_or(Ok(()), |step| fit("compile.", step.command.iter(), &step.env))
+        fit("", [self.entrypoint.as_deref(), self.command.as_deref()], &self.env)?;
+        self.compile.as_ref().map_or(Ok(()), |step| fit("compile.", [None, Some(&step.command)], &step.env))
     }
 }
 
-fn fit<'a>(of: &str, args: impl Iterator<Item = &'a String>, env: &BTreeMap<String, String>) -> Result<(), Invalid> {
-    let args: usize = args.map(|arg| arg.len() + 1).sum();
-    let env: usize = env.iter().map(|(key, value)| key.len() + value.len() + 2).sum();
-    if args + env > ARGS_ENV_BYTES_MAX {
-        let field = if args > env { "command" } else { "env" };
-        let detail = format!("command and env together are {} bytes; at most {ARGS_ENV_BYTES_MAX}", args + env);
-        return Err(Invalid::new(format!("{of}{field}"), detail));
+/// Whether entry point, command and environment are not too much together. What is told is the largest of the three.
+pub(super) fn fit(of: &str, [entrypoint, command]: [Option<&[String]>; 2], env: &BTreeMap<String, String>) -> Result<(), Invalid> {
+    let args = |args: Option<&[String]>| args.into_iter().flatten().map(|arg| arg.len() + 1).sum::<usize>();
+    let env = env.iter().map(|(key, value)| key.len() + value.len() + 2).sum::<usize>();
+    let parts = [("entrypoint", args(entrypoint)), ("env", env), ("command", args(command))];
+    let bytes: usize = parts.iter().map(|(_, bytes)| bytes).sum();
+    let largest = parts.iter().max_by_key(|(_, bytes)| bytes).map_or("command", |(field, _)| field);
+    if bytes > ARGS_ENV_BYTES_MAX {
+        let detail = format!("entrypoint, command and env together are {bytes} bytes; at most {ARGS_ENV_BYTES_MAX}");
+        return Err(Invalid::new(format!("{of}{largest}"), detail));
     }
     Ok(())
 }
@@ -698,7 +713,7 @@ pub(super) fn entrypoint(entrypoint: Option<Vec<String>>) -> Result<Option<Vec<S
     if entrypoint.as_ref().and_then(|args| args.first()).is_some_and(String::is_empty) {
         return Err(Invalid::new("entrypoint", "the first element names the program and cannot be empty"));
     }
-    without_zeros("entrypoint", entrypoint)
+    sound_args("entrypoint", entrypoint)
 }
 
 fn made(
@@ -759,10 +774,14 @@ pub(super) fn command(command: Option<Vec<String>>) -> Result<Option<Vec<String>
     if command.as_ref().is_some_and(|args| args.first().is_none_or(String::is_empty)) {
         return Err(Invalid::new("command", "the first element names the program and cannot be empty"));
     }
-    without_zeros("command", command)
+    sound_args("command", command)
 }
 
-fn without_zeros(field: &str, args: Option<Vec<String>>) -> Result<Option<Vec<String>>, Invalid> {
+fn sound_args(field: &str, args: Option<Vec<String>>) -> Result<Option<Vec<String>>, Invalid> {
+    let count = args.as_ref().map_or(0, Vec::len);
+    if count > ARGS_MAX {
+        return Err(Invalid::new(field, format!("{count} arguments; at most {ARGS_MAX}")));
+    }
     match args.iter().flatten().position(|arg| arg.contains('\0')) {
         Some(at) => Err(Invalid::new(format!("{field}[{at}]"), "no argument can hold a zero byte")),
         None => Ok(args),
@@ -818,6 +837,9 @@ impl CaseRequest {
 }
 
 pub(super) fn env(env: BTreeMap<String, String>) -> Result<BTreeMap<String, String>, Invalid> {
+    if env.len() > ENV_MAX {
+        return Err(Invalid::new("env", format!("{} variables; at most {ENV_MAX}", env.len())));
+    }
     for (key, value) in &env {
         if key.is_empty() || key.contains(['=', '\0']) {
             return Err(Invalid::new("env", "the name of a variable is not empty and holds neither = nor a zero byte"));

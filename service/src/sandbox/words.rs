@@ -13,7 +13,7 @@ use utoipa::{
     openapi::{ObjectBuilder, RefOr, Schema, extensions::Extensions, schema::SchemaType},
 };
 
-use super::request::{LABEL_VALUE_BYTES_MAX, LABELS_MAX};
+use super::request::{ARGS_MAX, ENV_MAX, LABEL_VALUE_BYTES_MAX, LABELS_MAX};
 
 /// A schema by its JSON, which the contract takes over word for word.
 pub fn schema(json: Value) -> RefOr<Schema> {
@@ -49,16 +49,18 @@ described! {
     Reference = json!({ "type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._/:@-]{0,255}$" });
     /// What an image is, whatever it is called.
     Digest = json!({ "type": "string", "pattern": "^sha256:[0-9a-f]{64}$" });
-    /// Program and arguments, in place of the image's entry point and command. With `env` at most 64 KiB.
+    /// Program and arguments, in place of the image's entry point and command. With `env` and `entrypoint` at most 64 KiB.
     Command = json!({
         "type": "array",
         "minItems": 1,
+        "maxItems": ARGS_MAX,
         "prefixItems": [{ "type": "string", "minLength": 1, "pattern": "^[^\\u0000]*$" }],
         "items": { "type": "string", "pattern": "^[^\\u0000]*$" },
     });
-    /// In place of the image's entry point; an empty list: none.
+    /// In place of the image's entry point; an empty list: none. With `env` and `command` at most 64 KiB.
     Entrypoint = json!({
         "type": "array",
+        "maxItems": ARGS_MAX,
         "prefixItems": [{ "type": "string", "minLength": 1, "pattern": "^[^\\u0000]*$" }],
         "items": { "type": "string", "pattern": "^[^\\u0000]*$" },
     });
@@ -86,8 +88,13 @@ described! {
     EntryType = json!({ "type": "string", "enum": ["file", "folder", "link", "fifo", "socket", "device"] });
     /// How something differs from the image.
     ChangeType = json!({ "type": "string", "enum": ["added", "changed", "deleted"] });
-    /// Variables over those of the image.
-    Env = json!({ "type": "object", "propertyNames": { "type": "string", "pattern": "^[^=\\u0000]+$" }, "additionalProperties": { "type": "string", "pattern": "^[^\\u0000]*$" } });
+    /// Variables over those of the image. With `command` and `entrypoint` at most 64 KiB.
+    Env = json!({
+        "type": "object",
+        "maxProperties": ENV_MAX,
+        "propertyNames": { "type": "string", "pattern": "^[^=\\u0000]+$" },
+        "additionalProperties": { "type": "string", "pattern": "^[^\\u0000]*$" },
+    });
     /// The caller's own marks.
     Labels = json!({
         "type": "object",

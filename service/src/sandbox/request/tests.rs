@@ -158,6 +158,25 @@ fn too_much_environment_is_refused_before_it_is_sent() {
 }
 
 #[test]
+fn of_what_is_too_much_together_the_largest_part_is_named() {
+    let long = "x".repeat(ARGS_ENV_BYTES_MAX / 2);
+    let fault = |request| run(request).unwrap_err().field;
+    assert_eq!(fault(json!({"image": "a", "entrypoint": [long, "b"], "command": [long]})), "entrypoint");
+    assert_eq!(fault(json!({"image": "a", "entrypoint": [long], "command": [long, "b"]})), "command");
+    assert_eq!(fault(json!({"image": "a", "command": ["a", long], "env": {"A": long, "B": "c"}})), "env");
+    assert!(run(json!({"image": "a", "command": ["a".repeat(ARGS_ENV_BYTES_MAX - 1)]})).is_ok());
+}
+
+#[test]
+fn arguments_and_variables_are_counted() {
+    let args = |count: usize| json!({"image": "a", "command": vec!["x"; count], "entrypoint": vec!["y"; count]});
+    let env = |count: usize| json!({"image": "a", "env": (0..count).map(|at| (format!("v{at}"), "x")).collect::<BTreeMap<_, _>>()});
+    assert!(run(args(ARGS_MAX)).is_ok() && run(env(ENV_MAX)).is_ok());
+    assert_eq!(run(args(ARGS_MAX + 1)).unwrap_err().field, "entrypoint");
+    assert_eq!(run(env(ENV_MAX + 1)).unwrap_err().field, "env");
+}
+
+#[test]
 fn a_wait_beyond_its_bound_is_refused_with_the_bound() {
     let error = run(json!({"image": "a", "wait_ms": 300_001})).unwrap_err();
     assert_eq!((error.field.as_str(), error.bound), ("wait_ms", Some(&WAIT_MS)));
