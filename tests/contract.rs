@@ -2,8 +2,10 @@
 //!
 //! The second half is done by the client that all tests use; see `mayfly_tests::contract`.
 
+use std::collections::BTreeSet;
+
 use mayfly_tests::{contract, service::shared, token};
-use reqwest::Method;
+use reqwest::{Method, header::HeaderMap};
 use serde_json::json;
 
 #[tokio::test]
@@ -66,6 +68,88 @@ fn every_request_with_a_json_body_has_an_example_that_its_schema_permits() {
     }
 
     assert!(faults.is_empty(), "{faults:#?}");
+}
+
+#[test]
+fn every_answer_with_a_json_body_has_an_example_that_its_schema_permits() {
+    let (mut held, mut faults) = (0, Vec::new());
+    for operation in contract::operations() {
+        for (status, answer) in operation.definition()["responses"].as_object().unwrap() {
+            let place = answer["$ref"].as_str().map_or_else(
+                || format!("#/paths/{}/{}/responses/{status}", operation.template.replace('/', "~1"), operation.method.to_lowercase()),
+                ToOwned::to_owned,
+            );
+            let contents = contract::resolved(answer).unwrap()["content"].as_object().into_iter().flatten();
+            for (media_type, content) in contents.filter(|(media_type, _)| media_type.ends_with("json")) {
+                let at = format!("{} {} {status} {media_type}", operation.method, operation.template);
+                let examples: Vec<_> = content["examples"].as_object().into_iter().flatten().collect();
+                if examples.is_empty() {
+                    faults.push(format!("{at} has none"));
+                }
+                for (_, example) in examples {
+                    let schema = format!("{place}/content/{}/schema", media_type.replace('/', "~1"));
+                    let value = &contract::resolved(example).unwrap()["value"];
+                    faults.extend(contract::check_example(&schema, value).err().map(|error| format!("{at}: {error:#}")));
+                    held += 1;
+                }
+            }
+        }
+    }
+
+    assert!(faults.is_empty(), "{faults:#?}");
+    assert!(held > 500, "only {held} examples");
+}
+
+#[test]
+fn every_code_of_a_problem_is_one_that_some_operation_tells_or_that_all_may_have() {
+    let document = contract::document();
+    let answers =
+        contract::operations().into_iter().flat_map(|operation| operation.definition()["responses"].as_object().unwrap().values());
+    let told: BTreeSet<_> = answers.flat_map(|answer| contract::codes(contract::resolved(answer).unwrap()).unwrap()).collect();
+    let of_all = document["info"]["description"].as_str().unwrap();
+
+    let codes = document["components"]["schemas"]["ProblemCode"]["enum"].as_array().unwrap();
+    let untold: Vec<_> = codes
+        .iter()
+        .map(|code| code.as_str().unwrap())
+        .filter(|code| !told.contains(code) && !of_all.contains(&format!("`{code}`")))
+        .collect();
+
+    assert_eq!(untold, Vec::<&str>::new());
+    assert!(told.len() > 25, "{told:?}");
+}
+
+#[test]
+fn an_answer_is_refused_for_a_header_or_a_code_that_the_contract_does_not_tell_and_for_one_that_is_missing() {
+    let problem = |code: &str| {
+        json!({ "type": "about:blank", "title": "No", "status": 401, "code": code, "detail": "no", "request_id": "a", "retryable": false })
+            .to_string()
+    };
+    let headers = |others: &[(&'static str, &'static str)], without: &str| {
+        let usual = [
+            ("content-type", "application/problem+json"),
+            ("content-length", "1"),
+            ("x-request-id", "a"),
+            ("cache-control", "no-store"),
+            ("content-security-policy", "default-src 'none'"),
+            ("referrer-policy", "no-referrer"),
+            ("x-content-type-options", "nosniff"),
+            ("www-authenticate", "Bearer realm=\"mayfly\""),
+        ];
+        let kept = usual.iter().chain(others).filter(|(name, _)| *name != without);
+        kept.map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect::<HeaderMap>()
+    };
+    let fault = |headers: &HeaderMap, code: &str| {
+        contract::check("GET", "/v1/limits", 401, headers, &problem(code)).err().map(|error| format!("{error:#}")).unwrap_or_default()
+    };
+
+    assert_eq!(fault(&headers(&[], ""), "unauthenticated"), "");
+    assert!(fault(&headers(&[], ""), "suspended").contains("the code \"suspended\" is none of"));
+    assert!(fault(&headers(&[("x-colour", "red")], ""), "unauthenticated").contains("the header x-colour is not promised"));
+    assert!(fault(&headers(&[], "www-authenticate"), "unauthenticated").contains("the header WWW-Authenticate is missing"));
+    assert!(fault(&headers(&[], "x-request-id"), "unauthenticated").contains("the header X-Request-Id is missing"));
+    assert!(fault(&headers(&[("x-content-type-options", "guess")], "x-content-type-options"), "unauthenticated").contains("is missing"));
+    assert!(fault(&headers(&[("retry-after", "1")], ""), "unauthenticated").contains("the header retry-after is not promised"));
 }
 
 #[tokio::test]

@@ -116,6 +116,24 @@ def after_call(context, case, response):
         live.made("POST", f"/v1/admin/nodes/{case.path_parameters['node']}/resume", [200], {})
 
 
+@schemathesis.check
+def code_is_told(context, response, case):
+    """A refusal has one of the codes that its operation tells of for this status, each by an example."""
+    if case.method.upper() != case.operation.method.upper() or not response.headers.get("content-type", [""])[0].startswith("application/problem+json"):
+        return
+    document = case.operation.schema.raw_schema
+    answer = case.operation.definition.raw["responses"].get(str(response.status_code), {})
+    if "$ref" in answer:
+        answer = document["components"]["responses"][answer["$ref"].rsplit("/", 1)[-1]]
+    if "content" not in answer:
+        # That the status is none of its own is found by another check.
+        return
+    names = [example["$ref"].rsplit("/", 1)[-1] for example in answer["content"]["application/problem+json"]["examples"].values()]
+    codes = {document["components"]["examples"][name]["value"]["code"] for name in names}
+    code = response.json()["code"]
+    assert code in codes, f"the code {code} of a {response.status_code} is none of {sorted(codes)}"
+
+
 @schemathesis.serializer("application/x-tar")
 def tar(context, value):
     return value if isinstance(value, bytes) else str(value).encode()

@@ -1,6 +1,7 @@
 //! The API's contract (OpenAPI 3.1), made from the code: what each handler says of itself, and what holds for all of them.
 
 mod answers;
+mod examples;
 mod finish;
 mod page;
 pub(super) mod parameter;

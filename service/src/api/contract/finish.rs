@@ -1,6 +1,6 @@
 //! What holds for all operations and schemas, laid over what the code says of each.
 //!
-//! * Every answer has `X-Request-Id`; whatever wants a token may answer 401, 403, 500 and 503; a body may be slow, large or wrong; a POST takes an `Idempotency-Key`.
+//! * Every answer has `X-Request-Id` and the headers for browsers; whatever wants a token may answer 401, 403, 500 and 503; a body may be slow, large or wrong; a POST takes an `Idempotency-Key`.
 //! * `x-bound` of a field holds a [`Bound`](crate::sandbox::Bound), and becomes its minimum, maximum and default; `x-schema` holds words of JSON Schema that utoipa lacks.
 //! * An object has no other members than those that are named.
 
@@ -11,7 +11,7 @@ use yaml_serde::{Mapping, Value};
 
 use super::{
     answers::{Around, Refusals, headers_around},
-    refusal,
+    examples, refusal,
 };
 
 /// The paths of those that are served by a listener of its own, around which there is less.
@@ -55,7 +55,9 @@ pub(super) fn finished(described: &OpenApi, frame: &str) -> Value {
     each_value(&mut document, &mut close);
     sort_answers(&mut document);
     while prune(&mut document) {}
-    with_pages_named(&document)
+    let mut document = with_pages_named(&document);
+    examples::show(&mut document);
+    document
 }
 
 /// Puts `below` at `key`, under what the frame has there already.
@@ -91,7 +93,7 @@ fn unstarred(paths: Value) -> Value {
         .into()
 }
 
-fn each_operation(paths: &mut Value, mut settle: impl FnMut(&str, &str, &mut Mapping)) {
+pub(super) fn each_operation(paths: &mut Value, mut settle: impl FnMut(&str, &str, &mut Mapping)) {
     for (path, item) in paths.as_mapping_mut().into_iter().flatten() {
         for method in METHODS {
             if let Some(operation) = item.get_mut(method).and_then(Value::as_mapping_mut) {

@@ -98,7 +98,7 @@ fn section(document: &Value, path: &str, method: &str, operation: &Value) -> Str
     }
     if let Some(body) = operation.get("requestBody") {
         add(&mut page, format_args!("<h4>Body</h4>{}", prose(&body["description"])));
-        content(&mut page, body);
+        content(&mut page, document, body);
     }
     page.push_str("<h4>Answers</h4><dl>");
     for (status, answer) in members(&operation["responses"]) {
@@ -108,7 +108,7 @@ fn section(document: &Value, path: &str, method: &str, operation: &Value) -> Str
         if !headers.is_empty() {
             add(&mut page, format_args!("<p class=headers>{}</p>", headers.join(", ")));
         }
-        content(&mut page, answer);
+        content(&mut page, document, answer);
         page.push_str("</dd>");
     }
     page.push_str("</dl></article>");
@@ -116,10 +116,11 @@ fn section(document: &Value, path: &str, method: &str, operation: &Value) -> Str
 }
 
 /// Media types with their schemas and examples.
-fn content(page: &mut String, of: &Value) {
+fn content(page: &mut String, document: &Value, of: &Value) {
     for (media_type, content) in members(&of["content"]) {
         add(page, format_args!("<p><code>{}</code> {}</p>", escaped(media_type), content.get("schema").map(kind).unwrap_or_default()));
-        let named = members(&content["examples"]).map(|(_, example)| (text(&example["summary"]), &example["value"]));
+        let named = members(&content["examples"]).map(|(_, example)| resolved(document, example));
+        let named = named.map(|example| (example.get("summary").map(text).unwrap_or_default(), &example["value"]));
         // Of refusals, which are the same everywhere, the description of each code says enough.
         let shown = content.get("example").map(|example| (String::new(), example)).into_iter().chain(named);
         for (summary, example) in shown.filter(|_| media_type != "application/problem+json") {
