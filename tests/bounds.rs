@@ -101,7 +101,9 @@ impl Field {
     /// What is just beyond each of its bounds, and what is at it, where that can be told; what it is without a bound for, otherwise.
     fn cases(&self) -> Result<Vec<(Value, Option<Value>)>, &'static str> {
         let mut cases = Vec::new();
-        if let Some((min, max)) = self.schema["minimum"].as_i64().zip(self.schema["maximum"].as_i64()) {
+        if self.is("integer") {
+            let bounds = self.schema["minimum"].as_i64().zip(self.schema["maximum"].as_i64());
+            let (min, max) = bounds.ok_or("a number without an end")?;
             cases.extend([(json!(min - 1), None), (json!(max + 1), None)]);
         }
         if self.is("array") {
@@ -175,9 +177,12 @@ impl Text {
 
     /// The length at which its pattern ends, if it does; `None`: it is one of so many words.
     fn longest_by_pattern(&self) -> Result<Option<usize>, &'static str> {
-        const FAR: usize = 1000;
-        let longest = (1..=FAR).rev().find(|length| self.of_length(*length).is_some());
-        if longest == Some(FAR) { Err("a text without an end") } else { Ok(longest) }
+        // Longer than any pattern of ours that ends; and far beyond.
+        const LONGEST: usize = 300;
+        if self.of_length(10 * LONGEST).is_some() {
+            return Err("a text without an end");
+        }
+        Ok((1..=LONGEST).rev().find(|length| self.of_length(*length).is_some()))
     }
 
     fn cases(&self, shares: bool) -> Result<Vec<(Value, Option<Value>)>, &'static str> {
