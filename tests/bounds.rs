@@ -322,9 +322,14 @@ impl There {
             "/v1/volumes" if field.member() != "name" => body["name"] = json!(format!("bounds-{}", uuid::Uuid::new_v4().simple())),
             _ => {}
         }
-        // Nothing is stopped, signaled or changed for it. Where a sandbox is looked at before the request is, there is one.
+        // Nothing is stopped or signaled for it. Where a sandbox is looked at before all of the request is, there is one.
+        let is_change = operation.method == "PATCH" && operation.template == "/v1/sandboxes/{id}";
+        if is_change {
+            // What was tried before is none of its labels.
+            body["labels_policy"] = json!("replace");
+        }
         let path = self.path(operation);
-        let path = if path.ends_with("/execs") { path } else { path.replace(&self.sandbox, SOMEBODY_ELSES) };
+        let path = if is_change || path.ends_with("/execs") { path } else { path.replace(&self.sandbox, SOMEBODY_ELSES) };
         let answer = self.send(operation, &path, Some(&body)).await;
         if answer.status == 201 && ["/v1/volumes", "/v1/webhooks"].contains(&operation.template.as_str()) {
             let gone = self.client.delete(answer.header("location")).await;
