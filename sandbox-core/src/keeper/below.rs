@@ -23,7 +23,7 @@ type Said = Result<(), String>;
 pub(super) fn make_ready(lent: &Lent) -> io::Result<Worker> {
     Worker::waiting(Some(lent.mount.as_fd()), |socket, mount| {
         // Killed for want of memory, it would take the layer along.
-        super::claim::protect_from_oom();
+        super::claim::protect_child_from_oom();
         let mount = mount.ok_or_else(|| io::Error::other("it came without its mount"));
         match mount.and_then(|mount| rootfs::below_of(&mount)) {
             Ok([below, kept]) => transport::send(socket, &Said::Ok(()), &[below.as_fd(), kept.as_fd()]),

@@ -179,11 +179,16 @@ pub(super) fn fences(options: &Options) -> io::Result<Fences> {
 /// What the kernel is to kill last when the machine runs out of memory (proc_pid_oom_score_adj(5)): with the keeper, every sandbox would go.
 const OOM_SCORE_ADJ: &str = "-999";
 
-/// Protects the keeper where it may: lowering the value takes CAP_SYS_RESOURCE.
+/// Protects the keeper where it may: lowering the value takes CAP_SYS_RESOURCE. Where it may not, that is said.
 pub(super) fn protect_from_oom() {
     if let Err(error) = fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ) {
         warn(format_args!("the kernel may kill the keeper for want of memory like anybody else: lowering oom_score_adj failed: {error}"));
     }
+}
+
+/// The same for a child that the keeper needs as itself. The keeper has said already what it may not.
+pub(super) fn protect_child_from_oom() {
+    drop(fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ));
 }
 
 /// Takes that protection from a child that is no keeper. No error where there is none to take.

@@ -49,7 +49,7 @@ impl Disk {
                 let (mount, made) = match (used, medium) {
                     (Some(used), _) => {
                         // Killed for want of memory, it would take the layer along.
-                        super::claim::protect_from_oom();
+                        super::claim::protect_child_from_oom();
                         (used, Made { device })
                     }
                     (None, Medium::Memory) => {
