@@ -349,13 +349,12 @@ impl Store {
         .transpose()
     }
 
-    /// Those of these sandboxes that have ended, with the ends of their logs.
+    /// Those of these sandboxes that have ended and can be read, with the ends of their logs.
     pub async fn ended_of(&self, ids: &[SandboxId]) -> Result<Vec<(Sandbox, LogTail)>, StoreError> {
         let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
         let rows = select_sandboxes!("id = any($1) and state in ('exited', 'failed')", &ids).fetch_all(&self.pool).await?;
         let mut ended = Vec::with_capacity(rows.len());
-        for row in rows {
-            let sandbox = row.read()?;
+        for sandbox in readable(rows) {
             let tail = self.find_log(sandbox.id).await?.map(|stored| stored.tail).unwrap_or_default();
             ended.push((sandbox, tail));
         }

@@ -229,6 +229,22 @@ async fn an_end_is_stored_and_counted_once(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "../migrations")]
+async fn an_end_that_cannot_be_read_holds_up_no_other(pool: PgPool) {
+    let (store, lease) = store_with_node(pool.clone()).await;
+    let (sound, damaged) = (sandbox("acme", Kind::Run, None), sandbox("acme", Kind::Run, None));
+    for run in [&sound, &damaged] {
+        assert!(admit(&store, run, lease).await);
+        let ended = Ended { finish: &lost(run), log_tail: &LogTail::default(), compile: None, case_bytes: 0, log_file: LogKept::No };
+        assert!(store.finish(run.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap());
+    }
+    sqlx::query("update sandboxes set program = '{}' where id = $1").bind(damaged.id.0).execute(&pool).await.unwrap();
+
+    let ended = store.ended_of(&[damaged.id, sound.id]).await.unwrap();
+
+    assert_eq!(ended.iter().map(|(sandbox, _)| sandbox.id).collect::<Vec<_>>(), [sound.id]);
+}
+
+#[sqlx::test(migrations = "../migrations")]
 async fn an_end_that_knows_no_start_leaves_the_one_that_was_noted(pool: PgPool) {
     let (store, lease) = store_with_node(pool).await;
     let sandbox = sandbox("acme", Kind::Sandbox, None);
