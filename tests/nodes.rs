@@ -358,8 +358,9 @@ async fn a_machine_that_is_short_of_disk_or_memory_starts_nothing_and_says_why()
 #[tokio::test]
 async fn a_disk_that_is_short_takes_no_image_but_an_operators() {
     let service = Service::start_with(&["--disk-reserve-percent", "100"]).unwrap();
+    let tenant = Client::with_scope(service.place(), "traveller", "images:write");
 
-    let refused = client(&service).post_raw("/v1/images/import?reference=mine", "application/x-tar", "x").await;
+    let refused = tenant.post_raw("/v1/images/import?reference=mine", "application/x-tar", "x").await;
 
     let problem = refused.problem(503, "no_capacity");
     assert!(problem["detail"].as_str().unwrap().contains("disk"), "{problem}");

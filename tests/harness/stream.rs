@@ -42,9 +42,10 @@ pub async fn read_to_end(stream: &mut TcpStream) -> Vec<u8> {
 
 /// Waits until the service has closed its end of this connection, however the other end stands.
 pub async fn until_let_go(stream: &TcpStream) {
-    let (client, service) = (stream.local_addr().expect("it is connected"), stream.peer_addr().expect("it is connected"));
+    // Whose ends are both closed has no peer any more (getpeername(2)).
+    let client = stream.local_addr().expect("it has one to its end");
     let deadline = tokio::time::Instant::now() + FRAME_DEADLINE;
-    while host::holds_connection(service, client) {
+    while host::holds_connection(client) {
         assert!(tokio::time::Instant::now() < deadline, "the service holds the connection from {client}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
