@@ -103,6 +103,9 @@ pub struct Options {
     /// Seconds that a client may take for a body, 1 to 3600; it has one more for each 16 KiB of it [default: 60]
     #[arg(long, env = "MAYFLY_BODY_TIMEOUT_S", value_name = "SECONDS")]
     pub body_timeout_s: Option<u32>,
+    /// Seconds for which a client may take nothing of what is sent to it, 1 to 3600; then it is disconnected [default: 60]
+    #[arg(long, env = "MAYFLY_WRITE_TIMEOUT_S", value_name = "SECONDS")]
+    pub write_timeout_s: Option<u32>,
     /// File with the secret that tokens are signed with (HS256), at least 32 bytes [default, if no other key is given: jwt-secret in the data folder, made as needed]
     #[arg(long, env = "MAYFLY_JWT_SECRET_FILE", value_name = "PATH")]
     pub jwt_secret_file: Option<PathBuf>,

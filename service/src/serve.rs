@@ -52,8 +52,8 @@ const LAST_ANSWERS: Duration = Duration::from_secs(2);
 /// How long connections to the database have to be given back.
 const CLOSE: Duration = Duration::from_secs(2);
 
-const METRICS_HEAD_DEADLINE: Duration = Duration::from_secs(10);
-const METRICS_CONNECTIONS_MAX: usize = 64;
+/// For whoever reads the metrics.
+const METRICS_BOUNDS: Bounds = Bounds { connections: 64, head_deadline: Duration::from_secs(10), write_deadline: Duration::from_secs(60) };
 
 /// Serves until it is told to stop, and stops what it started. Started as root it becomes an unprivileged user before it listens to
 /// anybody; the order of its steps is this function's.
@@ -272,9 +272,12 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
         let (cluster, store) = (cluster.clone(), app.store.clone());
         tokio::spawn(revive::keep_running(cluster, settings.database_connections, store, stopping.clone()));
     }
-    let bounds = Bounds { connections: METRICS_CONNECTIONS_MAX, head_deadline: METRICS_HEAD_DEADLINE };
-    let metrics = open(doors.metrics, api::metrics_router(Arc::clone(&app)), bounds, None, stopping.clone())?;
-    let bounds = Bounds { connections: connections_max(settings.door.connections_max), head_deadline: settings.door.head_deadline };
+    let metrics = open(doors.metrics, api::metrics_router(Arc::clone(&app)), METRICS_BOUNDS, None, stopping.clone())?;
+    let bounds = Bounds {
+        connections: connections_max(settings.door.connections_max),
+        head_deadline: settings.door.head_deadline,
+        write_deadline: settings.door.write_deadline,
+    };
     let api = open(doors.api, api::router(Arc::clone(&app), &settings.door), bounds, tls, stopping.clone())?;
     Ok(Started { app, api, metrics, addresses, stopping })
 }

@@ -185,7 +185,8 @@ impl Service {
     /// # Errors
     /// As [`Self::start_with`].
     pub fn start_shared() -> Result<Self> {
-        Self::launch(&["--overcommit-cpu-percent", "2400"], None)
+        // Tests stop reading to see what that does to others: on a loaded machine that may last.
+        Self::launch(&["--overcommit-cpu-percent", "2400", "--write-timeout-s", "600"], None)
     }
 
     /// Starts one without images, with further arguments of `serve`.

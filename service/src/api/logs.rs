@@ -85,7 +85,8 @@ pub(super) struct Asked {
 ///
 /// By WebSocket, each message a `LogFrame`; without a handshake in the form that `Accept` likes best: one `LogFrame` a line (`application/x-ndjson`, also where nothing else
 /// will do), as server-sent events, or the bytes themselves as plain text, which holds neither gaps nor the end. The last frame is `end`, with the outcome, once that is stored.
-/// Where nothing comes for 20 seconds there is a sign of life: a ping, an empty line, a comment. Any number of readers may read, each at its own pace.
+/// Where nothing comes for 20 seconds there is a sign of life: a ping, an empty line, a comment. Any number of readers may read, each at its own pace; one that
+/// has stopped reading is disconnected after a minute in which there was something for it, and can go on where it was.
 ///
 /// The id of an event is its sequence number, and a reader that comes again with `Last-Event-ID` goes on behind it; after `end` it is answered 204, which has browsers
 /// come no more. A browser, which cannot set headers on a WebSocket, offers the subprotocols `mayfly.v1` and `mayfly.bearer.<token>`; the service answers with `mayfly.v1`.

@@ -138,7 +138,7 @@ pub(super) struct WatchEndView {
 /// name: removed and made again it is watched on, and what replaces it is `created`, as it is by `PUT`. Links on the way are followed, and at the end those to folders; of others the link itself is
 /// watched. Not told is what is written through memory that is mapped (mmap(2)), what lies in `/proc`, and that a folder above the path has another name.
 ///
-/// A reader that is slow misses changes, and is told so by `{"gap": …}`. A paused sandbox changes nothing, and its stream goes on when it does. The files of a sandbox are watched four times at one
+/// A reader that is slow misses changes, and is told so by `{"gap": …}`; one that has stopped reading is disconnected, as from a log. A paused sandbox changes nothing, and its stream goes on when it does. The files of a sandbox are watched four times at one
 /// time, those of all of a tenant's 256 times at each node. Who watches is a process in the sandbox, and its memory and time are the sandbox's.
 #[utoipa::path(
     get,

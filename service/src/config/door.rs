@@ -30,6 +30,8 @@ pub struct DoorSettings {
     pub head_deadline: Duration,
     /// How long for a body; it has a second more for each 16 KiB.
     pub body_deadline: Duration,
+    /// How long a client may take nothing of what is sent to it.
+    pub write_deadline: Duration,
 }
 
 impl DoorSettings {
@@ -53,6 +55,7 @@ impl DoorSettings {
             connections_max: usize::try_from(within("connections-max", connections, 1, 1 << 20)?)?,
             head_deadline: seconds("head-timeout-s", nearer.head_timeout_s.or(file.head_timeout_s), 10, 300)?,
             body_deadline: seconds("body-timeout-s", nearer.body_timeout_s.or(file.body_timeout_s), 60, 3600)?,
+            write_deadline: seconds("write-timeout-s", nearer.write_timeout_s.or(file.write_timeout_s), 60, 3600)?,
         })
     }
 }

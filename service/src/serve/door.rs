@@ -1,11 +1,12 @@
-//! The connections of one listener: bounded in their number, in the time that the head of a request may take, and in its size.
+//! The connections of one listener: bounded in their number, in the time that the head of a request may take, in its size, and in how long a client may take nothing
+//! of what is sent to it.
 
 use std::{
     io,
     net::SocketAddr,
     pin::{Pin, pin},
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -16,7 +17,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::timeout,
+    time::{Sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -35,6 +36,9 @@ pub(super) struct Bounds {
     /// For the handshake of TLS, and for the head of each request, from the connection's beginning or from the answer before it: also how
     /// long a connection may rest.
     pub(super) head_deadline: Duration,
+    /// How long a client may take nothing while there is something for it: then the connection is broken, whatever it has become — an answer, a stream, a WebSocket, a
+    /// tunnel. Counted below TLS, and from each byte that the kernel takes on: who is slow has all the time, who has stopped holds what others need.
+    pub(super) write_deadline: Duration,
 }
 
 /// Serves until `stopping`, and then until the requests in progress have ended. A connection that became a WebSocket is not waited for.
@@ -44,7 +48,7 @@ pub(super) async fn serve(listener: TcpListener, router: Router, bounds: Bounds,
     let open = TaskTracker::new();
     loop {
         let counted = tokio::select! {
-            counted = accept(&listener, &room) => counted,
+            counted = accept(&listener, &room, bounds.write_deadline) => counted,
             () = stopping.cancelled() => break,
         };
         open.spawn(attend(counted, tls.clone(), router.clone(), bounds.head_deadline, stopping.clone()));
@@ -55,7 +59,7 @@ pub(super) async fn serve(listener: TcpListener, router: Router, bounds: Bounds,
 }
 
 /// The next connection, when there is room for one.
-async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> Counted {
+async fn accept(listener: &TcpListener, room: &Arc<Semaphore>, write_deadline: Duration) -> Counted {
     /// Until descriptors or memory may be there again.
     const PAUSE: Duration = Duration::from_secs(1);
     let permit = Arc::clone(room).acquire_owned().await.expect("the semaphore is never closed");
@@ -66,7 +70,7 @@ async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> Counted {
                 if let Err(error) = stream.set_nodelay(true) {
                     tracing::debug!(%error, "a connection without TCP_NODELAY");
                 }
-                return Counted { stream, address, _permit: permit };
+                return Counted { stream, address, stall: Stall { deadline: write_deadline, sleep: None }, _permit: permit };
             }
             Err(error) if is_the_clients(&error) => tracing::debug!(%error, "a client went away before it was accepted"),
             Err(error) => {
@@ -120,12 +124,39 @@ where
     }
 }
 
-/// A connection that counts for as long as its descriptor is open, whatever it becomes.
+/// A connection that counts for as long as its descriptor is open, whatever it becomes, and breaks where writing comes to nothing for too long.
 #[derive(Debug)]
 struct Counted {
     stream: TcpStream,
     address: SocketAddr,
+    stall: Stall,
     _permit: OwnedSemaphorePermit,
+}
+
+/// Since when nothing that was to be written was taken.
+#[derive(Debug)]
+struct Stall {
+    deadline: Duration,
+    /// There while something waits to be written.
+    sleep: Option<Pin<Box<Sleep>>>,
+}
+
+impl Stall {
+    /// What came of writing; an error where for too long nothing did.
+    fn bound(&mut self, stream: &TcpStream, written: Poll<io::Result<usize>>, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        if written.is_ready() {
+            self.sleep = None;
+            return written;
+        }
+        let deadline = self.deadline;
+        let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep(deadline)));
+        ready!(sleep.as_mut().poll(context));
+        // The kernel would keep what it has taken on, and go on trying, long after we have closed (tcp(7), tcp_retries2).
+        if let Err(error) = stream.set_zero_linger() {
+            tracing::debug!(%error, "a connection is not reset");
+        }
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes nothing of what is sent to it")))
+    }
 }
 
 impl AsyncRead for Counted {
@@ -135,18 +166,23 @@ impl AsyncRead for Counted {
 }
 
 impl AsyncWrite for Counted {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let Self { stream, stall, .. } = self.get_mut();
+        let written = Pin::new(&mut *stream).poll_write(context, bytes);
+        stall.bound(stream, written, context)
     }
 
-    fn poll_write_vectored(mut self: Pin<&mut Self>, context: &mut Context<'_>, parts: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(context, parts)
+    fn poll_write_vectored(self: Pin<&mut Self>, context: &mut Context<'_>, parts: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let Self { stream, stall, .. } = self.get_mut();
+        let written = Pin::new(&mut *stream).poll_write_vectored(context, parts);
+        stall.bound(stream, written, context)
     }
 
     fn is_write_vectored(&self) -> bool {
         self.stream.is_write_vectored()
     }
 
+    // TCP holds nothing back: neither of these waits.
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_flush(context)
     }
@@ -165,21 +201,35 @@ mod tests {
         time::timeout,
     };
 
-    use super::*;
+    use tokio_rustls::{
+        TlsConnector,
+        rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs},
+    };
+
+    use super::{super::tls::Certificate, *};
+    use crate::config::TlsFiles;
 
     const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
     const SOON: Duration = Duration::from_secs(5);
 
+    /// More than the kernel takes on of an answer that nobody reads (`tcp_wmem` and `tcp_rmem` of both sides).
+    const LARGE: usize = 64 * 1024 * 1024;
+    const BOUNDS: Bounds = Bounds { connections: 9, head_deadline: Duration::from_secs(20), write_deadline: Duration::from_secs(20) };
+
     async fn open(bounds: Bounds) -> (SocketAddr, CancellationToken, JoinHandle<()>) {
+        open_with(bounds, None).await
+    }
+
+    async fn open_with(bounds: Bounds, tls: Option<TlsAcceptor>) -> (SocketAddr, CancellationToken, JoinHandle<()>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (address, stopping) = (listener.local_addr().unwrap(), CancellationToken::new());
-        let router = Router::new().route("/", get(async || "hello"));
-        (address, stopping.clone(), tokio::spawn(serve(listener, router, bounds, None, stopping)))
+        let router = Router::new().route("/", get(async || "hello")).route("/large", get(async || vec![b'x'; LARGE]));
+        (address, stopping.clone(), tokio::spawn(serve(listener, router, bounds, tls, stopping)))
     }
 
     #[tokio::test]
     async fn a_head_that_does_not_end_ends_the_connection() {
-        let (address, ..) = open(Bounds { connections: 9, head_deadline: Duration::from_millis(50) }).await;
+        let (address, ..) = open(Bounds { head_deadline: Duration::from_millis(50), ..BOUNDS }).await;
         let mut client = TcpStream::connect(address).await.unwrap();
         client.write_all(b"GET / HTTP/1.1\r\nhost:").await.unwrap();
         let mut answer = Vec::new();
@@ -189,7 +239,7 @@ mod tests {
 
     #[tokio::test]
     async fn one_connection_too_many_waits_for_another_to_end() {
-        let (address, ..) = open(Bounds { connections: 1, head_deadline: SOON * 4 }).await;
+        let (address, ..) = open(Bounds { connections: 1, ..BOUNDS }).await;
         let first = TcpStream::connect(address).await.unwrap();
         let mut second = TcpStream::connect(address).await.unwrap();
         second.write_all(REQUEST).await.unwrap();
@@ -202,12 +252,85 @@ mod tests {
 
     #[tokio::test]
     async fn a_stop_ends_connections_that_rest() {
-        let (address, stopping, served) = open(Bounds { connections: 9, head_deadline: SOON * 4 }).await;
+        let (address, stopping, served) = open(BOUNDS).await;
         let mut client = TcpStream::connect(address).await.unwrap();
         client.write_all(REQUEST).await.unwrap();
         let mut answer = [0; 12];
         client.read_exact(&mut answer).await.unwrap();
         stopping.cancel();
         timeout(SOON, served).await.unwrap().unwrap();
+    }
+
+    const LARGE_REQUEST: &[u8] = b"GET /large HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n";
+
+    async fn asking(address: SocketAddr) -> TcpStream {
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all(LARGE_REQUEST).await.unwrap();
+        client
+    }
+
+    #[tokio::test]
+    async fn a_client_that_takes_nothing_is_disconnected() {
+        let (address, ..) = open(Bounds { connections: 1, write_deadline: Duration::from_millis(300), ..BOUNDS }).await;
+        let mut client = asking(address).await;
+        // There is room for another as soon as the first is gone.
+        let mut next = TcpStream::connect(address).await.unwrap();
+        next.write_all(REQUEST).await.unwrap();
+        let mut answer = [0; 12];
+        timeout(SOON, next.read_exact(&mut answer)).await.unwrap().unwrap();
+        let mut read = Vec::new();
+        let ended = timeout(SOON, client.read_to_end(&mut read)).await.unwrap();
+        assert!(ended.is_err() || read.len() < LARGE, "{ended:?}");
+    }
+
+    /// Both sides of TLS, for localhost.
+    fn tls() -> (TlsAcceptor, TlsConnector) {
+        let folder = tempfile::tempdir().unwrap();
+        let files = TlsFiles { cert: folder.path().join("cert.pem"), key: folder.path().join("key.pem") };
+        let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        std::fs::write(&files.cert, certified.cert.pem()).unwrap();
+        std::fs::write(&files.key, certified.signing_key.serialize_pem()).unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(certified.cert.der().clone()).unwrap();
+        let config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider())).with_safe_default_protocol_versions();
+        let config = config.unwrap().with_root_certificates(roots).with_no_client_auth();
+        (Certificate::follow(&files).unwrap().acceptor().unwrap(), TlsConnector::from(Arc::new(config)))
+    }
+
+    #[tokio::test]
+    async fn a_client_that_takes_nothing_is_disconnected_below_tls() {
+        let (acceptor, connector) = tls();
+        let bounds = Bounds { connections: 1, write_deadline: Duration::from_millis(300), ..BOUNDS };
+        let (address, ..) = open_with(bounds, Some(acceptor)).await;
+        let connect = async || {
+            let stream = TcpStream::connect(address).await.unwrap();
+            connector.connect("localhost".try_into().unwrap(), stream).await.unwrap()
+        };
+        let mut client = connect().await;
+        client.write_all(LARGE_REQUEST).await.unwrap();
+        // It shakes hands as soon as the first is gone.
+        let _next = timeout(SOON, connect()).await.unwrap();
+        let mut read = Vec::new();
+        let ended = timeout(SOON, client.read_to_end(&mut read)).await.unwrap();
+        assert!(ended.is_err() || read.len() < LARGE, "{ended:?}");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_is_slow_is_sent_all_however_long_it_takes() {
+        let write_deadline = Duration::from_secs(1);
+        let (address, ..) = open(Bounds { write_deadline, ..BOUNDS }).await;
+        let (mut client, began_at) = (asking(address).await, std::time::Instant::now());
+        let (mut total, mut piece) = (0, vec![0; LARGE / 64]);
+        loop {
+            let read = client.read(&mut piece).await.unwrap();
+            total += read;
+            if read == 0 {
+                break;
+            }
+            if began_at.elapsed() < write_deadline * 2 {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+        assert!(total > LARGE && began_at.elapsed() > write_deadline, "{total} bytes in {:?}", began_at.elapsed());
     }
 }
