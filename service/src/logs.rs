@@ -20,7 +20,7 @@ pub use reader::{LogItem, LogReader};
 use sandbox_core::log;
 use tokio::sync::watch;
 
-use crate::sandbox::{LogTail, SandboxId, TailCollector};
+use crate::sandbox::{LogTail, Records, SandboxId, TailCollector};
 
 /// What is read of a file at once.
 const CHUNK_BYTES: usize = 256 * 1024;
@@ -77,17 +77,17 @@ impl Logs {
         Ok(found)
     }
 
-    /// The last `stream_bytes` of each stream. A sandbox without a log has written nothing.
-    pub async fn tail(&self, id: SandboxId, stream_bytes: usize) -> io::Result<LogTail> {
+    /// The last `stream_bytes` of each stream, as a [`TailCollector`] has them. A sandbox without a log has written nothing.
+    pub async fn tail(&self, id: SandboxId, stream_bytes: usize, records: Records) -> io::Result<LogTail> {
         let file = match File::open(self.path(id)) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(LogTail::default()),
             Err(error) => return Err(error),
         };
         if file.metadata()?.len() <= SMALL_FILE_BYTES {
-            return tail(file, stream_bytes);
+            return tail(file, stream_bytes, records);
         }
-        tokio::task::spawn_blocking(move || tail(file, stream_bytes)).await.map_err(io::Error::other)?
+        tokio::task::spawn_blocking(move || tail(file, stream_bytes, records)).await.map_err(io::Error::other)?
     }
 
     /// Has every record taken in that the log has now. A sandbox without a log has written nothing.
@@ -191,8 +191,8 @@ pub fn last_lines_of(tail: &LogTail, lines: usize, wanted: Wanted) -> Beginning 
     finder.finish()
 }
 
-fn tail(file: File, stream_bytes: usize) -> io::Result<LogTail> {
-    let mut collector = TailCollector::new(stream_bytes);
+fn tail(file: File, stream_bytes: usize, records: Records) -> io::Result<LogTail> {
+    let mut collector = TailCollector::new(stream_bytes, records);
     each_record(file, |record| collector.push(record))?;
     Ok(collector.finish())
 }
@@ -237,7 +237,7 @@ pub(crate) mod tests {
         let folder = tempfile::tempdir().unwrap();
         let logs = Logs::new(folder.path()).unwrap();
         let id = SandboxId(uuid::Uuid::nil());
-        assert_eq!(logs.tail(id, 10).await.unwrap(), LogTail::default());
+        assert_eq!(logs.tail(id, 10, Records::Numbered).await.unwrap(), LogTail::default());
         assert!(logs.open(id, 0).unwrap().is_none());
     }
 
@@ -250,7 +250,7 @@ pub(crate) mod tests {
         for seq in 0..20 {
             append(folder.path(), id, &[(Kind::Stdout, seq, &data)]);
         }
-        let tail = logs.tail(id, 60_000).await.unwrap();
+        let tail = logs.tail(id, 60_000, Records::Numbered).await.unwrap();
         assert_eq!(tail.records().map(|record| record.seq).collect::<Vec<_>>(), [19]);
         assert_eq!(tail.stdout_omitted_bytes, 19 * 60_000);
     }

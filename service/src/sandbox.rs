@@ -30,7 +30,7 @@ pub use compile::{Compile, CompileEnd, NewCompile, case_id, case_ids, is_part, i
 pub use exec::{EXECS_MAX, Exec, ExecPlan, ExecRequest, ExecState, NewExec, SizeRequest};
 pub use language::{Language, Languages};
 pub use limits::{Bound, Limits, RequestedCompileLimits, RequestedLimits, bound_of, bounds};
-pub use log_tail::{LogTail, TailCollector};
+pub use log_tail::{LogTail, Records, TailCollector};
 pub use outcome::{Finish, Outcome, Phases, Reason, Truncated, Usage};
 pub use program::{Capabilities, Program, StopOrder, User, spec};
 pub use quota::{

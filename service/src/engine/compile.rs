@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     clock::at_us,
-    sandbox::{self, Compile, CompileEnd, Finish, LogTail, Mount, SandboxId, step_id},
+    sandbox::{self, Compile, CompileEnd, Finish, LogTail, Mount, Records, SandboxId, step_id},
 };
 
 /// How long the end of a step, and of what it left, is waited for where it is to be cleared away.
@@ -76,7 +76,7 @@ impl Engine {
 
     async fn note_step(&self, live: &Live, step: &Compile, ending: &Ending) {
         let finish = Finish::of(ending, &step.limits, phases(live, at_us(ending.ended_at_us)));
-        let log_tail = self.read_tail(step_id(live.sandbox.id)).await.unwrap_or_else(|| LogTail {
+        let log_tail = self.read_tail(step_id(live.sandbox.id), Records::Joined).await.unwrap_or_else(|| LogTail {
             bytes: vec![],
             stdout_omitted_bytes: ending.usage.stdout_bytes.min(step.limits.output_bytes()),
             stderr_omitted_bytes: ending.usage.stderr_bytes.min(step.limits.output_bytes()),

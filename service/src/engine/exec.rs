@@ -16,7 +16,7 @@ use super::{Engine, EngineError, Owner, input, life::detached};
 use crate::{
     clock::at_us,
     runtime::{CallError, LaunchAnswer},
-    sandbox::{Exec, ExecPlan, ExecState, Finish, Limits, LogTail, NewExec, Phases, Sandbox, SandboxId, Signal, State, TenantId},
+    sandbox::{Exec, ExecPlan, ExecState, Finish, Limits, LogTail, NewExec, Phases, Records, Sandbox, SandboxId, Signal, State, TenantId},
     store::{Act, ExecAdmitted, ExecEnded, HeldKey, Input, StoreError},
 };
 
@@ -280,7 +280,7 @@ impl Engine {
         let id = live.exec.id;
         let total = Phases::ms((at_us(ending.ended_at_us) - live.exec.created_at).try_into().unwrap_or(Duration::ZERO));
         let finish = Finish::of(ending, &live.limits, Phases { total, ..Phases::default() });
-        let read = self.read_tail(id).await;
+        let read = self.read_tail(id, Records::Numbered).await;
         let has_log_file = !read.as_ref().is_some_and(LogTail::is_complete);
         let log_tail = read.unwrap_or_else(|| unread(&live.exec.plan, ending));
         let ended = ExecEnded { finish: &finish, log_tail: &log_tail, has_log_file };

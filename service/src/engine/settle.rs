@@ -11,7 +11,7 @@ use time::OffsetDateTime;
 use super::{Engine, Finished, Progress, lease::LEFT_TO_OTHERS, live::Live};
 use crate::{
     clock::at_us,
-    sandbox::{Finish, Kind, Limits, LogTail, Phases, RequestedLimits, Sandbox, SandboxId, State},
+    sandbox::{Finish, Kind, Limits, LogTail, Phases, Records, RequestedLimits, Sandbox, SandboxId, State},
     store::{Ended, HeldKey, Hold, Lease, LogKept, Return, StoreError, Whereabouts, Writer},
 };
 
@@ -62,7 +62,7 @@ impl Engine {
         }
         let id = live.sandbox.id;
         fail_point::reached("service.settle.heard");
-        let read = self.read_tail(id).await;
+        let read = self.read_tail(id, Records::Numbered).await;
         let is_whole = read.as_ref().is_some_and(LogTail::is_complete);
         let log_tail = read.unwrap_or_else(|| unread(&live.sandbox, &ending.usage));
         let log_file = match live.sandbox.kind {
@@ -257,10 +257,10 @@ impl Engine {
     }
 
     /// The end of its log; `None` if that stays unreadable.
-    pub(super) async fn read_tail(&self, id: SandboxId) -> Option<LogTail> {
+    pub(super) async fn read_tail(&self, id: SandboxId, records: Records) -> Option<LogTail> {
         let mut pause = RETRY_MIN;
         for _ in 0..READ_ATTEMPTS {
-            match self.logs.tail(id, LogTail::STORED_BYTES).await {
+            match self.logs.tail(id, LogTail::STORED_BYTES, records).await {
                 Ok(tail) => return Some(tail),
                 Err(error) => tracing::error!(sandbox.id = %id, %error, "reading its log failed"),
             }
