@@ -246,7 +246,12 @@ async fn the_answer_to_a_batch_with_much_output_is_told_again() {
     let first = post(&client, &key, &request).await;
     let second = post(&client, &key, &request).await;
 
-    assert_eq!(stdout(&first.body["items"][0]["run"]).len(), 100_004);
+    // Of each of several the last 64 KiB, of one alone all.
+    let told = &first.body["items"][0]["run"];
+    let whole = client.get(&format!("/v1/runs/{}", told["id"].as_str().unwrap())).await.expect(200);
+    assert_eq!((stdout(told).len(), &told["stdout_omitted_bytes"]), (65_536, &json!(100_004 - 65_536)));
+    assert_eq!((stdout(&whole).len(), &whole["stdout_omitted_bytes"]), (100_004, &json!(0)));
+    assert!(stdout(&whole).ends_with(stdout(told)) && stdout(told).ends_with("xend\n"));
     assert_eq!((first.status, &first.body), (second.status, &second.body));
     assert_eq!(second.header("idempotency-replayed"), "true");
     assert_eq!(made(&service.place, admin.rsplit('/').next().unwrap()).await, 2);

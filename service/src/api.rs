@@ -2,6 +2,7 @@
 
 mod account;
 mod admin;
+mod answers;
 mod attach;
 mod bounds;
 mod browser;
@@ -35,6 +36,7 @@ mod webhooks;
 
 use std::{any::Any, sync::Arc, time::Duration};
 
+pub use answers::Answers;
 use axum::{
     Router,
     http::{StatusCode, header},
@@ -83,6 +85,7 @@ pub struct App {
     pub clock: Clock,
     pub metrics: Arc<Metrics>,
     pub idempotency: Idempotency,
+    pub answers: Answers,
     pub languages: Languages,
     pub outbox: Arc<Outbox>,
     pub webhooks: Arc<Webhooks>,

@@ -106,6 +106,10 @@ pub struct Options {
     /// Seconds for which a client may take nothing of what is sent to it, 1 to 3600; then it is disconnected [default: 60]
     #[arg(long, env = "MAYFLY_WRITE_TIMEOUT_S", value_name = "SECONDS")]
     pub write_timeout_s: Option<u32>,
+    /// Memory that answers with output of runs and execs may take together until they are read, in bytes, at least 1 MiB; a tenant has a fourth of it. Without room an
+    /// answer is refused with 503, or comes without output [default: a sixteenth of this machine's, but at most 1 GiB]
+    #[arg(long, env = "MAYFLY_ANSWER_MEMORY_BYTES", value_name = "BYTES")]
+    pub answer_memory_bytes: Option<u64>,
     /// File with the secret that tokens are signed with (HS256), at least 32 bytes [default, if no other key is given: jwt-secret in the data folder, made as needed]
     #[arg(long, env = "MAYFLY_JWT_SECRET_FILE", value_name = "PATH")]
     pub jwt_secret_file: Option<PathBuf>,
@@ -253,6 +257,8 @@ pub struct Settings {
     pub door: DoorSettings,
     pub keys: KeySettings,
     pub token_rules: Rules,
+    /// `None`: a part of what this machine has.
+    pub answer_memory_bytes: Option<u64>,
     pub capacity_memory_bytes: Option<u64>,
     pub capacity_cpu_millis: Option<u64>,
     pub overcommit_memory_percent: u64,
@@ -312,6 +318,11 @@ impl Options {
             door,
             keys,
             token_rules,
+            answer_memory_bytes: {
+                let bytes = self.answer_memory_bytes.or(file.answer_memory_bytes);
+                ensure!(bytes.is_none_or(|bytes| bytes >= 1 << 20), "answer-memory-bytes: less than 1 MiB");
+                bytes
+            },
             capacity_memory_bytes: positive("capacity-memory-bytes", self.capacity_memory_bytes.or(file.capacity_memory_bytes))?,
             capacity_cpu_millis: positive("capacity-cpu-millis", self.capacity_cpu_millis.or(file.capacity_cpu_millis))?,
             overcommit_memory_percent: positive(

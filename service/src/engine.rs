@@ -15,6 +15,7 @@ mod kept;
 mod lease;
 mod life;
 mod live;
+mod output;
 mod pressure;
 mod queue;
 mod recovery;
@@ -44,6 +45,7 @@ pub use follow::{Followed, Followup, LogQuery, LogStream};
 use lease::{Identity, Tenure};
 pub use live::{Finished, Progress};
 use live::{Live, Registry};
+pub use output::{Output, Shown};
 use pressure::Pressure;
 pub use pressure::Reserves;
 use sandbox_core::{fail_point, protocol::KillReason};
@@ -59,15 +61,12 @@ use crate::{
     logs::Logs,
     metrics::Metrics,
     runtime::{CallError, Keeper},
-    sandbox::{DefaultQuotas, Event, Exceeded, Invalid, Kind, LogTail, NewSandbox, Sandbox, SandboxId, State, TenantId},
+    sandbox::{DefaultQuotas, Event, Exceeded, Invalid, Kind, NewSandbox, Sandbox, SandboxId, State, TenantId},
     store::{Act, Filter, HeldKey, NodeCapacity, NodeId, Store, StoreError},
 };
 
 /// How long a new sandbox is waited for before its creator hears that it is still starting.
 pub const START_PATIENCE: Duration = Duration::from_secs(10);
-
-/// The most of each stream that goes into one answer.
-pub const ANSWER_STREAM_BYTES: usize = 8 * 1024 * 1024;
 
 /// What an engine is told at its start.
 #[derive(Debug, Clone)]
@@ -204,16 +203,6 @@ impl From<StoreError> for EngineError {
             | StoreError::Other(_) => Self::Store(error),
         }
     }
-}
-
-/// What a payload wrote, as far as one answer holds it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Output {
-    pub stdout: Vec<u8>,
-    pub stderr: Vec<u8>,
-    /// Bytes of the kept output that stand before these.
-    pub stdout_omitted_bytes: u64,
-    pub stderr_omitted_bytes: u64,
 }
 
 impl Engine {
@@ -401,27 +390,6 @@ impl Engine {
         Err(EngineError::KeeperUnavailable)
     }
 
-    /// What the payload of an ended sandbox wrote.
-    pub async fn output(&self, id: SandboxId) -> Result<Output, EngineError> {
-        let Some(stored) = self.store.find_log(id).await? else { return Ok(Output::default()) };
-        Ok(self.output_of(id, &stored.tail).await)
-    }
-
-    /// [`Engine::output`] of one whose tail is at hand.
-    pub async fn output_of(&self, id: SandboxId, tail: &LogTail) -> Output {
-        if tail.is_complete() {
-            return Output::of(tail);
-        }
-        match self.logs.tail(id, ANSWER_STREAM_BYTES).await {
-            Ok(longer) if longer.bytes.len() > tail.bytes.len() => Output::of(&longer),
-            Ok(_) => Output::of(tail),
-            Err(error) => {
-                tracing::warn!(sandbox.id = %id, %error, "reading a log failed");
-                Output::of(tail)
-            }
-        }
-    }
-
     /// Returns when [`Engine::stop`] was called.
     pub async fn stopping(&self) {
         self.stopping.cancelled().await;
@@ -548,37 +516,6 @@ impl Engine {
     }
 }
 
-impl Output {
-    /// What stands in this.
-    pub fn of(tail: &LogTail) -> Self {
-        let mut output =
-            Self { stdout_omitted_bytes: tail.stdout_omitted_bytes, stderr_omitted_bytes: tail.stderr_omitted_bytes, ..Self::default() };
-        for record in tail.records() {
-            match record.kind {
-                sandbox_core::log::Kind::Stdout => output.stdout.extend_from_slice(record.data),
-                sandbox_core::log::Kind::Stderr => output.stderr.extend_from_slice(record.data),
-                sandbox_core::log::Kind::End => {}
-            }
-        }
-        output
-    }
-
-    /// The same with at most so many bytes of each stream, the last. No character is cut in two.
-    #[must_use]
-    pub fn last(mut self, bytes: usize) -> Self {
-        for (stream, omitted) in [(&mut self.stdout, &mut self.stdout_omitted_bytes), (&mut self.stderr, &mut self.stderr_omitted_bytes)] {
-            let mut cut = stream.len().saturating_sub(bytes);
-            if cut > 0 {
-                // UTF-8 has at most three bytes behind the first of a character.
-                cut += stream[cut..].iter().take(3).take_while(|byte| **byte & 0xc0 == 0x80).count();
-            }
-            stream.drain(..cut);
-            *omitted += cut as u64;
-        }
-        self
-    }
-}
-
 fn is_done(id: SandboxId, answer: Result<(), CallError>) -> bool {
     match answer {
         Ok(()) => true,
@@ -603,19 +540,4 @@ fn step(id: SandboxId, from: State, event: Event) -> Option<State> {
         tracing::debug!(sandbox.id = %id, ?from, ?event, "nothing changes");
     }
     to
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_last_of_an_output_begins_with_a_whole_character() {
-        let output = Output { stdout: "aüb".into(), stderr: b"xyz".to_vec(), stdout_omitted_bytes: 7, stderr_omitted_bytes: 0 };
-
-        let last = output.last(2);
-
-        assert_eq!((last.stdout, last.stdout_omitted_bytes), (b"b".to_vec(), 10));
-        assert_eq!((last.stderr, last.stderr_omitted_bytes), (b"yz".to_vec(), 1));
-    }
 }

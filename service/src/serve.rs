@@ -264,6 +264,7 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
         clock,
         metrics: figures,
         idempotency,
+        answers: api::Answers::new(settings.answer_memory_bytes.unwrap_or_else(memory_for_answers)),
         languages: settings.languages.clone(),
         outbox,
         webhooks,
@@ -406,6 +407,12 @@ fn memory_to_give(percent: u64) -> u64 {
     let info = rustix::system::sysinfo();
     let total = info.totalram.saturating_mul(u64::from(info.mem_unit));
     (total / 100).saturating_mul(percent)
+}
+
+/// Less than what is kept free of promises to sandboxes, for those who set aside no other.
+fn memory_for_answers() -> u64 {
+    const MOST: u64 = 1024 * 1024 * 1024;
+    (memory_to_give(100) / 16).min(MOST)
 }
 
 fn cpu_to_give(percent: u64) -> u64 {

@@ -170,6 +170,12 @@ fn bigint(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
+/// A bound of bytes, which is none where it is more than any value of Postgres's has.
+fn bytes_at_most(bytes: usize) -> i64 {
+    const MOST: i64 = 1 << 30;
+    i64::try_from(bytes).map_or(MOST, |bytes| bytes.min(MOST))
+}
+
 /// A number from a column that cannot be negative.
 fn unsigned(number: i64) -> u64 {
     u64::try_from(number).unwrap_or(0)

@@ -15,7 +15,7 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 
 use super::{
-    App,
+    App, answers,
     attach::{self, Subject},
     caller::Caller,
     contract::{parameter, refusal},
@@ -23,7 +23,7 @@ use super::{
     idempotency::Keyed,
     json,
     logs::{self, LogFrame},
-    query,
+    observe, query,
     sandboxes::{cursor, position},
     view::OutputView,
 };
@@ -152,7 +152,7 @@ impl ExecView {
     request_body(content = ExecRequest, description = "At most 16 MiB.", example = json!({ "command": ["sh", "-c", "cat; echo done"], "stdin": "hello\n", "limits": { "wall_ms": 5000 } })),
     responses(
         (status = 200, description = "It has ended.", body = ExecView),
-        (status = 202, description = "It goes on.", body = ExecView, headers(("Location" = String, description = "Where it is found."))),
+        (status = 202, description = "It goes on; or it has ended, and its output is to be asked for.", body = ExecView, headers(("Location" = String, description = "Where it is found."))),
         refusal::OfLife,
         refusal::QuotaExceeded,
     ),
@@ -182,7 +182,7 @@ pub(super) async fn create(
 }
 
 /// The end, if it comes in time; else what there is, as soon as it is past its start.
-async fn answer(app: &App, mut followed: FollowedExec, deadline: tokio::time::Instant) -> Result<Response, ApiError> {
+async fn answer(app: &Arc<App>, mut followed: FollowedExec, deadline: tokio::time::Instant) -> Result<Response, ApiError> {
     let in_time = tokio::select! {
         biased;
         ended = tokio::time::timeout_at(deadline, followed.ended()) => ended.is_ok(),
@@ -195,24 +195,42 @@ async fn answer(app: &App, mut followed: FollowedExec, deadline: tokio::time::In
     shown(app, followed.exec()).await
 }
 
-/// 200 with its output if it has ended, else 202.
-async fn shown(app: &App, exec: Exec) -> Result<Response, ApiError> {
-    if exec.state.is_final() {
-        return Ok(Json(ended(app, exec).await?).into_response());
-    }
+/// 200 with its output if it has ended, else 202; so too where there is no room for its output: it was started, and who hears of a failure would start it again.
+async fn shown(app: &Arc<App>, exec: Exec) -> Result<Response, ApiError> {
+    /// How long it may wait for room, behind all other waiting.
+    const TELL_PATIENCE: Duration = Duration::from_secs(10);
+    let (has_ended, mut is_whole) = (exec.state.is_final(), true);
     let location = format!("/v1/sandboxes/{}/execs/{}", exec.sandbox, exec.id);
-    Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], Json(ExecView::new(exec, None))).into_response())
+    if has_ended {
+        match ended(app, exec.clone(), tokio::time::Instant::now() + TELL_PATIENCE).await {
+            Err(error @ ApiError::Busy(_)) => tracing::warn!(exec.id = %exec.id, %error, "what an exec wrote is not told"),
+            told => return told,
+        }
+        is_whole = false;
+    }
+    let mut response = (StatusCode::ACCEPTED, [(header::LOCATION, location)], Json(ExecView::new(exec, None))).into_response();
+    if !is_whole {
+        observe::mark_as_passing(&mut response);
+    }
+    Ok(response)
 }
 
 /// The answer of which nothing but its exec was kept.
-pub(super) async fn told_again(app: &App, tenant: &TenantId, id: SandboxId) -> Result<Response, ApiError> {
+pub(super) async fn told_again(app: &Arc<App>, tenant: &TenantId, id: SandboxId) -> Result<Response, ApiError> {
     let exec = app.engine.find_exec_anywhere(tenant, id).await?.ok_or(ApiError::NotFound)?;
     shown(app, exec).await
 }
 
-async fn ended(app: &App, exec: Exec) -> Result<ExecView, ApiError> {
-    let output = app.engine.exec_output(exec.id).await?;
-    Ok(ExecView::new(exec, Some(output.into())))
+/// One that has ended, with its output.
+async fn ended(app: &Arc<App>, exec: Exec, deadline: tokio::time::Instant) -> Result<Response, ApiError> {
+    let bytes = app.engine.exec_told_bytes(exec.id).await?;
+    let room = app.answers.room(&exec.tenant, 1, bytes, deadline).await?;
+    let app = Arc::clone(app);
+    let work = async move {
+        let output = app.engine.exec_output(exec.id).await?;
+        room.answer(StatusCode::OK, ExecView::new(exec, Some(output.into())))
+    };
+    answers::to_its_end(work).await
 }
 
 /// The processes that were started in a sandbox, newest first
@@ -268,17 +286,20 @@ pub(super) async fn list(
     responses(
         (status = 200, description = "The exec as it is now; with its output, if it has ended.", body = ExecView),
         refusal::NotFound,
+        refusal::NoCapacity,
     ),
 )]
 pub(super) async fn read(
     State(app): State<Arc<App>>,
     caller: Caller,
     Path((id, eid)): Path<(String, String)>,
-) -> Result<Json<ExecView>, ApiError> {
+) -> Result<Response, ApiError> {
     caller.require(Scope::SandboxesRead)?;
     let (_, exec) = exec(&app, &caller, &id, &eid).await?;
-    let view = if exec.state.is_final() { ended(&app, exec).await? } else { ExecView::new(exec, None) };
-    Ok(Json(view))
+    if exec.state.is_final() {
+        return ended(&app, exec, tokio::time::Instant::now() + answers::PATIENCE).await;
+    }
+    Ok(Json(ExecView::new(exec, None)).into_response())
 }
 
 /// End an exec, or send a signal to it

@@ -1,41 +1,43 @@
 //! `/v1/runs`: code in, result out.
 
 pub(super) mod batch;
+mod tell;
 
 use std::{sync::Arc, time::Duration};
 
 use axum::{
-    Json,
     body::Body,
     extract::{Path, State},
     http::{StatusCode, header},
-    response::{IntoResponse, Response},
+    response::Response,
 };
+use tell::{START_PATIENCE, Times, Told};
+use tokio::time::Instant;
 
 use super::{
     App,
+    answers::{self, Room},
     caller::{Caller, Creator},
     contract::{parameter, refusal},
     error::ApiError,
     idempotency::Keyed,
-    json, query,
+    json, observe, query,
     view::RunView,
 };
 use crate::{
-    engine::{ANSWER_STREAM_BYTES, Finished, Followed, Progress},
+    engine::{Finished, Followed, Progress, Shown},
     sandbox::{Kind, RunRequest, Sandbox, SandboxId, TenantId},
     token::Scope,
 };
 
-/// How long a run that is being started is waited for beyond `wait_ms`: whoever hears 202 can rely on it.
-const START_PATIENCE: Duration = Duration::from_secs(10);
 /// How long, when the service stops, the end of a run is waited for.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Run a program and wait for its end
 ///
 /// Makes a sandbox, starts it, waits for its end up to `wait_ms`, and removes it. When the run outlasts the wait, the answer is 202 and the run goes on; ask
-/// for it at its `Location`. A client that goes away changes nothing. How the program ended, be it by a limit, is an `outcome`, not an error.
+/// for it at its `Location`. A client that goes away changes nothing. How the program ended, be it by a limit, is an `outcome`, not an error. So it is too where the run has ended and there is no
+/// memory for its output, or no time: then `state` says so, and `stdout` is not there yet.
 ///
 /// With `compile`, or in a language that is compiled, something is run before the program, with limits, output and outcome of its own. The program is then started in a fresh sandbox on the files
 /// that this left; if it did not exit with 0, the program is not started, the run is `failed`, and its outcome says `compile_failed`.
@@ -77,50 +79,57 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
     )),
     responses(
         (status = 200, description = "The run ended.", body = RunView),
-        (status = 202, description = "The run goes on, or waits for room.", body = RunView, headers(("Location" = String, description = "Where the run is found."))),
+        (status = 202, description = "The run goes on, or waits for room; or has ended, and its output is to be asked for.", body = RunView, headers(("Location" = String, description = "Where the run is found."))),
         refusal::OfCreation,
     ),
 )]
 pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator, keyed: Keyed, body: Body) -> Result<Response, ApiError> {
     caller.require(Scope::Runs)?;
+    let times = Times::begin();
     let (asked, wait_ms) = json::read::<RunRequest>(body).await?.parse(&app.languages)?;
-    let patience = Duration::from_millis(wait_ms);
+    let patience = times.patience(wait_ms);
     if let Some(id) = keyed.made {
-        return go_on(&app, &caller.tenant, id, patience).await;
+        // As the earlier attempt would have waited for it that made it.
+        let run = app.engine.wait_until(&caller.tenant, id, patience, |run| run.state.is_final()).await?.ok_or(ApiError::NotFound)?;
+        return answer(&app, &caller.tenant, Told::Seen(run), times).await;
     }
+    let tenant = caller.tenant.clone();
     let mut run = app.engine.create(caller.owner(), asked, keyed.key).await?;
-    if let Some(finished) = wait(&app, &mut run, patience).await {
-        let output = app.engine.output_of(finished.sandbox.id, &finished.log_tail).await;
-        // It was made, and it ended: whoever hears of a failure would make it again.
-        let Ok(cases) = app.engine.cases_of(&finished.sandbox, ANSWER_STREAM_BYTES).await else {
-            return accepted(&app, finished.sandbox.clone()).await;
-        };
-        return Ok(Json(RunView::new(finished.sandbox.clone(), Some(output), cases, None)).into_response());
-    }
-    accepted(&app, run.sandbox()).await
+    let told = match wait(&app, &mut run, patience).await {
+        Some(finished) => Told::Ended(finished),
+        None => Told::GoesOn(run.sandbox()),
+    };
+    answer(&app, &tenant, told, times).await
 }
 
-/// The answer to one that goes on.
-async fn accepted(app: &App, run: Sandbox) -> Result<Response, ApiError> {
-    let location = format!("/v1/runs/{}", run.id);
-    let position = app.engine.queue_position(&run).await;
-    let cases = app.engine.cases_of(&run, ANSWER_STREAM_BYTES).await.unwrap_or_else(|error| {
-        tracing::warn!(sandbox.id = %run.id, %error, "what came of the cases is not told");
-        None
-    });
-    Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], Json(RunView::new(run, None, cases, position))).into_response())
-}
-
-/// The answer to a request whose run an earlier attempt made: as that would have waited for it.
-async fn go_on(app: &App, tenant: &TenantId, id: SandboxId, patience: Duration) -> Result<Response, ApiError> {
-    let run = app.engine.wait_until(tenant, id, patience, |run| run.state.is_final()).await?.ok_or(ApiError::NotFound)?;
-    if run.state.is_final() { view(app, run).await.map(IntoResponse::into_response) } else { accepted(app, run).await }
+/// The answer to who had it made: of what was made, whatever fails.
+async fn answer(app: &Arc<App>, tenant: &TenantId, told: Told, times: Times) -> Result<Response, ApiError> {
+    let (deadline, has_ended) = (times.told_by(), told.has_ended());
+    let location = format!("/v1/runs/{}", told.run().id);
+    let position = app.engine.queue_position(told.run()).await;
+    let room = tell::room_if_any(app, tenant, &[&told], Shown::ALONE, deadline).await;
+    let app = Arc::clone(app);
+    let work = async move {
+        let (view, is_whole) = tell::view_in_time(&app, room.as_ref(), told, Shown::ALONE, deadline).await;
+        let is_told = has_ended && is_whole;
+        let status = if is_told { StatusCode::OK } else { StatusCode::ACCEPTED };
+        let mut response = room.unwrap_or_else(Room::uncounted).answer(status, view.at(position))?;
+        if !is_told {
+            response.headers_mut().insert(header::LOCATION, location.parse().expect("a path of ours is ASCII"));
+        }
+        if has_ended && !is_whole {
+            // Whoever comes again with the same key is to hear all of it.
+            observe::mark_as_passing(&mut response);
+        }
+        Ok(response)
+    };
+    answers::to_its_end(work).await
 }
 
 /// The answer of which nothing but its run was kept.
-pub(super) async fn told_again(app: &App, tenant: &TenantId, id: SandboxId) -> Result<Response, ApiError> {
+pub(super) async fn told_again(app: &Arc<App>, tenant: &TenantId, id: SandboxId) -> Result<Response, ApiError> {
     let run = app.engine.find(tenant, Kind::Run, id).await?.ok_or(ApiError::NotFound)?;
-    view(app, run).await.map(IntoResponse::into_response)
+    seen(app, run).await
 }
 
 /// The end, if it comes in time. Without it, the run is at least where a restart of the service finds it: in the queue, or with the keeper.
@@ -159,12 +168,13 @@ async fn wait(app: &App, run: &mut Followed, patience: Duration) -> Option<Arc<F
     responses(
         (status = 200, description = "The run as it is now.", body = RunView),
         refusal::NotFound,
+        refusal::NoCapacity,
     ),
 )]
-pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<RunView>, ApiError> {
+pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Response, ApiError> {
     caller.require(Scope::Runs)?;
     let run = app.engine.find(&caller.tenant, Kind::Run, query::id(&id)?).await?.ok_or(ApiError::NotFound)?;
-    view(&app, run).await
+    seen(&app, run).await
 }
 
 /// End a run
@@ -180,18 +190,20 @@ pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): 
     responses(
         (status = 200, description = "The run as it is now.", body = RunView),
         refusal::NotFound,
-        refusal::KeeperUnavailable,
+        refusal::OnNode,
     ),
 )]
-pub(super) async fn cancel(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Json<RunView>, ApiError> {
+pub(super) async fn cancel(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Response, ApiError> {
     caller.require(Scope::Runs)?;
     let run = app.engine.cancel(caller.owner(), query::id(&id)?).await?.ok_or(ApiError::NotFound)?;
-    view(&app, run).await
+    seen(&app, run).await
 }
 
-async fn view(app: &App, sandbox: Sandbox) -> Result<Json<RunView>, ApiError> {
-    let output = if sandbox.state.is_final() { Some(app.engine.output(sandbox.id).await?) } else { None };
-    let cases = app.engine.cases_of(&sandbox, ANSWER_STREAM_BYTES).await?;
-    let position = app.engine.queue_position(&sandbox).await;
-    Ok(Json(RunView::new(sandbox, output, cases, position)))
+/// The run as it is now, to who can ask again.
+async fn seen(app: &Arc<App>, run: Sandbox) -> Result<Response, ApiError> {
+    let position = app.engine.queue_position(&run).await;
+    let (tenant, told) = (run.tenant.clone(), Told::Seen(run));
+    let room = tell::room(app, &tenant, &[&told], Shown::ALONE, Instant::now() + answers::PATIENCE).await?;
+    let app = Arc::clone(app);
+    answers::to_its_end(async move { room.answer(StatusCode::OK, tell::view(&app, told, Shown::ALONE).await?.at(position)) }).await
 }

@@ -200,7 +200,7 @@ pub(super) struct OutputView {
     stdout: String,
     #[schema(value_type = Encoding)]
     stdout_encoding: &'static str,
-    /// Kept bytes before `stdout` that this answer leaves out, since it shows the last 8 MiB, and of many runs each its share of that, or since they are not kept any more.
+    /// Kept bytes before `stdout` that this answer leaves out, since it shows the last 8 MiB, and of each of several runs the last 64 KiB, or since they are not kept any more.
     stdout_omitted_bytes: u64,
     stderr: String,
     #[schema(value_type = Encoding)]
@@ -210,12 +210,12 @@ pub(super) struct OutputView {
 
 impl RunView {
     /// `output` belongs to a run that ended, `cases` to one that has some.
-    pub(super) fn new(sandbox: Sandbox, output: Option<Output>, cases: Option<Vec<ToldCase>>, queue_position: Option<u64>) -> Self {
+    pub(super) fn new(sandbox: Sandbox, output: Option<Output>, cases: Option<Vec<ToldCase>>) -> Self {
         let is_final = sandbox.state.is_final();
         Self {
             id: sandbox.id,
             state: sandbox.state,
-            queue_position,
+            queue_position: None,
             image: ImageView { reference: sandbox.image.reference, digest: sandbox.image.digest },
             labels: sandbox.labels,
             output: output.map(OutputView::from),
@@ -230,6 +230,20 @@ impl RunView {
             started_at: sandbox.started_at,
             finished_at: sandbox.finished_at,
         }
+    }
+
+    /// A run of which is not told what it wrote, or what came of its cases.
+    pub(super) fn bare(sandbox: Sandbox) -> Self {
+        let mut view = Self::new(sandbox, None, None);
+        if let Some(compile) = &mut view.compile {
+            compile.output = None;
+        }
+        view
+    }
+
+    /// The same, at this place of the queue.
+    pub(super) fn at(self, queue_position: Option<u64>) -> Self {
+        Self { queue_position, ..self }
     }
 }
 

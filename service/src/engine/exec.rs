@@ -354,12 +354,6 @@ impl Engine {
         Some(FollowedExec { progress: live.subscribe(), live })
     }
 
-    /// What an ended exec wrote.
-    pub async fn exec_output(&self, id: SandboxId) -> Result<super::Output, EngineError> {
-        let Some(stored) = self.store.find_exec_log(id).await? else { return Ok(super::Output::default()) };
-        Ok(self.output_of(id, &stored.tail).await)
-    }
-
     /// Sends a signal to an exec's first process; SIGKILL ends all of it, with `stopped_by_user`.
     pub async fn signal_exec(&self, owner: &Owner, sandbox: &Sandbox, exec: &Exec, signal: Signal) -> Result<(), EngineError> {
         if exec.state.is_final() {

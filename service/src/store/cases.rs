@@ -5,11 +5,8 @@ use serde_json::Value;
 use sqlx::types::Json;
 use time::OffsetDateTime;
 
-use super::{Hold, Input, Store, StoreError, bigint, sandboxes::id_at, unsigned};
+use super::{Hold, Input, Store, StoreError, bigint, bytes_at_most, sandboxes::id_at, unsigned};
 use crate::sandbox::{Beginning, Case, CaseEnd, CaseOutput, NewCase, Outcome, SandboxId, ToldCase, Verdict};
-
-/// More than any stream of ours, and no more than Postgres counts to.
-const STREAM_BYTES_MAX: i64 = 1 << 30;
 
 /// The cases of a new run, column by column.
 pub(super) struct Columns<'a> {
@@ -87,7 +84,7 @@ impl Store {
                 substring(stderr from 1 for ($2::bigint / count(*) over () + 1)::integer) as stderr
             from run_cases where run = $1 order by index"#,
             run.0,
-            i64::try_from(stream_bytes).map_or(STREAM_BYTES_MAX, |bytes| bytes.min(STREAM_BYTES_MAX)),
+            bytes_at_most(stream_bytes),
         )
         .fetch_all(&self.pool)
         .await?;

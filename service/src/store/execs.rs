@@ -5,7 +5,7 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{HeldKey, NodeId, Store, StoreError, StoredLog, bigint, damaged, events::Act, unsigned};
+use super::{HeldKey, NodeId, Store, StoreError, StoredLog, bigint, bytes_at_most, damaged, events::Act, unsigned};
 use crate::sandbox::{
     DefaultQuotas, EXECS_MAX, Exceeded, Exec, ExecState, Finish, LogTail, QuotaScope, Sandbox, SandboxId, State, TenantId,
 };
@@ -259,6 +259,19 @@ impl Store {
             },
             has_file: row.has_log_file,
         }))
+    }
+
+    /// No more bytes than so many of its output are told, where so many are told of each stream.
+    pub async fn exec_told_bytes(&self, id: SandboxId, output_bytes: usize) -> Result<u64, StoreError> {
+        let bytes = sqlx::query_scalar!(
+            r#"select least(coalesce(octet_length(log_tail), 0) + stdout_omitted_bytes + stderr_omitted_bytes, 2 * $2::bigint) as "bytes!"
+            from execs where id = $1"#,
+            id.0,
+            bytes_at_most(output_bytes),
+        )
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(bytes.map_or(0, unsigned))
     }
 
     /// Execs of this sandbox whose whole log its node keeps.

@@ -9,7 +9,7 @@ use sqlx::types::Json;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{Hold, Lease, NodeId, Store, StoreError, admission::day_of, bigint, damaged, events::Act, unsigned};
+use super::{Hold, Lease, NodeId, Store, StoreError, admission::day_of, bigint, bytes_at_most, damaged, events::Act, unsigned};
 use crate::sandbox::{Compile, CompileEnd, Finish, ImageUsed, Kind, LogTail, Sandbox, SandboxId, State, TenantId};
 
 /// Which sandboxes of a tenant to list.
@@ -533,6 +533,47 @@ impl Store {
             },
             has_file: row.has_log_file,
         }))
+    }
+
+    /// No more bytes than so many are told of these of the tenant's, where of each so many are told of each stream of its output, and of all of its cases together. With what a
+    /// compile step is and wrote, and something for each case. One that has not ended may have, once it is told of: it counts for all that it can come to.
+    pub async fn told_bytes(
+        &self,
+        tenant: &TenantId,
+        ids: &[SandboxId],
+        output_bytes: usize,
+        cases_bytes: usize,
+    ) -> Result<u64, StoreError> {
+        let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
+        // None of these lengths has the values themselves read.
+        let bytes = sqlx::query_scalar!(
+            r#"select coalesce(sum(
+                case
+                    when state in ('exited', 'failed')
+                        then least(coalesce(octet_length(log_tail), 0) + stdout_omitted_bytes + stderr_omitted_bytes, 2 * $3::bigint)
+                    when judging is null then 2 * $3::bigint
+                    else 0
+                end
+                + case when compile is null then 0 else octet_length(compile::text) + coalesce(octet_length(compile_log_tail), 2 * $5::bigint) end
+                + (
+                    select 256 * count(*) + least(2 * $4::bigint, case
+                        when sandboxes.state in ('exited', 'failed')
+                            then coalesce(sum(octet_length(stdout)), 0) + coalesce(sum(octet_length(stderr)), 0)
+                        else 2 * $5::bigint * count(*)
+                    end)
+                    from run_cases where run = sandboxes.id
+                )
+            ), 0)::bigint as "bytes!"
+            from sandboxes where id = any($1) and tenant = $2"#,
+            &ids,
+            tenant.as_str(),
+            bytes_at_most(output_bytes),
+            bytes_at_most(cases_bytes),
+            bytes_at_most(LogTail::STORED_BYTES),
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(unsigned(bytes))
     }
 
     /// Removes a long-lived sandbox of this tenant that does not run, and tells of it. `None` if there is none, or it runs.

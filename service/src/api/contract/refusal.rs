@@ -128,8 +128,8 @@ refusals! {
     QuotaExceeded = [exceeded("runs_per_day", 10_000, Some(3600)), exceeded("largest_memory_bytes", 1 << 30, None)];
     /// Something went wrong on our side.
     Internal = [ApiError::Internal(anyhow::anyhow!("never told"))];
-    /// Not now, or never: `retryable` tells the two cases apart. False, and no `Retry-After`, for what is larger than the node; true while the node is busy: as many wait as may, or the request was not
-    /// to wait.
+    /// Not now, or never: `retryable` tells the two cases apart. False, and no `Retry-After`, for what is larger than the node; true while the node is busy: as many wait as may, the request was not
+    /// to wait, or answers with output that nobody has read yet take all the memory that is set aside for them.
     NoCapacity = [
         ApiError::Busy("there is no room now, and as many wait as may".to_owned()),
         ApiError::NoCapacity("the node has 4000 cpu_millis in all".to_owned())

@@ -7,7 +7,6 @@ use std::{
 };
 
 use axum::{
-    Json,
     body::Body,
     extract::State,
     http::{StatusCode, Uri, request::Parts},
@@ -15,8 +14,8 @@ use axum::{
 };
 use futures_util::future::join_all;
 use sandbox_core::fail_point;
-use serde::Serialize;
-use serde_json::{Value, json, value::RawValue};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, value::RawValue};
 use tokio::time::Instant;
 use tracing::Instrument as _;
 use utoipa::ToSchema;
@@ -24,6 +23,7 @@ use utoipa::ToSchema;
 use super::{
     super::{
         App,
+        answers::{self, Room},
         caller::Caller,
         contract::{parameter, refusal},
         error::{ApiError, Problem},
@@ -31,10 +31,11 @@ use super::{
         json, observe, query,
         view::RunView,
     },
+    tell::{self, Times, Told},
     wait,
 };
 use crate::{
-    engine::{ANSWER_STREAM_BYTES, Finished, Followed},
+    engine::{Followed, Shown},
     sandbox::{BatchRequest, Invalid, Kind, RUNS_MAX, RunRequest, Sandbox, SandboxId, TenantId},
     token::Scope,
 };
@@ -78,19 +79,10 @@ enum Accepted {
     Earlier(SandboxId),
 }
 
-/// A run that was waited for.
-enum Waited {
-    Ended(Arc<Finished>),
-    /// It was begun by this very request and outlasts it, or ended in this moment: whoever asks again hears of that.
-    GoesOn(Sandbox),
-    /// As its row has it.
-    Seen(Sandbox),
-}
-
 /// Run many programs
 ///
 /// As many `POST /v1/runs` at once: each run is accepted or refused for itself, in the order of the request, counts against quotas and rates for itself, and is told in its place of the answer. All of
-/// them are waited for up to `wait_ms`; those that outlast it go on, and `GET /v1/runs` tells of all of them.
+/// them are waited for up to `wait_ms`; those that outlast it go on, and `GET /v1/runs` tells of all of them. Of the output of each it tells the last 64 KiB of each stream.
 ///
 /// With an `Idempotency-Key` none is made twice, whatever happened in between. An answer with a refusal that may be none later (`retryable`, or 404, 429) is not kept: the same request with
 /// the same key tells of those that were accepted, and tries the others again.
@@ -109,8 +101,9 @@ enum Waited {
     })),
     responses(
         (status = 200, description = "None goes on: each has ended, or was refused.", body = Batch),
-        (status = 202, description = "Some go on, or wait for room.", body = Batch),
+        (status = 202, description = "Some go on, or wait for room; or have ended, and their output is to be asked for.", body = Batch),
         refusal::NotFound,
+        refusal::NoCapacity,
     ),
 )]
 pub(in crate::api) async fn create(
@@ -121,40 +114,45 @@ pub(in crate::api) async fn create(
     body: Body,
 ) -> Result<Response, ApiError> {
     caller.require(Scope::Runs)?;
+    let times = Times::begin();
     let (runs, wait_ms) = json::read::<BatchRequest>(body).await?.parse()?;
     let (request_id, tenant) = (observe::request_id(&parts), caller.tenant.clone());
     // In a task of its own: a client who goes away changes nothing.
     let accepting = tokio::spawn(accept(Arc::clone(&app), caller, keyed, runs).in_current_span());
     let accepted = accepting.await.map_err(|_panic| ApiError::panicked())?;
-    let patience = Duration::from_millis(wait_ms);
+    let patience = times.patience(wait_ms);
     let waited = join_all(accepted.into_iter().map(|one| wait_for(&app, &tenant, one, patience))).await;
 
-    let (mut goes_on, mut is_passing, most) = (false, false, share(waited.len()));
-    let mut items = Vec::with_capacity(waited.len());
-    // One after the other: each may have much to read, of which little is shown.
-    for one in waited {
-        let told = match one {
-            Ok(waited) => view_of(&app, waited, most).await,
-            Err(error) => Err(error),
-        };
-        items.push(match told {
-            Ok((view, has_ended)) => {
-                goes_on |= !has_ended;
-                Item::told(view)
-            }
-            Err(error) => {
-                let problem = error.problem(request_id.clone());
-                is_passing |= may_be_none_later(&problem);
-                Item::refused(problem)
-            }
-        });
-    }
-    let status = if goes_on { StatusCode::ACCEPTED } else { StatusCode::OK };
-    let mut response = (status, Json(Batch { items })).into_response();
-    if is_passing {
-        observe::mark_as_passing(&mut response);
-    }
-    Ok(response)
+    let (deadline, shown) = (times.told_by(), Shown::among(waited.len()));
+    let made: Vec<&Told> = waited.iter().filter_map(|one| one.as_ref().ok()).collect();
+    let room = tell::room_if_any(&app, &tenant, &made, shown, deadline).await;
+    let work = async move {
+        let (mut goes_on, mut is_passing) = (false, false);
+        let mut items = Vec::with_capacity(waited.len());
+        for one in waited {
+            items.push(match one {
+                Ok(told) => {
+                    let has_ended = told.has_ended();
+                    let (view, is_whole) = tell::view_in_time(&app, room.as_ref(), told, shown, deadline).await;
+                    goes_on |= !(has_ended && is_whole);
+                    is_passing |= has_ended && !is_whole;
+                    Item::told(view)
+                }
+                Err(error) => {
+                    let problem = error.problem(request_id.clone());
+                    is_passing |= may_be_none_later(&problem);
+                    Item::refused(problem)
+                }
+            });
+        }
+        let status = if goes_on { StatusCode::ACCEPTED } else { StatusCode::OK };
+        let mut response = room.unwrap_or_else(Room::uncounted).answer(status, Batch { items })?;
+        if is_passing {
+            observe::mark_as_passing(&mut response);
+        }
+        Ok(response)
+    };
+    answers::to_its_end(work).await
 }
 
 /// Many runs as they are now
@@ -167,49 +165,79 @@ pub(in crate::api) async fn create(
     tag = "runs",
     security(("bearer" = ["runs"])),
     params(parameter::RunIds),
-    responses((status = 200, description = "The runs as they are now.", body = Batch)),
+    responses((status = 200, description = "The runs as they are now.", body = Batch), refusal::NoCapacity),
 )]
-pub(in crate::api) async fn list(State(app): State<Arc<App>>, caller: Caller, parts: Parts) -> Result<Json<Batch>, ApiError> {
+pub(in crate::api) async fn list(State(app): State<Arc<App>>, caller: Caller, parts: Parts) -> Result<Response, ApiError> {
     caller.require(Scope::Runs)?;
     let ids = ids(&parts.uri)?;
-    let runs = app.engine.runs(&caller.tenant, &ids).await?;
-    let runs: HashMap<SandboxId, Sandbox> = runs.into_iter().map(|run| (run.id, run)).collect();
     let request_id = observe::request_id(&parts);
-    let mut items = Vec::with_capacity(ids.len());
-    for id in &ids {
-        items.push(match runs.get(id) {
-            Some(run) => Item::told(view_of(&app, Waited::Seen(run.clone()), share(ids.len())).await?.0),
-            None => Item::refused(ApiError::NotFound.problem(request_id.clone())),
-        });
-    }
-    Ok(Json(Batch { items }))
+    let room = room(&app, &caller.tenant, &ids, Shown::among(ids.len())).await?;
+    let work = async move {
+        let runs = app.engine.runs(&caller.tenant, &ids).await?;
+        let mut runs: HashMap<SandboxId, Sandbox> = runs.into_iter().map(|run| (run.id, run)).collect();
+        let mut items = Vec::with_capacity(ids.len());
+        for id in &ids {
+            items.push(match runs.remove(id) {
+                Some(run) => Item::told(tell::view(&app, Told::Seen(run), Shown::among(ids.len())).await?),
+                None => Item::refused(ApiError::NotFound.problem(request_id.clone())),
+            });
+        }
+        room.answer(StatusCode::OK, Batch { items })
+    };
+    answers::to_its_end(work).await
+}
+
+/// Room to tell of these, whatever they are now.
+async fn room(app: &App, tenant: &TenantId, ids: &[SandboxId], shown: Shown) -> Result<Room, ApiError> {
+    let bytes = app.engine.told_bytes(tenant, ids, shown).await?;
+    app.answers.room(tenant, ids.len(), bytes, Instant::now() + answers::PATIENCE).await
 }
 
 /// What is kept of a large answer: which runs it tells of, and what it says of the others.
 pub(in crate::api) fn without_runs(body: &[u8]) -> Vec<u8> {
-    let Ok(mut answer) = serde_json::from_slice::<Value>(body) else { return body.to_vec() };
-    for item in answer.get_mut("items").and_then(Value::as_array_mut).into_iter().flatten() {
-        if let Some(run) = item.get_mut("run") {
-            *run = json!({ "id": run["id"] });
-        }
+    /// All else is passed over, not read.
+    #[derive(Serialize, Deserialize)]
+    struct Kept<'a> {
+        #[serde(borrow)]
+        items: Vec<KeptItem<'a>>,
     }
-    answer.to_string().into_bytes()
+    #[derive(Serialize, Deserialize)]
+    struct KeptItem<'a> {
+        #[serde(borrow, skip_serializing_if = "Option::is_none")]
+        run: Option<KeptRun<'a>>,
+        #[serde(borrow, skip_serializing_if = "Option::is_none")]
+        problem: Option<&'a RawValue>,
+    }
+    #[derive(Serialize, Deserialize)]
+    struct KeptRun<'a> {
+        #[serde(borrow)]
+        id: &'a RawValue,
+    }
+    let kept = serde_json::from_slice::<Kept<'_>>(body).and_then(|kept| serde_json::to_vec(&kept));
+    kept.unwrap_or_else(|_no_batch| body.to_vec())
 }
 
 /// The answer of which this was kept.
-pub(in crate::api) async fn told_again(app: &App, tenant: &TenantId, kept: Vec<u8>) -> Result<Response, ApiError> {
+pub(in crate::api) async fn told_again(app: &Arc<App>, tenant: &TenantId, kept: Vec<u8>) -> Result<Response, ApiError> {
     let mut answer: Value = serde_json::from_slice(&kept).map_err(|error| ApiError::Internal(error.into()))?;
     let is_whole = |item: &Value| item.get("run").is_none_or(|run| run.get("state").is_some());
-    let items = answer.get_mut("items").and_then(Value::as_array_mut).filter(|items| !items.iter().all(is_whole));
+    let items = answer.get("items").and_then(Value::as_array).filter(|items| !items.iter().all(is_whole));
     let Some(items) = items else { return Ok(Body::from(kept).into_response()) };
-    let most = share(items.len());
-    for run in items.iter_mut().filter_map(|item| item.get_mut("run")) {
-        let id = run["id"].as_str().and_then(|id| id.parse().ok()).ok_or(ApiError::NotFound)?;
-        let found = app.engine.find(tenant, Kind::Run, id).await?.ok_or(ApiError::NotFound)?;
-        let (view, _) = view_of(app, Waited::Seen(found), most).await?;
-        *run = serde_json::to_value(view).map_err(|error| ApiError::Internal(error.into()))?;
-    }
-    Ok(Json(answer).into_response())
+    let shown = Shown::among(items.len());
+    let id_of = |run: &Value| run["id"].as_str().and_then(|id| id.parse().ok()).ok_or(ApiError::NotFound);
+    let ids = items.iter().filter_map(|item| item.get("run")).map(id_of).collect::<Result<Vec<SandboxId>, _>>()?;
+    let room = room(app, tenant, &ids, shown).await?;
+    let (app, tenant) = (Arc::clone(app), tenant.clone());
+    let work = async move {
+        let runs = answer.get_mut("items").and_then(Value::as_array_mut).into_iter().flatten().filter_map(|item| item.get_mut("run"));
+        for (run, id) in runs.zip(ids) {
+            let found = app.engine.find(&tenant, Kind::Run, id).await?.ok_or(ApiError::NotFound)?;
+            let view = tell::view(&app, Told::Seen(found), shown).await?;
+            *run = serde_json::to_value(view).map_err(|error| ApiError::Internal(error.into()))?;
+        }
+        room.answer(StatusCode::OK, answer)
+    };
+    answers::to_its_end(work).await
 }
 
 /// Accepts or refuses one after the other.
@@ -252,48 +280,17 @@ fn placed(mut error: ApiError, place: usize) -> ApiError {
     error
 }
 
-async fn wait_for(app: &App, tenant: &TenantId, accepted: Result<Accepted, ApiError>, patience: Duration) -> Result<Waited, ApiError> {
+async fn wait_for(app: &App, tenant: &TenantId, accepted: Result<Accepted, ApiError>, patience: Duration) -> Result<Told, ApiError> {
     match accepted? {
         Accepted::New(mut run) => Ok(match wait(app, &mut run, patience).await {
-            Some(finished) => Waited::Ended(finished),
-            None => Waited::GoesOn(run.sandbox()),
+            Some(finished) => Told::Ended(finished),
+            None => Told::GoesOn(run.sandbox()),
         }),
         Accepted::Earlier(id) => {
             let run = app.engine.wait_until(tenant, id, patience, |run| run.state.is_final()).await?;
-            run.map(Waited::Seen).ok_or(ApiError::NotFound)
+            run.map(Told::Seen).ok_or(ApiError::NotFound)
         }
     }
-}
-
-/// As it is shown, with so many bytes of each stream; and whether it has ended. Fails for none that this request made: who hears of a failure believes that
-/// nothing was made.
-async fn view_of(app: &App, waited: Waited, most: usize) -> Result<(RunView, bool), ApiError> {
-    let is_made_now = !matches!(waited, Waited::Seen(_));
-    let (run, output) = match waited {
-        Waited::Ended(finished) => {
-            let output = app.engine.output_of(finished.sandbox.id, &finished.log_tail).await;
-            (finished.sandbox.clone(), Some(output))
-        }
-        Waited::Seen(run) if run.state.is_final() => {
-            let output = app.engine.output(run.id).await?;
-            (run, Some(output))
-        }
-        Waited::GoesOn(run) | Waited::Seen(run) => (run, None),
-    };
-    let has_ended = output.is_some();
-    let cases = match app.engine.cases_of(&run, most).await {
-        Err(error) if is_made_now => {
-            tracing::warn!(sandbox.id = %run.id, %error, "what came of the cases is not told");
-            return Ok((RunView::new(run, None, None, None), false));
-        }
-        found => found?,
-    };
-    Ok((RunView::new(run, output.map(|output| output.last(most)), cases, None), has_ended))
-}
-
-/// How much of each stream of one is shown where so many are: together as much as of one alone.
-fn share(runs: usize) -> usize {
-    ANSWER_STREAM_BYTES.checked_div(runs).unwrap_or(ANSWER_STREAM_BYTES)
 }
 
 /// Whether the same may be accepted later.
@@ -327,6 +324,8 @@ fn ids(uri: &Uri) -> Result<Vec<SandboxId>, ApiError> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     /// The field that is named as wrong.

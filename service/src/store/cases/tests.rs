@@ -8,6 +8,7 @@ use super::{super::sandboxes::tests::*, *};
 use crate::{
     sandbox::{
         CaseReader, Comparison, Content, DefaultQuotas, Finish, Judging, Kind, Limits, LogTail, Phases, Reason, RequestedLimits, Sandbox,
+        TenantId,
     },
     store::{Admission, Admitted, Ended, Lease, LogKept, Return, Writer},
 };
@@ -216,4 +217,13 @@ async fn of_what_cases_wrote_each_is_told_its_share_in_whole_characters(pool: Pg
     assert_eq!(store.told_cases(run.id, usize::MAX).await.unwrap()[0].output, written);
     let stored = store.cases_of(run.id).await.unwrap()[0].end.as_ref().unwrap().stored_bytes;
     assert_eq!(stored, (5 + Beginning::BYTES_MAX) as u64);
+
+    let bytes = async |tenant: &TenantId, cases_bytes| store.told_bytes(tenant, &[run.id], 10, cases_bytes).await.unwrap();
+    let (around, most) = (2 * 256, 2 * 2 * Beginning::BYTES_MAX as u64);
+    assert_eq!([bytes(&run.tenant, 10).await, bytes(&run.tenant, usize::MAX).await], [20 + around, most + around]);
+    assert_eq!(bytes(&TenantId::proven("other".into()), 10).await, 0);
+    let finish = finish(Cause::Exited { code: 0 });
+    let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes: 4, log_file: LogKept::No };
+    assert!(store.finish(run.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap());
+    assert_eq!(bytes(&run.tenant, usize::MAX).await, stored + around);
 }

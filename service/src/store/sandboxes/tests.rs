@@ -213,6 +213,8 @@ async fn an_end_is_stored_and_counted_once(pool: PgPool) {
     let finish = lost(&sandbox);
     let tail = LogTail { bytes: vec![1, 2], stdout_omitted_bytes: 3, stderr_omitted_bytes: 0 };
     let ended = Ended { finish: &finish, log_tail: &tail, compile: None, case_bytes: 0, log_file: LogKept::UntilDeleted };
+    let bytes = async |output_bytes| store.told_bytes(&sandbox.tenant, &[sandbox.id], output_bytes, 0).await.unwrap();
+    assert_eq!(bytes(10).await, 20, "it may end with as much");
 
     assert!(store.finish(sandbox.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap());
     assert!(!store.finish(sandbox.id, Writer::Holder(Hold { lease, claims: 1 }), &ended).await.unwrap());
@@ -220,6 +222,7 @@ async fn an_end_is_stored_and_counted_once(pool: PgPool) {
     let stored = store.find(&sandbox.tenant, sandbox.id).await.unwrap().unwrap();
     assert_eq!((stored.state, stored.outcome.as_ref()), (State::Failed, Some(&finish.outcome)));
     assert_eq!(store.find_log(sandbox.id).await.unwrap(), Some(StoredLog { tail, has_file: true }));
+    assert_eq!([bytes(10).await, bytes(2).await], [5, 4]);
     assert_eq!(store.kept_logs(lease.node, None).await.unwrap(), [sandbox.id]);
     assert_eq!(store.kept_logs(lease.node, Some((OffsetDateTime::UNIX_EPOCH, OffsetDateTime::UNIX_EPOCH))).await.unwrap(), []);
     let lines = sqlx::query_scalar!(r#"select count(*) as "count!" from usage"#).fetch_one(&pool).await.unwrap();
