@@ -17,6 +17,8 @@ const WRITTEN: u64 = 6 * MIB;
 const ANSWER: u64 = 6 * WRITTEN;
 /// What a service may take beyond what is counted: 64 connections, and whatever else grows when there is much to do.
 const SLACK: u64 = 32 * MIB;
+/// How long the service waits for a client to take something, where that is tried.
+const WRITE_TIMEOUT_S: u64 = 10;
 
 /// A program that writes so many bytes of one character, which `tr` knows as this.
 fn writing(bytes: u64, character: &str) -> Value {
@@ -131,14 +133,17 @@ async fn who_makes_a_run_hears_of_it_though_there_is_no_room_for_its_output() {
 
 #[tokio::test]
 async fn a_client_that_does_not_read_is_disconnected_and_its_answer_freed() {
-    let service = service_with(&["--write-timeout-s", "10", "--answer-memory-bytes", &(4096 * MIB).to_string()]);
+    let service = service_with(&["--write-timeout-s", &WRITE_TIMEOUT_S.to_string(), "--answer-memory-bytes", &(4096 * MIB).to_string()]);
     let client = Client::of(service.place(), "reader");
     let path = large_run(&client).await;
     let before = memory(&service, "VmRSS");
 
     let unread = ask_often(&client, &path, 5).await;
-    let (held, deadline) = (memory(&service, "VmRSS"), Instant::now() + Duration::from_secs(20));
+    let (held, begun_at) = (memory(&service, "VmRSS"), Instant::now());
+    let deadline = begun_at + Duration::from_secs(40);
     assert!(held > before + 3 * ANSWER, "{} MiB, then {} MiB", before / MIB, held / MIB);
+    // The last of them has stood still for as long by then, and whoever reads before would be in time.
+    tokio::time::sleep_until((begun_at + Duration::from_secs(WRITE_TIMEOUT_S + 3)).into()).await;
 
     while memory(&service, "VmRSS") > before + 2 * ANSWER {
         assert!(Instant::now() < deadline, "still {} MiB, after {} MiB", memory(&service, "VmRSS") / MIB, held / MIB);

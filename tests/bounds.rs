@@ -308,7 +308,7 @@ impl There {
     }
 
     async fn ask(&self, operation: &Operation, body: &Value) -> Answer {
-        self.send(operation, &self.path(operation), Some(body)).await
+        self.send(operation, &self.path(operation), Some(&fresh(operation, body.clone()))).await
     }
 
     /// The same of what is to be taken, and so that as little as can be comes of it.
@@ -322,14 +322,10 @@ impl There {
             "/v1/volumes" if field.member() != "name" => body["name"] = json!(format!("bounds-{}", uuid::Uuid::new_v4().simple())),
             _ => {}
         }
+        let body = fresh(operation, body);
         // Nothing is stopped or signaled for it. Where a sandbox is looked at before all of the request is, there is one.
-        let is_change = operation.method == "PATCH" && operation.template == "/v1/sandboxes/{id}";
-        if is_change {
-            // What was tried before is none of its labels.
-            body["labels_policy"] = json!("replace");
-        }
         let path = self.path(operation);
-        let path = if is_change || path.ends_with("/execs") { path } else { path.replace(&self.sandbox, SOMEBODY_ELSES) };
+        let path = if changes_sandbox(operation) || path.ends_with("/execs") { path } else { path.replace(&self.sandbox, SOMEBODY_ELSES) };
         let answer = self.send(operation, &path, Some(&body)).await;
         if answer.status == 201 && ["/v1/volumes", "/v1/webhooks"].contains(&operation.template.as_str()) {
             let gone = self.client.delete(answer.header("location")).await;
@@ -348,6 +344,18 @@ impl There {
     async fn end(self) {
         assert_eq!(self.client.delete(&format!("/v1/sandboxes/{}", self.sandbox)).await.status, 204);
     }
+}
+
+fn changes_sandbox(operation: &Operation) -> bool {
+    operation.method == "PATCH" && operation.template == "/v1/sandboxes/{id}"
+}
+
+/// The same body, of which what was tried before changes nothing: that is none of the sandbox's labels.
+fn fresh(operation: &Operation, mut body: Value) -> Value {
+    if changes_sandbox(operation) && body["labels_policy"].is_null() {
+        body["labels_policy"] = json!("replace");
+    }
+    body
 }
 
 /// Whether this is a refusal of that field.

@@ -323,6 +323,10 @@ def creation(body, operation, is_valid):
         as_told(case, "stdin", "stdin_encoding")
         as_told(case, "expected_stdout", "expected_stdout_encoding")
     as_told(body, "stdin", "stdin_encoding")
+    # Input that is given at once is not kept open, and is no terminal.
+    if body.get("stdin") is not None:
+        body.pop("stdin_open", None)
+        body.pop("tty", None)
     for file in body.get("files") or []:
         as_told(file, "content", "encoding")
     # What goes on for long keeps room from others.
