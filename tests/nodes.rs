@@ -73,9 +73,11 @@ fn endings(database: &Database, id: &str) -> String {
 #[tokio::test]
 async fn what_a_dead_node_ran_is_done_by_another_if_it_may_be_tried_again() {
     let database = Database::start();
-    let (mut first, second) = (node(&database), node(&database));
-    let script = "read -r line; echo $line; sleep 4; echo done; exit 3";
+    let mut first = node(&database);
+    let script = "read -r line; echo $line; sleep 8; echo done; exit 3";
     let (once, again) = (begin(&first, script, 0).await, begin(&first, script, 1).await);
+    // Nobody else could have begun them.
+    let second = node(&database);
 
     kill_machine(&mut first);
     let (once, again) = (ended(&second, &once).await, ended(&second, &again).await);
