@@ -253,6 +253,21 @@ async fn whoever_still_sends_when_it_is_answered_gets_the_answer_and_the_next_on
     let mut said = String::new();
     timeout(SOON, client.read_to_string(&mut said)).await.unwrap().unwrap();
     assert!(said.starts_with("HTTP/1.1 401") && !said.contains("100 Continue"), "{said}");
+
+    // Who was told to send, and is refused in the midst of it, still hears that.
+    let mut client = TcpStream::connect(address(&service.place.url)).await.unwrap();
+    let head = format!(
+        "POST /v1/runs HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {}\r\nexpect: 100-continue\r\ntransfer-encoding: chunked\r\n\r\n",
+        service.client().token().unwrap()
+    );
+    client.write_all(head.as_bytes()).await.unwrap();
+    stream::read_until(&mut client, "100 Continue\r\n\r\n").await;
+    let chunk = [b"100000\r\n".as_slice(), &vec![b' '; 1 << 20], b"\r\n"].concat();
+    for _ in 0..BYTES >> 20 {
+        timeout(SOON, client.write_all(&chunk)).await.unwrap().unwrap();
+    }
+    client.write_all(b"0\r\n\r\n").await.unwrap();
+    stream::read_until(&mut client, "payload_too_large").await;
 }
 
 #[tokio::test]

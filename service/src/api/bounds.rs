@@ -53,7 +53,7 @@ pub(super) async fn bound_body(State(patience): State<Duration>, request: Reques
     }
     let is_late = Arc::new(AtomicBool::new(false));
     let began_at = Instant::now();
-    // Whoever waits to be asked for it is not asked.
+    // Whoever waits to be asked for it is not asked, unless somebody here did.
     let lingers = !request.headers().contains_key(header::EXPECT);
     let request =
         request.map(|body| Body::new(Timed { body, began_at, patience, bytes: 0, sleep: None, is_late: Arc::clone(&is_late), lingers }));
@@ -92,6 +92,8 @@ impl HttpBody for Timed {
     type Error = axum::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        // That asks for it, by 100 (Continue).
+        self.lingers = true;
         if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(context) {
             if let Some(Ok(frame)) = &frame {
                 self.bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
