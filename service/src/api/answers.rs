@@ -36,6 +36,8 @@ const BYTES_FOR_ONE: u64 = 16 * 1024;
 const UNCOUNTED_BYTES: u64 = 64 * 1024;
 /// What is counted in.
 const UNIT_BYTES: u64 = 1024;
+/// What is more than this is not written among everything else that goes on: some milliseconds of it.
+const MANY_UNITS: usize = 1024;
 /// Into how many parts the whole is divided: a tenant may have one, so that its readers who do not read keep nobody else from reading.
 const PARTS: u32 = 4;
 
@@ -121,8 +123,16 @@ impl Room {
         Self { permits: None }
     }
 
-    /// This in JSON, which holds as much of the room as it takes.
-    pub(super) fn answer<T: Serialize>(mut self, status: StatusCode, told: T) -> Result<Response, ApiError> {
+    /// This in JSON, which holds as much of the room as it takes. What may take long to write keeps nobody else waiting.
+    pub(super) async fn answer<T: Serialize + Send + 'static>(self, status: StatusCode, told: T) -> Result<Response, ApiError> {
+        if self.permits.as_ref().is_none_or(|[own, _]| own.num_permits() < MANY_UNITS) {
+            return self.answer_now(status, told);
+        }
+        let written = tokio::task::spawn_blocking(move || self.answer_now(status, told)).await;
+        written.unwrap_or_else(|_panic| Err(ApiError::panicked()))
+    }
+
+    fn answer_now<T: Serialize>(mut self, status: StatusCode, told: T) -> Result<Response, ApiError> {
         let bytes = json(&told).map_err(|error| ApiError::Internal(error.into()))?;
         drop(told);
         self.keep(bytes.len() as u64);
@@ -235,7 +245,7 @@ mod tests {
         let answers = Answers::new(28 * MIB);
         let all = room(&answers, "a", 100 * MIB).await.unwrap();
         // 6 of 7 MiB that a tenant has, and of 28.
-        let answer = all.answer(StatusCode::OK, json!({ "stdout": "\u{1}".repeat(1024 * 1024) })).unwrap();
+        let answer = all.answer(StatusCode::OK, json!({ "stdout": "\u{1}".repeat(1024 * 1024) })).await.unwrap();
         assert_eq!(answer.headers()[header::CONTENT_TYPE], "application/json");
         assert!(room(&answers, "a", MIB / 4).await.is_none(), "it was given back");
         assert!(room(&answers, "b", MIB / 2).await.is_some(), "all of it was held");
@@ -252,7 +262,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_small_answer_holds_nothing() {
         let answers = Answers::new(MIB);
-        let answer = room(&answers, "a", MIB).await.unwrap().answer(StatusCode::OK, json!({})).unwrap();
+        let answer = room(&answers, "a", MIB).await.unwrap().answer(StatusCode::OK, json!({})).await.unwrap();
         assert!(room(&answers, "a", MIB).await.is_some());
         drop(answer);
     }

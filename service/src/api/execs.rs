@@ -12,6 +12,7 @@ use axum::{
 use sandbox_core::protocol::{OutputPolicy, WindowSize};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
+use tokio::time::Instant;
 use utoipa::ToSchema;
 
 use super::{
@@ -31,13 +32,17 @@ use crate::{
     engine::{EngineError, FollowedExec},
     sandbox::{
         Exec, ExecRequest, ExecState, Invalid, Kind, LIST_LIMIT, Outcome, Sandbox, SandboxId, Signal, SignalRequest, SizeRequest, TenantId,
-        words,
+        WAIT_MS, words,
     },
     token::Scope,
 };
 
 /// How long an exec that is being started is waited for beyond `wait_ms`.
 const START_PATIENCE: Duration = Duration::from_secs(10);
+/// How long it may take, behind all waiting, to tell of one that has ended.
+const TELL_PATIENCE: Duration = Duration::from_secs(10);
+/// Until when, from the beginning of a request on, its end is waited for at the latest: there is time then to tell of it before the router gives the request up.
+const WAITED_WITHIN: Duration = Duration::from_millis(WAIT_MS.max).saturating_add(Duration::from_secs(35));
 
 /// A process that was started in a sandbox.
 #[derive(Debug, Serialize, ToSchema)]
@@ -165,9 +170,11 @@ pub(super) async fn create(
     body: Body,
 ) -> Result<Response, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
+    // However long the body takes: what was started is told of before the router gives the request up.
+    let latest = Instant::now() + WAITED_WITHIN;
     let sandbox = sandbox(&app, &caller, &id).await?;
     let (asked, wait_ms) = json::read::<ExecRequest>(body).await?.parse()?;
-    let deadline = tokio::time::Instant::now() + Duration::from_millis(wait_ms);
+    let deadline = latest.min(Instant::now() + Duration::from_millis(wait_ms));
     // By an earlier attempt at the same request.
     if let Some(made) = keyed.made {
         if let Some(followed) = app.engine.follow_exec(made) {
@@ -182,7 +189,7 @@ pub(super) async fn create(
 }
 
 /// The end, if it comes in time; else what there is, as soon as it is past its start.
-async fn answer(app: &Arc<App>, mut followed: FollowedExec, deadline: tokio::time::Instant) -> Result<Response, ApiError> {
+async fn answer(app: &Arc<App>, mut followed: FollowedExec, deadline: Instant) -> Result<Response, ApiError> {
     let in_time = tokio::select! {
         biased;
         ended = tokio::time::timeout_at(deadline, followed.ended()) => ended.is_ok(),
@@ -195,21 +202,20 @@ async fn answer(app: &Arc<App>, mut followed: FollowedExec, deadline: tokio::tim
     shown(app, followed.exec()).await
 }
 
-/// 200 with its output if it has ended, else 202; so too where there is no room for its output: it was started, and who hears of a failure would start it again.
+/// 200 with its output if it has ended, else 202; so too where its output cannot be told now: it was started, and who hears of a failure would start it again.
 async fn shown(app: &Arc<App>, exec: Exec) -> Result<Response, ApiError> {
-    /// How long it may wait for room, behind all other waiting.
-    const TELL_PATIENCE: Duration = Duration::from_secs(10);
-    let (has_ended, mut is_whole) = (exec.state.is_final(), true);
-    let location = format!("/v1/sandboxes/{}/execs/{}", exec.sandbox, exec.id);
+    let (has_ended, location) = (exec.state.is_final(), format!("/v1/sandboxes/{}/execs/{}", exec.sandbox, exec.id));
     if has_ended {
-        match ended(app, exec.clone(), tokio::time::Instant::now() + TELL_PATIENCE).await {
-            Err(error @ ApiError::Busy(_)) => tracing::warn!(exec.id = %exec.id, %error, "what an exec wrote is not told"),
-            told => return told,
+        let deadline = Instant::now() + TELL_PATIENCE;
+        let told = tokio::time::timeout_at(deadline, ended(app, exec.clone(), deadline)).await;
+        match told.unwrap_or(Err(ApiError::Timeout)) {
+            Ok(told) => return Ok(told),
+            Err(error) => tracing::warn!(exec.id = %exec.id, %error, "what an exec wrote is not told"),
         }
-        is_whole = false;
     }
     let mut response = (StatusCode::ACCEPTED, [(header::LOCATION, location)], Json(ExecView::new(exec, None))).into_response();
-    if !is_whole {
+    if has_ended {
+        // Whoever comes again with the same key is to hear all of it.
         observe::mark_as_passing(&mut response);
     }
     Ok(response)
@@ -218,17 +224,17 @@ async fn shown(app: &Arc<App>, exec: Exec) -> Result<Response, ApiError> {
 /// The answer of which nothing but its exec was kept.
 pub(super) async fn told_again(app: &Arc<App>, tenant: &TenantId, id: SandboxId) -> Result<Response, ApiError> {
     let exec = app.engine.find_exec_anywhere(tenant, id).await?.ok_or(ApiError::NotFound)?;
-    shown(app, exec).await
+    if exec.state.is_final() { ended(app, exec, Instant::now() + answers::PATIENCE).await } else { shown(app, exec).await }
 }
 
 /// One that has ended, with its output.
-async fn ended(app: &Arc<App>, exec: Exec, deadline: tokio::time::Instant) -> Result<Response, ApiError> {
+async fn ended(app: &Arc<App>, exec: Exec, deadline: Instant) -> Result<Response, ApiError> {
     let bytes = app.engine.exec_told_bytes(exec.id).await?;
     let room = app.answers.room(&exec.tenant, 1, bytes, deadline).await?;
     let app = Arc::clone(app);
     let work = async move {
         let output = app.engine.exec_output(exec.id).await?;
-        room.answer(StatusCode::OK, ExecView::new(exec, Some(output.into())))
+        room.answer(StatusCode::OK, ExecView::new(exec, Some(output.into()))).await
     };
     answers::to_its_end(work).await
 }
@@ -297,7 +303,7 @@ pub(super) async fn read(
     caller.require(Scope::SandboxesRead)?;
     let (_, exec) = exec(&app, &caller, &id, &eid).await?;
     if exec.state.is_final() {
-        return ended(&app, exec, tokio::time::Instant::now() + answers::PATIENCE).await;
+        return ended(&app, exec, Instant::now() + answers::PATIENCE).await;
     }
     Ok(Json(ExecView::new(exec, None)).into_response())
 }

@@ -113,7 +113,7 @@ async fn answer(app: &Arc<App>, tenant: &TenantId, told: Told, times: Times) -> 
         let (view, is_whole) = tell::view_in_time(&app, room.as_ref(), told, Shown::ALONE, deadline).await;
         let is_told = has_ended && is_whole;
         let status = if is_told { StatusCode::OK } else { StatusCode::ACCEPTED };
-        let mut response = room.unwrap_or_else(Room::uncounted).answer(status, view.at(position))?;
+        let mut response = room.unwrap_or_else(Room::uncounted).answer(status, view.at(position)).await?;
         if !is_told {
             response.headers_mut().insert(header::LOCATION, location.parse().expect("a path of ours is ASCII"));
         }
@@ -205,5 +205,5 @@ async fn seen(app: &Arc<App>, run: Sandbox) -> Result<Response, ApiError> {
     let (tenant, told) = (run.tenant.clone(), Told::Seen(run));
     let room = tell::room(app, &tenant, &[&told], Shown::ALONE, Instant::now() + answers::PATIENCE).await?;
     let app = Arc::clone(app);
-    answers::to_its_end(async move { room.answer(StatusCode::OK, tell::view(&app, told, Shown::ALONE).await?.at(position)) }).await
+    answers::to_its_end(async move { room.answer(StatusCode::OK, tell::view(&app, told, Shown::ALONE).await?.at(position)).await }).await
 }

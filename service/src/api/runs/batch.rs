@@ -146,7 +146,7 @@ pub(in crate::api) async fn create(
             });
         }
         let status = if goes_on { StatusCode::ACCEPTED } else { StatusCode::OK };
-        let mut response = room.unwrap_or_else(Room::uncounted).answer(status, Batch { items })?;
+        let mut response = room.unwrap_or_else(Room::uncounted).answer(status, Batch { items }).await?;
         if is_passing {
             observe::mark_as_passing(&mut response);
         }
@@ -182,7 +182,7 @@ pub(in crate::api) async fn list(State(app): State<Arc<App>>, caller: Caller, pa
                 None => Item::refused(ApiError::NotFound.problem(request_id.clone())),
             });
         }
-        room.answer(StatusCode::OK, Batch { items })
+        room.answer(StatusCode::OK, Batch { items }).await
     };
     answers::to_its_end(work).await
 }
@@ -235,10 +235,13 @@ pub(in crate::api) async fn told_again(app: &Arc<App>, tenant: &TenantId, kept: 
             let view = tell::view(&app, Told::Seen(found), shown).await?;
             *run = serde_json::to_value(view).map_err(|error| ApiError::Internal(error.into()))?;
         }
-        room.answer(StatusCode::OK, answer)
+        room.answer(StatusCode::OK, answer).await
     };
     answers::to_its_end(work).await
 }
+
+/// How much a run that has ended may hold of its output until the others of its batch have.
+const HELD_BYTES_MAX: usize = 16 * 1024;
 
 /// Accepts or refuses one after the other.
 async fn accept(app: Arc<App>, caller: Caller, keyed: Keyed, runs: Vec<Box<RawValue>>) -> Vec<Result<Accepted, ApiError>> {
@@ -283,6 +286,8 @@ fn placed(mut error: ApiError, place: usize) -> ApiError {
 async fn wait_for(app: &App, tenant: &TenantId, accepted: Result<Accepted, ApiError>, patience: Duration) -> Result<Told, ApiError> {
     match accepted? {
         Accepted::New(mut run) => Ok(match wait(app, &mut run, patience).await {
+            // It may wait long for the others, and is stored: its output is read when there is room for it.
+            Some(finished) if finished.log_tail.bytes.len() > HELD_BYTES_MAX => Told::Seen(finished.sandbox.clone()),
             Some(finished) => Told::Ended(finished),
             None => Told::GoesOn(run.sandbox()),
         }),
