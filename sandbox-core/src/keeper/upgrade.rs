@@ -224,9 +224,10 @@ impl Keeper {
         if self.shutdown.is_some() {
             return Ok(());
         }
-        // Nobody comes back from a program that refuses now.
+        // Nobody comes back from a program that refuses now: it is asked again, once, for there is no more than that to be shown.
         if self.format() > shown {
-            warn(format_args!("not upgrading: {} agreed to less than there is to take over by now", self.program.path.display()));
+            warn(format_args!("{} agreed to less than there is to take over by now, and is tried again", self.program.path.display()));
+            self.begin_upgrade();
             return Ok(());
         }
         let failed = self.become_next();

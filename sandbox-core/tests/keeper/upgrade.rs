@@ -350,7 +350,7 @@ fn a_program_that_knows_no_layers_over_others_is_told_of_another_format_while_th
 }
 
 #[test]
-fn what_begins_under_a_trial_and_was_not_shown_to_the_program_is_not_handed_to_it() {
+fn what_begins_under_a_trial_and_was_not_shown_to_the_program_is_shown_before_it_is_handed_over() {
     let keeper = Replaceable::start();
     let node = &keeper.node;
     let (base, _) = run(node, shell("echo left > /left"), Layering::Fresh);
@@ -364,9 +364,12 @@ fn what_begins_under_a_trial_and_was_not_shown_to_the_program_is_not_handed_to_i
     (over.layer, over.keeps_layer) = (Layering::Over(base), false);
     assert!(matches!(launch(node, &over), Answer::Launched(_)));
 
+    // What is tried again could.
+    keeper.put_back();
     std::fs::write(&go, "").unwrap();
-    until(|| keeper.said().contains("agreed to less than there is").then_some(()));
+    until(|| node.hello().ok().filter(|hello| hello.upgrades == 1));
 
+    assert!(keeper.said().contains("agreed to less than there is"), "{}", keeper.said());
     assert_eq!(node.pid(), pid);
     kill(&mut node.client(), over.id);
     assert_eq!(wait_across(node, over.id).cause, Cause::Killed(KillReason::StoppedByUser));
