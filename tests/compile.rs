@@ -126,9 +126,9 @@ async fn each_has_its_own_time() {
         request["limits"]["wall_ms"] = json!(program_ms);
         request
     };
-    let slow_step = client.run(&within(("sleep 0.6", 30_000), ("true", 400))).await;
+    let slow_step = client.run(&within(("sleep 3.5", 30_000), ("true", 3_000))).await;
     let late_step = client.run(&within(("sleep 60", 400), ("true", 30_000))).await;
-    let slow_program = client.run(&within(("true", 400), ("sleep 0.6", 30_000))).await;
+    let slow_program = client.run(&within(("true", 3_000), ("sleep 3.5", 30_000))).await;
     let late_program = client.run(&within(("true", 30_000), ("sleep 60", 400))).await;
 
     assert_exit(&slow_step, 0);
@@ -137,7 +137,7 @@ async fn each_has_its_own_time() {
     assert_exit(&slow_program, 0);
     assert_reason(&late_program, "wall_timeout");
     let limits = (&slow_program["compile"]["limits"]["wall_ms"], &slow_program["limits"]["wall_ms"]);
-    assert_eq!(limits, (&json!(400), &json!(30_000)));
+    assert_eq!(limits, (&json!(3_000), &json!(30_000)));
 }
 
 #[tokio::test]
