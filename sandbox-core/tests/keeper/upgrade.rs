@@ -6,6 +6,7 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -213,16 +214,41 @@ fn sandboxes_in_every_state_are_as_they_were() {
 /// Cold ones whose layer is being made on disk, warm ones, ends and clean-ups: whatever is under way at the moment of the change.
 #[test]
 fn launches_that_are_under_way_come_to_their_end() {
-    let node = Node::start();
+    /// What it takes, many times over: what hangs is to say where.
+    const PATIENCE: Duration = Duration::from_secs(180);
+    let node = Arc::new(Node::start());
+    let (tell, told) = std::sync::mpsc::channel();
+    let test = std::thread::spawn({
+        let node = Arc::clone(&node);
+        move || launch_across_upgrades(&node, |step| tell.send(step).unwrap())
+    });
+    let (deadline, mut steps) = (Instant::now() + PATIENCE, Vec::new());
+    while !test.is_finished() {
+        steps.extend(told.recv_timeout(Duration::from_millis(100)));
+        let last = steps.len().saturating_sub(5);
+        assert!(Instant::now() < deadline, "it hangs behind {:?}, the keeper in {:?}", &steps[last..], waits_in(node.pid()));
+    }
+    if let Err(panic) = test.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// What a process waits in, as far as the kernel says (proc_pid_wchan(5), proc_pid_syscall(5)).
+fn waits_in(pid: u32) -> [String; 2] {
+    ["wchan", "syscall"].map(|file| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_else(|error| error.to_string()))
+}
+
+fn launch_across_upgrades(node: &Node, at: impl Fn(String)) {
     let mut sent: Vec<Run> = Vec::new();
     for turn in 0..6_u32 {
         let mut client = node.client();
-        ask_for_upgrade(&node);
+        ask_for_upgrade(node);
         for n in 0..40 {
             let mut run = long(&format!("echo {turn} {n}"));
             if n % 3 == 0 {
                 (run.supervision.medium, run.supervision.disk_bytes) = (Medium::Disk, 4 << 20);
             }
+            at(format!("sending {n} of turn {turn}"));
             let is_sent = run.try_launch(&mut client);
             sent.push(run);
             if !is_sent {
@@ -230,24 +256,28 @@ fn launches_that_are_under_way_come_to_their_end() {
             }
             std::thread::sleep(Duration::from_millis(3));
         }
+        at(format!("upgrading in turn {turn}"));
         until(|| node.hello().ok().filter(|hello| hello.upgrades == turn + 1));
     }
     let known: BTreeSet<SandboxId> = records(&mut node.client()).into_iter().map(|record| record.id).collect();
     assert!(known.len() > 12, "hardly any launch was under way: {}", known.len());
     for run in &sent {
         if known.contains(&run.id) {
-            let ending = wait_across(&node, run.id);
+            at(format!("waiting for {}", run.id));
+            let ending = wait_across(node, run.id);
             assert_eq!(ending.cause, Cause::Exited { code: 0 }, "{ending:?}");
         } else {
             // It was never read, and has left no trace: who sent it sends it again.
             assert!(!node.log_path(run.id).exists());
             let mut client = node.client();
+            at(format!("launching {} again", run.id));
             let answer = run.launch(&mut client);
             assert!(matches!(answer, Answer::Launched(_)), "{answer:?}");
             assert_eq!(wait(&mut client, run.id).cause, Cause::Exited { code: 0 });
         }
+        at(format!("forgetting {}", run.id));
         output(&node.log_path(run.id));
-        forget(&node, run.id);
+        forget(node, run.id);
     }
 }
 
