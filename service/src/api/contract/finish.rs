@@ -131,8 +131,9 @@ fn settle_operation(path: &str, method: &str, operation: &mut Mapping, refusals:
     let has_parameters = operation.contains_key("parameters");
     let has_body = method == "post" || operation.contains_key("requestBody");
     if let Some(body) = operation.get_mut("requestBody").and_then(Value::as_mapping_mut) {
-        // One that may be left out is not null for that.
-        let mut is_needed = true;
+        // One that may be left out is not null for that. What is kept as it comes may be nothing, which need not be sent.
+        let is_bytes = |kinds: &Mapping| kinds.keys().all(|kind| kind == "application/octet-stream");
+        let mut is_needed = !body["content"].as_mapping().is_some_and(is_bytes);
         for (_, content) in body.get_mut("content").and_then(Value::as_mapping_mut).into_iter().flatten() {
             if let Some(one) = content.get("schema").and_then(nullable).cloned() {
                 content["schema"] = one;
