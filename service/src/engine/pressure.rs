@@ -124,12 +124,12 @@ impl Engine {
 /// Looks again and again, first of all too, until the work is done or something is short.
 async fn while_lasts<T>(look: impl Fn() -> Option<String>, work: impl Future<Output = T>) -> Result<T, EngineError> {
     let mut work = std::pin::pin!(work);
-    let mut pause = tokio::time::interval(DISK_LOOK);
     loop {
-        tokio::select! {
-            biased;
-            _ = pause.tick() => if let Some(shortage) = look() { return Err(EngineError::Busy(shortage)) },
-            done = &mut work => return Ok(done),
+        if let Some(shortage) = look() {
+            return Err(EngineError::Busy(shortage));
+        }
+        if let Ok(done) = tokio::time::timeout(DISK_LOOK, &mut work).await {
+            return Ok(done);
         }
     }
 }
