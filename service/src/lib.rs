@@ -9,6 +9,7 @@ pub mod engine;
 pub mod images;
 pub mod logs;
 pub mod metrics;
+pub mod outbound;
 pub mod outbox;
 pub mod postgres;
 pub mod runtime;

@@ -1,13 +1,11 @@
 //! Webhooks: what happened is sent to where a tenant wants it, signed, again and again until it is taken, and never to where only we can reach.
 
-mod address;
 mod deliver;
 mod secret;
 mod send;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-pub use address::{Targets, URL_BYTES_MAX};
 use deliver::Dispatcher;
 use ipnet::IpNet;
 pub use secret::SigningKey;
@@ -17,6 +15,7 @@ use tokio::sync::Notify;
 use crate::{
     clock::Clock,
     metrics::Metrics,
+    outbound::Targets,
     outbox::Outbox,
     store::{Store, Told},
 };

@@ -27,13 +27,13 @@ use super::{
     json, query,
 };
 use crate::{
+    outbound::URL_BYTES_MAX,
     sandbox::Invalid,
     store::{
         Act, Attempt, CreatedWebhook, Delivery, DeliveryFilter, DeliveryState, NewWebhook, Redelivery, Rotation, Told, Webhook,
         WebhookChange,
     },
     token::Scope,
-    webhooks::URL_BYTES_MAX,
 };
 
 const KINDS_MAX: usize = 32;

@@ -7,10 +7,8 @@ use reqwest::{Certificate, Client, ClientBuilder, Response, StatusCode, redirect
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::{
-    address::{NotPublic, Targets},
-    secret::WebhookSecret,
-};
+use super::secret::WebhookSecret;
+use crate::outbound::{NotPublic, Targets};
 
 /// From the name's lookup to the head of the answer.
 pub(super) const DEADLINE: Duration = Duration::from_secs(15);

@@ -1,4 +1,4 @@
-//! Where webhooks may lead: to public addresses, and to networks that the operator names.
+//! Where this service connects to on a tenant's word, for webhooks and registries: public addresses, and networks that the operator names.
 //!
 //! A tenant chooses the target, and this service stands where tenants do not: beside its own database, the metadata of its cloud, other people's
 //! printers. What a name leads to is looked up by us, for each attempt anew, and the connection goes to the very address that was looked at: a name
@@ -15,7 +15,7 @@ use reqwest::{
     dns::{Addrs, Name, Resolve, Resolving},
 };
 
-/// The longest URL of a target.
+/// The longest URL of a webhook's target.
 pub const URL_BYTES_MAX: usize = 2048;
 
 /// IPv4 that is not public: IANA's special-purpose registry (RFC 6890 and its successors), multicast, and reserved.
@@ -65,7 +65,7 @@ struct Rules {
 /// A name led nowhere that we go to. Which address it was is not the tenant's to learn.
 #[derive(Debug, thiserror::Error)]
 #[error("the target's address is not a public one")]
-pub(super) struct NotPublic;
+pub(crate) struct NotPublic;
 
 impl Targets {
     /// Public addresses, and these.
@@ -73,7 +73,7 @@ impl Targets {
         Self(Arc::new(Rules { allowed, is_http_allowed }))
     }
 
-    /// The target as it will be called. The error says what is wrong with it.
+    /// A webhook's target as it will be called. The error says what is wrong with it.
     pub fn check(&self, text: &str) -> Result<Url, String> {
         if text.len() > URL_BYTES_MAX {
             return Err(format!("a URL has at most {URL_BYTES_MAX} bytes"));
@@ -102,7 +102,7 @@ impl Targets {
     }
 
     /// Addresses in the place of names are looked up by nobody; whatever their spelling, the URL's parser has made numbers of them.
-    pub(super) fn check_literal(&self, url: &Url) -> Result<(), NotPublic> {
+    pub(crate) fn check_literal(&self, url: &Url) -> Result<(), NotPublic> {
         let host = url.host_str().ok_or(NotPublic)?;
         let Ok(address) = host.trim_start_matches('[').trim_end_matches(']').parse() else { return Ok(()) };
         if self.permit(address) { Ok(()) } else { Err(NotPublic) }
