@@ -13,6 +13,7 @@ use std::{
 
 use mayfly_tests::{
     Client, Service, contract, image,
+    registry::{Manners, Registry},
     service::{Place, program},
     token,
 };
@@ -30,10 +31,15 @@ type Answers = BTreeMap<String, BTreeMap<u16, usize>>;
 
 #[tokio::test]
 async fn no_request_finds_an_answer_that_the_contract_does_not_promise() {
-    let service = Service::start();
+    let registry = Registry::start(Manners::default()).expect("a registry starts");
+    registry.push_archive(&image::archive("busybox").expect("the recipe works"), "app:1").expect("an image is pushed");
+    // Whatever a request names, no other registry is asked.
+    let service =
+        Service::start_with(&["--registry-allow", "127.0.0.0/8", "--registry-hosts", &registry.address]).expect("the service starts");
+    service.import("busybox").expect("the image is imported");
     service.import("python").expect("the image of a language is imported");
     let place = service.place();
-    let bench = Bench::new(place).await;
+    let bench = Bench::new(place, &registry).await;
     let started = Instant::now();
 
     let status = bench.fuzz(place);
@@ -67,7 +73,7 @@ struct Bench {
 }
 
 impl Bench {
-    async fn new(place: &Place) -> Self {
+    async fn new(place: &Place, registry: &Registry) -> Self {
         let tenant = format!("fuzz-{}", uuid::Uuid::new_v4().simple());
         let claims = token::claims(&tenant, &format!("{} admin", token::TENANT_SCOPES));
         let token = token::sign(&claims, &place.secret_file());
@@ -89,6 +95,7 @@ impl Bench {
             ("MAYFLY_FUZZ_OTHER_TENANT", other),
             ("MAYFLY_FUZZ_NODE", node.trim().to_owned()),
             ("MAYFLY_FUZZ_ARCHIVE", image::archive("busybox").expect("the recipe works").display().to_string()),
+            ("MAYFLY_FUZZ_PULLED", format!("{}/app:1", registry.address)),
             ("MAYFLY_FUZZ_CALLS", calls.display().to_string()),
         ];
         Self { environment, said, calls }

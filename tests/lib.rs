@@ -18,6 +18,8 @@ pub mod outcome;
 pub mod postgres;
 #[path = "harness/random.rs"]
 pub mod random;
+#[path = "harness/registry.rs"]
+pub mod registry;
 #[path = "harness/sdk.rs"]
 pub mod sdk;
 #[path = "harness/service.rs"]

@@ -36,6 +36,7 @@ for_check() {
 for_test() {
     for_run
     need skopeo skopeo
+    need docker-registry docker-registry
     need setsid util-linux
     need pgrep procps
     need runsc runsc

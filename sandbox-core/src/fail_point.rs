@@ -123,6 +123,8 @@ pub const STEPS: &[&str] = &[
     // kept yet.
     "service.idempotency.begun",
     "service.idempotency.worked",
+    // An image is pulled: it is all here, as an archive.
+    "service.pull.fetched",
     // An image comes in: its archive is here; that is read; its blobs are kept; it is unpacked; it has its row.
     "service.import.received",
     "service.import.read",

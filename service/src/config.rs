@@ -3,6 +3,7 @@
 mod account;
 mod door;
 mod keys;
+mod registry;
 mod webhooks;
 
 use std::{
@@ -213,6 +214,18 @@ pub struct Options {
     /// Hours for which every attempt must fail before a webhook is made inactive, 1 to 720 [default: 120]
     #[arg(long, env = "MAYFLY_WEBHOOK_DISABLE_HOURS", value_name = "HOURS")]
     pub webhook_disable_hours: Option<u32>,
+    /// Registry that images may be pulled from, as in `registry.example`, `*.example` or `registry.example:5000`; several with commas between [default: any]
+    #[arg(long, env = "MAYFLY_REGISTRY_HOSTS", value_name = "HOST", value_delimiter = ',')]
+    pub registry_hosts: Option<Vec<String>>,
+    /// Network, as in `10.1.0.0/16`, that is not public and that registries, and what they lead to, may be in all the same; several with commas between [default: none]
+    #[arg(long, env = "MAYFLY_REGISTRY_ALLOW", value_name = "CIDR", value_delimiter = ',')]
+    pub registry_allow: Option<Vec<String>>,
+    /// PEM file with authorities that may vouch for registries, beside the system's
+    #[arg(long, env = "MAYFLY_REGISTRY_CA_FILE", value_name = "PATH")]
+    pub registry_ca_file: Option<PathBuf>,
+    /// Seconds for which a registry may bring nothing before it is asked again, 1 to 600 [default: 30]
+    #[arg(long, env = "MAYFLY_REGISTRY_STALL_S", value_name = "SECONDS")]
+    pub registry_stall_s: Option<u32>,
     /// How log lines on stderr look [default: text]
     #[arg(long, env = "MAYFLY_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -275,6 +288,7 @@ pub struct Settings {
     pub event_retention: Duration,
     pub idempotency_retention: Duration,
     pub webhooks: crate::webhooks::Settings,
+    pub registries: crate::images::RegistrySettings,
     pub log_format: LogFormat,
 }
 
@@ -292,6 +306,7 @@ impl Options {
         let data_dir = std::path::absolute(data_dir).with_context(|| format!("data-dir: {}", data_dir.display()))?;
         let keys = KeySettings::settle(&self, &file, &data_dir)?;
         let webhooks = webhooks::settle(&self, &file, &data_dir)?;
+        let registries = registry::settle(&self, &file)?;
         let nearer = self.database_url.or(self.usual_database_url);
         let languages = languages(self.languages.or(file.languages).as_deref())?;
         let database_connections = self.database_connections.or(file.database_connections).unwrap_or(16);
@@ -350,6 +365,7 @@ impl Options {
                 720,
             )?),
             webhooks,
+            registries,
             log_format: self.log_format.or(file.log_format).unwrap_or_default(),
         })
     }

@@ -1,10 +1,13 @@
-//! Images come in: an archive that somebody sent, or what a sandbox's files are, becomes checked blobs, an unpacked root in the keeper's store, and a row.
+//! Images come in: an archive that somebody sent, or that was put together from a registry, or what a sandbox's files are, becomes checked blobs, an unpacked root in the keeper's store, and a row.
 
 mod archive;
 mod blob;
 mod commit;
 mod layout;
 mod place;
+mod pull;
+mod registry;
+mod spool;
 
 use std::{
     collections::HashSet,
@@ -39,6 +42,10 @@ use archive::Archive;
 use blob::Blobs;
 use layout::Found;
 use place::{Place, Places};
+use pull::Pulls;
+pub use pull::{LayerProgress, Progress, Pull, Pulling, Stage};
+use registry::Registries;
+pub use registry::{Credentials, HostRule, ImageSource, Settings as RegistrySettings};
 
 /// Archives that are read at one time. The keeper unpacks one after the other anyway.
 const IMPORTS_MAX: usize = 2;
@@ -66,6 +73,8 @@ pub struct Images {
     blobs: Arc<Blobs>,
     places: Arc<Places>,
     importing: Semaphore,
+    registries: Registries,
+    pulls: Pulls,
     /// Held for reading by who adds blobs and roots, for writing by who takes them away.
     content: RwLock<()>,
     /// Roots that no reference named any more while a sandbox still needed them.
@@ -88,6 +97,15 @@ pub enum ImportError {
     Busy(String),
     #[error("{0}")]
     QuotaExceeded(Box<Exceeded>),
+    /// The registry says that it has no such image.
+    #[error("{0}")]
+    NotAtRegistry(String),
+    /// The registry wants other credentials.
+    #[error("{0}")]
+    RegistryDenied(String),
+    /// The registry cannot be reached, breaks off, or does not send what it promised.
+    #[error("{0}")]
+    RegistryFailed(String),
     #[error("the keeper of this node is not available")]
     KeeperUnavailable,
     #[error(transparent)]
@@ -165,7 +183,14 @@ struct Naming {
 
 impl Images {
     /// Takes over the folders `blobs` and `uploads` of the data folder.
-    pub fn open(store: Store, keeper: Keeper, clock: Clock, quotas: Quotas, data_dir: &Path) -> anyhow::Result<Arc<Self>> {
+    pub fn open(
+        store: Store,
+        keeper: Keeper,
+        clock: Clock,
+        quotas: Quotas,
+        registries: &RegistrySettings,
+        data_dir: &Path,
+    ) -> anyhow::Result<Arc<Self>> {
         let (blobs, uploads) = (data_dir.join("blobs"), data_dir.join("uploads"));
         // Where a file system knows no files without a name, they have one for a moment.
         for entry in fs::read_dir(&uploads).with_context(|| uploads.display().to_string())? {
@@ -180,6 +205,8 @@ impl Images {
             blobs: Arc::new(Blobs::open(&blobs).with_context(|| blobs.display().to_string())?),
             places: Arc::default(),
             importing: Semaphore::new(IMPORTS_MAX),
+            registries: Registries::new(registries)?,
+            pulls: Pulls::default(),
             content: RwLock::default(),
             leftover: Mutex::default(),
         }))
@@ -259,13 +286,18 @@ impl Images {
         actor: Owner,
     ) -> Result<Image, ImportError> {
         let Upload { file, place } = upload;
+        let read = self.reading(file, &reference);
+        self.take_in(place, read, Naming { reference, tenant, actor, sandbox: None }).await
+    }
+
+    /// What finds the image in an archive that is to have this name.
+    fn reading(&self, file: File, reference: &ImageReference) -> impl FnOnce() -> Result<(Archive, Found), Fault> + Send + use<> {
         let (scratch, name) = (self.uploads.clone(), reference.as_str().to_owned());
-        let read = move || {
+        move || {
             let archive = Archive::open(file, &scratch)?;
             let found = layout::find(&archive, &name)?;
             Ok((archive, found))
-        };
-        self.take_in(place, read, Naming { reference, tenant, actor, sandbox: None }).await
+        }
     }
 
     /// Takes in what `read` finds. Goes on to its end, whoever waits for it.

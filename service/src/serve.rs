@@ -237,7 +237,14 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
         metrics: Arc::clone(&figures),
     };
     let engine = Engine::start(store.clone(), keeper.clone(), engine_settings).await?;
-    let images = Images::open(store.clone(), keeper.clone(), clock.clone(), settings.quotas.tenant.clone(), &settings.data_dir)?;
+    let images = Images::open(
+        store.clone(),
+        keeper.clone(),
+        clock.clone(),
+        settings.quotas.tenant.clone(),
+        &settings.registries,
+        &settings.data_dir,
+    )?;
     {
         let images = Arc::clone(&images);
         tokio::spawn(async move { images.sweep().await });

@@ -70,6 +70,11 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether it may work later.
+    pub const fn is_unavailable(&self) -> bool {
+        matches!(self, Self::Unreached(_) | Self::Unavailable(_))
+    }
+
     /// Whether it may have been done all the same: no answer came, or none of Postgres's own.
     pub fn is_unclear(&self) -> bool {
         matches!(self, Self::Unavailable(error) if error.as_database_error().is_none())

@@ -14,6 +14,8 @@ SMALL = {"memory_bytes": 16 << 20, "disk_bytes": 4 << 20, "cpu_millis": 50}
 PATIENCE_S = 30
 
 IMAGE = "busybox"
+# At the only registry that the service asks.
+PULLED = os.environ["MAYFLY_FUZZ_PULLED"]
 OTHER_TENANT = os.environ["MAYFLY_FUZZ_OTHER_TENANT"]
 NODE = os.environ["MAYFLY_FUZZ_NODE"]
 with open(os.environ["MAYFLY_FUZZ_ARCHIVE"], "rb") as file:

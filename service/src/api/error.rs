@@ -85,6 +85,12 @@ pub enum ApiError {
     /// There is no room now.
     #[error("{0}")]
     Busy(String),
+    /// The registry wants other credentials.
+    #[error("{0}")]
+    RegistryDenied(String),
+    /// Nothing of use came from the registry.
+    #[error("{0}")]
+    RegistryFailed(String),
     /// Nothing came back from inside a sandbox.
     #[error(transparent)]
     Port(#[from] PortFault),
@@ -133,6 +139,8 @@ pub enum Code {
     Suspended,
     UnknownTenant,
     NoCapacity,
+    RegistryDenied,
+    RegistryFailed,
     PortClosed,
     PortBroken,
     PortTimeout,
@@ -233,6 +241,8 @@ impl ApiError {
             Self::Suspended => (StatusCode::FORBIDDEN, Code::Suspended, "Suspended"),
             Self::UnknownTenant => (StatusCode::FORBIDDEN, Code::UnknownTenant, "Unknown tenant"),
             Self::NoCapacity(_) | Self::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::NoCapacity, "No capacity"),
+            Self::RegistryDenied(_) => (StatusCode::FORBIDDEN, Code::RegistryDenied, "Refused by the registry"),
+            Self::RegistryFailed(_) => (StatusCode::BAD_GATEWAY, Code::RegistryFailed, "Registry failed"),
             Self::Port(PortFault::Closed(_)) => (StatusCode::BAD_GATEWAY, Code::PortClosed, "Nothing listens"),
             Self::Port(PortFault::Broken { .. }) => (StatusCode::BAD_GATEWAY, Code::PortBroken, "Not an answer"),
             Self::Port(PortFault::Late(_)) => (StatusCode::GATEWAY_TIMEOUT, Code::PortTimeout, "No answer in time"),
@@ -252,6 +262,7 @@ impl ApiError {
             | Self::KeeperUnavailable
             | Self::SlowBody
             | Self::Timeout
+            | Self::RegistryFailed(_)
             | Self::Port(PortFault::Closed(_) | PortFault::Late(_))
             | Self::Internal(_) => true,
             Self::QuotaExceeded(exceeded) => exceeded.retry_after_s.is_some(),
@@ -275,6 +286,7 @@ impl ApiError {
             | Self::RangeNotSatisfiable(_)
             | Self::HeadTooLarge(_)
             | Self::Invalid(_)
+            | Self::RegistryDenied(_)
             | Self::Port(PortFault::Broken { .. })
             | Self::NoCapacity(_) => false,
         }

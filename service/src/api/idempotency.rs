@@ -48,7 +48,7 @@ const KEPT_BYTES_MAX: usize = 1024 * 1024;
 /// Between two looks at a key that another process holds, and at one that this process holds, whose end is heard.
 const LOOK: Duration = Duration::from_millis(250);
 const LOOK_HERE: Duration = Duration::from_secs(5);
-/// Longer than any import takes whose client goes on sending.
+/// Longer than any import takes whose client goes on sending, and any pull.
 const IMPORT_DEADLINE: Duration = Duration::from_secs(3600);
 /// How far two nodes' clocks may be apart.
 const CLOCKS_APART: Duration = Duration::from_secs(60);
@@ -178,7 +178,7 @@ impl Route {
         match self.0.as_str() {
             "/v1/runs" | BATCH | EXECS => Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE,
             "/v1/sandboxes/{id}/stop" => STOP_DEADLINE,
-            COMMIT => IMPORT_DEADLINE,
+            COMMIT | "/v1/images/pull" => IMPORT_DEADLINE,
             _ if self.is_streamed() => IMPORT_DEADLINE,
             _ => QUICK_DEADLINE,
         }

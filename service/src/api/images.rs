@@ -1,4 +1,6 @@
-//! `/v1/images`: what sandboxes can be made of, and the way in for more.
+//! `/v1/images`: what sandboxes can be made of, and the ways in for more.
+
+mod pull;
 
 use std::sync::Arc;
 
@@ -30,7 +32,7 @@ use crate::{
 
 /// The routes below `/v1/images`.
 pub(super) fn router() -> OpenApiRouter<Arc<App>> {
-    OpenApiRouter::new().routes(routes!(list)).routes(routes!(import)).routes(routes!(read, remove))
+    OpenApiRouter::new().routes(routes!(list)).routes(routes!(import)).routes(routes!(pull::pull)).routes(routes!(read, remove))
 }
 
 /// An image as it is now.
@@ -210,14 +212,17 @@ impl From<Image> for ImageView {
 impl From<ImportError> for ApiError {
     fn from(error: ImportError) -> Self {
         match error {
-            ImportError::Invalid(why) => Invalid::new("", why).into(),
-            ImportError::TooLarge => Self::PayloadTooLarge(error.to_string()),
             ImportError::Tree(error) => error.into(),
-            ImportError::Busy(why) => Self::Busy(why),
-            ImportError::QuotaExceeded(exceeded) => Self::QuotaExceeded(exceeded),
-            ImportError::KeeperUnavailable => Self::KeeperUnavailable,
             ImportError::Store(error) => error.into(),
             ImportError::Internal(cause) => Self::Internal(cause),
+            ImportError::Invalid(_)
+            | ImportError::TooLarge
+            | ImportError::Busy(_)
+            | ImportError::QuotaExceeded(_)
+            | ImportError::NotAtRegistry(_)
+            | ImportError::RegistryDenied(_)
+            | ImportError::RegistryFailed(_)
+            | ImportError::KeeperUnavailable => (&error).into(),
         }
     }
 }
@@ -243,7 +248,7 @@ mod tests {
 
     #[test]
     fn a_missing_or_unsound_reference_is_named() {
-        for query in ["", "reference=", "reference=a%20b", "reference=import", "reference=a&reference=b"] {
+        for query in ["", "reference=", "reference=a%20b", "reference=import", "reference=pull", "reference=a&reference=b"] {
             assert!(matches!(parsed(query), Err(ApiError::Invalid(invalid)) if invalid.field == "reference"), "{query}");
         }
         assert!(matches!(parsed("reference=a&colour=red"), Err(ApiError::Invalid(invalid)) if invalid.field == "colour"));

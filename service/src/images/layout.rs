@@ -3,7 +3,8 @@
 use std::collections::{HashMap, HashSet};
 
 use oci_spec::image::{
-    Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, ImageManifestBuilder, MediaType, OciLayout, Os, RootFs, Sha256Digest,
+    Arch, Descriptor, ImageConfiguration, ImageIndex, ImageManifest, ImageManifestBuilder, MediaType, OciLayout, Os, Platform, RootFs,
+    Sha256Digest,
 };
 use sandbox_core::protocol::DESCRIPTORS_MAX;
 use serde::{Deserialize, de::DeserializeOwned};
@@ -142,7 +143,7 @@ impl<'a> Collector<'a> {
 /// Whether a manifest is for this machine: by its platform, or by its configuration when it names none.
 fn is_for_us(archive: &Archive, descriptor: &Descriptor) -> Result<bool, Fault> {
     if let Some(platform) = descriptor.platform() {
-        return Ok(*platform.os() == Os::Linux && *platform.architecture() == Arch::default());
+        return Ok(is_ours(platform));
     }
     let manifest: ImageManifest = parse("a manifest", &blob(archive, descriptor)?.bytes)?;
     if *manifest.config().media_type() != MediaType::ImageConfig && !is_docker_config(manifest.config()) {
@@ -152,8 +153,19 @@ fn is_for_us(archive: &Archive, descriptor: &Descriptor) -> Result<bool, Fault> 
     Ok(*config.os() == Os::Linux && *config.architecture() == Arch::default())
 }
 
+/// Whether this is our machine's.
+pub(super) fn is_ours(platform: &Platform) -> bool {
+    *platform.os() == Os::Linux && *platform.architecture() == Arch::default()
+}
+
 fn is_docker_config(descriptor: &Descriptor) -> bool {
     descriptor.media_type().as_ref() == "application/vnd.docker.container.image.v1+json"
+}
+
+/// Checks all of an image that can be checked before its layers are here.
+pub(super) fn check(manifest: &ImageManifest, config: &[u8]) -> Result<(), Fault> {
+    configuration(config, manifest.layers().len())?;
+    manifest.layers().iter().try_for_each(check_kind)
 }
 
 /// Whether a name in an archive (`1.2`, `python:1.2`) is the one that the image is to have here.
@@ -162,6 +174,12 @@ fn is_meant(name: &str, reference: &str) -> bool {
 }
 
 fn layer_of(archive: &Archive, descriptor: &Descriptor) -> Result<Layer, Fault> {
+    check_kind(descriptor)?;
+    let (digest, section) = locate(archive, descriptor)?;
+    Ok(Layer { digest, section })
+}
+
+fn check_kind(descriptor: &Descriptor) -> Result<(), Fault> {
     let standard = [
         MediaType::ImageLayer,
         MediaType::ImageLayerGzip,
@@ -175,8 +193,7 @@ fn layer_of(archive: &Archive, descriptor: &Descriptor) -> Result<Layer, Fault> 
     if !is_known {
         return invalid(format!("a layer is of the kind {kind}, which is not supported"));
     }
-    let (digest, section) = locate(archive, descriptor)?;
-    Ok(Layer { digest, section })
+    Ok(())
 }
 
 /// Reads a small blob and holds it against its digest.
@@ -343,7 +360,7 @@ impl Found {
     }
 }
 
-fn platform() -> String {
+pub(super) fn platform() -> String {
     format!("linux/{}", Arch::default())
 }
 

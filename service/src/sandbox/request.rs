@@ -61,6 +61,8 @@ pub(super) const LABELS_MAX: usize = 64;
 const LABEL_KEY_BYTES_MAX: usize = 63;
 pub(super) const LABEL_VALUE_BYTES_MAX: usize = 256;
 const REFERENCE_BYTES_MAX: usize = 256;
+/// What stands in the place of a reference in the paths of some routes.
+const ROUTES: [&str; 2] = ["import", "pull"];
 const NAME_BYTES_MAX: usize = 63;
 
 /// For the contract: what an operator may call a language.
@@ -461,10 +463,10 @@ impl ImageReference {
         })
     }
 
-    /// [`ImageReference::parse`] of one that an image is to be given: it could be read by no one if it had the name of the route of imports.
+    /// [`ImageReference::parse`] of one that an image is to be given: it could be read by no one if it had the name of a route beside it.
     pub fn parse_new(field: &str, text: String) -> Result<Self, Invalid> {
-        if text == "import" {
-            return Err(Invalid::new(field, "no image can have the name of the route of imports"));
+        if ROUTES.contains(&text.as_str()) {
+            return Err(Invalid::new(field, "no image can have the name of a route"));
         }
         Self::parse(field, text)
     }

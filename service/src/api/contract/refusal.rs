@@ -82,6 +82,8 @@ refusals! {
     UnknownTenant = [ApiError::UnknownTenant];
     /// The sandbox's own root may not touch that file.
     FileDenied = [file(FaultKind::Denied, "/proc/1/mem: Permission denied")];
+    /// The registry does not give that to these credentials, or to nobody.
+    RegistryDenied = [ApiError::RegistryDenied("the registry registry.example wants other credentials for team/app".to_owned())];
     /// There is no such thing, or it is another tenant's.
     NotFound = [ApiError::NotFound];
     /// There is no image of that name.
@@ -128,6 +130,8 @@ refusals! {
     QuotaExceeded = [exceeded("runs_per_day", 10_000, Some(3600)), exceeded("largest_memory_bytes", 1 << 30, None)];
     /// Something went wrong on our side.
     Internal = [ApiError::Internal(anyhow::anyhow!("never told"))];
+    /// The registry cannot be reached, or does not send what it promised.
+    RegistryFailed = [ApiError::RegistryFailed("the registry registry.example cannot be reached".to_owned())];
     /// Not now, or never: `retryable` tells the two cases apart. False, and no `Retry-After`, for what is larger than the node; true while the node is busy: as many wait as may, the request was not
     /// to wait, or answers with output that nobody has read yet take all the memory that is set aside for them.
     NoCapacity = [

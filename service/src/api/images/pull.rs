@@ -1,0 +1,313 @@
+//! `POST /v1/images/pull`: an image from a registry, with a look at how far it has come.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Json,
+    body::Body,
+    extract::State,
+    http::{HeaderMap, StatusCode, header, request::Parts},
+    response::{IntoResponse as _, Response},
+};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::{
+    super::{
+        App,
+        caller::Caller,
+        contract::refusal,
+        error::{ApiError, Problem},
+        idempotency::Keyed,
+        json, observe,
+        stream::{self, EVENTS, Form, Frame, Frames, LINES},
+    },
+    ImageView,
+};
+use crate::{
+    images::{Credentials, ImageSource, ImportError, LayerProgress, Progress, Pull, Pulling, Stage},
+    sandbox::{ImageReference, Invalid, words},
+    token::Scope,
+};
+
+const CREDENTIAL_BYTES_MAX: usize = 8192;
+/// At most so often somebody who looks on is told something.
+const TELL_PAUSE: Duration = Duration::from_millis(100);
+
+/// What is to be pulled.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = PullRequest)]
+pub(in crate::api) struct PullRequest {
+    /// `[REGISTRY/]REPOSITORY[:TAG][@sha256:DIGEST]`. Without a registry `docker.io` is meant, without a tag `latest`; a digest goes before a tag.
+    #[schema(value_type = words::Reference)]
+    reference: String,
+    /// What the image is to be called here, instead of what `reference` says.
+    #[schema(value_type = Option<words::Reference>)]
+    name: Option<String>,
+    /// Who pulls, to the registry. They are used for this request and not kept.
+    credentials: Option<GivenCredentials>,
+}
+
+/// Name and password, or name and token, that the registry knows.
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = RegistryCredentials)]
+pub(in crate::api) struct GivenCredentials {
+    #[schema(extensions(("x-schema" = json!({ "minLength": 1, "maxLength": CREDENTIAL_BYTES_MAX, "pattern": "^[\\u0020-\\u0039\\u003b-\\u007e]*$" }))))]
+    username: String,
+    #[schema(extensions(("x-schema" = json!({ "maxLength": CREDENTIAL_BYTES_MAX, "pattern": "^[\\u0020-\\u007e]*$" }))))]
+    password: String,
+}
+
+impl std::fmt::Debug for GivenCredentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("GivenCredentials")
+    }
+}
+
+impl PullRequest {
+    fn parse(self) -> Result<(ImageSource, ImageReference, Option<Credentials>), Invalid> {
+        let reference = ImageReference::parse("reference", self.reference)?;
+        let source = ImageSource::parse(reference.as_str()).map_err(|why| Invalid::new("reference", why))?;
+        let name = match self.name {
+            Some(name) => ImageReference::parse_new("name", name)?,
+            None => ImageReference::parse_new("reference", reference.as_str().to_owned())?,
+        };
+        Ok((source, name, self.credentials.map(GivenCredentials::parse).transpose()?))
+    }
+}
+
+impl GivenCredentials {
+    fn parse(self) -> Result<Credentials, Invalid> {
+        let Self { username, password } = self;
+        let is_fit = |text: &str| text.len() <= CREDENTIAL_BYTES_MAX && text.bytes().all(|b| matches!(b, b' '..=b'~'));
+        // The first colon ends the name (RFC 7617).
+        if !is_fit(&username) || username.is_empty() || username.contains(':') {
+            let why = format!("1 to {CREDENTIAL_BYTES_MAX} characters of ASCII that can be seen, and no colon");
+            return Err(Invalid::new("credentials.username", why));
+        }
+        if !is_fit(&password) {
+            let why = format!("at most {CREDENTIAL_BYTES_MAX} characters of ASCII that can be seen");
+            return Err(Invalid::new("credentials.password", why));
+        }
+        Ok(Credentials { username, password })
+    }
+}
+
+/// One piece of what is told of a pull.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+pub(in crate::api) enum PullFrame {
+    /// How far it has come; some are left out where much happens.
+    #[schema(title = "Progress")]
+    Progress { progress: ProgressView },
+    /// The last, if all went well.
+    #[schema(title = "Image")]
+    Image {
+        #[schema(value_type = ImageView)]
+        image: Box<ImageView>,
+    },
+    /// The last, if not.
+    #[schema(title = "Problem")]
+    Problem {
+        #[schema(value_type = Problem)]
+        problem: Box<Problem>,
+    },
+}
+
+/// How far a pull has come.
+#[derive(Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[schema(as = PullProgress)]
+pub(in crate::api) struct ProgressView {
+    stage: PullStage,
+    /// Of all layers, packed as they are: here by now, and to come altogether. 0 while that is not known.
+    bytes: u64,
+    total_bytes: u64,
+    /// Each once, the bottom one first.
+    layers: Vec<LayerView>,
+}
+
+/// `resolving`: the registry is asked what there is; `downloading`: its layers are on their way; `unpacking`: all is here, and is being unpacked or waits for its turn.
+#[derive(Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(in crate::api) enum PullStage {
+    Resolving,
+    Downloading,
+    Unpacking,
+}
+
+/// How far a layer has come. `bytes` shrink where a registry has to begin again.
+#[derive(Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[schema(as = PullLayer)]
+pub(in crate::api) struct LayerView {
+    #[schema(value_type = words::Digest)]
+    digest: String,
+    bytes: u64,
+    total_bytes: u64,
+}
+
+/// Pull an image
+///
+/// From any registry that speaks the protocol of OCI or Docker (version 2), over https; the operator may name the only registries that there are, and which private networks may be reached. Of an
+/// image for several platforms this machine's is taken, and its `digest` is told. Every byte is checked by digest; what breaks off, stalls, or is answered 429 or 503 is asked for again, and gone on with. The image then
+/// goes the way of an import, with the same limits. With the scope `admin` it is for all tenants, else for the caller's own. A reference that named another image names this one from then on.
+///
+/// With `Accept: application/x-ndjson` or `text/event-stream` the answer is a stream that begins at once: how far the pull has come, and in the end the image, or the problem. Such an answer is 200
+/// even when the pull fails. With an `Idempotency-Key` there is one answer at the end, whatever `Accept` says. Who asks for what the same tenant is pulling already, with the same credentials, waits for that. A client that goes away changes nothing.
+///
+/// Refusals of registries: 403 `registry_denied`, 404 `image_not_found`, and 502 `registry_failed`, which is `retryable`, where it cannot be reached or does not send what it promised.
+#[utoipa::path(
+    post,
+    // No image has this name.
+    path = "/v1/images/pull",
+    operation_id = "pullImage",
+    tag = "images",
+    security(("bearer" = ["images:write"])),
+    request_body(content = PullRequest, example = json!({ "reference": "docker.io/library/debian:12", "name": "debian:12" })),
+    responses(
+        (status = 200, description = "How it goes on, and the end of it.", content((PullFrame = "application/x-ndjson"), (String = "text/event-stream"))),
+        (status = 201, description = "The image is there.", body = ImageView, headers(("Location" = String, description = "Where the image is found."))),
+        refusal::ImageNotFound,
+        refusal::QuotaExceeded,
+        refusal::RegistryFailed,
+    ),
+)]
+pub(in crate::api) async fn pull(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    keyed: Keyed,
+    headers: HeaderMap,
+    parts: Parts,
+    body: Body,
+) -> Result<Response, ApiError> {
+    caller.require(Scope::ImagesWrite)?;
+    let (source, reference, credentials) = json::read::<PullRequest>(body).await?.parse()?;
+    app.images.check_source(&source).map_err(|why| Invalid::new("reference", why))?;
+    let tenant = (!caller.scopes.allow(Scope::Admin)).then(|| caller.tenant.clone());
+    let pulling = app.images.pull(Pull { source, credentials, reference, tenant }, caller.owner())?;
+    // What is kept for a key is an answer, and has a status that tells whether it may be another later.
+    let form = if keyed.key.is_some() { None } else { form(&headers) };
+    if let Some(form) = form {
+        return Ok(form.respond(frames(pulling, observe::request_id(&parts))));
+    }
+    let image = pulling.ended().await.map_err(|error| ApiError::from(&*error))?;
+    let location = format!("/v1/images/{}", image.reference);
+    Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(ImageView::from(image))).into_response())
+}
+
+/// As a stream, for whom that is the best.
+fn form(headers: &HeaderMap) -> Option<Form> {
+    match stream::preferred(headers, &["application/json", LINES, EVENTS]) {
+        Some(LINES) => Some(Form::Lines),
+        Some(EVENTS) => Some(Form::Events),
+        Some(_) | None => None,
+    }
+}
+
+/// What is told of it, to its end.
+fn frames(pulling: Pulling, request_id: String) -> Frames {
+    Box::pin(futures_util::stream::unfold(Some((pulling, None)), move |state| {
+        let request_id = request_id.clone();
+        async move {
+            let (mut pulling, told) = state?;
+            let frame = next(&mut pulling, told.as_ref(), request_id).await;
+            let json = serde_json::to_string(&frame).expect("a frame holds nothing that JSON cannot");
+            let state = if let PullFrame::Progress { progress } = frame { Some((pulling, Some(progress))) } else { None };
+            Some((Ok(Frame { json, id: None }), state))
+        }
+    }))
+}
+
+/// The end, or else something that was not told yet.
+async fn next(pulling: &mut Pulling, told: Option<&ProgressView>, request_id: String) -> PullFrame {
+    if told.is_some() {
+        tokio::time::sleep(TELL_PAUSE).await;
+    }
+    loop {
+        let progress = ProgressView::from(&pulling.progress());
+        match pulling.outcome() {
+            Some(Ok(image)) => return PullFrame::Image { image: Box::new(image.into()) },
+            Some(Err(error)) => return PullFrame::Problem { problem: Box::new(ApiError::from(&*error).problem(request_id)) },
+            None if told != Some(&progress) => return PullFrame::Progress { progress },
+            None => pulling.changed().await,
+        }
+    }
+}
+
+impl From<&Progress> for ProgressView {
+    fn from(progress: &Progress) -> Self {
+        let view = |layer: &LayerProgress| {
+            let LayerProgress { digest, bytes, total_bytes } = layer.clone();
+            LayerView { digest, bytes, total_bytes }
+        };
+        let layers: Vec<_> = progress.layers.iter().map(view).collect();
+        Self {
+            stage: match progress.stage {
+                Stage::Resolving => PullStage::Resolving,
+                Stage::Downloading => PullStage::Downloading,
+                Stage::Unpacking => PullStage::Unpacking,
+            },
+            bytes: layers.iter().map(|layer| layer.bytes).sum(),
+            total_bytes: layers.iter().map(|layer| layer.total_bytes).sum(),
+            layers,
+        }
+    }
+}
+
+impl From<&ImportError> for ApiError {
+    /// For each of those who waited for it.
+    fn from(error: &ImportError) -> Self {
+        match error {
+            ImportError::Invalid(why) => Invalid::new("", why.clone()).into(),
+            ImportError::TooLarge => Self::PayloadTooLarge(error.to_string()),
+            ImportError::Busy(why) => Self::Busy(why.clone()),
+            ImportError::QuotaExceeded(exceeded) => Self::QuotaExceeded(exceeded.clone()),
+            ImportError::NotAtRegistry(what) => Self::ImageNotFound(what.clone()),
+            ImportError::RegistryDenied(why) => Self::RegistryDenied(why.clone()),
+            ImportError::RegistryFailed(why) => Self::RegistryFailed(why.clone()),
+            ImportError::KeeperUnavailable => Self::KeeperUnavailable,
+            ImportError::Store(error) if error.is_unavailable() => Self::DatabaseUnavailable,
+            ImportError::Tree(_) | ImportError::Store(_) | ImportError::Internal(_) => Self::Internal(anyhow::anyhow!("{error:#}")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(request: serde_json::Value) -> String {
+        serde_json::from_value::<PullRequest>(request).unwrap().parse().unwrap_err().field
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_request_is_named() {
+        assert_eq!(refused(serde_json::json!({ "reference": "a b" })), "reference");
+        assert_eq!(refused(serde_json::json!({ "reference": "a.example:22/b" })), "reference");
+        assert_eq!(refused(serde_json::json!({ "reference": "a", "name": "pull" })), "name");
+        assert_eq!(
+            refused(serde_json::json!({ "reference": "a", "credentials": { "username": "a:b", "password": "" } })),
+            "credentials.username"
+        );
+        assert_eq!(
+            refused(serde_json::json!({ "reference": "a", "credentials": { "username": "a", "password": "ü" } })),
+            "credentials.password"
+        );
+    }
+
+    #[test]
+    fn an_image_is_called_what_it_was_asked_for_by_or_by_its_own_name() {
+        let name = |request: serde_json::Value| serde_json::from_value::<PullRequest>(request).unwrap().parse().unwrap().1;
+        assert_eq!(name(serde_json::json!({ "reference": "a.example/b:1" })).as_str(), "a.example/b:1");
+        assert_eq!(name(serde_json::json!({ "reference": "a.example/b:1", "name": "b", "credentials": null })).as_str(), "b");
+    }
+
+    #[test]
+    fn a_stream_is_for_whom_it_is_the_best() {
+        let of = |accept: &'static str| form(&HeaderMap::from_iter([(header::ACCEPT, header::HeaderValue::from_static(accept))]));
+        assert!(matches!(of("application/x-ndjson"), Some(Form::Lines)));
+        assert!(matches!(of("text/event-stream, application/json;q=0.5"), Some(Form::Events)));
+        assert!(of("*/*").is_none() && of("application/json, application/x-ndjson").is_none());
+    }
+}

@@ -1,0 +1,38 @@
+//! From which registries images may be pulled.
+
+use anyhow::Context as _;
+
+use super::{Options, seconds, within};
+use crate::images::RegistrySettings;
+
+pub(super) fn settle(nearer: &Options, file: &Options) -> anyhow::Result<RegistrySettings> {
+    let hosts = nearer.registry_hosts.as_ref().or(file.registry_hosts.as_ref()).into_iter().flatten();
+    let allowed = nearer.registry_allow.as_ref().or(file.registry_allow.as_ref()).into_iter().flatten();
+    let host = |text: &String| text.parse().map_err(|error: String| anyhow::anyhow!("registry-hosts: {error}"));
+    let network = |text: &String| text.parse().with_context(|| format!("registry-allow: {text:?} is no network, as in 10.1.0.0/16"));
+    Ok(RegistrySettings {
+        hosts: hosts.filter(|text| !text.is_empty()).map(host).collect::<anyhow::Result<_>>()?,
+        allowed: allowed.filter(|text| !text.is_empty()).map(network).collect::<anyhow::Result<_>>()?,
+        ca_file: nearer.registry_ca_file.clone().or_else(|| file.registry_ca_file.clone()),
+        stall: seconds(within("registry-stall-s", nearer.registry_stall_s.or(file.registry_stall_s).unwrap_or(30), 1, 600)?),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settled(options: &Options) -> anyhow::Result<RegistrySettings> {
+        settle(options, &Options::default())
+    }
+
+    #[test]
+    fn hosts_and_networks_are_read_or_named() {
+        let hosts = |text: &str| settled(&Options { registry_hosts: Some(vec![text.to_owned()]), ..Options::default() });
+        assert_eq!(hosts("*.example:5000").unwrap().hosts.len(), 1);
+        assert!(hosts("").unwrap().hosts.is_empty());
+        assert!(hosts("https://a.example").unwrap_err().to_string().contains("registry-hosts"));
+        let allow = Options { registry_allow: Some(vec!["10.1.0.0/33".to_owned()]), ..Options::default() };
+        assert!(settled(&allow).unwrap_err().to_string().contains("10.1.0.0/33"));
+    }
+}

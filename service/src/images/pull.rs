@@ -1,0 +1,364 @@
+//! Images come in from registries: what is there is put together as the archive that somebody could have sent, and then imported as one.
+//!
+//! So quotas, checks, crash safety and sweeping are those of an import. Nothing is left out for being here already: who names a digest must have its content,
+//! and a manifest is the word of whoever runs a registry.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs::File,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use oci_spec::image::{Descriptor, ImageIndex, ImageManifest, Sha256Digest};
+use sandbox_core::fail_point;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use super::{
+    ARCHIVE_BYTES_MAX, Credentials, ImageSource, Images, ImportError, Naming,
+    layout::{self, platform},
+    registry::{DOCUMENT_BYTES_MAX, Fetched, Session},
+    spool::{Part, Spool},
+};
+use crate::{
+    sandbox::{ImageReference, Owner, TenantId},
+    store::Image,
+};
+
+/// Pulls that go on at one time, of this node and of a tenant. Each may fill as much disk as an archive may have, for as long as its registry takes.
+const PULLS_MAX: usize = 8;
+const PULLS_OF_TENANT_MAX: usize = 4;
+/// Layers of one image that are fetched at one time.
+const LAYERS_AT_ONCE: usize = 4;
+/// However much a registry brings now and then.
+const DEADLINE: Duration = Duration::from_secs(45 * 60);
+/// Indexes inside indexes.
+const DEPTH_MAX: usize = 4;
+
+/// What is to be pulled, for whom, and what it is to be called. Whoever asks for the same while it is being done waits for that.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Pull {
+    pub source: ImageSource,
+    pub credentials: Option<Credentials>,
+    /// Its name here.
+    pub reference: ImageReference,
+    /// `None`: for all tenants.
+    pub tenant: Option<TenantId>,
+}
+
+/// How far a pull has come.
+#[derive(Debug, Clone, Default)]
+pub struct Progress {
+    pub stage: Stage,
+    /// Each once, the bottom one first.
+    pub layers: Vec<LayerProgress>,
+    outcome: Option<Result<Image, Arc<ImportError>>>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Stage {
+    /// The registry is asked what there is.
+    #[default]
+    Resolving,
+    Downloading,
+    /// It is all here, and waits for its turn or is being unpacked.
+    Unpacking,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerProgress {
+    /// As in `sha256:…`.
+    pub digest: String,
+    /// Here by now, packed as they are. Fewer than before where a registry had to begin again.
+    pub bytes: u64,
+    pub total_bytes: u64,
+}
+
+/// A pull that goes on, whoever looks on or goes away.
+#[derive(Debug)]
+pub struct Pulling(watch::Receiver<Progress>);
+
+/// Those that go on.
+#[derive(Debug, Default)]
+pub(super) struct Pulls(Mutex<HashMap<Pull, watch::Receiver<Progress>>>);
+
+/// One of them; gone when this is dropped, be it by a panic.
+struct Place {
+    images: Arc<Images>,
+    pull: Pull,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.images.pulls.lock().remove(&self.pull);
+    }
+}
+
+impl Pulls {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Pull, watch::Receiver<Progress>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pulling {
+    /// How far it has come by now.
+    pub fn progress(&mut self) -> Progress {
+        self.0.borrow_and_update().clone()
+    }
+
+    /// Returns when that has changed.
+    pub async fn changed(&mut self) {
+        // Whoever tells of it is gone only with an outcome, or by a panic.
+        drop(self.0.changed().await);
+    }
+
+    /// The end, if it has come.
+    pub fn outcome(&self) -> Option<Result<Image, Arc<ImportError>>> {
+        let told = self.0.borrow().outcome.clone();
+        let is_lost = told.is_none() && self.0.has_changed().is_err();
+        told.or_else(|| is_lost.then(|| Err(Arc::new(ImportError::Internal(anyhow::anyhow!("a pull panicked"))))))
+    }
+
+    /// Waits for the end.
+    pub async fn ended(mut self) -> Result<Image, Arc<ImportError>> {
+        loop {
+            if let Some(outcome) = self.outcome() {
+                return outcome;
+            }
+            self.changed().await;
+        }
+    }
+}
+
+impl Images {
+    /// Whether images are pulled from there. The error says why not.
+    pub fn check_source(&self, source: &ImageSource) -> Result<(), String> {
+        self.registries.check(source)
+    }
+
+    /// Begins to pull an image, or joins who pulls the very same. What was begun is finished.
+    pub fn pull(self: &Arc<Self>, pull: Pull, actor: Owner) -> Result<Pulling, ImportError> {
+        let mut pulls = self.pulls.lock();
+        if let Some(progress) = pulls.get(&pull) {
+            return Ok(Pulling(progress.clone()));
+        }
+        if pulls.len() >= PULLS_MAX {
+            return Err(ImportError::Busy(format!("{PULLS_MAX} images are being pulled, which is all that this node takes at one time")));
+        }
+        if pulls.keys().filter(|other| other.tenant == pull.tenant).count() >= PULLS_OF_TENANT_MAX {
+            return Err(ImportError::Busy(format!(
+                "{PULLS_OF_TENANT_MAX} images are being pulled, which is all that one tenant can at one time"
+            )));
+        }
+        let (teller, progress) = watch::channel(Progress::default());
+        pulls.insert(pull.clone(), progress.clone());
+        let place = Place { images: Arc::clone(self), pull };
+        tokio::spawn(async move {
+            let outcome = place.images.pull_now(&place.pull, &teller, &actor).await.map_err(Arc::new);
+            // Whoever asks from now on finds what there is at the registry then.
+            drop(place);
+            teller.send_modify(|progress| progress.outcome = Some(outcome));
+        });
+        Ok(Pulling(progress))
+    }
+
+    async fn pull_now(&self, pull: &Pull, teller: &watch::Sender<Progress>, actor: &Owner) -> Result<Image, ImportError> {
+        let late = |_| ImportError::RegistryFailed(format!("the registry did not bring the image within {} s", DEADLINE.as_secs()));
+        let fetched = tokio::time::timeout(DEADLINE, self.fetch(pull, teller)).await.map_err(late).flatten();
+        let archive =
+            fetched.inspect_err(|error| tracing::info!(%error, image.reference = pull.reference.as_str(), "an image was not pulled"))?;
+        teller.send_modify(|progress| progress.stage = Stage::Unpacking);
+        fail_point::reached("service.pull.fetched");
+        let naming = Naming { reference: pull.reference.clone(), tenant: pull.tenant.clone(), actor: actor.clone(), sandbox: None };
+        self.take_in_now(self.reading(archive, &pull.reference), naming).await
+    }
+
+    /// The image as an archive.
+    async fn fetch(&self, pull: &Pull, teller: &watch::Sender<Progress>) -> Result<File, ImportError> {
+        let session = self.registries.begin(&pull.source, pull.credentials.as_ref()).await;
+        let (fetched, manifest) = manifest(&session).await?;
+        let config_digest = small_digest(manifest.config())?;
+        let config = session.small_blob(&config_digest).await?;
+        layout::check(&manifest, &config.bytes)?;
+
+        let host = ImportError::Internal;
+        let mut spool = Spool::new(&self.uploads).map_err(host)?;
+        spool.add("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#).map_err(host)?;
+        spool.add("index.json", index_of(&fetched).to_string().as_bytes()).map_err(host)?;
+        for document in [&fetched, &config] {
+            spool.add(&path_of(&document.digest), &document.bytes).map_err(host)?;
+        }
+        let mut known = HashSet::from([fetched.digest.clone(), config.digest.clone()]);
+        let mut layers: Vec<(Sha256Digest, Part)> = Vec::new();
+        let mut total_bytes: u64 = 0;
+        for layer in manifest.layers() {
+            let digest = digest_of(layer)?;
+            total_bytes = total_bytes.saturating_add(layer.size());
+            if total_bytes > ARCHIVE_BYTES_MAX {
+                return Err(ImportError::Invalid(format!("the layers of the image have more than {ARCHIVE_BYTES_MAX} bytes")));
+            }
+            if known.insert(digest.clone()) {
+                let part = spool.reserve(&path_of(&digest), layer.size()).map_err(host)?;
+                layers.push((digest, part));
+            }
+        }
+        teller.send_modify(|progress| {
+            progress.stage = Stage::Downloading;
+            progress.layers = layers.iter().map(|(digest, part)| layer_progress(digest, part)).collect();
+        });
+        let (session, fetches) = (&session, layers.into_iter().enumerate());
+        let fetches = fetches.map(|(place, (digest, mut part))| async move {
+            session.blob(&digest, &mut part, |bytes| teller.send_modify(|progress| progress.layers[place].bytes = bytes)).await
+        });
+        stream::iter(fetches).buffer_unordered(LAYERS_AT_ONCE).try_collect::<()>().await?;
+        spool.finish().map_err(host)
+    }
+}
+
+/// The manifest that is for this machine, by way of indexes if need be.
+async fn manifest(session: &Session<'_>) -> Result<(Fetched, ImageManifest), ImportError> {
+    let mut fetched = session.manifest().await?;
+    for _ in 0..DEPTH_MAX {
+        match kind_of(&fetched)? {
+            Kind::Manifest => {
+                let manifest = parse("the manifest", &fetched.bytes)?;
+                return Ok((fetched, manifest));
+            }
+            Kind::Index => {
+                let index: ImageIndex = parse("the index", &fetched.bytes)?;
+                let chosen =
+                    for_this_machine(&index).ok_or_else(|| invalid(format!("the registry has no image of it for {}", platform())))?;
+                fetched = session.manifest_of(&digest_of(chosen)?).await?;
+            }
+        }
+    }
+    Err(invalid(format!("its indexes are nested more than {DEPTH_MAX} deep")))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Manifest,
+    Index,
+}
+
+/// What a document is, by its own word and by its content; one that could be both is refused (CVE-2021-41190).
+fn kind_of(fetched: &Fetched) -> Result<Kind, ImportError> {
+    let document: Value = parse("the manifest", &fetched.bytes)?;
+    if document["schemaVersion"] != 2 {
+        return Err(invalid(format!("the manifest: schemaVersion {} is not supported; 2 is", document["schemaVersion"])));
+    }
+    let has = |member: &str| document.get(member).is_some();
+    let (is_manifest, is_index) = (has("layers") || has("config"), has("manifests"));
+    let said = document["mediaType"].as_str().unwrap_or(&fetched.content_type);
+    let says_index = said.ends_with(".index.v1+json") || said.ends_with(".list.v2+json");
+    let says_manifest = said.ends_with(".manifest.v1+json") || said.ends_with(".manifest.v2+json");
+    match (is_manifest, is_index) {
+        (true, false) if !says_index => Ok(Kind::Manifest),
+        (false, true) if !says_manifest => Ok(Kind::Index),
+        _ => Err(invalid("what the registry has there is neither a manifest nor an index of images".to_owned())),
+    }
+}
+
+/// The one for our processor; of several the one that asks least of it. One alone need not say for which it is: its configuration does.
+fn for_this_machine(index: &ImageIndex) -> Option<&Descriptor> {
+    if let [only] = &index.manifests()[..]
+        && only.platform().is_none()
+    {
+        return Some(only);
+    }
+    let ours = index.manifests().iter().filter(|one| one.platform().as_ref().is_some_and(layout::is_ours));
+    ours.min_by_key(|one| {
+        let variant = one.platform().as_ref().and_then(|platform| platform.variant().clone()).unwrap_or_default();
+        (!["", "v1", "v8"].contains(&variant.as_str()), variant)
+    })
+}
+
+/// An index of this one manifest.
+fn index_of(manifest: &Fetched) -> Value {
+    let digest = format!("sha256:{}", manifest.digest);
+    let descriptor = json!({ "mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest, "size": manifest.bytes.len() });
+    json!({ "schemaVersion": 2, "manifests": [descriptor] })
+}
+
+fn layer_progress(digest: &Sha256Digest, part: &Part) -> LayerProgress {
+    LayerProgress { digest: format!("sha256:{digest}"), bytes: 0, total_bytes: part.bytes() }
+}
+
+fn path_of(digest: &Sha256Digest) -> String {
+    format!("blobs/sha256/{digest}")
+}
+
+fn digest_of(descriptor: &Descriptor) -> Result<Sha256Digest, ImportError> {
+    let digest = descriptor.as_digest_sha256().and_then(|digest| digest.parse().ok());
+    digest.ok_or_else(|| invalid(format!("the digest {} is not of the kind sha256", descriptor.digest())))
+}
+
+/// Of what is held in memory.
+fn small_digest(descriptor: &Descriptor) -> Result<Sha256Digest, ImportError> {
+    if descriptor.size() > DOCUMENT_BYTES_MAX {
+        return Err(invalid(format!("the image's configuration has {} bytes; at most {DOCUMENT_BYTES_MAX}", descriptor.size())));
+    }
+    digest_of(descriptor)
+}
+
+fn parse<T: serde::de::DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, ImportError> {
+    serde_json::from_slice(bytes).map_err(|error| invalid(format!("{what}: {error}")))
+}
+
+const fn invalid(why: String) -> ImportError {
+    ImportError::Invalid(why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fetched(document: &Value, content_type: &str) -> Fetched {
+        let bytes = document.to_string().into_bytes();
+        Fetched { digest: crate::images::blob::digest_of(&bytes), bytes, content_type: content_type.to_owned() }
+    }
+
+    #[test]
+    fn what_could_be_read_in_two_ways_is_refused() {
+        let kind = |document: Value, content_type: &str| kind_of(&fetched(&document, content_type)).ok();
+        let (manifest, index) = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.oci.image.index.v1+json");
+        assert_eq!(kind(json!({ "schemaVersion": 2, "layers": [], "config": {} }), manifest), Some(Kind::Manifest));
+        assert_eq!(kind(json!({ "schemaVersion": 2, "manifests": [] }), index), Some(Kind::Index));
+        // Some registries know no type.
+        assert_eq!(kind(json!({ "schemaVersion": 2, "manifests": [] }), "application/json"), Some(Kind::Index));
+        assert_eq!(kind(json!({ "schemaVersion": 2, "layers": [], "manifests": [] }), index), None);
+        assert_eq!(kind(json!({ "schemaVersion": 2, "manifests": [] }), manifest), None);
+        assert_eq!(kind(json!({ "schemaVersion": 2, "mediaType": index, "layers": [] }), manifest), None);
+        assert_eq!(kind(json!({ "schemaVersion": 1, "fsLayers": [] }), manifest), None);
+    }
+
+    #[test]
+    fn of_many_platforms_ours_is_taken_and_its_plainest_variant() {
+        let ours = oci_spec::image::Arch::default().to_string();
+        let one = |digit: &str, os: &str, architecture: &str, variant: Option<&str>| {
+            let mut platform = json!({ "os": os, "architecture": architecture });
+            if let Some(variant) = variant {
+                platform["variant"] = variant.into();
+            }
+            json!({ "mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": format!("sha256:{}", digit.repeat(64)), "size": 1, "platform": platform })
+        };
+        let chosen = |manifests: Value| {
+            let index: ImageIndex = serde_json::from_value(json!({ "schemaVersion": 2, "manifests": manifests })).unwrap();
+            for_this_machine(&index).map(|one| one.digest().digest()[..1].to_owned())
+        };
+        let all = json!([
+            one("a", "windows", &ours, None),
+            one("b", "linux", "s390x", None),
+            one("c", "linux", &ours, Some("v3")),
+            one("d", "linux", &ours, None)
+        ]);
+        assert_eq!(chosen(all).as_deref(), Some("d"));
+        assert_eq!(chosen(json!([one("b", "linux", "s390x", None)])), None);
+        assert_eq!(chosen(json!([])), None);
+        let mut unnamed = one("e", "linux", &ours, None);
+        unnamed.as_object_mut().unwrap().remove("platform");
+        assert_eq!(chosen(json!([unnamed])).as_deref(), Some("e"));
+    }
+}

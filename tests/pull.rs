@@ -1,0 +1,534 @@
+//! Images come from registries as `docker pull` would have them, past every way in which a registry can be slow, broken or hostile, and from nowhere else.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+#[path = "pull/liar.rs"]
+mod liar;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use liar::{Liar, Manner};
+use mayfly_tests::{
+    Answer, Client, Service, image,
+    outcome::{assert_exit, stdout},
+    registry::{Manners, PASSWORD, Registry, USER},
+    service::{self, shared},
+};
+use reqwest::{Method, header::CONTENT_TYPE};
+use serde_json::{Value, json};
+use tokio::{sync::Notify, time::Instant};
+
+/// Long enough to notice by, and for a loaded machine.
+const SOON: Duration = Duration::from_secs(30);
+const PULL: &str = "/v1/images/pull";
+/// What the operator of these services allows.
+const OWN: [&str; 4] = ["--registry-allow", "127.0.0.0/8", "--registry-stall-s", "2"];
+
+fn service() -> Service {
+    Service::start_with(&OWN).unwrap()
+}
+
+fn busybox() -> PathBuf {
+    image::archive("busybox").unwrap()
+}
+
+fn layout(folder: &Path) -> PathBuf {
+    let layout = folder.join("layout");
+    image::unpack_layout(&busybox(), &layout).unwrap();
+    layout
+}
+
+async fn says_hello(client: &Client, image: &str) {
+    let run = client.run(&json!({ "image": image, "command": ["sh", "-c", "echo hello from here"] })).await;
+    assert_exit(&run, 0);
+    assert_eq!(stdout(&run), "hello from here\n");
+}
+
+/// Pulls `app:1` of a registry, as `app`.
+async fn pull(client: &Client, address: &str) -> Answer {
+    client.post(PULL, &json!({ "reference": format!("{address}/app:1"), "name": "app" })).await
+}
+
+/// What is said of such a pull, in lines.
+async fn pull_in_lines(client: &Client, address: &str) -> Vec<Value> {
+    let request = client.request(Method::POST, PULL).header("accept", "application/x-ndjson");
+    let request = request.json(&json!({ "reference": format!("{address}/app:1"), "name": "app" }));
+    let answer = client.send(request, "POST", PULL).await;
+    assert_eq!((answer.status, answer.header("content-type")), (200, "application/x-ndjson"));
+    answer.text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// A service and a registry that behaves like this, and what came of a pull.
+async fn pulled_from(manner: Manner) -> (Service, Client, Liar, Answer) {
+    let folder = service::folder().unwrap();
+    let (service, liar) = (service(), Liar::start(&layout(folder.path()), manner).await);
+    let client = service.client();
+    let answer = pull(&client, &liar.address).await;
+    (service, client, liar, answer)
+}
+
+#[tokio::test]
+async fn an_image_is_pulled_by_tag_and_by_digest_and_runs() {
+    let (service, registry) = (service(), Registry::start(Manners::default()).unwrap());
+    registry.push_archive(&busybox(), "team/app:1").unwrap();
+    let client = service.client();
+    let by_tag = format!("{}/team/app:1", registry.address);
+
+    let first = client.post(PULL, &json!({ "reference": by_tag })).await;
+    let location = first.header("location").to_owned();
+    let first = first.expect(201);
+    let by_digest = format!("{}/team/app@{}", registry.address, first["digest"].as_str().unwrap());
+    let second = client.post(PULL, &json!({ "reference": by_digest, "name": "pinned" })).await.expect(201);
+
+    assert_eq!((&first["reference"], &first["shared"]), (&json!(by_tag), &json!(false)));
+    assert_eq!(client.get(&location).await.expect(200), first);
+    assert_eq!((&second["digest"], &second["reference"]), (&first["digest"], &json!("pinned")));
+    says_hello(&client, &by_tag).await;
+    says_hello(&client, "pinned").await;
+}
+
+#[tokio::test]
+async fn an_image_of_dockers_older_form_is_one_too() {
+    let (service, registry) = (service(), Registry::start(Manners::default()).unwrap());
+    registry.push(&format!("oci-archive:{}", busybox().display()), "app:1", &["--format", "v2s2"]).unwrap();
+    let client = service.client();
+
+    pull(&client, &registry.address).await.expect(201);
+
+    says_hello(&client, "app").await;
+}
+
+#[tokio::test]
+async fn of_an_image_for_many_machines_this_ones_is_taken() {
+    let (service, registry, folder) = (service(), Registry::start(Manners::default()).unwrap(), service::folder().unwrap());
+    let others = folder.path().join("others");
+    image::variant(&busybox(), &others, &["--architecture", "s390x"]).unwrap();
+    registry.push_archive(&busybox(), "app:ours").unwrap();
+    registry.push(&format!("oci:{}:latest", others.display()), "app:others", &[]).unwrap();
+    let ours = if cfg!(target_arch = "x86_64") { "amd64" } else { "arm64" };
+    let (ours, others) = (described(&registry, "ours", ours).await, described(&registry, "others", "s390x").await);
+    index(&registry, "1", &[&others, &ours]).await;
+    index(&registry, "none", &[&others]).await;
+    let client = service.client();
+
+    let pulled = pull(&client, &registry.address).await.expect(201);
+    let none = client.post(PULL, &json!({ "reference": format!("{}/app:none", registry.address) })).await.problem(422, "invalid_request");
+    let alone =
+        client.post(PULL, &json!({ "reference": format!("{}/app:others", registry.address) })).await.problem(422, "invalid_request");
+
+    assert_eq!(pulled["digest"], ours["digest"]);
+    says_hello(&client, "app").await;
+    assert!(none["detail"].as_str().unwrap().contains("no image of it for linux/"), "{none:#}");
+    assert!(alone["detail"].as_str().unwrap().contains("s390x"), "{alone:#}");
+}
+
+/// The descriptor of what a tag names.
+async fn described(registry: &Registry, tag: &str, architecture: &str) -> Value {
+    let url = format!("http://{}/v2/app/manifests/{tag}", registry.address);
+    let answer = reqwest::Client::new().get(url).header("accept", "application/vnd.oci.image.manifest.v1+json").send().await.unwrap();
+    let header = |name: &str| answer.headers()[name].to_str().unwrap().to_owned();
+    let (digest, media_type) = (header("docker-content-digest"), header(CONTENT_TYPE.as_str()));
+    let size = answer.bytes().await.unwrap().len();
+    json!({ "mediaType": media_type, "digest": digest, "size": size, "platform": { "os": "linux", "architecture": architecture } })
+}
+
+async fn index(registry: &Registry, tag: &str, manifests: &[&Value]) {
+    let media_type = "application/vnd.oci.image.index.v1+json";
+    let document = json!({ "schemaVersion": 2, "mediaType": media_type, "manifests": manifests });
+    let request = reqwest::Client::new().put(format!("http://{}/v2/app/manifests/{tag}", registry.address));
+    let answer = request.header(CONTENT_TYPE, media_type).body(document.to_string()).send().await.unwrap();
+    assert_eq!(answer.status().as_u16(), 201, "{}", answer.text().await.unwrap());
+}
+
+#[tokio::test]
+async fn a_registry_with_a_password_is_for_who_has_it() {
+    let (service, registry) = (service(), Registry::start(Manners { password: true, ..Manners::default() }).unwrap());
+    registry.push_archive(&busybox(), "app:1").unwrap();
+    let client = service.client();
+    let with = async |password: &str| {
+        let credentials = json!({ "username": USER, "password": password });
+        client.post(PULL, &json!({ "reference": format!("{}/app:1", registry.address), "name": "app", "credentials": credentials })).await
+    };
+
+    pull(&client, &registry.address).await.problem(403, "registry_denied");
+    with("wrong").await.problem(403, "registry_denied");
+    with(PASSWORD).await.expect(201);
+
+    says_hello(&client, "app").await;
+    assert!(!service.log().contains(PASSWORD), "{}", service.log());
+}
+
+#[tokio::test]
+async fn a_registry_with_tls_is_believed_by_the_operators_authority_alone() {
+    let registry = Registry::start(Manners { tls: true, password: false }).unwrap();
+    registry.push_archive(&busybox(), "app:1").unwrap();
+    let certificate = registry.certificate().display().to_string();
+    let (trusting, doubting) = (Service::start_with(&[&OWN[..], &["--registry-ca-file", &certificate]].concat()).unwrap(), service());
+    let client = trusting.client();
+
+    pull(&client, &registry.address).await.expect(201);
+    let doubt = doubting.client().post(PULL, &json!({ "reference": format!("{}/app:1", registry.address) })).await;
+
+    says_hello(&client, "app").await;
+    doubt.problem(502, "registry_failed");
+}
+
+#[tokio::test]
+async fn what_a_registry_does_not_have_is_not_found() {
+    let (service, registry) = (service(), Registry::start(Manners::default()).unwrap());
+    let client = service.client();
+
+    let problem = pull(&client, &registry.address).await.problem(404, "image_not_found");
+
+    assert!(problem["detail"].as_str().unwrap().contains(&registry.address), "{problem:#}");
+}
+
+#[tokio::test]
+async fn a_tenants_pulled_image_is_that_tenants_alone_and_an_admins_is_for_all() {
+    let (service, registry) = (service(), Registry::start(Manners::default()).unwrap());
+    registry.push_archive(&busybox(), "app:1").unwrap();
+    let (mine, other) = (service.client(), service.client());
+
+    pull(&mine, &registry.address).await.expect(201);
+    let before = other.get("/v1/images/app").await;
+    let run = other.post("/v1/runs", &json!({ "image": "app" })).await;
+    let shared = pull(&Client::admin(service.place()), &registry.address).await.expect(201);
+
+    before.problem(404, "image_not_found");
+    run.problem(404, "image_not_found");
+    assert_eq!(shared["shared"], true);
+    says_hello(&other, "app").await;
+}
+
+#[tokio::test]
+async fn progress_is_told_in_lines_or_events_and_ends_with_the_image() {
+    let (folder, go_on) = (service::folder().unwrap(), Arc::new(Notify::new()));
+    let layout = layout(folder.path());
+    let (service, slow) = (service(), Liar::start(&layout, Manner::Waits(Arc::clone(&go_on))).await);
+    let (client, quick) = (service.client(), Liar::start(&layout, Manner::Honest).await);
+    let request = client.request(Method::POST, PULL).header("accept", "application/x-ndjson");
+    let request = request.json(&json!({ "reference": format!("{}/app:1", slow.address), "name": "app" }));
+
+    let mut answer = request.send().await.unwrap();
+    let mut text = String::new();
+    while !text.contains("\"downloading\"") {
+        let chunk = tokio::time::timeout(SOON, answer.chunk()).await.expect("something is told").unwrap().expect("more is told");
+        text += std::str::from_utf8(&chunk).unwrap();
+    }
+    let halfway: Value = serde_json::from_str(text.lines().next_back().unwrap()).unwrap();
+    go_on.notify_one();
+    let rest = answer.text().await.unwrap();
+    let request = client.request(Method::POST, PULL).header("accept", "text/event-stream");
+    let request = request.json(&json!({ "reference": format!("{}/app:1", quick.address), "name": "again" }));
+    let events = client.send(request, "POST", PULL).await;
+
+    let last: Value = serde_json::from_str(rest.lines().next_back().unwrap()).unwrap();
+    assert_eq!(last["image"], client.get("/v1/images/app").await.expect(200));
+    assert!(halfway["progress"]["bytes"].as_u64() < halfway["progress"]["total_bytes"].as_u64(), "{halfway:#}");
+    assert_eq!(halfway["progress"]["layers"].as_array().unwrap().len(), layers_of(&layout), "{halfway:#}");
+    assert_eq!(events.header("content-type"), "text/event-stream");
+    assert!(
+        events.text.starts_with("data: {\"progress\"") && events.text.trim_end().lines().next_back().unwrap().contains("\"image\""),
+        "{}",
+        events.text
+    );
+}
+
+/// How many layers the image has.
+fn layers_of(layout: &Path) -> usize {
+    let read = |path: &Path| serde_json::from_slice::<Value>(&fs::read(path).unwrap()).unwrap();
+    let index = read(&layout.join("index.json"));
+    let digest = index["manifests"][0]["digest"].as_str().unwrap().trim_start_matches("sha256:");
+    read(&layout.join("blobs/sha256").join(digest))["layers"].as_array().unwrap().len()
+}
+
+#[tokio::test]
+async fn a_pull_that_fails_is_told_as_a_problem_in_the_stream() {
+    let (service, registry) = (service(), Registry::start(Manners::default()).unwrap());
+
+    let lines = pull_in_lines(&service.client(), &registry.address).await;
+
+    let problem = &lines.last().unwrap()["problem"];
+    assert_eq!((&problem["status"], &problem["code"]), (&json!(404), &json!("image_not_found")), "{lines:#?}");
+    assert!(!problem["request_id"].as_str().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn who_pulls_the_same_image_at_one_time_shares_one_download() {
+    let (folder, go_on) = (service::folder().unwrap(), Arc::new(Notify::new()));
+    let (service, liar) = (service(), Liar::start(&layout(folder.path()), Manner::Waits(Arc::clone(&go_on))).await);
+    let client = service.client();
+    let ask = async |client: &Client| {
+        let request = client.request(Method::POST, PULL).header("accept", "application/x-ndjson");
+        // The head comes when the pull was begun, or joined.
+        request.json(&json!({ "reference": format!("{}/app:1", liar.address), "name": "app" })).send().await.unwrap()
+    };
+
+    let (first, second) = (ask(&client).await, ask(&client).await);
+    let deadline = Instant::now() + SOON;
+    while liar.asked_for_layer().is_empty() {
+        assert!(Instant::now() < deadline, "nobody asked for the layer: {:?}", liar.asked());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    go_on.notify_one();
+    let (first, second) = (first.text().await.unwrap(), second.text().await.unwrap());
+
+    let image = |text: &str| serde_json::from_str::<Value>(text.lines().next_back().unwrap()).unwrap()["image"].clone();
+    assert_eq!((image(&first), image(&first)["reference"].clone()), (image(&second), json!("app")), "{first}\n{second}");
+    assert_eq!(liar.asked_for_layer().len(), 1, "{:#?}", liar.asked());
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_does_not_end_its_pull() {
+    let (folder, go_on) = (service::folder().unwrap(), Arc::new(Notify::new()));
+    let (service, liar) = (service(), Liar::start(&layout(folder.path()), Manner::Waits(Arc::clone(&go_on))).await);
+    let client = service.client();
+    let request = client.request(Method::POST, PULL).header("accept", "application/x-ndjson");
+    let request = request.json(&json!({ "reference": format!("{}/app:1", liar.address), "name": "app" }));
+
+    drop(request.send().await.unwrap());
+    go_on.notify_one();
+
+    let deadline = Instant::now() + SOON;
+    while client.get("/v1/images/app").await.status != 200 {
+        assert!(Instant::now() < deadline, "the image did not come: {}", service.log());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    says_hello(&client, "app").await;
+}
+
+#[tokio::test]
+async fn a_registry_that_is_busy_is_asked_again_when_it_says() {
+    let started = Instant::now();
+
+    let (_service, client, liar, answer) = pulled_from(Manner::Answers(1, "429 Too Many Requests\r\nretry-after: 3")).await;
+
+    answer.expect(201);
+    assert!(started.elapsed() >= Duration::from_secs(3), "{:?}", started.elapsed());
+    assert_eq!(liar.asked_for_layer().len(), 2, "{:#?}", liar.asked());
+    says_hello(&client, "app").await;
+}
+
+#[tokio::test]
+async fn a_registry_that_is_away_for_a_moment_is_asked_again() {
+    let (_service, client, liar, answer) = pulled_from(Manner::Answers(2, "503 Service Unavailable")).await;
+
+    answer.expect(201);
+    assert_eq!(liar.asked_for_layer().len(), 3, "{:#?}", liar.asked());
+    says_hello(&client, "app").await;
+}
+
+#[tokio::test]
+async fn a_layer_that_breaks_off_is_gone_on_with() {
+    let (_service, client, liar, answer) = pulled_from(Manner::Resets).await;
+
+    answer.expect(201);
+    let asked = liar.asked_for_layer();
+    assert_eq!((asked.len(), asked[0].header("range")), (2, ""), "{asked:#?}");
+    assert!(asked[1].header("range").starts_with("bytes=") && asked[1].header("range") != "bytes=0-", "{asked:#?}");
+    says_hello(&client, "app").await;
+}
+
+#[tokio::test]
+async fn a_layer_that_stalls_is_gone_on_with() {
+    let (_service, client, liar, answer) = pulled_from(Manner::Stalls).await;
+
+    answer.expect(201);
+    assert_eq!(liar.asked_for_layer().len(), 2, "{:#?}", liar.asked());
+    says_hello(&client, "app").await;
+}
+
+#[tokio::test]
+async fn a_layer_that_can_only_begin_again_does_so() {
+    let (_service, client, liar, answer) = pulled_from(Manner::StartsOver).await;
+
+    answer.expect(201);
+    assert_eq!(liar.asked_for_layer().len(), 2, "{:#?}", liar.asked());
+    says_hello(&client, "app").await;
+}
+
+#[tokio::test]
+async fn content_of_another_digest_is_refused_and_leaves_nothing() {
+    let (service, client, _liar, answer) = pulled_from(Manner::OtherContent).await;
+
+    let problem = answer.problem(502, "registry_failed");
+
+    assert!(problem["detail"].as_str().unwrap().contains("digest"), "{problem:#}");
+    client.get("/v1/images/app").await.problem(404, "image_not_found");
+    assert_eq!(blobs(&service), 0);
+    assert_eq!(fs::read_dir(service.place().data_dir.join("uploads")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn content_of_another_size_is_refused_as_soon_as_that_is_seen() {
+    for manner in [Manner::Shorter, Manner::Endless] {
+        let (service, _client, liar, answer) = pulled_from(manner.clone()).await;
+
+        let problem = answer.problem(502, "registry_failed");
+
+        assert!(problem["detail"].as_str().unwrap().contains("bytes"), "{manner:?}: {problem:#}");
+        assert_eq!((liar.asked_for_layer().len(), blobs(&service)), (1, 0), "{manner:?}");
+    }
+}
+
+/// How many are kept.
+fn blobs(service: &Service) -> usize {
+    fs::read_dir(service.place().data_dir.join("blobs/sha256")).unwrap().count()
+}
+
+#[tokio::test]
+async fn a_token_is_fetched_with_the_credentials_and_told_to_nobody_else() {
+    let (service, folder) = (service(), service::folder().unwrap());
+    let layout = layout(folder.path());
+    // `me:secret`
+    let liar = Liar::start(&layout, Manner::WantsToken("bWU6c2VjcmV0")).await;
+    let client = service.client();
+    let pull_with = async |address: &str, password: &str| {
+        let credentials = json!({ "username": "me", "password": password });
+        client.post(PULL, &json!({ "reference": format!("{address}/app:1"), "name": "app", "credentials": credentials })).await
+    };
+    let storage = Liar::start(&layout, Manner::Honest).await;
+    let digest = storage_path(&layout);
+    let registry = Liar::start(&layout, Manner::Redirects(format!("http://{}/{digest}", storage.address))).await;
+
+    pull_with(&liar.address, "wrong").await.problem(403, "registry_denied");
+    pull_with(&liar.address, "secret").await.expect(201);
+    pull_with(&registry.address, "secret").await.expect(201);
+
+    let token = liar.asked().into_iter().rfind(|asked| asked.path.starts_with("/token")).unwrap();
+    assert!(token.path.contains("service=liar") && token.path.contains("scope=repository%3Aapp%3Apull"), "{token:?}");
+    assert_eq!(storage.asked_for_layer().len(), 1);
+    assert!(storage.asked().iter().all(|asked| asked.header("authorization").is_empty()), "{:#?}", storage.asked());
+    says_hello(&client, "app").await;
+}
+
+/// Where a storage has the largest layer.
+fn storage_path(layout: &Path) -> String {
+    let largest = fs::read_dir(layout.join("blobs/sha256")).unwrap().flatten().max_by_key(|blob| blob.metadata().unwrap().len()).unwrap();
+    format!("storage/sha256:{}", largest.file_name().to_str().unwrap())
+}
+
+#[tokio::test]
+async fn no_registry_leads_us_to_where_only_we_can_reach() {
+    let (service, folder) = (service(), service::folder().unwrap());
+    let (client, layout) = (service.client(), layout(folder.path()));
+    for target in [
+        "http://169.254.169.254/latest",
+        "https://10.0.0.1/secret",
+        "https://[fd00::1]/secret",
+        "http://registry.example/a",
+        "https://127.0.0.1:22/a",
+        "file:///etc/passwd",
+    ] {
+        for manner in [Manner::Redirects(target.to_owned()), Manner::SendsForToken(target)] {
+            let liar = Liar::start(&layout, manner).await;
+
+            pull(&client, &liar.address).await.problem(422, "invalid_request");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_private_registry_is_asked_only_where_the_operator_says_so() {
+    let folder = service::folder().unwrap();
+    let liar = Liar::start(&layout(folder.path()), Manner::Honest).await;
+    let port = liar.address.rsplit(':').next().unwrap();
+    // What the shared service was told is nothing.
+    let (shared, client) = (shared(), shared().client());
+    let names = [
+        liar.address.clone(),
+        format!("localhost:{port}"),
+        format!("0x7f.1:{port}"),
+        "169.254.169.254".to_owned(),
+        "10.0.0.1:5000".to_owned(),
+    ];
+    for name in names {
+        let problem =
+            client.post(PULL, &json!({ "reference": format!("{name}/app:1"), "name": "app" })).await.problem(422, "invalid_request");
+
+        assert!(problem["detail"].as_str().unwrap().contains("public"), "{name}: {problem:#}");
+    }
+    assert!(liar.asked().is_empty(), "{:#?}", liar.asked());
+    drop(shared);
+
+    // The control.
+    let service = service();
+    pull(&service.client(), &liar.address).await.expect(201);
+}
+
+#[tokio::test]
+async fn of_registries_only_those_are_asked_that_the_operator_names() {
+    let folder = service::folder().unwrap();
+    let layout = layout(folder.path());
+    let (named, other) = (Liar::start(&layout, Manner::Honest).await, Liar::start(&layout, Manner::Honest).await);
+    let service = Service::start_with(&[&OWN[..], &["--registry-hosts", &named.address]].concat()).unwrap();
+    let client = service.client();
+
+    let refused = pull(&client, &other.address).await.problem(422, "invalid_request");
+    let usual = client.post(PULL, &json!({ "reference": "python" })).await.problem(422, "invalid_request");
+    pull(&client, &named.address).await.expect(201);
+
+    assert_eq!((refused["field"].as_str(), usual["field"].as_str()), (Some("reference"), Some("reference")));
+    assert!(other.asked().is_empty());
+}
+
+#[tokio::test]
+async fn a_pulled_image_counts_against_the_quota() {
+    let folder = service::folder().unwrap();
+    let liar = Liar::start(&layout(folder.path()), Manner::Honest).await;
+    let service = Service::start_with(&[&OWN[..], &["--tenant-quotas", r#"{"image_bytes": 1000}"#]].concat()).unwrap();
+
+    let problem = pull(&service.client(), &liar.address).await.problem(429, "quota_exceeded");
+
+    assert_eq!(problem["quota"], "image_bytes");
+    assert_eq!(blobs(&service), 0);
+}
+
+#[tokio::test]
+async fn a_pull_with_a_key_has_one_effect_and_one_answer() {
+    let folder = service::folder().unwrap();
+    let (service, liar) = (service(), Liar::start(&layout(folder.path()), Manner::Honest).await);
+    let client = service.client();
+    let ask = async || {
+        // One answer at the end, whatever is accepted.
+        let request = client.request(Method::POST, PULL).header("idempotency-key", "one").header("accept", "application/x-ndjson");
+        let request = request.json(&json!({ "reference": format!("{}/app:1", liar.address), "name": "app" }));
+        client.send(request, "POST", PULL).await
+    };
+
+    let (first, second) = (ask().await, ask().await);
+
+    assert_eq!(second.header("idempotency-replayed"), "true");
+    assert_eq!(first.expect(201), second.expect(201));
+    assert_eq!(liar.asked_for_layer().len(), 1);
+}
+
+#[tokio::test]
+async fn a_service_that_dies_in_a_pull_leaves_nothing_and_can_pull_again() {
+    let folder = service::folder().unwrap();
+    let liar = Liar::start(&layout(folder.path()), Manner::Honest).await;
+    let mut service = service();
+    let tenant = "tenant-of-a-service-that-dies";
+    service.stop().unwrap();
+    service.arm("service.pull.fetched=return");
+    service.start_again().unwrap();
+    let body = json!({ "reference": format!("{}/app:1", liar.address), "name": "app" });
+
+    let cut_off = Client::of(service.place(), tenant).try_post(PULL, &body).await;
+    service.wait().unwrap();
+    service.arm("");
+    service.start_again().unwrap();
+    let left = blobs(&service);
+    let client = Client::of(service.place(), tenant);
+    let before = client.get("/v1/images/app").await;
+    client.post(PULL, &body).await.expect(201);
+
+    assert!(cut_off.is_err(), "{cut_off:?}");
+    before.problem(404, "image_not_found");
+    assert_eq!(left, 0);
+    says_hello(&client, "app").await;
+}
