@@ -508,6 +508,48 @@ async fn a_pull_with_a_key_has_one_effect_and_one_answer() {
 }
 
 #[tokio::test]
+async fn a_run_has_its_image_pulled_where_it_asks_for_that() {
+    let folder = service::folder().unwrap();
+    let (service, liar) = (service(), Liar::start(&layout(folder.path()), Manner::Honest).await);
+    let (client, other) = (service.client(), service.client());
+    let image = format!("{}/app:1", liar.address);
+    let asked = |pull: &str| json!({ "image": image, "command": ["echo", "pulled"], "pull": pull });
+    let runs_alone = Client::with_scope(service.place(), "no-images", "runs images:read");
+
+    client.post("/v1/runs", &asked("never")).await.problem(404, "image_not_found");
+    runs_alone.post("/v1/runs", &asked("missing")).await.problem(403, "forbidden");
+    let untouched = liar.asked().is_empty();
+    let first = client.run(&asked("missing")).await;
+    let after_first = liar.asked_for_layer().len();
+    let second = client.run(&asked("missing")).await;
+    let after_second = liar.asked_for_layer().len();
+    let third = client.run(&asked("always")).await;
+
+    assert!(untouched);
+    for run in [&first, &second, &third] {
+        assert_eq!(stdout(run), "pulled\n", "{run:#}");
+    }
+    assert_eq!((after_first, after_second, liar.asked_for_layer().len()), (1, 1, 2));
+    other.get(&format!("/v1/images/{image}")).await.problem(404, "image_not_found");
+}
+
+#[tokio::test]
+async fn a_sandbox_has_its_image_pulled_and_one_of_many_runs_does_not() {
+    let folder = service::folder().unwrap();
+    let (service, liar) = (service(), Liar::start(&layout(folder.path()), Manner::Honest).await);
+    let client = service.client();
+    let asked = json!({ "image": format!("{}/app:1", liar.address), "command": ["sleep", "60"], "pull": "missing" });
+
+    let refused = client.post("/v1/runs/batch", &json!({ "runs": [asked] })).await.expect(200);
+    client.post("/v1/sandboxes", &asked).await.expect(201);
+    let private =
+        client.post("/v1/sandboxes", &json!({ "image": "10.0.0.1:5000/app", "pull": "always" })).await.problem(422, "invalid_request");
+
+    assert_eq!(refused["items"][0]["problem"]["field"], "runs[0].pull");
+    assert_eq!((liar.asked_for_layer().len(), private["field"].as_str()), (1, Some("image")));
+}
+
+#[tokio::test]
 async fn a_service_that_dies_in_a_pull_leaves_nothing_and_can_pull_again() {
     let folder = service::folder().unwrap();
     let liar = Liar::start(&layout(folder.path()), Manner::Honest).await;

@@ -293,6 +293,12 @@ def creation(body, operation, is_valid):
     """Has a sandbox be one that this machine can have, and that is not waited for."""
     if isinstance(body.get("image"), str) and len(body["image"]) % 4:
         body["image"] = live.IMAGE
+    # No registry but one is asked, and of many runs none pulls.
+    if is_valid and body.get("pull", "never") != "never":
+        if operation == "createRuns" or "image" not in body:
+            body.pop("pull")
+        else:
+            body["image"] = live.PULLED
     # Without an entry point a command is needed, where the image has none.
     if is_valid and body.get("entrypoint") == []:
         body.pop("entrypoint")

@@ -2,6 +2,8 @@
 
 mod pull;
 
+pub(super) use pull::pull_for;
+
 use std::sync::Arc;
 
 use axum::{

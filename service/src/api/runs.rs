@@ -21,6 +21,7 @@ use super::{
     contract::{parameter, refusal},
     error::ApiError,
     idempotency::Keyed,
+    images::pull_for,
     json, observe, query,
     view::RunView,
 };
@@ -81,18 +82,21 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
         (status = 200, description = "The run ended.", body = RunView),
         (status = 202, description = "The run goes on, or waits for room; or has ended, and its output is to be asked for.", body = RunView, headers(("Location" = String, description = "Where the run is found."))),
         refusal::OfCreation,
+        refusal::OfRegistries,
     ),
 )]
 pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator, keyed: Keyed, body: Body) -> Result<Response, ApiError> {
     caller.require(Scope::Runs)?;
     let times = Times::begin();
     let (asked, wait_ms) = json::read::<RunRequest>(body).await?.parse(&app.languages)?;
-    let patience = times.patience(wait_ms);
     if let Some(id) = keyed.made {
         // As the earlier attempt would have waited for it that made it.
+        let patience = times.patience(wait_ms);
         let run = app.engine.wait_until(&caller.tenant, id, patience, |run| run.state.is_final()).await?.ok_or(ApiError::NotFound)?;
         return answer(&app, &caller.tenant, Told::Seen(run), times).await;
     }
+    pull_for(&app, &caller, &asked).await?;
+    let patience = times.patience(wait_ms);
     let tenant = caller.tenant.clone();
     let mut run = app.engine.create(caller.owner(), asked, keyed.key).await?;
     let told = match wait(&app, &mut run, patience).await {

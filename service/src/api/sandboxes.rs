@@ -20,6 +20,7 @@ use super::{
     contract::{parameter, refusal},
     error::ApiError,
     idempotency::Keyed,
+    images::pull_for,
     json, query,
     view::SandboxView,
 };
@@ -63,6 +64,7 @@ pub(super) struct Page {
     responses(
         (status = 201, description = "The sandbox was made.", body = SandboxView, headers(("Location" = String, description = "Where the sandbox is found."))),
         refusal::OfCreation,
+        refusal::OfRegistries,
         refusal::Conflict,
     ),
 )]
@@ -70,7 +72,10 @@ pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator
     caller.require(Scope::SandboxesWrite)?;
     let asked = json::read::<SandboxRequest>(body).await?.parse()?;
     let sandbox = match keyed.made {
-        None => app.engine.create_and_start(caller.owner(), asked, keyed.key).await?,
+        None => {
+            pull_for(&app, &caller, &asked).await?;
+            app.engine.create_and_start(caller.owner(), asked, keyed.key).await?
+        }
         // By an earlier attempt at the same request.
         Some(id) => {
             let has_started = |sandbox: &Sandbox| sandbox.state != SandboxState::Starting;

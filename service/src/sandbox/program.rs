@@ -231,7 +231,7 @@ mod tests {
     use sandbox_core::protocol::OutputPolicy;
 
     use super::*;
-    use crate::sandbox::{ImageReference, Kind, RequestedLimits, WhenFull};
+    use crate::sandbox::{ImageReference, Kind, PullPolicy, RequestedLimits, WhenFull};
 
     fn image(config: Value) -> ImageConfiguration {
         let rootfs = json!({ "type": "layers", "diff_ids": [] });
@@ -269,6 +269,7 @@ mod tests {
             auto_remove: false,
             keep_layer: false,
             volumes: vec![],
+            pull: PullPolicy::Never,
             when_full: WhenFull::Queue,
             retries: 0,
         }

@@ -159,6 +159,8 @@ pub struct RunRequest {
     #[serde(default)]
     network: Network,
     #[serde(default)]
+    pull: PullPolicy,
+    #[serde(default)]
     when_full: WhenFull,
     /// The tenant's volumes that are to stand in it. Not under gVisor.
     #[serde(default)]
@@ -259,6 +261,8 @@ pub struct SandboxRequest {
     output_policy: OutputPolicy,
     #[serde(default)]
     network: Network,
+    #[serde(default)]
+    pull: PullPolicy,
     #[serde(default)]
     when_full: WhenFull,
     /// The tenant's volumes that are to stand in it. Not under gVisor.
@@ -425,6 +429,18 @@ pub enum WhenFull {
     Refuse,
 }
 
+/// Whether the image is pulled from its registry first: `never`, so that it must be here; where it is `missing`; or `always`. It becomes the caller's tenant's own, and is pulled without
+/// credentials. That needs the scope `images:write`, too. What is being pulled when the answer must come goes on, and is joined by who asks again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[schema(default = "never")]
+pub enum PullPolicy {
+    #[default]
+    Never,
+    Missing,
+    Always,
+}
+
 pub(super) const fn truncate() -> OutputPolicy {
     OutputPolicy::Truncate
 }
@@ -517,6 +533,7 @@ pub struct NewSandbox {
     pub auto_remove: bool,
     pub keep_layer: bool,
     pub volumes: Vec<MountRequest>,
+    pub pull: PullPolicy,
     pub when_full: WhenFull,
     /// How often it is tried again after an `infra_error`.
     pub retries: u32,
@@ -525,6 +542,9 @@ pub struct NewSandbox {
 impl RunRequest {
     /// The sandbox, as one of many that are asked for together and waited for together; or the first field that is wrong.
     pub fn parse_in_batch(self, languages: &Languages) -> Result<NewSandbox, Invalid> {
+        if self.pull != PullPolicy::Never {
+            return Err(Invalid::new("pull", "of many runs none waits for an image: pull it before, by a request of its own"));
+        }
         // Clients that were generated say every default.
         self.parse(languages).map(|(sandbox, _)| sandbox)
     }
@@ -597,6 +617,7 @@ impl RunRequest {
             auto_remove: false,
             keep_layer: false,
             volumes: volumes(self.volumes, self.isolation)?,
+            pull: self.pull,
             when_full: self.when_full,
             retries: u32::try_from(retries).unwrap_or(u32::MAX),
         };
@@ -638,6 +659,7 @@ impl SandboxRequest {
             auto_remove: self.auto_remove,
             keep_layer: self.keep_layer,
             volumes: volumes(self.volumes, self.isolation)?,
+            pull: self.pull,
             when_full: self.when_full,
             retries: 0,
         };

@@ -155,6 +155,8 @@ groups! {
     OfLife = [NotFound, WrongState, Conflict, OnNode];
     /// Of what makes a sandbox or a run.
     OfCreation = [NotFound, ImageNotFound, VolumeNotFound, VolumeElsewhere, RateLimited, QuotaExceeded, OnNode];
+    /// Of what asks a registry.
+    OfRegistries = [ImageNotFound, RegistryDenied, RegistryFailed];
     /// Of whatever looks at the files in a sandbox.
     OfFiles = [OfLife, FileDenied, FileNotFound, FileUnfit, PayloadTooLarge];
     /// Of whatever changes the files in a sandbox.

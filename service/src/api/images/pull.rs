@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     images::{Credentials, ImageSource, ImportError, LayerProgress, Progress, Pull, Pulling, Stage},
-    sandbox::{ImageReference, Invalid, words},
+    sandbox::{ImageReference, Invalid, NewSandbox, PullPolicy, words},
     token::Scope,
 };
 
@@ -168,9 +168,9 @@ pub(in crate::api) struct LayerView {
     responses(
         (status = 200, description = "How it goes on, and the end of it.", content((PullFrame = "application/x-ndjson"), (String = "text/event-stream"))),
         (status = 201, description = "The image is there.", body = ImageView, headers(("Location" = String, description = "Where the image is found."))),
-        refusal::ImageNotFound,
+        refusal::OfRegistries,
         refusal::QuotaExceeded,
-        refusal::RegistryFailed,
+        refusal::OnNode,
     ),
 )]
 pub(in crate::api) async fn pull(
@@ -194,6 +194,28 @@ pub(in crate::api) async fn pull(
     let image = pulling.ended().await.map_err(|error| ApiError::from(&*error))?;
     let location = format!("/v1/images/{}", image.reference);
     Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(ImageView::from(image))).into_response())
+}
+
+/// Sees to it that the image is here that a sandbox is to be made of, as far as its creator asks for that.
+pub(in crate::api) async fn pull_for(app: &App, caller: &Caller, asked: &NewSandbox) -> Result<(), ApiError> {
+    let is_wanted = match asked.pull {
+        PullPolicy::Never => false,
+        PullPolicy::Missing => app.store.find_image(&caller.tenant, asked.image.as_str()).await?.is_none(),
+        PullPolicy::Always => true,
+    };
+    if !is_wanted {
+        return Ok(());
+    }
+    caller.require(Scope::ImagesWrite)?;
+    // Else it is looked at when the sandbox is admitted, which is too late.
+    app.engine.check_standing(&caller.owner(), caller.scopes.allow(Scope::Admin)).await?;
+    let refused = |why| Invalid::new("image", why);
+    let reference = ImageReference::parse_new("image", asked.image.as_str().to_owned())?;
+    let source = ImageSource::parse(reference.as_str()).map_err(refused)?;
+    app.images.check_source(&source).map_err(refused)?;
+    let pull = Pull { source, credentials: None, reference, tenant: Some(caller.tenant.clone()) };
+    app.images.pull(pull, caller.owner())?.ended().await.map_err(|error| ApiError::from(&*error))?;
+    Ok(())
 }
 
 /// As a stream, for whom that is the best.
