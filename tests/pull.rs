@@ -16,7 +16,8 @@ use mayfly_tests::{
     Answer, Client, Service, image,
     outcome::{assert_exit, stdout},
     registry::{Manners, PASSWORD, Registry, USER},
-    service::{self, shared},
+    service::{self, finish, mayfly, shared},
+    token,
 };
 use reqwest::{Method, header::CONTENT_TYPE};
 use serde_json::{Value, json};
@@ -30,6 +31,11 @@ const OWN: [&str; 4] = ["--registry-allow", "127.0.0.0/8", "--registry-stall-s",
 
 fn service() -> Service {
     Service::start_with(&OWN).unwrap()
+}
+
+/// One that waits as long for a registry as any test may take.
+fn patient_service() -> Service {
+    Service::start_with(&OWN[..2]).unwrap()
 }
 
 fn busybox() -> PathBuf {
@@ -208,7 +214,7 @@ async fn a_tenants_pulled_image_is_that_tenants_alone_and_an_admins_is_for_all()
 async fn progress_is_told_in_lines_or_events_and_ends_with_the_image() {
     let (folder, go_on) = (service::folder().unwrap(), Arc::new(Notify::new()));
     let layout = layout(folder.path());
-    let (service, slow) = (service(), Liar::start(&layout, Manner::Waits(Arc::clone(&go_on))).await);
+    let (service, slow) = (patient_service(), Liar::start(&layout, Manner::Waits(Arc::clone(&go_on))).await);
     let (client, quick) = (service.client(), Liar::start(&layout, Manner::Honest).await);
     let request = client.request(Method::POST, PULL).header("accept", "application/x-ndjson");
     let request = request.json(&json!({ "reference": format!("{}/app:1", slow.address), "name": "app" }));
@@ -260,7 +266,7 @@ async fn a_pull_that_fails_is_told_as_a_problem_in_the_stream() {
 #[tokio::test]
 async fn who_pulls_the_same_image_at_one_time_shares_one_download() {
     let (folder, go_on) = (service::folder().unwrap(), Arc::new(Notify::new()));
-    let (service, liar) = (service(), Liar::start(&layout(folder.path()), Manner::Waits(Arc::clone(&go_on))).await);
+    let (service, liar) = (patient_service(), Liar::start(&layout(folder.path()), Manner::Waits(Arc::clone(&go_on))).await);
     let client = service.client();
     let ask = async |client: &Client| {
         let request = client.request(Method::POST, PULL).header("accept", "application/x-ndjson");
@@ -285,7 +291,7 @@ async fn who_pulls_the_same_image_at_one_time_shares_one_download() {
 #[tokio::test]
 async fn a_client_that_goes_away_does_not_end_its_pull() {
     let (folder, go_on) = (service::folder().unwrap(), Arc::new(Notify::new()));
-    let (service, liar) = (service(), Liar::start(&layout(folder.path()), Manner::Waits(Arc::clone(&go_on))).await);
+    let (service, liar) = (patient_service(), Liar::start(&layout(folder.path()), Manner::Waits(Arc::clone(&go_on))).await);
     let client = service.client();
     let request = client.request(Method::POST, PULL).header("accept", "application/x-ndjson");
     let request = request.json(&json!({ "reference": format!("{}/app:1", liar.address), "name": "app" }));
@@ -384,20 +390,18 @@ fn blobs(service: &Service) -> usize {
 async fn a_token_is_fetched_with_the_credentials_and_told_to_nobody_else() {
     let (service, folder) = (service(), service::folder().unwrap());
     let layout = layout(folder.path());
+    let storage = Liar::start(&layout, Manner::Honest).await;
     // `me:secret`
-    let liar = Liar::start(&layout, Manner::WantsToken("bWU6c2VjcmV0")).await;
+    let manner = Manner::WantsToken { basic: "bWU6c2VjcmV0", storage: format!("http://{}/{}", storage.address, storage_path(&layout)) };
+    let liar = Liar::start(&layout, manner).await;
     let client = service.client();
     let pull_with = async |address: &str, password: &str| {
         let credentials = json!({ "username": "me", "password": password });
         client.post(PULL, &json!({ "reference": format!("{address}/app:1"), "name": "app", "credentials": credentials })).await
     };
-    let storage = Liar::start(&layout, Manner::Honest).await;
-    let digest = storage_path(&layout);
-    let registry = Liar::start(&layout, Manner::Redirects(format!("http://{}/{digest}", storage.address))).await;
 
     pull_with(&liar.address, "wrong").await.problem(403, "registry_denied");
     pull_with(&liar.address, "secret").await.expect(201);
-    pull_with(&registry.address, "secret").await.expect(201);
 
     let token = liar.asked().into_iter().rfind(|asked| asked.path.starts_with("/token")).unwrap();
     assert!(token.path.contains("service=liar") && token.path.contains("scope=repository%3Aapp%3Apull"), "{token:?}");
@@ -547,6 +551,29 @@ async fn a_sandbox_has_its_image_pulled_and_one_of_many_runs_does_not() {
 
     assert_eq!(refused["items"][0]["problem"]["field"], "runs[0].pull");
     assert_eq!((liar.asked_for_layer().len(), private["field"].as_str()), (1, Some("image")));
+}
+
+#[tokio::test]
+async fn the_command_line_pulls_for_all_tenants_and_says_why_it_does_not() {
+    let (service, registry) = (service(), Registry::start(Manners { password: true, ..Manners::default() }).unwrap());
+    registry.push_archive(&busybox(), "app:1").unwrap();
+    let folder = service::folder().unwrap();
+    let password = folder.path().join("password");
+    fs::write(&password, format!("{PASSWORD}\n")).unwrap();
+    let admin = token::sign(&token::claims("operator", "admin"), &service.place().secret_file());
+    let image = format!("{}/app:1", registry.address);
+    let command = || {
+        let mut command = mayfly();
+        command.args(["image", "pull", &image, "--name", "app", "--url", &service.place().url, "--token", &admin]);
+        command
+    };
+
+    let (refused, why) = finish(&mut command(), SOON).unwrap();
+    let (pulled, said) = finish(command().args(["--username", USER, "--password-file"]).arg(&password), SOON).unwrap();
+
+    assert!(!refused.success() && why.contains("registry_denied"), "{why}");
+    assert!(pulled.success() && said.starts_with("app sha256:"), "{said}");
+    says_hello(&service.client(), "app").await;
 }
 
 #[tokio::test]

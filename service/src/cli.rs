@@ -54,6 +54,8 @@ enum Command {
 enum ImageCommand {
     /// Import an image: an OCI archive, what `docker save` wrote, an OCI layout folder, or the folder of a root file system
     Import(Box<image::Arguments>),
+    /// Have the service pull an image from a registry
+    Pull(Box<image::pull::Arguments>),
 }
 
 /// Does what the command line says. An error is one line on stderr and a failure.
@@ -63,6 +65,7 @@ pub fn run() -> ExitCode {
         Command::Serve(options) => options.settle().and_then(serve::run),
         Command::Token(arguments) => token::run(*arguments),
         Command::Image(ImageCommand::Import(arguments)) => image::run(*arguments),
+        Command::Image(ImageCommand::Pull(arguments)) => image::pull::run(*arguments),
         Command::Tenant(command) => tenant::run(*command),
         Command::Node(command) => node::run(*command),
         Command::Doctor { json, options } => match examine(*options, json) {

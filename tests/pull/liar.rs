@@ -52,8 +52,11 @@ pub(crate) enum Manner {
     Redirects(String),
     /// After it was told to.
     Waits(Arc<Notify>),
-    /// Like all else, only for who has fetched a token with this name and password.
-    WantsToken(&'static str),
+    /// From this storage; that and all else only for who has fetched a token with this name and password.
+    WantsToken {
+        basic: &'static str,
+        storage: String,
+    },
     /// Like all else, only for who fetches a token from there.
     SendsForToken(&'static str),
 }
@@ -139,7 +142,7 @@ async fn serve(mut stream: TcpStream, content: &Content) -> std::io::Result<()> 
         all.iter().filter(|other| other.path == path).count()
     };
     let has_token = asked.header("authorization") == "Bearer right";
-    if let Manner::WantsToken(basic) = &content.manner {
+    if let Manner::WantsToken { basic, .. } = &content.manner {
         if path.starts_with("/token") {
             let is_right = asked.header("authorization") == format!("Basic {basic}");
             return if is_right {
@@ -185,13 +188,15 @@ async fn serve(mut stream: TcpStream, content: &Content) -> std::io::Result<()> 
             while stream.write_all(&blob).await.is_ok() {}
             Ok(())
         }
-        Manner::Redirects(target) => head(stream, &format!("307 Temporary Redirect\r\nlocation: {target}")).await,
+        Manner::Redirects(target) | Manner::WantsToken { storage: target, .. } => {
+            head(stream, &format!("307 Temporary Redirect\r\nlocation: {target}")).await
+        }
         Manner::Waits(told) => {
             told.notified().await;
             whole(stream, "application/octet-stream", &blob).await
         }
         Manner::StartsOver => whole(stream, "application/octet-stream", &blob).await,
-        Manner::Honest | Manner::Answers(..) | Manner::Stalls | Manner::Resets | Manner::WantsToken(_) | Manner::SendsForToken(_) => {
+        Manner::Honest | Manner::Answers(..) | Manner::Stalls | Manner::Resets | Manner::SendsForToken(_) => {
             rest(stream, &asked, &blob).await
         }
     }

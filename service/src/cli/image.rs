@@ -1,6 +1,7 @@
-//! `mayfly image import`: a client of the API that sends an archive, or packs a folder into one first.
+//! `mayfly image`: a client of the API that sends an archive, or packs a folder into one first, or has an image pulled.
 
 mod pack;
+pub(super) mod pull;
 
 use std::{
     fs::File,
@@ -169,11 +170,15 @@ fn chunks(file: File, len: u64) -> impl futures_util::Stream<Item = io::Result<V
 }
 
 fn show(sent: u64, len: u64, is_end: bool) {
+    bar(sent, len, if is_end { ", unpacking …\n" } else { "" });
+}
+
+/// How much of how many bytes is done, on a line of a terminal that was there before.
+fn bar(sent: u64, len: u64, end: &str) {
     const WIDTH: u64 = 40;
     const MIB: u64 = 1 << 20;
-    let filled = usize::try_from(sent * WIDTH / len.max(1)).unwrap_or(0);
+    let filled = usize::try_from(sent.min(len) * WIDTH / len.max(1)).unwrap_or(0);
     let empty = usize::try_from(WIDTH).unwrap_or(0).saturating_sub(filled);
-    let end = if is_end { ", unpacking …\n" } else { "" };
     let mut stderr = io::stderr().lock();
     // Only decoration.
     drop(write!(stderr, "\r[{}{}] {} of {} MiB{end}", "#".repeat(filled), " ".repeat(empty), sent.div_ceil(MIB), len.div_ceil(MIB)));

@@ -242,8 +242,12 @@ impl Session<'_> {
             return Err(Trouble::lasting(wrong_size(part)));
         }
         let mut held = Vec::new();
-        while let Some(chunk) = self.chunk(&mut response).await? {
-            held.extend_from_slice(&chunk);
+        let ended = loop {
+            match self.chunk(&mut response).await {
+                Ok(Some(chunk)) => held.extend_from_slice(&chunk),
+                Ok(None) => break Ok(()),
+                Err(trouble) => break Err(trouble),
+            }
             if held.len() as u64 > part.left() {
                 return Err(Trouble::lasting(wrong_size(part)));
             }
@@ -251,9 +255,11 @@ impl Session<'_> {
                 part.write(std::mem::take(&mut held)).await?;
                 tell(part.done());
             }
-        }
+        };
+        // What came before it broke off need not come again.
         part.write(held).await?;
         tell(part.done());
+        ended?;
         if part.left() > 0 { Err(Trouble::passing(format!("broke off {} bytes before the end", part.left()))) } else { Ok(()) }
     }
 

@@ -1,0 +1,130 @@
+//! `mayfly image pull`: a client of the API that has the service pull an image, and shows how far it has come.
+
+use std::{
+    io::{self, IsTerminal, Write as _},
+    path::PathBuf,
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use reqwest::{Response, Url};
+use serde::Deserialize;
+use serde_json::json;
+
+use super::{Imported, Key, Problem, bar, operator};
+
+/// The service says something at least every 20 seconds.
+const SILENCE_MAX: Duration = Duration::from_secs(90);
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct Arguments {
+    /// What to pull, as in `debian:12`, `registry.example/team/app:1` or `registry.example/team/app@sha256:…`
+    reference: String,
+    /// The name that the image is to have [default: what is pulled]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Who pulls, to the registry
+    #[arg(long, value_name = "NAME", requires = "password_file")]
+    username: Option<String>,
+    /// File with the password for the registry; - is standard input
+    #[arg(long, value_name = "PATH", requires = "username")]
+    password_file: Option<PathBuf>,
+    /// Where the API is
+    #[arg(long, env = "MAYFLY_URL", default_value = "http://127.0.0.1:8080")]
+    url: Url,
+    /// Token for the API; with the scope `admin` the image is for all tenants [default: one signed with the data folder's secret]
+    #[arg(long, env = "MAYFLY_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+    #[command(flatten)]
+    key: Key,
+}
+
+/// What of a line of the answer is of interest here: one of them.
+#[derive(Debug, Deserialize)]
+struct Line {
+    progress: Option<Progress>,
+    image: Option<Imported>,
+    problem: Option<Problem>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Progress {
+    stage: String,
+    bytes: u64,
+    total_bytes: u64,
+}
+
+pub(in crate::cli) fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let Arguments { reference, name, username, password_file, url, token, key } = arguments;
+    let mut request = json!({ "reference": reference });
+    if let Some(name) = name {
+        request["name"] = name.into();
+    }
+    if let (Some(username), Some(path)) = (username, password_file) {
+        let text = if path.as_os_str() == "-" { io::read_to_string(io::stdin()) } else { std::fs::read_to_string(&path) };
+        let text = text.with_context(|| path.display().to_string())?;
+        request["credentials"] = json!({ "username": username, "password": text.trim_end_matches(['\r', '\n']) });
+    }
+    let token = match token {
+        Some(given) => given,
+        None => key.sign(&operator(), 3600).context("signing a token; give one with --token")?,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let pulled = runtime.block_on(pull(&url, &token, &request))?;
+    crate::cli::print(format!("{} {}", pulled.reference, pulled.digest))
+}
+
+async fn pull(url: &Url, token: &str, request: &serde_json::Value) -> anyhow::Result<Imported> {
+    let place = url.join("v1/images/pull").context("--url")?;
+    // A proxy knows nothing of this machine's own loopback.
+    let is_local = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
+    let client = reqwest::Client::builder().connect_timeout(Duration::from_secs(10)).read_timeout(SILENCE_MAX);
+    let client = if is_local { client.no_proxy() } else { client }.build()?;
+    let request = client.post(place).bearer_auth(token).header("accept", "application/x-ndjson").json(request);
+    let response = request.send().await.with_context(|| format!("asking {url}"))?;
+    let status = response.status();
+    if status.is_success() {
+        return follow(response, url).await;
+    }
+    let text = response.text().await.with_context(|| format!("hearing from {url}"))?;
+    match serde_json::from_str::<Problem>(&text) {
+        Ok(problem) => bail!("{url} answered {status}, {}: {}", problem.code, problem.detail),
+        Err(_) => bail!("{url} answered {status}"),
+    }
+}
+
+/// Reads line by line to the last.
+async fn follow(mut response: Response, url: &Url) -> anyhow::Result<Imported> {
+    let is_shown = io::stderr().is_terminal();
+    let mut held = Vec::new();
+    while let Some(chunk) = response.chunk().await.with_context(|| format!("hearing from {url}"))? {
+        held.extend_from_slice(&chunk);
+        while let Some(end) = held.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = held.drain(..=end).collect();
+            // A sign of life.
+            if line.trim_ascii().is_empty() {
+                continue;
+            }
+            let line: Line = serde_json::from_slice(&line).with_context(|| format!("{url} answered something else than was asked for"))?;
+            if let Some(progress) = line.progress.filter(|_| is_shown) {
+                show(&progress);
+            }
+            if is_shown && (line.image.is_some() || line.problem.is_some()) {
+                // Only decoration.
+                drop(writeln!(io::stderr()));
+            }
+            if let Some(image) = line.image {
+                return Ok(image);
+            }
+            if let Some(problem) = line.problem {
+                bail!("{}: {}", problem.code, problem.detail);
+            }
+        }
+    }
+    bail!("{url} broke off; the pull may go on all the same")
+}
+
+fn show(progress: &Progress) {
+    bar(progress.bytes, progress.total_bytes, if progress.stage == "unpacking" { ", unpacking …" } else { "" });
+}
