@@ -526,15 +526,38 @@ async fn a_run_has_its_image_pulled_where_it_asks_for_that() {
     let first = client.run(&asked("missing")).await;
     let after_first = liar.asked_for_layer().len();
     let second = client.run(&asked("missing")).await;
-    let after_second = liar.asked_for_layer().len();
+    let after_second = liar.asked().len();
     let third = client.run(&asked("always")).await;
 
     assert!(untouched);
     for run in [&first, &second, &third] {
         assert_eq!(stdout(run), "pulled\n", "{run:#}");
     }
-    assert_eq!((after_first, after_second, liar.asked_for_layer().len()), (1, 1, 2));
+    // Whoever pulls always asks what there is, and fetches nothing that is here under that name.
+    assert_eq!((after_first, liar.asked_for_layer().len()), (1, 1));
+    assert!(liar.asked().len() > after_second, "{:#?}", liar.asked());
     other.get(&format!("/v1/images/{image}")).await.problem(404, "image_not_found");
+}
+
+#[tokio::test]
+async fn a_tag_that_moved_is_followed_by_who_pulls_always_and_by_nobody_else() {
+    let (service, registry, folder) = (service(), Registry::start(Manners::default()).unwrap(), service::folder().unwrap());
+    let changed = folder.path().join("changed");
+    image::variant(&busybox(), &changed, &["--config.env", "WHICH=second"]).unwrap();
+    registry.push_archive(&busybox(), "app:1").unwrap();
+    let client = service.client();
+    let which = async |pull: &str| {
+        let image = format!("{}/app:1", registry.address);
+        let run = client.run(&json!({ "image": image, "command": ["sh", "-c", "echo ${WHICH:-first}"], "pull": pull })).await;
+        stdout(&run).to_owned()
+    };
+
+    let first = which("missing").await;
+    registry.push(&format!("oci:{}:latest", changed.display()), "app:1", &[]).unwrap();
+    let missing = which("missing").await;
+    let always = which("always").await;
+
+    assert_eq!((first.as_str(), missing.as_str(), always.as_str()), ("first\n", "first\n", "second\n"));
 }
 
 #[tokio::test]

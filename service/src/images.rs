@@ -399,10 +399,15 @@ impl Images {
 
     /// The root that a reference of exactly this owner names.
     async fn named(&self, tenant: Option<&TenantId>, reference: &str) -> Result<Option<ImageId>, ImportError> {
+        Ok(self.named_image(tenant, reference).await?.map(|image| image.root))
+    }
+
+    /// The image that a reference of exactly this owner names.
+    async fn named_image(&self, tenant: Option<&TenantId>, reference: &str) -> Result<Option<Image>, ImportError> {
         // No tenant has an empty name, so with it none but the shared image is found.
         let nobody = TenantId::proven(String::new());
         let image = self.store.find_image(tenant.unwrap_or(&nobody), reference).await?;
-        Ok(image.filter(|image| image.is_shared == tenant.is_none()).map(|image| image.root))
+        Ok(image.filter(|image| image.is_shared == tenant.is_none()))
     }
 
     /// Deletes a root that has no name, or lost one, with the blobs it is made of and these, unless something still needs them; and

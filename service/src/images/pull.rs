@@ -1,6 +1,6 @@
 //! Images come in from registries: what is there is put together as the archive that somebody could have sent, and then imported as one.
 //!
-//! So quotas, checks, crash safety and sweeping are those of an import. Nothing is left out for being here already: who names a digest must have its content,
+//! So quotas, checks, crash safety and sweeping are those of an import. No layer is left out for being here already: who names a digest must have its content,
 //! and a manifest is the word of whoever runs a registry.
 
 use std::{
@@ -20,6 +20,7 @@ use super::{
     ARCHIVE_BYTES_MAX, Credentials, ImageSource, Images, ImportError, Naming,
     layout::{self, platform},
     registry::{DOCUMENT_BYTES_MAX, Fetched, Session},
+    root_of,
     spool::{Part, Spool},
 };
 use crate::{
@@ -83,6 +84,13 @@ pub struct Pulling(watch::Receiver<Progress>);
 /// Those that go on.
 #[derive(Debug, Default)]
 pub(super) struct Pulls(Mutex<HashMap<Pull, watch::Receiver<Progress>>>);
+
+/// What came from a registry.
+enum Brought {
+    Archive(File),
+    /// The reference names that image already.
+    Nothing(Box<Image>),
+}
 
 /// One of them; gone when this is dropped, be it by a panic.
 struct Place {
@@ -167,18 +175,26 @@ impl Images {
     async fn pull_now(&self, pull: &Pull, teller: &watch::Sender<Progress>, actor: &Owner) -> Result<Image, ImportError> {
         let late = |_| ImportError::RegistryFailed(format!("the registry did not bring the image within {} s", DEADLINE.as_secs()));
         let fetched = tokio::time::timeout(DEADLINE, self.fetch(pull, teller)).await.map_err(late).flatten();
-        let archive =
+        let fetched =
             fetched.inspect_err(|error| tracing::info!(%error, image.reference = pull.reference.as_str(), "an image was not pulled"))?;
+        let archive = match fetched {
+            Brought::Nothing(image) => return Ok(*image),
+            Brought::Archive(archive) => archive,
+        };
         teller.send_modify(|progress| progress.stage = Stage::Unpacking);
         fail_point::reached("service.pull.fetched");
         let naming = Naming { reference: pull.reference.clone(), tenant: pull.tenant.clone(), actor: actor.clone(), sandbox: None };
         self.take_in_now(self.reading(archive, &pull.reference), naming).await
     }
 
-    /// The image as an archive.
-    async fn fetch(&self, pull: &Pull, teller: &watch::Sender<Progress>) -> Result<File, ImportError> {
+    /// The image as an archive, unless its owner has it under that very name.
+    async fn fetch(&self, pull: &Pull, teller: &watch::Sender<Progress>) -> Result<Brought, ImportError> {
         let session = self.registries.begin(&pull.source, pull.credentials.as_ref()).await;
         let (fetched, manifest) = manifest(&session).await?;
+        let here = self.named_image(pull.tenant.as_ref(), pull.reference.as_str()).await?;
+        if let Some(image) = here.filter(|image| image.root == root_of(&fetched.digest)) {
+            return Ok(Brought::Nothing(Box::new(image)));
+        }
         let config_digest = small_digest(manifest.config())?;
         let config = session.small_blob(&config_digest).await?;
         layout::check(&manifest, &config.bytes)?;
@@ -213,7 +229,7 @@ impl Images {
             session.blob(&digest, &mut part, |bytes| teller.send_modify(|progress| progress.layers[place].bytes = bytes)).await
         });
         stream::iter(fetches).buffer_unordered(LAYERS_AT_ONCE).try_collect::<()>().await?;
-        spool.finish().map_err(host)
+        spool.finish().map(Brought::Archive).map_err(host)
     }
 }
 
