@@ -481,6 +481,24 @@ async fn of_registries_only_those_are_asked_that_the_operator_names() {
 }
 
 #[tokio::test]
+async fn a_mirror_is_asked_first_and_the_registry_for_what_it_lacks() {
+    let (folder, mirror) = (service::folder().unwrap(), Registry::start(Manners::default()).unwrap());
+    let liar = Liar::start(&layout(folder.path()), Manner::Honest).await;
+    let both = format!("{}={}", liar.address, mirror.address);
+    let service = Service::start_with(&[&OWN[..], &["--registry-mirror", &both]].concat()).unwrap();
+    let client = service.client();
+
+    pull(&client, &liar.address).await.expect(201);
+    let without = liar.asked_for_layer().len();
+    mirror.push_archive(&busybox(), "app:1").unwrap();
+    let request = json!({ "reference": format!("{}/app:1", liar.address), "name": "from-the-mirror" });
+    client.post(PULL, &request).await.expect(201);
+
+    assert_eq!((without, liar.asked_for_layer().len()), (1, 1), "{:#?}", liar.asked());
+    says_hello(&client, "from-the-mirror").await;
+}
+
+#[tokio::test]
 async fn a_pulled_image_counts_against_the_quota() {
     let folder = service::folder().unwrap();
     let liar = Liar::start(&layout(folder.path()), Manner::Honest).await;

@@ -45,7 +45,7 @@ use place::{Place, Places};
 use pull::Pulls;
 pub use pull::{LayerProgress, Progress, Pull, Pulling, Stage};
 use registry::Registries;
-pub use registry::{Credentials, HostRule, ImageSource, Settings as RegistrySettings};
+pub use registry::{Credentials, HostRule, ImageSource, Mirror, Settings as RegistrySettings};
 
 /// Archives that are read at one time. The keeper unpacks one after the other anyway.
 const IMPORTS_MAX: usize = 2;
@@ -126,6 +126,13 @@ enum Fault {
 impl From<anyhow::Error> for Fault {
     fn from(error: anyhow::Error) -> Self {
         Self::Host(error)
+    }
+}
+
+impl ImportError {
+    /// Whether it is a registry that lacks the image, does not give it, or fails.
+    const fn is_registrys(&self) -> bool {
+        matches!(self, Self::NotAtRegistry(_) | Self::RegistryDenied(_) | Self::RegistryFailed(_))
     }
 }
 

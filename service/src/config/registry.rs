@@ -9,9 +9,12 @@ pub(super) fn settle(nearer: &Options, file: &Options) -> anyhow::Result<Registr
     let hosts = nearer.registry_hosts.as_ref().or(file.registry_hosts.as_ref()).into_iter().flatten();
     let allowed = nearer.registry_allow.as_ref().or(file.registry_allow.as_ref()).into_iter().flatten();
     let host = |text: &String| text.parse().map_err(|error: String| anyhow::anyhow!("registry-hosts: {error}"));
+    let mirrors = nearer.registry_mirror.as_ref().or(file.registry_mirror.as_ref()).into_iter().flatten();
+    let mirror = |text: &String| text.parse().map_err(|error: String| anyhow::anyhow!("registry-mirror: {error}"));
     let network = |text: &String| text.parse().with_context(|| format!("registry-allow: {text:?} is no network, as in 10.1.0.0/16"));
     Ok(RegistrySettings {
         hosts: hosts.filter(|text| !text.is_empty()).map(host).collect::<anyhow::Result<_>>()?,
+        mirrors: mirrors.filter(|text| !text.is_empty()).map(mirror).collect::<anyhow::Result<_>>()?,
         allowed: allowed.filter(|text| !text.is_empty()).map(network).collect::<anyhow::Result<_>>()?,
         ca_file: nearer.registry_ca_file.clone().or_else(|| file.registry_ca_file.clone()),
         stall: seconds(within("registry-stall-s", nearer.registry_stall_s.or(file.registry_stall_s).unwrap_or(30), 1, 600)?),
@@ -32,6 +35,8 @@ mod tests {
         assert_eq!(hosts("*.example:5000").unwrap().hosts.len(), 1);
         assert!(hosts("").unwrap().hosts.is_empty());
         assert!(hosts("https://a.example").unwrap_err().to_string().contains("registry-hosts"));
+        let mirror = Options { registry_mirror: Some(vec!["docker.io".to_owned()]), ..Options::default() };
+        assert!(settled(&mirror).unwrap_err().to_string().contains("registry-mirror"));
         let allow = Options { registry_allow: Some(vec!["10.1.0.0/33".to_owned()]), ..Options::default() };
         assert!(settled(&allow).unwrap_err().to_string().contains("10.1.0.0/33"));
     }

@@ -189,8 +189,19 @@ impl Images {
 
     /// The image as an archive, unless its owner has it under that very name.
     async fn fetch(&self, pull: &Pull, teller: &watch::Sender<Progress>) -> Result<Brought, ImportError> {
+        if let Some(mirror) = self.registries.mirror_of(&pull.source) {
+            let fetched = self.fetch_from(&self.registries.begin_at_mirror(&mirror).await, pull, teller).await;
+            match &fetched {
+                Err(error) if error.is_registrys() => tracing::debug!(%error, "a mirror does not bring an image: its registry is asked"),
+                Ok(_) | Err(_) => return fetched,
+            }
+        }
         let session = self.registries.begin(&pull.source, pull.credentials.as_ref()).await;
-        let (fetched, manifest) = manifest(&session).await?;
+        self.fetch_from(&session, pull, teller).await
+    }
+
+    async fn fetch_from(&self, session: &Session<'_>, pull: &Pull, teller: &watch::Sender<Progress>) -> Result<Brought, ImportError> {
+        let (fetched, manifest) = manifest(session).await?;
         let here = self.named_image(pull.tenant.as_ref(), pull.reference.as_str()).await?;
         if let Some(image) = here.filter(|image| image.root == root_of(&fetched.digest)) {
             return Ok(Brought::Nothing(Box::new(image)));
@@ -224,8 +235,7 @@ impl Images {
             progress.stage = Stage::Downloading;
             progress.layers = layers.iter().map(|(digest, part)| layer_progress(digest, part)).collect();
         });
-        let (session, fetches) = (&session, layers.into_iter().enumerate());
-        let fetches = fetches.map(|(place, (digest, mut part))| async move {
+        let fetches = layers.into_iter().enumerate().map(|(place, (digest, mut part))| async move {
             session.blob(&digest, &mut part, |bytes| teller.send_modify(|progress| progress.layers[place].bytes = bytes)).await
         });
         stream::iter(fetches).buffer_unordered(LAYERS_AT_ONCE).try_collect::<()>().await?;

@@ -13,14 +13,14 @@ use anyhow::Context as _;
 use futures_util::TryFutureExt as _;
 use ipnet::IpNet;
 use oci_spec::image::Sha256Digest;
-use patience::{Patience, Trouble, retry_after};
+use patience::{ATTEMPTS_MAX, MIRROR_ATTEMPTS_MAX, Patience, Trouble, retry_after};
 use reqwest::{
     Certificate, Client, Response, StatusCode, Url,
     header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, HeaderValue, LOCATION, RANGE},
     redirect,
 };
 pub(super) use source::Source;
-pub use source::{HostRule, Source as ImageSource};
+pub use source::{HostRule, Mirror, Source as ImageSource};
 use source::{Version, is_loopback, is_port_fit};
 use tokio_util::bytes::Bytes;
 
@@ -47,6 +47,8 @@ const ANYTHING: &str = "*/*";
 pub struct Settings {
     /// The only registries that are asked; empty: any.
     pub hosts: Vec<HostRule>,
+    /// Who is asked first.
+    pub mirrors: Vec<Mirror>,
     /// Networks that are not public and in which registries may be all the same.
     pub allowed: Vec<IpNet>,
     /// Authorities that may vouch for registries beside the system's, in PEM.
@@ -72,6 +74,7 @@ impl std::fmt::Debug for Credentials {
 #[derive(Debug)]
 pub(super) struct Registries {
     hosts: Vec<HostRule>,
+    mirrors: Vec<Mirror>,
     targets: Targets,
     client: Client,
     stall: Duration,
@@ -85,6 +88,7 @@ pub(super) struct Session<'a> {
     credentials: Option<&'a Credentials>,
     /// `https`, but for a registry on this machine that speaks none.
     base: Url,
+    attempts_max: u32,
     authorization: Mutex<Option<HeaderValue>>,
 }
 
@@ -124,7 +128,7 @@ impl Registries {
             builder().tls_certs_only(authorities).build()
         });
         let client = client.context("a client for registries")?;
-        Ok(Self { hosts: settings.hosts.clone(), targets, client, stall: settings.stall })
+        Ok(Self { hosts: settings.hosts.clone(), mirrors: settings.mirrors.clone(), targets, client, stall: settings.stall })
     }
 
     /// Whether this one may be asked. The error says why not.
@@ -133,6 +137,16 @@ impl Registries {
             return Err(format!("images from {} are not for this service: its operator names other registries", source.registry()));
         }
         self.targets.check_literal(source.url()).map_err(|error| error.to_string())
+    }
+
+    /// Where the same image may be, too.
+    pub(super) fn mirror_of(&self, source: &Source) -> Option<Source> {
+        self.mirrors.iter().find_map(|mirror| mirror.of(source))
+    }
+
+    /// Begins to speak with a mirror, which is told nothing of who asks, and not waited for as long.
+    pub(super) async fn begin_at_mirror<'a>(&'a self, mirror: &'a Source) -> Session<'a> {
+        Session { attempts_max: MIRROR_ATTEMPTS_MAX, ..self.begin(mirror, None).await }
     }
 
     /// Begins to speak with the registry of an image.
@@ -145,7 +159,7 @@ impl Registries {
                 base.set_scheme("http").expect("both schemes are a URL's special ones");
             }
         }
-        Session { registries: self, source, credentials, base, authorization: Mutex::default() }
+        Session { registries: self, source, credentials, base, attempts_max: ATTEMPTS_MAX, authorization: Mutex::default() }
     }
 
     /// Whether we go there: to a host that may be public, by what nobody can listen to.
@@ -182,7 +196,7 @@ impl Session<'_> {
     }
 
     async fn document(&self, path: &str, accept: &str, digest: Option<&Sha256Digest>) -> Result<Fetched, ImportError> {
-        let mut patience = Patience::new();
+        let mut patience = Patience::new(self.attempts_max);
         loop {
             let fetched = self.get(path, accept, 0).and_then(|response| self.whole(response)).await;
             let fetched = match fetched {
@@ -214,7 +228,7 @@ impl Session<'_> {
 
     /// Fills the part with the blob of this digest, checked, and tells how far it came. What was broken off is gone on with.
     pub(super) async fn blob(&self, digest: &Sha256Digest, part: &mut Part, mut tell: impl FnMut(u64)) -> Result<(), ImportError> {
-        let mut patience = Patience::new();
+        let mut patience = Patience::new(self.attempts_max);
         let path = format!("blobs/sha256:{digest}");
         loop {
             let before = part.done();
@@ -222,7 +236,7 @@ impl Session<'_> {
                 Ok(()) => break,
                 Err(trouble) => {
                     if part.done() >= before + PROGRESS_BYTES {
-                        patience = Patience::new();
+                        patience = Patience::new(self.attempts_max);
                     }
                     self.bear(&mut patience, trouble).await?;
                 }

@@ -8,7 +8,9 @@ use reqwest::{
 };
 
 /// How often one thing is asked for. With the pauses, half a minute of a registry that is being restarted is borne.
-const ATTEMPTS_MAX: u32 = 6;
+pub(super) const ATTEMPTS_MAX: u32 = 6;
+/// The same of who need not be waited for.
+pub(super) const MIRROR_ATTEMPTS_MAX: u32 = 2;
 /// Between the first two attempts; each further pause is twice as long, less up to a quarter.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// A registry may ask for a longer pause, but not for any.
@@ -37,6 +39,7 @@ pub(super) enum Trouble {
 #[derive(Debug)]
 pub(super) struct Patience {
     attempts: u32,
+    attempts_max: u32,
     pause: Duration,
 }
 
@@ -65,13 +68,13 @@ impl From<anyhow::Error> for Trouble {
 }
 
 impl Patience {
-    pub(super) const fn new() -> Self {
-        Self { attempts: 1, pause: FIRST_PAUSE }
+    pub(super) const fn new(attempts_max: u32) -> Self {
+        Self { attempts: 1, attempts_max, pause: FIRST_PAUSE }
     }
 
     /// How long to wait for the next attempt; `None`: there is none.
     pub(super) fn pause(&mut self, asked: Option<Duration>) -> Option<Duration> {
-        if self.attempts >= ATTEMPTS_MAX {
+        if self.attempts >= self.attempts_max {
             return None;
         }
         self.attempts += 1;
@@ -97,7 +100,7 @@ mod tests {
 
     #[test]
     fn pauses_grow_and_come_to_an_end() {
-        let mut patience = Patience::new();
+        let mut patience = Patience::new(ATTEMPTS_MAX);
         let pauses: Vec<_> = std::iter::from_fn(|| patience.pause(None)).collect();
         assert_eq!(pauses.len(), ATTEMPTS_MAX as usize - 1);
         assert!(pauses.windows(2).all(|pair| pair[0] < pair[1]) && pauses[0] >= FIRST_PAUSE * 3 / 4, "{pauses:?}");
@@ -105,7 +108,7 @@ mod tests {
 
     #[test]
     fn a_registry_is_given_the_time_that_it_asks_for_within_reason() {
-        let pause = |asked| Patience::new().pause(Some(Duration::from_secs(asked))).unwrap();
+        let pause = |asked| Patience::new(ATTEMPTS_MAX).pause(Some(Duration::from_secs(asked))).unwrap();
         assert_eq!(pause(7), Duration::from_secs(7));
         assert_eq!(pause(86_400), PAUSE_MAX);
         assert!(pause(0) >= FIRST_PAUSE * 3 / 4);

@@ -40,6 +40,30 @@ pub struct HostRule {
     port: Option<u16>,
 }
 
+/// Who is asked before a registry, as in `docker.io=mirror.example:5000`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mirror {
+    of: HostRule,
+    registry: String,
+    url: Url,
+}
+
+impl Mirror {
+    /// The same image at this mirror, if it is one of its registry.
+    pub(super) fn of(&self, source: &Source) -> Option<Source> {
+        self.of.permits(source).then(|| Source { registry: self.registry.clone(), url: self.url.clone(), ..source.clone() })
+    }
+}
+
+impl std::str::FromStr for Mirror {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (of, host) = text.split_once('=').ok_or_else(|| format!("{text:?} is not REGISTRY=MIRROR"))?;
+        Ok(Self { of: of.parse()?, registry: host.to_ascii_lowercase(), url: url_of(host)? })
+    }
+}
+
 impl Source {
     /// Takes `[REGISTRY/]REPOSITORY[:TAG][@sha256:DIGEST]` apart; a digest goes before a tag. The error says what is wrong with it.
     pub fn parse(text: &str) -> Result<Self, String> {
@@ -218,6 +242,16 @@ mod tests {
         ] {
             assert!(Source::parse(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_mirror_has_the_same_image_elsewhere() {
+        let mirror: Mirror = "docker.io=Mirror.Example:5000".parse().unwrap();
+        let there = mirror.of(&Source::parse("python:3").unwrap()).unwrap();
+        assert_eq!((there.url.as_str(), there.registry.as_str()), ("https://mirror.example:5000/", "mirror.example:5000"));
+        assert_eq!((there.repository.as_str(), &there.version), ("library/python", &Version::Tag("3".to_owned())));
+        assert_eq!(mirror.of(&Source::parse("quay.io/a").unwrap()), None);
+        assert!("mirror.example".parse::<Mirror>().is_err() && "a=b/c".parse::<Mirror>().is_err());
     }
 
     #[test]
