@@ -13,6 +13,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::Notify,
     task::JoinHandle,
+    time::Instant,
 };
 
 /// One request as it came.
@@ -20,6 +21,7 @@ use tokio::{
 pub(crate) struct Asked {
     pub(crate) path: String,
     pub(crate) headers: String,
+    pub(crate) at: Instant,
 }
 
 impl Asked {
@@ -247,5 +249,5 @@ async fn read(stream: &mut TcpStream) -> Option<Asked> {
     }
     let text = String::from_utf8(bytes).ok()?;
     let (first, headers) = text.split_once("\r\n")?;
-    Some(Asked { path: first.split(' ').nth(1)?.to_owned(), headers: headers.trim_end().to_owned() })
+    Some(Asked { path: first.split(' ').nth(1)?.to_owned(), headers: headers.trim_end().to_owned(), at: Instant::now() })
 }
