@@ -90,6 +90,13 @@ async fn make(owner: &Client, part: &str, before: &[Made], template: &str) -> Ma
             owner.post_raw(&format!("/v1/images/import?reference={}", made.id), "application/x-tar", archive).await.expect(201);
             made
         }
+        ("/v1/registries/{registry}", []) => {
+            let name = || format!("{}.example", uuid::Uuid::new_v4().simple());
+            let made = Made { id: name(), absent: name() };
+            let request = json!({ "registry": made.id, "username": mark(owner), "password": "secret" });
+            owner.post("/v1/registries", &request).await.expect(201);
+            made
+        }
         ("/v1/volumes/{name}", []) => {
             // What never was has a name of the same length.
             let name = || format!("v-{}", uuid::Uuid::new_v4());

@@ -169,6 +169,60 @@ async fn a_registry_with_a_password_is_for_who_has_it() {
 }
 
 #[tokio::test]
+async fn credentials_that_a_tenant_keeps_are_used_for_its_pulls_and_told_to_nobody() {
+    let (service, registry) = (service(), Registry::start(Manners { password: true, ..Manners::default() }).unwrap());
+    registry.push_archive(&busybox(), "app:1").unwrap();
+    let (client, other) = (service.client(), service.client());
+    let login = |password: &str| json!({ "registry": registry.address, "username": USER, "password": password });
+    let path = format!("/v1/registries/{}", registry.address);
+    let image = format!("{}/app:1", registry.address);
+
+    client.post("/v1/registries", &login("wrong")).await.expect(201);
+    pull(&client, &registry.address).await.problem(403, "registry_denied");
+    let kept = client.post("/v1/registries", &login(PASSWORD)).await;
+    pull(&client, &registry.address).await.expect(201);
+    let run = client.run(&json!({ "image": image, "command": ["echo", "pulled"], "pull": "missing" })).await;
+
+    assert_eq!((kept.status, kept.header("location")), (201, path.as_str()));
+    assert_eq!(client.get(&path).await.expect(200), kept.body);
+    assert_eq!(client.get("/v1/registries").await.expect(200)["items"], json!([kept.body]));
+    assert_eq!((&kept.body["username"], stdout(&run)), (&json!(USER), "pulled\n"));
+    let events = client.get("/v1/events?kind=registry.*").await;
+    assert_eq!(events.body["items"].as_array().unwrap().len(), 2, "{}", events.text);
+    for said in [&kept.text, &events.text, &service.log()] {
+        assert!(!said.contains(PASSWORD), "{said}");
+    }
+    // They are this tenant's alone, and of no use when they are forgotten.
+    pull(&other, &registry.address).await.problem(403, "registry_denied");
+    assert_eq!(client.delete(&path).await.status, 204);
+    client.get(&path).await.problem(404, "not_found");
+    pull(&client, &registry.address).await.problem(403, "registry_denied");
+}
+
+#[tokio::test]
+async fn the_database_alone_opens_no_password() {
+    let (folder, registry) = (service::folder().unwrap(), Registry::start(Manners { password: true, ..Manners::default() }).unwrap());
+    registry.push_archive(&busybox(), "app:1").unwrap();
+    let mut service = service();
+    let client = service.client();
+    client.post("/v1/registries", &json!({ "registry": registry.address, "username": USER, "password": PASSWORD })).await.expect(201);
+    let key = service.place().data_dir.join("registry-key");
+    let aside = folder.path().join("key");
+    fs::copy(&key, &aside).unwrap();
+
+    service.stop().unwrap();
+    fs::remove_file(&key).unwrap();
+    service.start_again().unwrap();
+    let problem = pull(&client, &registry.address).await.problem(403, "registry_denied");
+    service.stop().unwrap();
+    fs::copy(&aside, &key).unwrap();
+    service.start_again().unwrap();
+
+    assert!(problem["detail"].as_str().unwrap().contains("give them again"), "{problem:#}");
+    pull(&client, &registry.address).await.expect(201);
+}
+
+#[tokio::test]
 async fn a_registry_with_tls_is_believed_by_the_operators_authority_alone() {
     let registry = Registry::start(Manners { tls: true, password: false }).unwrap();
     registry.push_archive(&busybox(), "app:1").unwrap();

@@ -25,6 +25,7 @@ mod observe;
 mod operations;
 pub mod ports;
 pub mod query;
+mod registries;
 mod runs;
 mod sandboxes;
 mod stats;
@@ -155,6 +156,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .merge(nodes::router())
         .merge(volumes::router())
         .merge(webhooks::router())
+        .merge(registries::router())
         .routes(routes!(operations::health))
         .routes(routes!(operations::ready))
         .routes(routes!(operations::openapi))

@@ -226,6 +226,9 @@ pub struct Options {
     /// PEM file with authorities that may vouch for registries, beside the system's
     #[arg(long, env = "MAYFLY_REGISTRY_CA_FILE", value_name = "PATH")]
     pub registry_ca_file: Option<PathBuf>,
+    /// File with the key that the passwords for registries are sealed with, at least 32 bytes, the same on every node [default: registry-key in the data folder, made as needed]
+    #[arg(long, env = "MAYFLY_REGISTRY_KEY_FILE", value_name = "PATH")]
+    pub registry_key_file: Option<PathBuf>,
     /// Seconds for which a registry may bring nothing before it is asked again, 1 to 600 [default: 30]
     #[arg(long, env = "MAYFLY_REGISTRY_STALL_S", value_name = "SECONDS")]
     pub registry_stall_s: Option<u32>,
@@ -309,7 +312,7 @@ impl Options {
         let data_dir = std::path::absolute(data_dir).with_context(|| format!("data-dir: {}", data_dir.display()))?;
         let keys = KeySettings::settle(&self, &file, &data_dir)?;
         let webhooks = webhooks::settle(&self, &file, &data_dir)?;
-        let registries = registry::settle(&self, &file)?;
+        let registries = registry::settle(&self, &file, &data_dir)?;
         let nearer = self.database_url.or(self.usual_database_url);
         let languages = languages(self.languages.or(file.languages).as_deref())?;
         let database_connections = self.database_connections.or(file.database_connections).unwrap_or(16);

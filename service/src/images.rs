@@ -4,9 +4,11 @@ mod archive;
 mod blob;
 mod commit;
 mod layout;
+mod login;
 mod place;
 mod pull;
 mod registry;
+mod seal;
 mod spool;
 
 use std::{
@@ -45,7 +47,8 @@ use place::{Place, Places};
 use pull::Pulls;
 pub use pull::{LayerProgress, Progress, Pull, Pulling, Stage};
 use registry::Registries;
-pub use registry::{Credentials, HostRule, ImageSource, Mirror, Settings as RegistrySettings};
+pub use registry::{Credentials, HostRule, ImageSource, Mirror, RegistryName, Settings as RegistrySettings};
+pub use seal::SealingKey;
 
 /// Archives that are read at one time. The keeper unpacks one after the other anyway.
 const IMPORTS_MAX: usize = 2;
@@ -74,6 +77,7 @@ pub struct Images {
     places: Arc<Places>,
     importing: Semaphore,
     registries: Registries,
+    sealing: SealingKey,
     pulls: Pulls,
     /// Held for reading by who adds blobs and roots, for writing by who takes them away.
     content: RwLock<()>,
@@ -196,6 +200,7 @@ impl Images {
         clock: Clock,
         quotas: Quotas,
         registries: &RegistrySettings,
+        sealing: SealingKey,
         data_dir: &Path,
     ) -> anyhow::Result<Arc<Self>> {
         let (blobs, uploads) = (data_dir.join("blobs"), data_dir.join("uploads"));
@@ -213,6 +218,7 @@ impl Images {
             places: Arc::default(),
             importing: Semaphore::new(IMPORTS_MAX),
             registries: Registries::new(registries)?,
+            sealing,
             pulls: Pulls::default(),
             content: RwLock::default(),
             leftover: Mutex::default(),

@@ -35,7 +35,7 @@ use crate::{
     clock::Clock,
     config::{Account, LogFormat, Settings, Tenants},
     engine::{self, Engine, Reserves, Tenancy},
-    images::Images,
+    images::{Images, SealingKey},
     metrics::Metrics,
     outbox::Outbox,
     postgres::Cluster,
@@ -72,14 +72,15 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
     folders::prepare(folder, &account, is_root)?;
     let _alone = folders::lock(folder)?;
     let keys = keys(&settings, is_root.then_some(&account))?;
-    let webhook_key = webhook_key(&settings, is_root.then_some(&account))?;
+    let webhook_key = SigningKey::read(own_key(&settings, &settings.webhooks.key_file, is_root.then_some(&account))?)?;
+    let registry_key = SealingKey::read(own_key(&settings, &settings.registries.key_file, is_root.then_some(&account))?)?;
     let node = node::id(folder, is_root.then_some(&account))?;
     raise_descriptor_limit();
     hold_signals(settings.door.tls.is_some())?;
 
     let helpers = Helpers::start(&settings, keeper, cluster, &account)?;
-    let served =
-        serve_unprivileged(&settings, &account, is_root, doors, Identity { node, keys: &keys, webhook_key: &webhook_key }, &helpers);
+    let identity = Identity { node, keys: &keys, webhook_key: &webhook_key, registry_key: &registry_key };
+    let served = serve_unprivileged(&settings, &account, is_root, doors, identity, &helpers);
     let stopped = match &served {
         Ok(_) => helpers.stop(),
         Err(_) => helpers.stop_started(),
@@ -100,6 +101,8 @@ struct Identity<'a> {
     keys: &'a [Key],
     /// What the secrets of webhooks are made of.
     webhook_key: &'a SigningKey,
+    /// What passwords for registries are sealed with.
+    registry_key: &'a SealingKey,
 }
 
 /// Where requests come in.
@@ -243,6 +246,7 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
         clock.clone(),
         settings.quotas.tenant.clone(),
         &settings.registries,
+        identity.registry_key.clone(),
         &settings.data_dir,
     )?;
     {
@@ -376,14 +380,13 @@ fn keys(settings: &Settings, owner: Option<&Account>) -> anyhow::Result<Vec<Key>
     settings.keys.fixed()
 }
 
-/// The key that is configured, or the data folder's own, which is made at the first start.
-fn webhook_key(settings: &Settings, owner: Option<&Account>) -> anyhow::Result<SigningKey> {
-    let path = &settings.webhooks.key_file;
+/// Where a key is that is configured, or the data folder's own, which is made at the first start.
+fn own_key<'a>(settings: &Settings, path: &'a Path, owner: Option<&Account>) -> anyhow::Result<&'a Path> {
     if path.parent() == Some(&settings.data_dir) {
         // One that is there already is read like any other.
         Secret::create(path, owner.map(|account| (account.uid, account.gid)))?;
     }
-    SigningKey::read(path)
+    Ok(path)
 }
 
 fn start_log(format: LogFormat) {

@@ -13,6 +13,7 @@ mod life;
 mod nodes;
 mod pool;
 mod queue;
+mod registries;
 mod sandboxes;
 mod tenants;
 mod usage;
@@ -32,6 +33,7 @@ pub use life::{Changing, StartedAgain};
 pub use nodes::{Abandoned, Capacity as NodeCapacity, Hold, Lease, Node, NodeId, Orders, Renewed, Renewer};
 use pool::Pool;
 pub use queue::{Candidate, Input, Return};
+pub use registries::{LOGINS_MAX, RegistryLogin};
 #[cfg(test)]
 pub(crate) use sandboxes::tests::sandbox as sandbox_for_tests;
 pub use sandboxes::{Deleted, Ended, Everyones, Filter, Held, LogKept, Order, StoredLog, Whereabouts, Writer};

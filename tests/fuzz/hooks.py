@@ -67,6 +67,9 @@ def before_call(context, case, kwargs):
         # The name of a route, and that of the image that all sandboxes are made of.
         if case.body.get("name") in ("import", "pull", live.IMAGE):
             case.body["name"] = "another"
+    # Which names are those of hosts, and with which ports, is beyond JSON Schema.
+    if operation == "keepRegistryLogin" and is_valid and isinstance(case.body, dict) and "registry" in case.body:
+        case.body["registry"] = "registry.example"
     # Exactly one of the two, which JSON Schema cannot say of parameters.
     if operation == "changeFile" and is_valid:
         case.query = {**{name: value for name, value in (case.query or {}).items() if name not in ("rename", "exclusive")}, "mkdir": "true"}
@@ -179,6 +182,8 @@ def work_on_what_there_is(case, operation, path, is_valid, kwargs):
         path["node"] = live.NODE
     elif template == "/v1/volumes/{name}":
         path["name"] = live.volume()
+    elif template == "/v1/registries/{registry}":
+        path["registry"] = live.registry()
     elif template == "/v1/images/{reference}":
         path["reference"] = live.image()
     elif operation == "importImage" and is_valid:

@@ -135,6 +135,13 @@ def image():
     return kept("image", lambda: made("POST", "/v1/images/import?reference=fuzzed", [201], data=IMAGE_ARCHIVE)["reference"], is_fit)
 
 
+def registry():
+    """The name of one that credentials are kept for, and that is nowhere (RFC 2606)."""
+    is_fit = lambda name: ask("GET", f"/v1/registries/{name}", [200]) is not None
+    login = {"registry": "fuzzed.example", "username": "fuzzer", "password": "secret"}
+    return kept("registry", lambda: made("POST", "/v1/registries", [201], login)["registry"], is_fit)
+
+
 def volume():
     """The name of one."""
     is_fit = lambda name: ask("GET", f"/v1/volumes/{name}", [200]) is not None

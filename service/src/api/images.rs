@@ -2,7 +2,7 @@
 
 mod pull;
 
-pub(super) use pull::pull_for;
+pub(super) use pull::{CREDENTIAL_BYTES_MAX, CREDENTIAL_NAME, CREDENTIAL_PASSWORD, GivenCredentials, pull_for};
 
 use std::sync::Arc;
 

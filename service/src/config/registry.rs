@@ -1,11 +1,13 @@
 //! From which registries images may be pulled.
 
+use std::path::Path;
+
 use anyhow::Context as _;
 
 use super::{Options, seconds, within};
 use crate::images::RegistrySettings;
 
-pub(super) fn settle(nearer: &Options, file: &Options) -> anyhow::Result<RegistrySettings> {
+pub(super) fn settle(nearer: &Options, file: &Options, data_dir: &Path) -> anyhow::Result<RegistrySettings> {
     let hosts = nearer.registry_hosts.as_ref().or(file.registry_hosts.as_ref()).into_iter().flatten();
     let allowed = nearer.registry_allow.as_ref().or(file.registry_allow.as_ref()).into_iter().flatten();
     let host = |text: &String| text.parse().map_err(|error: String| anyhow::anyhow!("registry-hosts: {error}"));
@@ -17,6 +19,11 @@ pub(super) fn settle(nearer: &Options, file: &Options) -> anyhow::Result<Registr
         mirrors: mirrors.filter(|text| !text.is_empty()).map(mirror).collect::<anyhow::Result<_>>()?,
         allowed: allowed.filter(|text| !text.is_empty()).map(network).collect::<anyhow::Result<_>>()?,
         ca_file: nearer.registry_ca_file.clone().or_else(|| file.registry_ca_file.clone()),
+        key_file: nearer
+            .registry_key_file
+            .clone()
+            .or_else(|| file.registry_key_file.clone())
+            .unwrap_or_else(|| data_dir.join("registry-key")),
         stall: seconds(within("registry-stall-s", nearer.registry_stall_s.or(file.registry_stall_s).unwrap_or(30), 1, 600)?),
     })
 }
@@ -26,7 +33,7 @@ mod tests {
     use super::*;
 
     fn settled(options: &Options) -> anyhow::Result<RegistrySettings> {
-        settle(options, &Options::default())
+        settle(options, &Options::default(), Path::new("/data"))
     }
 
     #[test]
@@ -34,6 +41,7 @@ mod tests {
         let hosts = |text: &str| settled(&Options { registry_hosts: Some(vec![text.to_owned()]), ..Options::default() });
         assert_eq!(hosts("*.example:5000").unwrap().hosts.len(), 1);
         assert!(hosts("").unwrap().hosts.is_empty());
+        assert_eq!(hosts("").unwrap().key_file, Path::new("/data/registry-key"));
         assert!(hosts("https://a.example").unwrap_err().to_string().contains("registry-hosts"));
         let mirror = Options { registry_mirror: Some(vec!["docker.io".to_owned()]), ..Options::default() };
         assert!(settled(&mirror).unwrap_err().to_string().contains("registry-mirror"));

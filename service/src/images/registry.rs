@@ -20,7 +20,7 @@ use reqwest::{
     redirect,
 };
 pub(super) use source::Source;
-pub use source::{HostRule, Mirror, Source as ImageSource};
+pub use source::{HostRule, Mirror, RegistryName, Source as ImageSource};
 use source::{Version, is_loopback, is_port_fit};
 use tokio_util::bytes::Bytes;
 
@@ -53,6 +53,8 @@ pub struct Settings {
     pub allowed: Vec<IpNet>,
     /// Authorities that may vouch for registries beside the system's, in PEM.
     pub ca_file: Option<PathBuf>,
+    /// What the passwords that tenants keep for registries are sealed with.
+    pub key_file: PathBuf,
     /// How long a registry may bring nothing.
     pub stall: Duration,
 }

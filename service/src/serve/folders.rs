@@ -29,7 +29,7 @@ const FOLDERS: [(&str, Owner, u32); 5] = [
 ];
 
 /// The files in it.
-const FILES: [&str; 3] = ["jwt-secret", "node-id", "webhook-key"];
+const FILES: [&str; 4] = ["jwt-secret", "node-id", "registry-key", "webhook-key"];
 
 /// Others may pass through, to nothing that is open to them; the service may look around but make nothing.
 const DATA_MODE: u32 = 0o751;

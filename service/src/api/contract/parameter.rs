@@ -76,6 +76,8 @@ parameters! {
     Node = [path("node", "What is no id names nothing, and is not found.")];
     /// The name of an image.
     Reference = [path("reference", "May hold slashes.")];
+    /// A registry.
+    Registry = [path("registry", "Its host as images are named by it, with its port if that is not the usual one.")];
     /// The name of a volume.
     Volume = [path("name", "What names no volume is not found.")];
     /// Which of the tenant's volumes.

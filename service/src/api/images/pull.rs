@@ -30,7 +30,10 @@ use crate::{
     token::Scope,
 };
 
-const CREDENTIAL_BYTES_MAX: usize = 8192;
+pub(in crate::api) const CREDENTIAL_BYTES_MAX: usize = 8192;
+/// ASCII that can be seen. The first colon would end the name (RFC 7617).
+pub(in crate::api) const CREDENTIAL_NAME: &str = "^[\\u0020-\\u0039\\u003b-\\u007e]*$";
+pub(in crate::api) const CREDENTIAL_PASSWORD: &str = "^[\\u0020-\\u007e]*$";
 /// At most so often somebody who looks on is told something.
 const TELL_PAUSE: Duration = Duration::from_millis(100);
 
@@ -45,7 +48,7 @@ pub(in crate::api) struct PullRequest {
     /// What the image is to be called here, instead of what `reference` says.
     #[schema(value_type = Option<words::Reference>)]
     name: Option<String>,
-    /// Who pulls, to the registry. They are used for this request and not kept.
+    /// Who pulls, to the registry. They are used for this request and not kept. Absent: as whom the tenant is known there, if it keeps that (`/v1/registries`).
     credentials: Option<GivenCredentials>,
 }
 
@@ -54,10 +57,10 @@ pub(in crate::api) struct PullRequest {
 #[serde(deny_unknown_fields)]
 #[schema(as = RegistryCredentials)]
 pub(in crate::api) struct GivenCredentials {
-    #[schema(extensions(("x-schema" = json!({ "minLength": 1, "maxLength": CREDENTIAL_BYTES_MAX, "pattern": "^[\\u0020-\\u0039\\u003b-\\u007e]*$" }))))]
-    username: String,
-    #[schema(extensions(("x-schema" = json!({ "maxLength": CREDENTIAL_BYTES_MAX, "pattern": "^[\\u0020-\\u007e]*$" }))))]
-    password: String,
+    #[schema(extensions(("x-schema" = json!({ "minLength": 1, "maxLength": CREDENTIAL_BYTES_MAX, "pattern": CREDENTIAL_NAME }))))]
+    pub(in crate::api) username: String,
+    #[schema(extensions(("x-schema" = json!({ "maxLength": CREDENTIAL_BYTES_MAX, "pattern": CREDENTIAL_PASSWORD }))))]
+    pub(in crate::api) password: String,
 }
 
 impl std::fmt::Debug for GivenCredentials {
@@ -74,22 +77,24 @@ impl PullRequest {
             Some(name) => ImageReference::parse_new("name", name)?,
             None => ImageReference::parse_new("reference", reference.as_str().to_owned())?,
         };
-        Ok((source, name, self.credentials.map(GivenCredentials::parse).transpose()?))
+        let credentials = self.credentials.map(|given| given.parse("credentials.")).transpose()?;
+        Ok((source, name, credentials))
     }
 }
 
 impl GivenCredentials {
-    fn parse(self) -> Result<Credentials, Invalid> {
+    /// `above` is what stands before its fields' names in the request.
+    pub(in crate::api) fn parse(self, above: &str) -> Result<Credentials, Invalid> {
         let Self { username, password } = self;
         let is_fit = |text: &str| text.len() <= CREDENTIAL_BYTES_MAX && text.bytes().all(|b| matches!(b, b' '..=b'~'));
         // The first colon ends the name (RFC 7617).
         if !is_fit(&username) || username.is_empty() || username.contains(':') {
             let why = format!("1 to {CREDENTIAL_BYTES_MAX} characters of ASCII that can be seen, and no colon");
-            return Err(Invalid::new("credentials.username", why));
+            return Err(Invalid::new(format!("{above}username"), why));
         }
         if !is_fit(&password) {
             let why = format!("at most {CREDENTIAL_BYTES_MAX} characters of ASCII that can be seen");
-            return Err(Invalid::new("credentials.password", why));
+            return Err(Invalid::new(format!("{above}password"), why));
         }
         Ok(Credentials { username, password })
     }
@@ -184,6 +189,10 @@ pub(in crate::api) async fn pull(
     caller.require(Scope::ImagesWrite)?;
     let (source, reference, credentials) = json::read::<PullRequest>(body).await?.parse()?;
     app.images.check_source(&source).map_err(|why| Invalid::new("reference", why))?;
+    let credentials = match credentials {
+        Some(given) => Some(given),
+        None => app.images.kept_credentials(&caller.tenant, &source).await?,
+    };
     let tenant = (!caller.scopes.allow(Scope::Admin)).then(|| caller.tenant.clone());
     let pulling = app.images.pull(Pull { source, credentials, reference, tenant }, caller.owner())?;
     // What is kept for a key is an answer, and has a status that tells whether it may be another later.
@@ -213,7 +222,8 @@ pub(in crate::api) async fn pull_for(app: &App, caller: &Caller, asked: &NewSand
     let reference = ImageReference::parse_new("image", asked.image.as_str().to_owned())?;
     let source = ImageSource::parse(reference.as_str()).map_err(refused)?;
     app.images.check_source(&source).map_err(refused)?;
-    let pull = Pull { source, credentials: None, reference, tenant: Some(caller.tenant.clone()) };
+    let credentials = app.images.kept_credentials(&caller.tenant, &source).await?;
+    let pull = Pull { source, credentials, reference, tenant: Some(caller.tenant.clone()) };
     app.images.pull(pull, caller.owner())?.ended().await.map_err(|error| ApiError::from(&*error))?;
     Ok(())
 }

@@ -72,7 +72,7 @@ impl Source {
             None => (text, None),
         };
         let (registry, path) = match name.split_once('/') {
-            Some((first, rest)) if first.contains(['.', ':']) || first == "localhost" => (first, rest),
+            Some((first, rest)) if is_registry(first) => (first, rest),
             Some(_) | None => (USUAL_REGISTRY, name),
         };
         let (repository, tag) = match path.rsplit_once(':') {
@@ -89,16 +89,15 @@ impl Source {
             }
             None => Version::Tag(tag.to_owned()),
         };
-        let is_usual = [USUAL_REGISTRY, "index.docker.io", USUAL_HOST].contains(&registry);
-        let repository = if is_usual && !repository.contains('/') { format!("library/{repository}") } else { repository.to_owned() };
+        let (registry, url) = registry_of(registry)?;
+        let repository =
+            if registry == USUAL_REGISTRY && !repository.contains('/') { format!("library/{repository}") } else { repository.to_owned() };
         if repository.len() > REPOSITORY_BYTES_MAX || !repository.split('/').all(is_component) {
             return Err(format!(
                 "a repository is at most {REPOSITORY_BYTES_MAX} lower-case letters and digits, with ._- between them and / between its parts"
             ));
         }
-        let registry = if is_usual { USUAL_REGISTRY } else { registry };
-        let url = url_of(if is_usual { USUAL_HOST } else { registry })?;
-        Ok(Self { registry: registry.to_ascii_lowercase(), url, repository, version })
+        Ok(Self { registry, url, repository, version })
     }
 
     /// The registry's host and port.
@@ -107,7 +106,7 @@ impl Source {
     }
 
     /// What people know the registry by.
-    pub(super) fn registry(&self) -> &str {
+    pub(in crate::images) fn registry(&self) -> &str {
         &self.registry
     }
 
@@ -118,6 +117,37 @@ impl Source {
     pub(super) const fn version(&self) -> &Version {
         &self.version
     }
+}
+
+/// A registry by itself, as people know it: all names of one are the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RegistryName(String);
+
+impl RegistryName {
+    /// Takes a host, with its port if that is not the usual one. The error says what is wrong with it.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        if !is_registry(text) {
+            return Err(format!("{text:?} is not the name of a registry: its host, as in registry.example:5000"));
+        }
+        Ok(Self(registry_of(text)?.0))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Whether the first part of an image's name is the registry that it is at.
+fn is_registry(text: &str) -> bool {
+    text.contains(['.', ':']) || text == "localhost"
+}
+
+/// What people know it by, and the host that is asked.
+fn registry_of(name: &str) -> Result<(String, Url), String> {
+    if [USUAL_REGISTRY, "index.docker.io", USUAL_HOST].contains(&name) {
+        return Ok((USUAL_REGISTRY.to_owned(), url_of(USUAL_HOST)?));
+    }
+    Ok((name.to_ascii_lowercase(), url_of(name)?))
 }
 
 /// Whether this host is this machine itself, by its very name: nobody can listen on the way.
@@ -215,6 +245,16 @@ mod tests {
         // However it is spelled, an address is seen for what it is.
         assert!(is_loopback(Source::parse("0x7f.1/app").unwrap().url()));
         assert!(!is_loopback(Source::parse("localhost.example/app").unwrap().url()));
+    }
+
+    #[test]
+    fn a_registry_is_named_as_images_at_it_name_it() {
+        let name = |text: &str| RegistryName::parse(text).map(|name| name.as_str().to_owned());
+        assert_eq!(name("Registry.Example:5000").as_deref(), Ok("registry.example:5000"));
+        assert_eq!(name(USUAL_HOST).as_deref(), Ok(Source::parse("python").unwrap().registry()));
+        for bad in ["", "python", "a.example/b", "a.example:22", "me@a.example", "https://a.example", "a b.example"] {
+            assert!(name(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]
