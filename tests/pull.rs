@@ -204,8 +204,8 @@ async fn the_database_alone_opens_no_password() {
     let (folder, registry) = (service::folder().unwrap(), Registry::start(Manners { password: true, ..Manners::default() }).unwrap());
     registry.push_archive(&busybox(), "app:1").unwrap();
     let mut service = service();
-    let client = service.client();
-    client.post("/v1/registries", &json!({ "registry": registry.address, "username": USER, "password": PASSWORD })).await.expect(201);
+    let login = json!({ "registry": registry.address, "username": USER, "password": PASSWORD });
+    Client::of(service.place(), "acme").post("/v1/registries", &login).await.expect(201);
     let key = service.place().data_dir.join("registry-key");
     let aside = folder.path().join("key");
     fs::copy(&key, &aside).unwrap();
@@ -213,13 +213,13 @@ async fn the_database_alone_opens_no_password() {
     service.stop().unwrap();
     fs::remove_file(&key).unwrap();
     service.start_again().unwrap();
-    let problem = pull(&client, &registry.address).await.problem(403, "registry_denied");
+    let problem = pull(&Client::of(service.place(), "acme"), &registry.address).await.problem(403, "registry_denied");
     service.stop().unwrap();
     fs::copy(&aside, &key).unwrap();
     service.start_again().unwrap();
 
     assert!(problem["detail"].as_str().unwrap().contains("give them again"), "{problem:#}");
-    pull(&client, &registry.address).await.expect(201);
+    pull(&Client::of(service.place(), "acme"), &registry.address).await.expect(201);
 }
 
 #[tokio::test]
