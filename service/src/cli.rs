@@ -56,6 +56,10 @@ enum ImageCommand {
     Import(Box<image::Arguments>),
     /// Have the service pull an image from a registry
     Pull(Box<image::pull::Arguments>),
+    /// Have the service push an image to a registry
+    Push(Box<image::push::Arguments>),
+    #[command(flatten)]
+    Kept(image::kept::Command),
 }
 
 /// Does what the command line says. An error is one line on stderr and a failure.
@@ -66,6 +70,8 @@ pub fn run() -> ExitCode {
         Command::Token(arguments) => token::run(*arguments),
         Command::Image(ImageCommand::Import(arguments)) => image::run(*arguments),
         Command::Image(ImageCommand::Pull(arguments)) => image::pull::run(*arguments),
+        Command::Image(ImageCommand::Push(arguments)) => image::push::run(*arguments),
+        Command::Image(ImageCommand::Kept(command)) => image::kept::run(command),
         Command::Tenant(command) => tenant::run(*command),
         Command::Node(command) => node::run(*command),
         Command::Doctor { json, options } => match examine(*options, json) {

@@ -3,13 +3,17 @@
 mod archive;
 mod blob;
 mod commit;
+mod export;
+mod inspect;
 mod layout;
 mod login;
 mod place;
 mod pull;
+mod push;
 mod registry;
 mod seal;
 mod spool;
+mod tag;
 
 use std::{
     collections::HashSet,
@@ -17,7 +21,7 @@ use std::{
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -36,16 +40,19 @@ use tokio::{
 use crate::{
     clock::Clock,
     runtime::{CallError, Keeper, TreeError},
-    sandbox::{Exceeded, ImageReference, Owner, Quotas, SandboxId, TenantId},
-    store::{Act, Image, NewImage, Recorded, Store, StoreError},
+    sandbox::{Exceeded, ImageReference, Owner, Quotas, TenantId},
+    store::{Act, Image, NewImage, Origin, Recorded, Store, StoreError},
 };
 pub(crate) use archive::ARCHIVE_BYTES_MAX;
 use archive::Archive;
 use blob::Blobs;
-use layout::Found;
+pub use export::Export;
+pub use inspect::{Damage, DamageKind, History, Part as ImagePart, Step, StepLayer, Verified};
+use layout::{Found, manifest_type};
 use place::{Place, Places};
 use pull::Pulls;
 pub use pull::{LayerProgress, Progress, Pull, Pulling, Stage};
+pub use push::Push;
 use registry::Registries;
 pub use registry::{Credentials, HostRule, ImageSource, Mirror, RegistryName, Settings as RegistrySettings};
 pub use seal::SealingKey;
@@ -76,9 +83,13 @@ pub struct Images {
     blobs: Arc<Blobs>,
     places: Arc<Places>,
     importing: Semaphore,
+    exporting: Arc<Semaphore>,
+    verifying: Semaphore,
     registries: Registries,
     sealing: SealingKey,
     pulls: Pulls,
+    /// Whose images are being pushed, each as often as there are such.
+    pushing: Mutex<Vec<TenantId>>,
     /// Held for reading by who adds blobs and roots, for writing by who takes them away.
     content: RwLock<()>,
     /// Roots that no reference named any more while a sandbox still needed them.
@@ -188,8 +199,7 @@ struct Naming {
     /// `None`: it is for all.
     tenant: Option<TenantId>,
     actor: Owner,
-    /// The sandbox whose files it is.
-    sandbox: Option<SandboxId>,
+    origin: Origin,
 }
 
 impl Images {
@@ -217,9 +227,12 @@ impl Images {
             blobs: Arc::new(Blobs::open(&blobs).with_context(|| blobs.display().to_string())?),
             places: Arc::default(),
             importing: Semaphore::new(IMPORTS_MAX),
+            exporting: Arc::new(Semaphore::new(export::EXPORTS_MAX)),
+            verifying: Semaphore::new(inspect::VERIFIED_AT_ONCE),
             registries: Registries::new(registries)?,
             sealing,
             pulls: Pulls::default(),
+            pushing: Mutex::default(),
             content: RwLock::default(),
             leftover: Mutex::default(),
         }))
@@ -300,7 +313,7 @@ impl Images {
     ) -> Result<Image, ImportError> {
         let Upload { file, place } = upload;
         let read = self.reading(file, &reference);
-        self.take_in(place, read, Naming { reference, tenant, actor, sandbox: None }).await
+        self.take_in(place, read, Naming { reference, tenant, actor, origin: Origin::Archive }).await
     }
 
     /// What finds the image in an archive that is to have this name.
@@ -328,12 +341,16 @@ impl Images {
     /// Takes a reference away, the tenant's own or — `None` — the shared one, and its content when nothing else needs it. Answers what it
     /// named.
     pub async fn remove(&self, tenant: Option<&TenantId>, reference: &str, actor: &Owner) -> Result<Option<Image>, ImportError> {
-        let removed = self.store.remove_image(tenant, reference, &self.act_of(actor)).await?;
+        let removed = self.store.remove_image(tenant, reference, None, &self.act_of(actor)).await?;
         if let Some(image) = &removed {
             fail_point::reached("service.image.unnamed");
             self.unlink(image.root.clone(), HashSet::new()).await;
         }
         Ok(removed)
+    }
+
+    fn pushing(&self) -> MutexGuard<'_, Vec<TenantId>> {
+        self.pushing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn act_of<'a>(&self, actor: &'a Owner) -> Act<'a> {
@@ -377,7 +394,7 @@ impl Images {
         &self,
         found: &Found,
         layers: Vec<OwnedFd>,
-        Naming { reference, tenant, actor, sandbox }: Naming,
+        Naming { reference, tenant, actor, origin }: Naming,
     ) -> Result<(Image, Option<ImageId>), ImportError> {
         let root = root_of(&found.manifest.digest);
         let size_bytes = found.size_bytes();
@@ -399,7 +416,7 @@ impl Images {
             config,
             size_bytes,
             created_at: self.clock.now(),
-            sandbox,
+            origin,
         };
         let image = match self.store.record_image(&image, &self.quotas, &self.act_of(&actor)).await? {
             Recorded::Yes(image) => *image,

@@ -21,6 +21,8 @@ NUMBERS = itertools.count()
 # Longer than the fuzzer works.
 LONG_MS = 3_600_000
 STREAMS = ("readLog", "readExecLog", "readStats", "listEvents")
+# No image has the name of one of these.
+IMAGE_ROUTES = ("export", "history", "import", "pull", "push", "tag", "verify")
 ATTACH = ("attachSandbox", "attachExec")
 # Where nothing changes, nothing comes: only a handshake is answered at once.
 WATCH = "watchFiles"
@@ -65,8 +67,16 @@ def before_call(context, case, kwargs):
     if operation == "pullImage" and is_valid and isinstance(case.body, dict) and "reference" in case.body:
         case.body["reference"] = live.PULLED
         # The name of a route, and that of the image that all sandboxes are made of.
-        if case.body.get("name") in ("import", "pull", live.IMAGE):
+        if case.body.get("name") in (*IMAGE_ROUTES, live.IMAGE):
             case.body["name"] = "another"
+    if operation in ("tagImage", "pushImage", "verifyImage") and is_valid and isinstance(case.body, dict) and "reference" in case.body:
+        case.body["reference"] = live.IMAGE
+        if operation == "tagImage" and case.body.get("name") in (*IMAGE_ROUTES, live.IMAGE):
+            case.body["name"] = "another"
+        if operation == "pushImage":
+            case.body["to"] = live.PULLED.replace("/app:", "/pushed:")
+    if operation in ("readImageHistory", "exportImage") and is_valid:
+        case.query = {"reference": live.IMAGE}
     # Which names are those of hosts, and with which ports, is beyond JSON Schema.
     if operation == "keepRegistryLogin" and is_valid and isinstance(case.body, dict) and "registry" in case.body:
         case.body["registry"] = "registry.example"

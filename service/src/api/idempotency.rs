@@ -161,7 +161,7 @@ impl Route {
             () if self.0.as_str() == COMMIT => Scope::ImagesWrite,
             () if below("/v1/runs") => Scope::Runs,
             () if below("/v1/sandboxes") => Scope::SandboxesWrite,
-            () if below("/v1/images") => Scope::ImagesWrite,
+            () if below("/v1/images") || below("/v1/registries") => Scope::ImagesWrite,
             () if below("/v1/volumes") => Scope::Volumes,
             () if below("/v1/webhooks") => Scope::Webhooks,
             () => Scope::Admin,
@@ -178,7 +178,7 @@ impl Route {
         match self.0.as_str() {
             "/v1/runs" | BATCH | EXECS => Duration::from_millis(WAIT_MS.max) + QUICK_DEADLINE,
             "/v1/sandboxes/{id}/stop" => STOP_DEADLINE,
-            COMMIT | "/v1/images/pull" => IMPORT_DEADLINE,
+            COMMIT | "/v1/images/pull" | "/v1/images/push" | "/v1/images/verify" => IMPORT_DEADLINE,
             _ if self.is_streamed() => IMPORT_DEADLINE,
             _ => QUICK_DEADLINE,
         }

@@ -1,10 +1,12 @@
 //! `/v1/images`: what sandboxes can be made of, and the ways in for more.
 
+mod keep;
 mod pull;
+mod push;
 
 pub(super) use pull::{CREDENTIAL_BYTES_MAX, CREDENTIAL_NAME, CREDENTIAL_PASSWORD, GivenCredentials, pull_for};
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use axum::{
     Json,
@@ -34,7 +36,16 @@ use crate::{
 
 /// The routes below `/v1/images`.
 pub(super) fn router() -> OpenApiRouter<Arc<App>> {
-    OpenApiRouter::new().routes(routes!(list)).routes(routes!(import)).routes(routes!(pull::pull)).routes(routes!(read, remove))
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(import))
+        .routes(routes!(pull::pull))
+        .routes(routes!(push::push))
+        .routes(routes!(keep::tag))
+        .routes(routes!(keep::history))
+        .routes(routes!(keep::export))
+        .routes(routes!(keep::verify))
+        .routes(routes!(read, remove))
 }
 
 /// An image as it is now.
@@ -51,6 +62,9 @@ pub(super) struct ImageView {
     #[serde(with = "time::serde::rfc3339")]
     #[schema(value_type = String, format = DateTime)]
     created_at: OffsetDateTime,
+    /// What it was pulled as, with its registry; null: it came in another way.
+    #[schema(required)]
+    pulled_from: Option<String>,
     config: ConfigView,
 }
 
@@ -63,6 +77,15 @@ struct ConfigView {
     env: Vec<String>,
     workdir: String,
     user: String,
+    /// Null: that of every sandbox.
+    #[schema(required)]
+    stop_signal: Option<String>,
+    /// The words of whoever built it.
+    labels: BTreeMap<String, String>,
+    /// Ports that it listens on, as in `80/tcp`. They are reached like all others.
+    exposed_ports: Vec<String>,
+    /// Folders that are meant to outlive sandboxes. They do where a volume stands there.
+    volumes: Vec<String>,
 }
 
 /// All images that there are for a tenant.
@@ -116,14 +139,16 @@ pub(super) fn created(image: Image) -> Response {
     operation_id = "listImages",
     tag = "images",
     security(("bearer" = ["images:read"])),
+    params(parameter::ImageFilter),
     responses((status = 200, description = "The images.", body = Page)),
 )]
-async fn list(State(app): State<Arc<App>>, caller: Caller) -> Result<Json<Page>, ApiError> {
+async fn list(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Json<Page>, ApiError> {
     caller.require(Scope::ImagesRead)?;
+    let filter = Filter::parse(query::pairs(&uri)?)?;
     let mut items = app.store.list_images(&caller.tenant).await?;
     // A tenant's own image hides the shared one of that name, here as in a run.
     items.dedup_by(|next, kept| next.reference == kept.reference);
-    Ok(Json(Page { items: items.into_iter().map(ImageView::from).collect() }))
+    Ok(Json(Page { items: items.into_iter().filter(|image| filter.permits(image)).map(ImageView::from).collect() }))
 }
 
 /// One image
@@ -186,15 +211,62 @@ fn named(text: String) -> Result<String, ApiError> {
 }
 
 fn reference(pairs: Vec<(String, String)>) -> Result<ImageReference, ApiError> {
+    Ok(ImageReference::parse_new("reference", reference_in(pairs)?)?)
+}
+
+/// The one parameter that there is, and must be.
+fn reference_in(pairs: Vec<(String, String)>) -> Result<String, ApiError> {
     let mut found = None;
     for (name, value) in pairs {
         match name.as_str() {
-            "reference" if found.is_none() => found = Some(ImageReference::parse_new("reference", value)?),
+            "reference" if found.is_none() => found = Some(value),
             "reference" => return Err(Invalid::new("reference", "an image has one reference").into()),
             _ => return Err(query::unknown(&name)),
         }
     }
-    found.ok_or_else(|| Invalid::new("reference", "this parameter is missing: the name that the image is to have").into())
+    found.ok_or_else(|| Invalid::new("reference", "this parameter is missing: the name of the image").into())
+}
+
+/// Which images are wanted.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Filter {
+    prefix: String,
+    is_shared: Option<bool>,
+    /// `None`: whatever value.
+    labels: Vec<(String, Option<String>)>,
+}
+
+impl Filter {
+    fn parse(pairs: Vec<(String, String)>) -> Result<Self, ApiError> {
+        let mut filter = Self::default();
+        for (name, text) in pairs {
+            match name.as_str() {
+                "name" => text.clone_into(&mut filter.prefix),
+                "shared" => filter.is_shared = Some(query::value("shared", &text)?),
+                "label" => match text.split_once('=') {
+                    Some(("", _)) => return Err(Invalid::new("label", "a label has a key").into()),
+                    Some((key, value)) => filter.labels.push((key.to_owned(), Some(value.to_owned()))),
+                    None if text.is_empty() => return Err(Invalid::new("label", "a label has a key").into()),
+                    None => filter.labels.push((text, None)),
+                },
+                _ => return Err(query::unknown(&name)),
+            }
+        }
+        if !filter.prefix.is_empty() {
+            ImageReference::parse("name", filter.prefix.clone())?;
+        }
+        Ok(filter)
+    }
+
+    fn permits(&self, image: &Image) -> bool {
+        let labels = image.config.config().as_ref().and_then(|config| config.labels().as_ref());
+        let has = |(key, wanted): &(String, Option<String>)| {
+            labels.and_then(|labels| labels.get(key)).is_some_and(|value| wanted.as_ref().is_none_or(|wanted| wanted == value))
+        };
+        image.reference.starts_with(&self.prefix)
+            && self.is_shared.is_none_or(|is_shared| is_shared == image.is_shared)
+            && self.labels.iter().all(has)
+    }
 }
 
 impl From<Image> for ImageView {
@@ -205,9 +277,13 @@ impl From<Image> for ImageView {
             env: config.env().clone().unwrap_or_default(),
             workdir: config.working_dir().clone().unwrap_or_default(),
             user: config.user().clone().unwrap_or_default(),
+            stop_signal: config.stop_signal().clone(),
+            labels: config.labels().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect(),
+            exposed_ports: config.exposed_ports().clone().unwrap_or_default(),
+            volumes: config.volumes().clone().unwrap_or_default(),
         });
-        let Image { reference, digest, size_bytes, created_at, is_shared, .. } = image;
-        Self { reference, digest, shared: is_shared, size_bytes, created_at, config }
+        let Image { reference, digest, size_bytes, created_at, is_shared, pulled_from, .. } = image;
+        Self { reference, digest, shared: is_shared, size_bytes, created_at, pulled_from, config }
     }
 }
 
@@ -246,6 +322,36 @@ mod tests {
     fn a_path_that_can_be_no_reference_names_no_image() {
         assert!(matches!(named("a\0b".into()), Err(ApiError::ImageNotFound(_))));
         assert_eq!(named("library/python:3".into()).unwrap(), "library/python:3");
+    }
+
+    #[test]
+    fn filters_add_up_and_what_is_wrong_is_named() {
+        let parsed = |query: &str| Filter::parse(query::pairs(&format!("/v1/images?{query}").parse().unwrap())?);
+        let image = |reference: &str, is_shared: bool| {
+            Image {
+            reference: reference.to_owned(),
+            digest: String::new(),
+            root: "a".repeat(64).try_into().unwrap(),
+            config: serde_json::from_value(serde_json::json!({
+                "architecture": "amd64", "os": "linux", "rootfs": { "type": "layers", "diff_ids": [] }, "config": { "Labels": { "of": "team=a" } },
+            }))
+            .unwrap(),
+            size_bytes: 0,
+            created_at: OffsetDateTime::UNIX_EPOCH,
+            is_shared,
+            pulled_from: None,
+        }
+        };
+        let permits = |query: &str, image: &Image| parsed(query).unwrap().permits(image);
+        assert!(permits("", &image("a", true)) && permits("name=py&label=of", &image("python", false)));
+        assert!(permits("label=of%3Dteam%3Da&shared=true", &image("a", true)));
+        assert!(!permits("name=py", &image("busybox", true)) && !permits("shared=false", &image("a", true)));
+        assert!(!permits("label=of%3Dteam", &image("a", true)) && !permits("label=of&label=by", &image("a", true)));
+        for (query, field) in
+            [("name=%20", "name"), ("shared=maybe", "shared"), ("label=", "label"), ("label=%3Dx", "label"), ("colour=red", "colour")]
+        {
+            assert!(matches!(parsed(query), Err(ApiError::Invalid(invalid)) if invalid.field == field), "{query}");
+        }
     }
 
     #[test]

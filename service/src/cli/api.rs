@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use reqwest::{Method, Url};
+use reqwest::{Method, Response, Url};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -40,6 +40,11 @@ pub(super) struct Ready {
 impl Api {
     /// Ready to ask.
     pub(super) fn ready(self) -> anyhow::Result<Ready> {
+        self.ready_within(Duration::from_secs(60))
+    }
+
+    /// Ready to ask what is answered, to its last byte, within this time.
+    pub(super) fn ready_within(self, deadline: Duration) -> anyhow::Result<Ready> {
         let operator = Claims { tenant: "operator".into(), subject: "operator".into(), scopes: [Scope::Admin].into_iter().collect() };
         let token = match self.token {
             Some(given) => given,
@@ -47,14 +52,14 @@ impl Api {
         };
         // A proxy knows nothing of this machine's own loopback.
         let is_local = matches!(self.url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
-        let client = reqwest::Client::builder().timeout(Duration::from_secs(60));
+        let client = reqwest::Client::builder().timeout(deadline);
         let client = if is_local { client.no_proxy() } else { client }.build()?;
         Ok(Ready { client, url: self.url, token })
     }
 }
 
 impl Ready {
-    /// The answer to a request for what is at `path` below `place`; an error that says why it was refused.
+    /// The answer to a request for what is at `path` below `place`, where there is none that of nothing; an error that says why it was refused.
     pub(super) async fn ask<T: serde::de::DeserializeOwned>(
         &self,
         method: Method,
@@ -63,6 +68,26 @@ impl Ready {
         query: &[(&str, &str)],
         body: Option<Map<String, Value>>,
     ) -> anyhow::Result<T> {
+        let response = self.sent(method, place, path, query, body).await?;
+        let url = &self.url;
+        let text = response.text().await.with_context(|| format!("hearing from {url}"))?;
+        let text = if text.is_empty() { "null" } else { &text };
+        serde_json::from_str(text).with_context(|| format!("{url} answered something else than was asked for"))
+    }
+
+    /// The same, of which the content is yet to come.
+    pub(super) async fn open(&self, method: Method, place: &str, path: &[String], query: &[(&str, &str)]) -> anyhow::Result<Response> {
+        self.sent(method, place, path, query, None).await
+    }
+
+    async fn sent(
+        &self,
+        method: Method,
+        place: &str,
+        path: &[String],
+        query: &[(&str, &str)],
+        body: Option<Map<String, Value>>,
+    ) -> anyhow::Result<Response> {
         let mut place = self.url.join(place).context("--url")?;
         place.path_segments_mut().map_err(|()| anyhow::anyhow!("--url: {} has no path", self.url))?.extend(path);
         if !query.is_empty() {
@@ -73,10 +98,10 @@ impl Ready {
         let url = &self.url;
         let response = request.send().await.with_context(|| format!("asking {url}"))?;
         let status = response.status();
-        let text = response.text().await.with_context(|| format!("hearing from {url}"))?;
         if status.is_success() {
-            return serde_json::from_str(&text).with_context(|| format!("{url} answered something else than was asked for"));
+            return Ok(response);
         }
+        let text = response.text().await.with_context(|| format!("hearing from {url}"))?;
         match serde_json::from_str::<Problem>(&text) {
             Ok(problem) => bail!("{url} answered {status}, {}: {}", problem.code, problem.detail),
             Err(_) => bail!("{url} answered {status}"),

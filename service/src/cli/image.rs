@@ -1,7 +1,9 @@
 //! `mayfly image`: a client of the API that sends an archive, or packs a folder into one first, or has an image pulled.
 
+pub(super) mod kept;
 mod pack;
 pub(super) mod pull;
+pub(super) mod push;
 
 use std::{
     fs::File,

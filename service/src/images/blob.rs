@@ -90,9 +90,27 @@ impl Blobs {
         Ok(())
     }
 
+    /// The manifest of this digest. Fails if it is not here.
+    pub(super) fn manifest(&self, digest: &Sha256Digest) -> anyhow::Result<ImageManifest> {
+        Ok(serde_json::from_reader(io::BufReader::new(self.open_blob(digest)?))?)
+    }
+
+    /// Whether all is here that the manifest of this digest refers to, and it itself.
+    pub(super) fn has_all(&self, manifest: &Sha256Digest) -> bool {
+        self.references(manifest).is_ok_and(|all| all.iter().all(|digest| self.path(digest).exists()))
+    }
+
+    /// Takes away what is not what it was, if it is there.
+    pub(super) fn put_away(&self, digest: &Sha256Digest) -> io::Result<()> {
+        match fs::remove_file(self.path(digest)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
     /// What the manifest of this digest refers to, and itself. Fails if it is not here.
     pub(super) fn references(&self, manifest: &Sha256Digest) -> anyhow::Result<HashSet<Sha256Digest>> {
-        let parsed: ImageManifest = serde_json::from_reader(io::BufReader::new(self.open_blob(manifest)?))?;
+        let parsed = self.manifest(manifest)?;
         let descriptors = parsed.layers().iter().chain([parsed.config()]);
         let mut all: HashSet<_> = descriptors.filter_map(|descriptor| descriptor.as_digest_sha256()?.parse().ok()).collect();
         all.insert(manifest.clone());
@@ -101,7 +119,7 @@ impl Blobs {
 
     /// The configuration of the image whose manifest this is. Fails if the one or the other is not here.
     pub(super) fn configuration(&self, manifest: &Sha256Digest) -> anyhow::Result<ImageConfiguration> {
-        let parsed: ImageManifest = serde_json::from_reader(io::BufReader::new(self.open_blob(manifest)?))?;
+        let parsed = self.manifest(manifest)?;
         let config: Option<Sha256Digest> = parsed.config().as_digest_sha256().and_then(|digest| digest.parse().ok());
         let config = config.with_context(|| format!("the manifest {manifest} names no configuration"))?;
         Ok(serde_json::from_reader(io::BufReader::new(self.open_blob(&config)?))?)

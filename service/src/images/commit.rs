@@ -16,7 +16,7 @@ use super::{
 use crate::{
     runtime::{Content, Tree},
     sandbox::{Commit, ImageId, Owner, SandboxId},
-    store::Image,
+    store::{Image, Origin},
 };
 
 /// The files of a sandbox as they were read, and what the image of them is to say of itself.
@@ -63,7 +63,7 @@ impl Images {
             Ok((archive, found))
         };
         let tenant = Some(actor.tenant.clone());
-        self.take_in(place, find, Naming { reference: asked.reference, tenant, actor, sandbox: Some(sandbox) }).await
+        self.take_in(place, find, Naming { reference: asked.reference, tenant, actor, origin: Origin::Sandbox(sandbox) }).await
     }
 
     /// All files, as far as the largest archive and what the tenant may still have of images.

@@ -322,6 +322,12 @@ pub(super) fn of_layer(archive: &Archive, section: Section, mut configuration: I
     Ok(Found { manifest: manifest_of(&config, vec![descriptor])?, config, configuration, layers: vec![Layer { digest, section }] })
 }
 
+/// What a manifest says that it is; those of OCI need not say it.
+pub(super) fn manifest_type(manifest: &[u8]) -> String {
+    let said: Option<Value> = serde_json::from_slice(manifest).ok();
+    said.and_then(|said| said["mediaType"].as_str().map(str::to_owned)).unwrap_or_else(|| MediaType::ImageManifest.to_string())
+}
+
 /// The manifest of an image that came without one.
 fn manifest_of(config: &Document, layers: Vec<Descriptor>) -> Result<Document, Fault> {
     let manifest = ImageManifestBuilder::default()

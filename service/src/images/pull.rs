@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     sandbox::{ImageReference, Owner, TenantId},
-    store::Image,
+    store::{Image, Origin},
 };
 
 /// Pulls that go on at one time, of this node and of a tenant. Each may fill as much disk as an archive may have, for as long as its registry takes.
@@ -49,7 +49,7 @@ pub struct Pull {
     pub tenant: Option<TenantId>,
 }
 
-/// How far a pull has come.
+/// How far a pull or a push has come.
 #[derive(Debug, Clone, Default)]
 pub struct Progress {
     pub stage: Stage,
@@ -66,6 +66,8 @@ pub enum Stage {
     Downloading,
     /// It is all here, and waits for its turn or is being unpacked.
     Unpacking,
+    /// Of a push: it is on its way there.
+    Uploading,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,7 +79,7 @@ pub struct LayerProgress {
     pub total_bytes: u64,
 }
 
-/// A pull that goes on, whoever looks on or goes away.
+/// A pull or a push that goes on, whoever looks on or goes away.
 #[derive(Debug)]
 pub struct Pulling(watch::Receiver<Progress>);
 
@@ -110,7 +112,18 @@ impl Pulls {
     }
 }
 
+impl Progress {
+    /// Tells the end.
+    pub(super) fn end(&mut self, outcome: Result<Image, Arc<ImportError>>) {
+        self.outcome = Some(outcome);
+    }
+}
+
 impl Pulling {
+    pub(super) const fn of(progress: watch::Receiver<Progress>) -> Self {
+        Self(progress)
+    }
+
     /// How far it has come by now.
     pub fn progress(&mut self) -> Progress {
         self.0.borrow_and_update().clone()
@@ -126,7 +139,7 @@ impl Pulling {
     pub fn outcome(&self) -> Option<Result<Image, Arc<ImportError>>> {
         let told = self.0.borrow().outcome.clone();
         let is_lost = told.is_none() && self.0.has_changed().is_err();
-        told.or_else(|| is_lost.then(|| Err(Arc::new(ImportError::Internal(anyhow::anyhow!("a pull panicked"))))))
+        told.or_else(|| is_lost.then(|| Err(Arc::new(ImportError::Internal(anyhow::anyhow!("a pull or a push panicked"))))))
     }
 
     /// Waits for the end.
@@ -167,7 +180,7 @@ impl Images {
             let outcome = place.images.pull_now(&place.pull, &teller, &actor).await.map_err(Arc::new);
             // Whoever asks from now on finds what there is at the registry then.
             drop(place);
-            teller.send_modify(|progress| progress.outcome = Some(outcome));
+            teller.send_modify(|progress| progress.end(outcome));
         });
         Ok(Pulling(progress))
     }
@@ -183,7 +196,12 @@ impl Images {
         };
         teller.send_modify(|progress| progress.stage = Stage::Unpacking);
         fail_point::reached("service.pull.fetched");
-        let naming = Naming { reference: pull.reference.clone(), tenant: pull.tenant.clone(), actor: actor.clone(), sandbox: None };
+        let naming = Naming {
+            reference: pull.reference.clone(),
+            tenant: pull.tenant.clone(),
+            actor: actor.clone(),
+            origin: Origin::Registry(pull.source.name()),
+        };
         self.take_in_now(self.reading(archive, &pull.reference), naming).await
     }
 
@@ -203,7 +221,8 @@ impl Images {
     async fn fetch_from(&self, session: &Session<'_>, pull: &Pull, teller: &watch::Sender<Progress>) -> Result<Brought, ImportError> {
         let (fetched, manifest) = manifest(session).await?;
         let here = self.named_image(pull.tenant.as_ref(), pull.reference.as_str()).await?;
-        if let Some(image) = here.filter(|image| image.root == root_of(&fetched.digest)) {
+        // What a look at it found damaged is fetched again.
+        if let Some(image) = here.filter(|image| image.root == root_of(&fetched.digest) && self.blobs.has_all(&fetched.digest)) {
             return Ok(Brought::Nothing(Box::new(image)));
         }
         let config_digest = small_digest(manifest.config())?;

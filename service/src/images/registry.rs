@@ -6,6 +6,7 @@
 mod login;
 mod patience;
 mod source;
+mod upload;
 
 use std::{error::Error as _, path::PathBuf, sync::Mutex, time::Duration};
 
@@ -15,8 +16,8 @@ use ipnet::IpNet;
 use oci_spec::image::Sha256Digest;
 use patience::{ATTEMPTS_MAX, MIRROR_ATTEMPTS_MAX, Patience, Trouble, retry_after};
 use reqwest::{
-    Certificate, Client, Response, StatusCode, Url,
-    header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, HeaderValue, LOCATION, RANGE},
+    Certificate, Client, Method, Response, StatusCode, Url,
+    header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderValue, LOCATION, RANGE},
     redirect,
 };
 pub(super) use source::Source;
@@ -91,6 +92,8 @@ pub(super) struct Session<'a> {
     /// `https`, but for a registry on this machine that speaks none.
     base: Url,
     attempts_max: u32,
+    /// What it is to let us do, as its issuer of tokens calls that.
+    access: &'static str,
     authorization: Mutex<Option<HeaderValue>>,
 }
 
@@ -151,6 +154,11 @@ impl Registries {
         Session { attempts_max: MIRROR_ATTEMPTS_MAX, ..self.begin(mirror, None).await }
     }
 
+    /// Begins to speak with the registry that an image is to be brought to.
+    pub(super) async fn begin_to_push<'a>(&'a self, target: &'a Source, credentials: Option<&'a Credentials>) -> Session<'a> {
+        Session { access: "pull,push", ..self.begin(target, credentials).await }
+    }
+
     /// Begins to speak with the registry of an image.
     pub(super) async fn begin<'a>(&'a self, source: &'a Source, credentials: Option<&'a Credentials>) -> Session<'a> {
         let mut base = source.url().clone();
@@ -161,7 +169,7 @@ impl Registries {
                 base.set_scheme("http").expect("both schemes are a URL's special ones");
             }
         }
-        Session { registries: self, source, credentials, base, attempts_max: ATTEMPTS_MAX, authorization: Mutex::default() }
+        Session { registries: self, source, credentials, base, attempts_max: ATTEMPTS_MAX, access: "pull", authorization: Mutex::default() }
     }
 
     /// Whether we go there: to a host that may be public, by what nobody can listen to.
@@ -286,15 +294,28 @@ impl Session<'_> {
         }
     }
 
+    /// Where something of this repository is.
+    fn url(&self, path: &str) -> Result<Url, Trouble> {
+        let path = format!("v2/{}/{path}", self.source.repository());
+        self.base.join(&path).map_err(|error| Trouble::lasting(format!("cannot be asked for {path}: {error}")))
+    }
+
     /// The head of a good answer about something of this repository, from this byte on.
     async fn get(&self, path: &str, accept: &str, from: u64) -> Result<Response, Trouble> {
-        let path = format!("v2/{}/{path}", self.source.repository());
-        let mut url = self.base.join(&path).map_err(|error| Trouble::lasting(format!("cannot be asked for {path}: {error}")))?;
+        self.ask(Method::GET, path, accept, from).await
+    }
+
+    /// The same by any method that sends nothing.
+    async fn ask(&self, method: Method, path: &str, accept: &str, from: u64) -> Result<Response, Trouble> {
+        let mut url = self.url(path)?;
         let mut has_logged_in = false;
         for _ in 0..REDIRECTS_MAX {
             self.registries.check_url(&url).map_err(Trouble::Refused)?;
             let is_own = url.origin() == self.base.origin();
-            let mut request = self.registries.client.get(url.clone()).header(ACCEPT, accept);
+            let mut request = self.registries.client.request(method.clone(), url.clone()).header(ACCEPT, accept);
+            if method == Method::POST {
+                request = request.header(CONTENT_LENGTH, 0);
+            }
             if from > 0 {
                 request = request.header(RANGE, format!("bytes={from}-"));
             }
@@ -304,7 +325,9 @@ impl Session<'_> {
             }
             let response = self.send(request).await?;
             match response.status() {
-                StatusCode::OK | StatusCode::PARTIAL_CONTENT => return Ok(response),
+                StatusCode::OK | StatusCode::PARTIAL_CONTENT | StatusCode::ACCEPTED => return Ok(response),
+                // Where it is, it is; who may ask there how large it is, is another question.
+                status if method == Method::HEAD && status.is_redirection() => return Ok(response),
                 StatusCode::UNAUTHORIZED if is_own && !has_logged_in => {
                     has_logged_in = true;
                     self.log_in(response.headers()).await?;

@@ -7,7 +7,7 @@ use oci_spec::image::Sha256Digest;
 use sha2::{Digest as _, Sha256};
 
 /// The unit of a tar archive (tar(5)).
-const BLOCK_BYTES: u64 = 512;
+pub(super) const BLOCK_BYTES: u64 = 512;
 
 /// An archive in a file without a name, gone when this is dropped, however that happens.
 #[derive(Debug)]
@@ -40,13 +40,7 @@ impl Spool {
 
     /// Adds a file of this size that is to come.
     pub(super) fn reserve(&mut self, name: &str, bytes: u64) -> anyhow::Result<Part> {
-        let mut header = tar::Header::new_gnu();
-        header.set_path(name).context("a name in an archive")?;
-        header.set_entry_type(tar::EntryType::Regular);
-        header.set_mode(0o644);
-        header.set_size(bytes);
-        header.set_cksum();
-        self.file.write_all_at(header.as_bytes(), self.end).context("writing a pulled image")?;
+        self.file.write_all_at(header(name, bytes)?.as_bytes(), self.end).context("writing a pulled image")?;
         let offset = self.end + BLOCK_BYTES;
         self.end = offset + bytes.next_multiple_of(BLOCK_BYTES);
         Ok(Part { file: Arc::clone(&self.file), offset, bytes, done: 0, sum: Sha256::new() })
@@ -57,6 +51,17 @@ impl Spool {
         let ended = self.file.set_len(self.end + 2 * BLOCK_BYTES).and_then(|()| self.file.try_clone());
         ended.context("writing a pulled image")
     }
+}
+
+/// What stands before a file in an archive.
+pub(super) fn header(name: &str, bytes: u64) -> anyhow::Result<tar::Header> {
+    let mut header = tar::Header::new_gnu();
+    header.set_path(name).context("a name in an archive")?;
+    header.set_entry_type(tar::EntryType::Regular);
+    header.set_mode(0o644);
+    header.set_size(bytes);
+    header.set_cksum();
+    Ok(header)
 }
 
 impl Part {

@@ -22,8 +22,39 @@ pub struct NewImage {
     pub config: ImageConfiguration,
     pub size_bytes: u64,
     pub created_at: OffsetDateTime,
-    /// The sandbox whose files it is; `None`: it was imported.
-    pub sandbox: Option<SandboxId>,
+    pub origin: Origin,
+}
+
+/// How an image came to have its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// Somebody sent an archive.
+    Archive,
+    /// It is the files of a sandbox.
+    Sandbox(SandboxId),
+    /// It was pulled as this.
+    Registry(String),
+    /// It is the image that had this name.
+    Image(String),
+}
+
+impl Origin {
+    /// The event that tells of it, and what that says of it.
+    fn told(&self) -> (&'static str, Option<(&'static str, String)>) {
+        match self {
+            Self::Archive => ("image.imported", None),
+            Self::Sandbox(sandbox) => ("image.committed", Some(("sandbox", sandbox.to_string()))),
+            Self::Registry(source) => ("image.pulled", Some(("source", source.clone()))),
+            Self::Image(reference) => ("image.tagged", Some(("source", reference.clone()))),
+        }
+    }
+
+    fn pulled_from(&self) -> Option<&str> {
+        match self {
+            Self::Registry(source) => Some(source),
+            Self::Archive | Self::Sandbox(_) | Self::Image(_) => None,
+        }
+    }
 }
 
 /// An image as its tenant sees it.
@@ -37,6 +68,16 @@ pub struct Image {
     pub created_at: OffsetDateTime,
     /// Whether it is for all tenants.
     pub is_shared: bool,
+    /// What it was pulled as, if it was.
+    pub pulled_from: Option<String>,
+}
+
+/// An image that can be given up: it was pulled, and no sandbox needs it.
+#[derive(Debug, Clone)]
+pub struct IdleImage {
+    /// `None`: it is for all.
+    pub tenant: Option<TenantId>,
+    pub image: Image,
 }
 
 /// What became of an image that was to be recorded.
@@ -54,6 +95,7 @@ struct Row {
     config: Json<ImageConfiguration>,
     size_bytes: i64,
     created_at: OffsetDateTime,
+    pulled_from: Option<String>,
 }
 
 impl Row {
@@ -66,6 +108,7 @@ impl Row {
             config: self.config.0,
             size_bytes: unsigned(self.size_bytes),
             created_at: self.created_at,
+            pulled_from: self.pulled_from,
         })
     }
 }
@@ -99,12 +142,12 @@ impl Store {
         }
         let row = sqlx::query_as!(
             Row,
-            r#"insert into images (id, tenant, reference, digest, root, config, size_bytes, created_at)
-            values ($1, $2, $3, $4, $5, $6, $7, $8)
+            r#"insert into images (id, tenant, reference, digest, root, config, size_bytes, created_at, pulled_from)
+            values ($1, $2, $3, $4, $5, $6, $7, $8, $9)
             on conflict (coalesce(tenant, ''), reference) do update
             set digest = excluded.digest, root = excluded.root, config = excluded.config,
-                size_bytes = excluded.size_bytes, created_at = excluded.created_at
-            returning tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at"#,
+                size_bytes = excluded.size_bytes, created_at = excluded.created_at, pulled_from = excluded.pulled_from
+            returning tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at, pulled_from"#,
             Uuid::now_v7(),
             image.tenant.as_ref().map(TenantId::as_str),
             image.reference,
@@ -113,16 +156,15 @@ impl Store {
             Json(&image.config) as _,
             bigint(image.size_bytes),
             image.created_at,
+            image.origin.pulled_from(),
         )
         .fetch_one(&mut *transaction)
         .await?;
         let mut act = Act { data: json!({ "digest": image.digest, "size_bytes": image.size_bytes }), ..act.clone() };
-        let kind = if let Some(sandbox) = image.sandbox {
-            act.data["sandbox"] = json!(sandbox.to_string());
-            "image.committed"
-        } else {
-            "image.imported"
-        };
+        let (kind, more) = image.origin.told();
+        if let Some((name, value)) = more {
+            act.data[name] = value.into();
+        }
         let object = format!("image/{}", image.reference);
         super::events::tell(&mut transaction, image.tenant.as_ref(), kind, Some(&object), &act).await?;
         transaction.commit().await?;
@@ -151,7 +193,7 @@ impl Store {
     pub async fn find_image(&self, tenant: &TenantId, reference: &str) -> Result<Option<Image>, StoreError> {
         sqlx::query_as!(
             Row,
-            r#"select tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at
+            r#"select tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at, pulled_from
             from images
             where reference = $2 and coalesce(tenant, '') in ($1, '')
             order by tenant nulls last
@@ -169,7 +211,7 @@ impl Store {
     pub async fn list_images(&self, tenant: &TenantId) -> Result<Vec<Image>, StoreError> {
         sqlx::query_as!(
             Row,
-            r#"select tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at
+            r#"select tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at, pulled_from
             from images
             where coalesce(tenant, '') in ($1, '')
             order by reference, tenant nulls last"#,
@@ -182,32 +224,63 @@ impl Store {
         .collect()
     }
 
-    /// Takes the reference away, the tenant's own or — `None` — the shared one. Answers what it named.
-    pub async fn remove_image(&self, tenant: Option<&TenantId>, reference: &str, act: &Act<'_>) -> Result<Option<Image>, StoreError> {
+    /// Takes the reference away, the tenant's own or — `None` — the shared one, if it names the image of this digest, or whichever. Answers what it named.
+    pub async fn remove_image(
+        &self,
+        tenant: Option<&TenantId>,
+        reference: &str,
+        digest: Option<&str>,
+        act: &Act<'_>,
+    ) -> Result<Option<Image>, StoreError> {
         let (actor_tenant, actor) = act.names();
         sqlx::query_as!(
             Row,
             r#"with gone as (
-                delete from images where coalesce(tenant, '') = coalesce($1, '') and reference = $2
-                returning tenant, reference, digest, root, config, size_bytes, created_at
+                delete from images where coalesce(tenant, '') = coalesce($1, '') and reference = $2 and ($6::text is null or digest = $6)
+                returning tenant, reference, digest, root, config, size_bytes, created_at, pulled_from
             ), counted as (
                 update tenants set image_bytes = image_bytes - gone.size_bytes from gone where tenants.id = gone.tenant
             ), told as (
                 insert into events (tenant, kind, object, at, data, actor_tenant, actor)
-                select tenant, 'image.removed', 'image/' || reference, $3, jsonb_build_object('digest', digest), $4, $5 from gone
+                select tenant, 'image.removed', 'image/' || reference, $3, jsonb_build_object('digest', digest) || $7, $4, $5 from gone
             )
-            select tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at from gone"#,
+            select tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at, pulled_from from gone"#,
             tenant.map(TenantId::as_str),
             reference,
             act.at,
             actor_tenant as _,
             actor as _,
+            digest,
+            act.data,
         )
         .fetch_optional(&self.pool)
         .await
         .inspect(|_| self.told())?
         .map(Row::read)
         .transpose()
+    }
+
+    /// Images that were pulled, which no sandbox needs that has yet to end or keeps its layer, and of which none was made since this time: the one first of which none was made for the longest.
+    pub async fn idle_images(&self, before: OffsetDateTime, limit: u32) -> Result<Vec<IdleImage>, StoreError> {
+        let rows = sqlx::query_as!(
+            Row,
+            r#"with used as (
+                select image_root, max(created_at) as at,
+                    bool_or(keep_layer or state in ('queued', 'starting', 'running', 'paused')) as is_needed
+                from sandboxes group by image_root
+            )
+            select tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at, pulled_from
+            from images left join used on used.image_root = images.root
+            where pulled_from is not null and greatest(created_at, used.at) < $1 and not coalesce(used.is_needed, false)
+            order by greatest(created_at, used.at), reference
+            limit $2"#,
+            before,
+            i64::from(limit),
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let read = |row: Row| Ok(IdleImage { tenant: row.tenant.clone().map(TenantId::proven), image: row.read()? });
+        rows.into_iter().map(read).collect()
     }
 
     /// Whether a reference or a sandbox that has yet to end still needs this unpacked root.
@@ -249,7 +322,7 @@ mod tests {
             config: serde_json::from_value(config).unwrap(),
             size_bytes: 1,
             created_at: OffsetDateTime::UNIX_EPOCH,
-            sandbox: None,
+            origin: Origin::Archive,
         }
     }
 
@@ -275,7 +348,7 @@ mod tests {
         assert!(matches!(store.record_image(&sized('b', "one", 10), &quotas, &act()).await.unwrap(), Recorded::Yes(_)));
         let bytes = async || sqlx::query_scalar!("select image_bytes from tenants where id = 'acme'").fetch_one(&pool).await.unwrap();
         assert_eq!(bytes().await, 10);
-        store.remove_image(Some(&TenantId::proven("acme".into())), "one", &act()).await.unwrap().unwrap();
+        store.remove_image(Some(&TenantId::proven("acme".into())), "one", None, &act()).await.unwrap().unwrap();
         assert_eq!(bytes().await, 0);
         let kinds = sqlx::query_scalar!("select kind from events order by id").fetch_all(&pool).await.unwrap();
         assert_eq!(kinds, ["image.imported", "image.imported", "image.removed"]);
@@ -300,10 +373,47 @@ mod tests {
     async fn what_was_a_sandboxs_files_is_told_as_that(pool: sqlx::PgPool) {
         let store = Store { pool: pool.clone().into() };
         let sandbox = SandboxId(Uuid::from_u128(7));
-        record(&store, &NewImage { sandbox: Some(sandbox), ..image(Some("acme"), "mine", 'a') }).await.unwrap();
+        record(&store, &NewImage { origin: Origin::Sandbox(sandbox), ..image(Some("acme"), "mine", 'a') }).await.unwrap();
         let told = sqlx::query!("select kind, object, data from events").fetch_one(&pool).await.unwrap();
         assert_eq!((told.kind.as_str(), told.object.as_deref()), ("image.committed", Some("image/mine")));
         assert_eq!(told.data["sandbox"], sandbox.to_string());
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn only_what_was_pulled_and_is_not_used_is_idle(pool: sqlx::PgPool) {
+        let store = Store { pool: pool.into() };
+        let at = |second| OffsetDateTime::UNIX_EPOCH + time::Duration::seconds(second);
+        let pulled = |reference: &str, digit, second| {
+            let origin = Origin::Registry(format!("registry.example/{reference}"));
+            NewImage { origin, created_at: at(second), ..image(Some("acme"), reference, digit) }
+        };
+        record(&store, &image(Some("acme"), "imported", 'a')).await.unwrap();
+        record(&store, &pulled("newer", 'b', 5)).await.unwrap();
+        record(&store, &pulled("older", 'c', 3)).await.unwrap();
+        record(&store, &pulled("too-new", 'd', 9)).await.unwrap();
+        let tagged = NewImage { origin: Origin::Image("newer".to_owned()), ..image(Some("acme"), "tagged", 'b') };
+        record(&store, &tagged).await.unwrap();
+
+        let idle = store.idle_images(at(9), 10).await.unwrap();
+
+        let names: Vec<_> = idle.iter().map(|idle| idle.image.reference.as_str()).collect();
+        assert_eq!(names, ["older", "newer"]);
+        assert_eq!(idle[0].tenant, Some(TenantId::proven("acme".into())));
+        assert_eq!(idle[0].image.pulled_from.as_deref(), Some("registry.example/older"));
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn an_image_that_took_a_names_place_is_not_removed_for_the_one_before(pool: sqlx::PgPool) {
+        let store = Store { pool: pool.clone().into() };
+        record(&store, &image(None, "python", 'b')).await.unwrap();
+        let act = Act { data: json!({ "reason": "idle" }), ..act() };
+        let digest = |digit: char| format!("sha256:{}", digit.to_string().repeat(64));
+
+        assert!(store.remove_image(None, "python", Some(&digest('a')), &act).await.unwrap().is_none());
+        assert!(store.remove_image(None, "python", Some(&digest('b')), &act).await.unwrap().is_some());
+
+        let told = sqlx::query_scalar!("select data from events where kind = 'image.removed'").fetch_one(&pool).await.unwrap();
+        assert_eq!((&told["reason"], &told["digest"]), (&json!("idle"), &json!(digest('b'))));
     }
 
     #[sqlx::test(migrations = "../migrations")]
@@ -325,7 +435,7 @@ mod tests {
         let other = TenantId::proven("other".into());
         assert!(store.find_image(&other, "secret").await.unwrap().is_none());
         assert!(store.list_images(&other).await.unwrap().is_empty());
-        assert!(store.remove_image(Some(&other), "secret", &act()).await.unwrap().is_none());
+        assert!(store.remove_image(Some(&other), "secret", None, &act()).await.unwrap().is_none());
     }
 
     #[sqlx::test(migrations = "../migrations")]

@@ -76,6 +76,18 @@ parameters! {
     Node = [path("node", "What is no id names nothing, and is not found.")];
     /// The name of an image.
     Reference = [path("reference", "May hold slashes.")];
+    /// The name of an image where it is no part of the path.
+    WhichImage = [needed("reference", "What the image is called.", json!({ "type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._/:@-]{0,255}$" }))];
+    /// Which images.
+    ImageFilter = [
+        query("name", "Only those whose reference begins so.", json!({ "type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._/:@-]{0,255}$" })),
+        query("shared", "Only those that are for all tenants, or only the others.", json!({ "type": "boolean" })),
+        query(
+            "label",
+            "Only those whose builder gave them all of these labels, each as `key=value`, or as `key` for whatever value.",
+            json!({ "type": "array", "items": { "type": "string", "pattern": "^[^=\\u0000]+(=[^\\u0000]*)?$" } })
+        )
+    ];
     /// A registry.
     Registry = [path("registry", "Its host as images are named by it, with its port if that is not the usual one.")];
     /// The name of a volume.

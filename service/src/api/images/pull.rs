@@ -100,7 +100,7 @@ impl GivenCredentials {
     }
 }
 
-/// One piece of what is told of a pull.
+/// One piece of what is told of a pull or a push.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(untagged)]
 pub(in crate::api) enum PullFrame {
@@ -121,25 +121,26 @@ pub(in crate::api) enum PullFrame {
     },
 }
 
-/// How far a pull has come.
+/// How far a pull or a push has come.
 #[derive(Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[schema(as = PullProgress)]
 pub(in crate::api) struct ProgressView {
     stage: PullStage,
-    /// Of all layers, packed as they are: here by now, and to come altogether. 0 while that is not known.
+    /// Of all layers, packed as they are: here, or of a push there, by now, and to come altogether. 0 while that is not known.
     bytes: u64,
     total_bytes: u64,
-    /// Each once, the bottom one first.
+    /// Each once, the bottom one first; of a push, its configuration behind them.
     layers: Vec<LayerView>,
 }
 
-/// `resolving`: the registry is asked what there is; `downloading`: its layers are on their way; `unpacking`: all is here, and is being unpacked or waits for its turn.
+/// `resolving`: the registry is asked what there is; `downloading`: its layers are on their way; `unpacking`: all is here, and is being unpacked or waits for its turn; `uploading`: of a push, what the registry lacks is on its way there.
 #[derive(Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub(in crate::api) enum PullStage {
     Resolving,
     Downloading,
     Unpacking,
+    Uploading,
 }
 
 /// How far a layer has come. `bytes` shrink where a registry has to begin again.
@@ -229,7 +230,7 @@ pub(in crate::api) async fn pull_for(app: &App, caller: &Caller, asked: &NewSand
 }
 
 /// As a stream, for whom that is the best.
-fn form(headers: &HeaderMap) -> Option<Form> {
+pub(super) fn form(headers: &HeaderMap) -> Option<Form> {
     match stream::preferred(headers, &["application/json", LINES, EVENTS]) {
         Some(LINES) => Some(Form::Lines),
         Some(EVENTS) => Some(Form::Events),
@@ -238,7 +239,7 @@ fn form(headers: &HeaderMap) -> Option<Form> {
 }
 
 /// What is told of it, to its end.
-fn frames(pulling: Pulling, request_id: String) -> Frames {
+pub(super) fn frames(pulling: Pulling, request_id: String) -> Frames {
     Box::pin(futures_util::stream::unfold(Some((pulling, None)), move |state| {
         let request_id = request_id.clone();
         async move {
@@ -279,6 +280,7 @@ impl From<&Progress> for ProgressView {
                 Stage::Resolving => PullStage::Resolving,
                 Stage::Downloading => PullStage::Downloading,
                 Stage::Unpacking => PullStage::Unpacking,
+                Stage::Uploading => PullStage::Uploading,
             },
             bytes: layers.iter().map(|layer| layer.bytes).sum(),
             total_bytes: layers.iter().map(|layer| layer.total_bytes).sum(),

@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, IsTerminal, Write as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use reqwest::{Response, Url};
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Imported, Key, Problem, bar, operator};
 
@@ -61,22 +61,38 @@ pub(in crate::cli) fn run(arguments: Arguments) -> anyhow::Result<()> {
     if let Some(name) = name {
         request["name"] = name.into();
     }
+    ask_for(&url, "v1/images/pull", request, (username, password_file), (token, key))
+}
+
+/// Has the service pull or push, with these credentials, if any, and shows how far it has come.
+pub(super) fn ask_for(
+    url: &Url,
+    path: &str,
+    mut request: Value,
+    (username, password_file): (Option<String>, Option<PathBuf>),
+    (token, key): (Option<String>, Key),
+) -> anyhow::Result<()> {
     if let (Some(username), Some(path)) = (username, password_file) {
-        let text = if path.as_os_str() == "-" { io::read_to_string(io::stdin()) } else { std::fs::read_to_string(&path) };
-        let text = text.with_context(|| path.display().to_string())?;
-        request["credentials"] = json!({ "username": username, "password": text.trim_end_matches(['\r', '\n']) });
+        request["credentials"] = json!({ "username": username, "password": password(&path)? });
     }
     let token = match token {
         Some(given) => given,
         None => key.sign(&operator(), 3600).context("signing a token; give one with --token")?,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let pulled = runtime.block_on(pull(&url, &token, &request))?;
-    crate::cli::print(format!("{} {}", pulled.reference, pulled.digest))
+    let image = runtime.block_on(ask(url, path, &token, &request))?;
+    crate::cli::print(format!("{} {}", image.reference, image.digest))
 }
 
-async fn pull(url: &Url, token: &str, request: &serde_json::Value) -> anyhow::Result<Imported> {
-    let place = url.join("v1/images/pull").context("--url")?;
+/// What is in this file, or for `-` in standard input, less the end of its line.
+pub(super) fn password(path: &Path) -> anyhow::Result<String> {
+    let text = if path.as_os_str() == "-" { io::read_to_string(io::stdin()) } else { std::fs::read_to_string(path) };
+    let text = text.with_context(|| path.display().to_string())?;
+    Ok(text.trim_end_matches(['\r', '\n']).to_owned())
+}
+
+async fn ask(url: &Url, path: &str, token: &str, request: &Value) -> anyhow::Result<Imported> {
+    let place = url.join(path).context("--url")?;
     // A proxy knows nothing of this machine's own loopback.
     let is_local = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
     let client = reqwest::Client::builder().connect_timeout(Duration::from_secs(10)).read_timeout(SILENCE_MAX);
@@ -122,7 +138,7 @@ async fn follow(mut response: Response, url: &Url) -> anyhow::Result<Imported> {
             }
         }
     }
-    bail!("{url} broke off; the pull may go on all the same")
+    bail!("{url} broke off; what was begun may go on all the same")
 }
 
 fn show(progress: &Progress) {

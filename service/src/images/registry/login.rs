@@ -53,7 +53,7 @@ impl Session<'_> {
     async fn token(&self, realm: &str, service: Option<&str>) -> Result<String, Trouble> {
         let mut url: Url = realm.parse().map_err(|_| Trouble::lasting("names no URL to fetch a token from".to_owned()))?;
         self.registries.check_url(&url).map_err(Trouble::Refused)?;
-        let scope = format!("repository:{}:pull", self.source.repository());
+        let scope = format!("repository:{}:{}", self.source.repository(), self.access);
         url.query_pairs_mut().extend_pairs(service.map(|service| ("service", service))).append_pair("scope", &scope);
         let mut request = self.registries.client.get(url);
         if let Some(Credentials { username, password }) = self.credentials {

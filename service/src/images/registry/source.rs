@@ -100,6 +100,15 @@ impl Source {
         Ok(Self { registry, url, repository, version })
     }
 
+    /// The whole of it in one form, whatever was left out.
+    pub(in crate::images) fn name(&self) -> String {
+        let Self { registry, repository, .. } = self;
+        match &self.version {
+            Version::Tag(tag) => format!("{registry}/{repository}:{tag}"),
+            Version::Digest(digest) => format!("{registry}/{repository}@sha256:{digest}"),
+        }
+    }
+
     /// The registry's host and port.
     pub(super) const fn url(&self) -> &Url {
         &self.url
@@ -112,6 +121,14 @@ impl Source {
 
     pub(super) fn repository(&self) -> &str {
         &self.repository
+    }
+
+    /// The tag, unless it is named by its digest.
+    pub fn tag(&self) -> Option<&str> {
+        match &self.version {
+            Version::Tag(tag) => Some(tag),
+            Version::Digest(_) => None,
+        }
     }
 
     pub(super) const fn version(&self) -> &Version {
@@ -240,6 +257,8 @@ mod tests {
             taken_apart(&format!("registry.example:5000/team/app:1@sha256:{digest}")),
             ("https://registry.example:5000/".to_owned(), "team/app".to_owned(), format!("@{digest}"))
         );
+        assert_eq!(Source::parse("Registry.Example/app").unwrap().name(), "registry.example/app:latest");
+        assert_eq!(Source::parse(&format!("a.example/b:1@sha256:{digest}")).unwrap().name(), format!("a.example/b@sha256:{digest}"));
         assert_eq!(taken_apart("localhost/app").0, "https://localhost/");
         assert_eq!(taken_apart("Registry.Example/app").0, "https://registry.example/");
         // However it is spelled, an address is seen for what it is.

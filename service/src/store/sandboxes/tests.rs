@@ -68,7 +68,7 @@ pub(in crate::store) async fn store_with_node(pool: PgPool) -> (Store, Lease) {
         config: serde_json::from_value(config).unwrap(),
         size_bytes: 1,
         created_at: now,
-        sandbox: None,
+        origin: crate::store::Origin::Archive,
     };
     store.record_image(&image, &Quotas::default(), &act()).await.unwrap();
     (store, lease)
