@@ -48,7 +48,7 @@ async fn says_hello(client: &Client, image: &str) {
 }
 
 async fn export(client: &Client, reference: &str, to: &Path) {
-    let path = format!("/v1/images/export?reference={reference}");
+    let path = format!("/v1/image-archives/{reference}");
     let answer = client.request(reqwest::Method::GET, &path).send().await.unwrap();
     assert_eq!((answer.status().as_u16(), answer.headers()["content-type"].to_str().unwrap()), (200, "application/x-tar"));
     let wanted = answer.content_length();
@@ -95,7 +95,7 @@ async fn an_image_of_many_layers_leaves_with_each_of_them_once() {
     }
     import(&service.place, &layout, &name).unwrap();
     let client = service.client();
-    let history = client.get(&format!("/v1/images/history?reference={name}")).await.expect(200);
+    let history = client.get(&format!("/v1/image-history/{name}")).await.expect(200);
     let archive = folder.path().join("exported.tar");
 
     export(&client, &name, &archive).await;
@@ -132,7 +132,7 @@ async fn a_tag_is_a_name_of_its_own_for_the_same_image() {
     // Nobody names what is another's, or gives it the name of a route.
     other.post("/v1/images/tag", &json!({ "reference": "team/second:1", "name": "mine" })).await.problem(404, "image_not_found");
     let refused =
-        client.post("/v1/images/tag", &json!({ "reference": "team/second:1", "name": "export" })).await.problem(422, "invalid_request");
+        client.post("/v1/images/tag", &json!({ "reference": "team/second:1", "name": "verify" })).await.problem(422, "invalid_request");
     assert_eq!(refused["field"], "name");
 }
 
@@ -155,14 +155,14 @@ async fn how_an_image_was_built_is_told_to_who_may_use_it() {
     let service = shared();
     let (client, other) = (service.client(), service.client());
     let (name, image) = own_image(&client).await;
-    let path = format!("/v1/images/history?reference={name}");
+    let path = format!("/v1/image-history/{name}");
 
     let history = client.get(&path).await.expect(200);
 
     let layers: Vec<_> = history["steps"].as_array().unwrap().iter().map(|step| &step["layer"]).filter(|layer| !layer.is_null()).collect();
     let bytes: u64 = layers.iter().map(|layer| layer["size_bytes"].as_u64().unwrap()).sum();
     assert_eq!((&history["digest"], Some(bytes)), (&image["digest"], image["size_bytes"].as_u64()));
-    for path in [path, format!("/v1/images/export?reference={name}")] {
+    for path in [path, format!("/v1/image-archives/{name}")] {
         other.get(&path).await.problem(404, "image_not_found");
     }
     other.post("/v1/images/verify", &json!({ "reference": name })).await.problem(404, "image_not_found");
@@ -175,7 +175,7 @@ async fn a_damaged_layer_is_found_and_another_import_mends_it() {
     let admin = Client::admin(service.place());
     let verify = async || admin.post("/v1/images/verify", &json!({ "reference": "busybox" })).await.expect(200);
     let sound = verify().await;
-    let history = admin.get("/v1/images/history?reference=busybox").await.expect(200);
+    let history = admin.get("/v1/image-history/busybox").await.expect(200);
     let digest = history["steps"].as_array().unwrap().iter().find_map(|step| step["layer"]["digest"].as_str()).unwrap().to_owned();
     let layer = service.place().data_dir.join("blobs").join(digest.replace(':', "/"));
     let mut bytes = fs::read(&layer).unwrap();

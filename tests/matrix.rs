@@ -83,7 +83,7 @@ async fn make(owner: &Client, part: &str, before: &[Made], template: &str) -> Ma
             owner.send(owner.request(Method::PUT, &path).body("text"), "PUT", &path).await.expect(200);
             file
         }
-        ("/v1/images/{reference}", []) => {
+        ("/v1/images/{reference}" | "/v1/image-history/{reference}" | "/v1/image-archives/{reference}", []) => {
             let (name, absent) = (uuid::Uuid::new_v4(), uuid::Uuid::new_v4());
             let made = Made { id: format!("{}-{name}", mark(owner)), absent: format!("{}-{absent}", mark(owner)) };
             let archive = std::fs::read(image::archive("busybox").unwrap()).unwrap();

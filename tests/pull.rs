@@ -552,6 +552,47 @@ async fn a_mirror_is_asked_first_and_the_registry_for_what_it_lacks() {
 }
 
 #[tokio::test]
+async fn what_was_pulled_goes_for_room_when_nothing_uses_it_and_nothing_else_does() {
+    let folder = service::folder().unwrap();
+    let liar = Liar::start(&layout(folder.path()), Manner::Honest).await;
+    // To this service the disk is always full.
+    let full = ["--image-gc-high-water", "0", "--image-gc-idle-hours", "0"];
+    let service = Service::start_with(&[&OWN[..], &full].concat()).unwrap();
+    service.import("busybox").unwrap();
+    let client = service.client();
+    let image = format!("{}/app:1", liar.address);
+    let asked = json!({ "image": image, "command": ["sleep", "1000"], "pull": "missing" });
+    let sandbox = client.post("/v1/sandboxes", &asked).await.expect(201)["id"].as_str().unwrap().to_owned();
+    pull(&client, &liar.address).await.expect(201);
+    client.until(&format!("/v1/sandboxes/{sandbox}"), |sandbox| sandbox["state"] == "running").await;
+
+    // A further image that nothing is made of goes: somebody has looked.
+    let other = service::folder().unwrap();
+    image::variant(&busybox(), other.path(), &["--config.env", "WHICH=other"]).unwrap();
+    let second = Liar::start(other.path(), Manner::Honest).await;
+    client.post(PULL, &json!({ "reference": format!("{}/app:1", second.address), "name": "idle" })).await.expect(201);
+    let gone = async |name: &str| {
+        let deadline = Instant::now() + 3 * SOON;
+        while client.get(&format!("/v1/images/{name}")).await.status != 404 {
+            assert!(Instant::now() < deadline, "{name} stays: {}", service.log());
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    };
+    gone("idle").await;
+    let used = client.get("/v1/images/app").await.status;
+    assert_eq!(client.delete(&format!("/v1/sandboxes/{sandbox}")).await.status, 204);
+    gone("app").await;
+
+    assert_eq!(used, 200);
+    says_hello(&client, "busybox").await;
+    let events = client.get("/v1/events?kind=image.removed").await.expect(200);
+    let reasons: Vec<_> = events["items"].as_array().unwrap().iter().filter(|event| event["data"]["reason"] == "unused").collect();
+    assert_eq!(reasons.len(), 3, "{events:#}");
+    let metrics = reqwest::get(format!("{}/metrics", service.place().metrics_url)).await.unwrap().text().await.unwrap();
+    assert!(metrics.contains("mayfly_images_collected_total 3"), "{metrics}");
+}
+
+#[tokio::test]
 async fn a_pulled_image_counts_against_the_quota() {
     let folder = service::folder().unwrap();
     let liar = Liar::start(&layout(folder.path()), Manner::Honest).await;

@@ -232,6 +232,12 @@ pub struct Options {
     /// Seconds for which a registry may bring nothing before it is asked again, 1 to 600 [default: 30]
     #[arg(long, env = "MAYFLY_REGISTRY_STALL_S", value_name = "SECONDS")]
     pub registry_stall_s: Option<u32>,
+    /// Percent of the data folder's disk from which on pulled images go that nothing uses, 0 to 100; 100: never [default: 85]
+    #[arg(long, env = "MAYFLY_IMAGE_GC_HIGH_WATER", value_name = "PERCENT")]
+    pub image_gc_high_water: Option<u32>,
+    /// Hours for which nothing must have been made of a pulled image before it may go, 0 to 8760 [default: 24]
+    #[arg(long, env = "MAYFLY_IMAGE_GC_IDLE_HOURS", value_name = "HOURS")]
+    pub image_gc_idle_hours: Option<u32>,
     /// How log lines on stderr look [default: text]
     #[arg(long, env = "MAYFLY_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -295,6 +301,7 @@ pub struct Settings {
     pub idempotency_retention: Duration,
     pub webhooks: crate::webhooks::Settings,
     pub registries: crate::images::RegistrySettings,
+    pub collecting: crate::images::Collecting,
     pub log_format: LogFormat,
 }
 
@@ -313,6 +320,7 @@ impl Options {
         let keys = KeySettings::settle(&self, &file, &data_dir)?;
         let webhooks = webhooks::settle(&self, &file, &data_dir)?;
         let registries = registry::settle(&self, &file, &data_dir)?;
+        let collecting = registry::collecting(&self, &file)?;
         let nearer = self.database_url.or(self.usual_database_url);
         let languages = languages(self.languages.or(file.languages).as_deref())?;
         let database_connections = self.database_connections.or(file.database_connections).unwrap_or(16);
@@ -372,6 +380,7 @@ impl Options {
             )?),
             webhooks,
             registries,
+            collecting,
             log_format: self.log_format.or(file.log_format).unwrap_or_default(),
         })
     }

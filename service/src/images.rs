@@ -2,6 +2,7 @@
 
 mod archive;
 mod blob;
+mod collect;
 mod commit;
 mod export;
 mod inspect;
@@ -20,7 +21,7 @@ use std::{
     fs::{self, File},
     io,
     os::fd::OwnedFd,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -39,6 +40,7 @@ use tokio::{
 
 use crate::{
     clock::Clock,
+    metrics::Metrics,
     runtime::{CallError, Keeper, TreeError},
     sandbox::{Exceeded, ImageReference, Owner, Quotas, TenantId},
     store::{Act, Image, NewImage, Origin, Recorded, Store, StoreError},
@@ -46,6 +48,7 @@ use crate::{
 pub(crate) use archive::ARCHIVE_BYTES_MAX;
 use archive::Archive;
 use blob::Blobs;
+pub use collect::Collecting;
 pub use export::Export;
 pub use inspect::{Damage, DamageKind, History, Part as ImagePart, Step, StepLayer, Verified};
 use layout::{Found, manifest_type};
@@ -87,6 +90,8 @@ pub struct Images {
     verifying: Semaphore,
     registries: Registries,
     sealing: SealingKey,
+    collecting: Collecting,
+    metrics: Arc<Metrics>,
     pulls: Pulls,
     /// Whose images are being pushed, each as often as there are such.
     pushing: Mutex<Vec<TenantId>>,
@@ -202,17 +207,22 @@ struct Naming {
     origin: Origin,
 }
 
+/// What an operator decides.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// A tenant's, where it has none of its own.
+    pub quotas: Quotas,
+    pub registries: RegistrySettings,
+    /// What the passwords that tenants keep for registries are sealed with.
+    pub sealing: SealingKey,
+    pub collecting: Collecting,
+    pub data_dir: PathBuf,
+}
+
 impl Images {
     /// Takes over the folders `blobs` and `uploads` of the data folder.
-    pub fn open(
-        store: Store,
-        keeper: Keeper,
-        clock: Clock,
-        quotas: Quotas,
-        registries: &RegistrySettings,
-        sealing: SealingKey,
-        data_dir: &Path,
-    ) -> anyhow::Result<Arc<Self>> {
+    pub fn open(store: Store, keeper: Keeper, clock: Clock, metrics: Arc<Metrics>, settings: Settings) -> anyhow::Result<Arc<Self>> {
+        let Settings { quotas, registries, sealing, collecting, data_dir } = settings;
         let (blobs, uploads) = (data_dir.join("blobs"), data_dir.join("uploads"));
         // Where a file system knows no files without a name, they have one for a moment.
         for entry in fs::read_dir(&uploads).with_context(|| uploads.display().to_string())? {
@@ -229,8 +239,10 @@ impl Images {
             importing: Semaphore::new(IMPORTS_MAX),
             exporting: Arc::new(Semaphore::new(export::EXPORTS_MAX)),
             verifying: Semaphore::new(inspect::VERIFIED_AT_ONCE),
-            registries: Registries::new(registries)?,
+            registries: Registries::new(&registries)?,
             sealing,
+            collecting,
+            metrics,
             pulls: Pulls::default(),
             pushing: Mutex::default(),
             content: RwLock::default(),

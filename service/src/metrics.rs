@@ -29,6 +29,16 @@ pub struct Metrics {
     jwks_age_seconds: GaugeVec,
     jwks_loads: IntCounterVec,
     webhook_attempts: IntCounterVec,
+    image_transfers: IntCounterVec,
+    image_transfer_bytes: IntCounterVec,
+    images_collected: IntCounter,
+}
+
+/// Which way an image goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Direction {
+    In,
+    Out,
 }
 
 impl Metrics {
@@ -54,6 +64,8 @@ impl Metrics {
         registry.register(Box::new(live.clone()))?;
         let keeper_reconnects = IntCounter::new("sandbox_keeper_reconnects_total", "Connections to the keeper that were made again")?;
         registry.register(Box::new(keeper_reconnects.clone()))?;
+        let images_collected = IntCounter::new("mayfly_images_collected_total", "Pulled images that were given up for room")?;
+        registry.register(Box::new(images_collected.clone()))?;
         let age = Opts::new("mayfly_jwks_age_seconds", "Since the keys for tokens were last loaded from there; -1 if they never were");
         let jwks_age_seconds = GaugeVec::new(age, &["source"])?;
         registry.register(Box::new(jwks_age_seconds.clone()))?;
@@ -86,6 +98,17 @@ impl Metrics {
             jwks_age_seconds,
             jwks_loads: counters("mayfly_jwks_loads_total", "Attempts to load the keys for tokens", &["source", "result"])?,
             webhook_attempts: counters("mayfly_webhook_attempts_total", "Attempts at deliveries to webhooks", &["result"])?,
+            image_transfers: counters(
+                "mayfly_image_transfers_total",
+                "Pulls from registries and pushes to them",
+                &["direction", "result"],
+            )?,
+            image_transfer_bytes: counters(
+                "mayfly_image_transfer_bytes_total",
+                "Bytes of layers that came from registries and went there",
+                &["direction"],
+            )?,
+            images_collected,
             registry,
         })
     }
@@ -132,6 +155,21 @@ impl Metrics {
         self.webhook_attempts.with_label_values(&[if is_taken { "delivered" } else { "failed" }]).inc();
     }
 
+    /// An image was pulled or pushed, or was not, with so many bytes of its layers.
+    pub(crate) fn image_transfer(&self, direction: Direction, is_done: bool, bytes: u64) {
+        let direction = match direction {
+            Direction::In => "pull",
+            Direction::Out => "push",
+        };
+        self.image_transfers.with_label_values(&[direction, if is_done { "done" } else { "failed" }]).inc();
+        self.image_transfer_bytes.with_label_values(&[direction]).inc_by(bytes);
+    }
+
+    /// A pulled image was given up for room.
+    pub(crate) fn image_collected(&self) {
+        self.images_collected.inc();
+    }
+
     /// The sets of keys for tokens are so old, and were loaded so often in this process's life.
     pub(crate) fn jwks(&self, sets: &[Freshness]) {
         for Freshness { source, age, loads, failures } in sets {
@@ -162,10 +200,13 @@ mod tests {
         metrics.moved(None, Some(State::Starting));
         metrics.moved(Some(State::Starting), Some(State::Running));
         metrics.keeper_reconnects(2);
+        metrics.image_transfer(Direction::Out, true, 7);
         let text = String::from_utf8(metrics.text().unwrap()).unwrap();
         assert!(text.contains(r#"mayfly_http_requests_total{method="POST",route="/v1/runs",status="200"} 1"#));
         assert!(text.contains(r#"sandbox_live_count{state="running"} 1"#));
         assert!(text.contains(r#"sandbox_live_count{state="starting"} 0"#));
         assert!(text.contains("sandbox_keeper_reconnects_total 2"));
+        assert!(text.contains(r#"mayfly_image_transfers_total{direction="push",result="done"} 1"#));
+        assert!(text.contains(r#"mayfly_image_transfer_bytes_total{direction="push"} 7"#));
     }
 }

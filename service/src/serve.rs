@@ -35,7 +35,7 @@ use crate::{
     clock::Clock,
     config::{Account, LogFormat, Settings, Tenants},
     engine::{self, Engine, Reserves, Tenancy},
-    images::{Images, SealingKey},
+    images::{self, Images, SealingKey},
     metrics::Metrics,
     outbox::Outbox,
     postgres::Cluster,
@@ -244,14 +244,22 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
         store.clone(),
         keeper.clone(),
         clock.clone(),
-        settings.quotas.tenant.clone(),
-        &settings.registries,
-        identity.registry_key.clone(),
-        &settings.data_dir,
+        Arc::clone(&figures),
+        images::Settings {
+            quotas: settings.quotas.tenant.clone(),
+            registries: settings.registries.clone(),
+            sealing: identity.registry_key.clone(),
+            collecting: settings.collecting,
+            data_dir: settings.data_dir.clone(),
+        },
     )?;
     {
         let images = Arc::clone(&images);
         tokio::spawn(async move { images.sweep().await });
+    }
+    {
+        let images = Arc::clone(&images);
+        tokio::spawn(async move { images.collect().await });
     }
     let verifier = Verifier::new(keyring, settings.token_rules.clone());
     let idempotency = api::Idempotency::new(identity.node, settings.idempotency_retention);

@@ -22,7 +22,7 @@ NUMBERS = itertools.count()
 LONG_MS = 3_600_000
 STREAMS = ("readLog", "readExecLog", "readStats", "listEvents")
 # No image has the name of one of these.
-IMAGE_ROUTES = ("export", "history", "import", "pull", "push", "tag", "verify")
+IMAGE_ROUTES = ("import", "pull", "push", "tag", "verify")
 ATTACH = ("attachSandbox", "attachExec")
 # Where nothing changes, nothing comes: only a handshake is answered at once.
 WATCH = "watchFiles"
@@ -75,8 +75,6 @@ def before_call(context, case, kwargs):
             case.body["name"] = "another"
         if operation == "pushImage":
             case.body["to"] = live.PULLED.replace("/app:", "/pushed:")
-    if operation in ("readImageHistory", "exportImage") and is_valid:
-        case.query = {"reference": live.IMAGE}
     # Which names are those of hosts, and with which ports, is beyond JSON Schema.
     if operation == "keepRegistryLogin" and is_valid and isinstance(case.body, dict) and "registry" in case.body:
         case.body["registry"] = "registry.example"
@@ -194,7 +192,7 @@ def work_on_what_there_is(case, operation, path, is_valid, kwargs):
         path["name"] = live.volume()
     elif template == "/v1/registries/{registry}":
         path["registry"] = live.registry()
-    elif template == "/v1/images/{reference}":
+    elif template in ("/v1/images/{reference}", "/v1/image-history/{reference}", "/v1/image-archives/{reference}"):
         path["reference"] = live.image()
     elif operation == "importImage" and is_valid:
         kwargs["data"] = live.IMAGE_ARCHIVE

@@ -1,4 +1,4 @@
-//! `/v1/images`: what sandboxes can be made of, and the ways in for more.
+//! `/v1/images`: what sandboxes can be made of, and the ways in and out.
 
 mod keep;
 mod pull;
@@ -211,20 +211,15 @@ fn named(text: String) -> Result<String, ApiError> {
 }
 
 fn reference(pairs: Vec<(String, String)>) -> Result<ImageReference, ApiError> {
-    Ok(ImageReference::parse_new("reference", reference_in(pairs)?)?)
-}
-
-/// The one parameter that there is, and must be.
-fn reference_in(pairs: Vec<(String, String)>) -> Result<String, ApiError> {
     let mut found = None;
     for (name, value) in pairs {
         match name.as_str() {
-            "reference" if found.is_none() => found = Some(value),
+            "reference" if found.is_none() => found = Some(ImageReference::parse_new("reference", value)?),
             "reference" => return Err(Invalid::new("reference", "an image has one reference").into()),
             _ => return Err(query::unknown(&name)),
         }
     }
-    found.ok_or_else(|| Invalid::new("reference", "this parameter is missing: the name of the image").into())
+    found.ok_or_else(|| Invalid::new("reference", "this parameter is missing: the name that the image is to have").into())
 }
 
 /// Which images are wanted.

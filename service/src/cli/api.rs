@@ -76,8 +76,8 @@ impl Ready {
     }
 
     /// The same, of which the content is yet to come.
-    pub(super) async fn open(&self, method: Method, place: &str, path: &[String], query: &[(&str, &str)]) -> anyhow::Result<Response> {
-        self.sent(method, place, path, query, None).await
+    pub(super) async fn open(&self, method: Method, place: &str, path: &[String]) -> anyhow::Result<Response> {
+        self.sent(method, place, path, &[], None).await
     }
 
     async fn sent(

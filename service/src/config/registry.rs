@@ -1,11 +1,11 @@
-//! From which registries images may be pulled.
+//! From which registries images may be pulled, and when they go again.
 
 use std::path::Path;
 
 use anyhow::Context as _;
 
-use super::{Options, seconds, within};
-use crate::images::RegistrySettings;
+use super::{Options, hours, seconds, within};
+use crate::images::{Collecting, RegistrySettings};
 
 pub(super) fn settle(nearer: &Options, file: &Options, data_dir: &Path) -> anyhow::Result<RegistrySettings> {
     let hosts = nearer.registry_hosts.as_ref().or(file.registry_hosts.as_ref()).into_iter().flatten();
@@ -25,6 +25,15 @@ pub(super) fn settle(nearer: &Options, file: &Options, data_dir: &Path) -> anyho
             .or_else(|| file.registry_key_file.clone())
             .unwrap_or_else(|| data_dir.join("registry-key")),
         stall: seconds(within("registry-stall-s", nearer.registry_stall_s.or(file.registry_stall_s).unwrap_or(30), 1, 600)?),
+    })
+}
+
+pub(super) fn collecting(nearer: &Options, file: &Options) -> anyhow::Result<Collecting> {
+    let high_water = nearer.image_gc_high_water.or(file.image_gc_high_water).unwrap_or(85);
+    let idle_hours = nearer.image_gc_idle_hours.or(file.image_gc_idle_hours).unwrap_or(24);
+    Ok(Collecting {
+        high_water_percent: within("image-gc-high-water", high_water, 0, 100)?.into(),
+        idle: hours(within("image-gc-idle-hours", idle_hours, 0, 8760)?),
     })
 }
 

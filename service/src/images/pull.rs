@@ -24,6 +24,7 @@ use super::{
     spool::{Part, Spool},
 };
 use crate::{
+    metrics::Direction,
     sandbox::{ImageReference, Owner, TenantId},
     store::{Image, Origin},
 };
@@ -178,6 +179,8 @@ impl Images {
         let place = Place { images: Arc::clone(self), pull };
         tokio::spawn(async move {
             let outcome = place.images.pull_now(&place.pull, &teller, &actor).await.map_err(Arc::new);
+            let bytes = teller.borrow().layers.iter().map(|layer| layer.bytes).sum();
+            place.images.metrics.image_transfer(Direction::In, outcome.is_ok(), bytes);
             // Whoever asks from now on finds what there is at the registry then.
             drop(place);
             teller.send_modify(|progress| progress.end(outcome));

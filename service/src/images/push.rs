@@ -12,6 +12,7 @@ use super::{
     registry::Session,
 };
 use crate::{
+    metrics::Direction,
     sandbox::{Owner, TenantId},
     store::Image,
 };
@@ -82,6 +83,8 @@ impl Images {
                 Ok(()) => tracing::info!(image.reference = image.reference, image.digest = image.digest, "an image was pushed"),
                 Err(error) => tracing::info!(%error, image.reference = image.reference, "an image was not pushed"),
             }
+            let bytes = teller.borrow().layers.iter().map(|layer| layer.bytes).sum();
+            place.images.metrics.image_transfer(Direction::Out, brought.is_ok(), bytes);
             drop(place);
             teller.send_modify(|progress| progress.end(brought.map(|()| image).map_err(Arc::new)));
         });

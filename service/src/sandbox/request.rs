@@ -62,7 +62,7 @@ const LABEL_KEY_BYTES_MAX: usize = 63;
 pub(super) const LABEL_VALUE_BYTES_MAX: usize = 256;
 const REFERENCE_BYTES_MAX: usize = 256;
 /// What stands in the place of a reference in the paths of some routes.
-const ROUTES: [&str; 7] = ["export", "history", "import", "pull", "push", "tag", "verify"];
+const ROUTES: [&str; 5] = ["import", "pull", "push", "tag", "verify"];
 const NAME_BYTES_MAX: usize = 63;
 
 /// For the contract: what an operator may call a language.

@@ -76,8 +76,6 @@ parameters! {
     Node = [path("node", "What is no id names nothing, and is not found.")];
     /// The name of an image.
     Reference = [path("reference", "May hold slashes.")];
-    /// The name of an image where it is no part of the path.
-    WhichImage = [needed("reference", "What the image is called.", json!({ "type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._/:@-]{0,255}$" }))];
     /// Which images.
     ImageFilter = [
         query("name", "Only those whose reference begins so.", json!({ "type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._/:@-]{0,255}$" })),

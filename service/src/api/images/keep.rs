@@ -5,8 +5,8 @@ use std::sync::Arc;
 use axum::{
     Json,
     body::Body,
-    extract::State,
-    http::{Uri, header},
+    extract::{Path, State},
+    http::header,
     response::{IntoResponse as _, Response},
 };
 use serde::{Deserialize, Serialize};
@@ -18,7 +18,7 @@ use super::{
         caller::Caller,
         contract::{parameter, refusal},
         error::ApiError,
-        json, query,
+        json,
     },
     ImageView, created, named,
 };
@@ -52,7 +52,7 @@ pub(super) struct TagRequest {
     operation_id = "tagImage",
     tag = "images",
     security(("bearer" = ["images:write"])),
-    request_body(content = TagRequest, example = json!({ "reference": "python", "name": "team/python:stable" })),
+    request_body(content = TagRequest, example = json!({ "reference": "busybox", "name": "team/busybox:stable" })),
     responses(
         (status = 201, description = "It has that name.", body = ImageView, headers(("Location" = String, description = "Where the image is found."))),
         refusal::ImageNotFound,
@@ -117,25 +117,28 @@ struct LayerView {
 /// Step by step, with the layers that they added.
 #[utoipa::path(
     get,
-    // No image has this name.
-    path = "/v1/images/history",
+    path = "/v1/image-history/{*reference}",
     operation_id = "readImageHistory",
     tag = "images",
     security(("bearer" = ["images:read"])),
-    params(parameter::WhichImage),
+    params(parameter::Reference),
     responses((status = 200, description = "The steps.", body = HistoryView), refusal::ImageNotFound),
 )]
-pub(super) async fn history(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Json<HistoryView>, ApiError> {
+pub(super) async fn history(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    Path(reference): Path<String>,
+) -> Result<Json<HistoryView>, ApiError> {
     caller.require(Scope::ImagesRead)?;
-    let image = wanted(&app, &caller, &uri).await?;
+    let image = wanted(&app, &caller, reference).await?;
     let History { steps, author, created } = app.images.history(&image).await?;
     let Image { reference, digest, .. } = image;
     Ok(Json(HistoryView { reference, digest, author, created, steps: steps.into_iter().map(StepView::from).collect() }))
 }
 
-/// The image that a query names.
-async fn wanted(app: &App, caller: &Caller, uri: &Uri) -> Result<Image, ApiError> {
-    let reference = named(super::reference_in(query::pairs(uri)?)?)?;
+/// The image that a path names.
+async fn wanted(app: &App, caller: &Caller, reference: String) -> Result<Image, ApiError> {
+    let reference = named(reference)?;
     app.store.find_image(&caller.tenant, &reference).await?.ok_or(ApiError::ImageNotFound(reference))
 }
 
@@ -152,20 +155,19 @@ impl From<Step> for StepView {
 /// An OCI image layout and what `docker save` writes, over the same files, in one tar: `docker load`, `skopeo`, `podman` and the import of this service read it. Its manifest has the digest that the image has here.
 #[utoipa::path(
     get,
-    // No image has this name.
-    path = "/v1/images/export",
+    path = "/v1/image-archives/{*reference}",
     operation_id = "exportImage",
     tag = "images",
     security(("bearer" = ["images:read"])),
-    params(parameter::WhichImage),
+    params(parameter::Reference),
     responses(
         (status = 200, description = "The archive; it breaks off if something goes wrong.", content((serde_json::Value = "application/x-tar"))),
         refusal::ImageNotFound,
     ),
 )]
-pub(super) async fn export(State(app): State<Arc<App>>, caller: Caller, uri: Uri) -> Result<Response, ApiError> {
+pub(super) async fn export(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path<String>) -> Result<Response, ApiError> {
     caller.require(Scope::ImagesRead)?;
-    let image = wanted(&app, &caller, &uri).await?;
+    let image = wanted(&app, &caller, reference).await?;
     let export = app.images.export(&image).await?;
     let head = [(header::CONTENT_TYPE, "application/x-tar".to_owned()), (header::CONTENT_LENGTH, export.bytes.to_string())];
     let pieces = futures_util::stream::unfold(export, async |mut export: Export| Some((export.next().await?, export)));
@@ -237,7 +239,7 @@ enum DamageKindView {
     operation_id = "verifyImage",
     tag = "images",
     security(("bearer" = ["images:write"])),
-    request_body(content = VerifyRequest, example = json!({ "reference": "python" })),
+    request_body(content = VerifyRequest, example = json!({ "reference": "busybox" })),
     responses((status = 200, description = "What was found.", body = VerifiedView), refusal::ImageNotFound),
 )]
 pub(super) async fn verify(State(app): State<Arc<App>>, caller: Caller, body: Body) -> Result<Json<VerifiedView>, ApiError> {

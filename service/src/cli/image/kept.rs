@@ -18,8 +18,10 @@ use super::{
     pull::password,
 };
 
-/// Below which the API has images, and as whom tenants are known to registries.
+/// Below which the API has images, how they were built, all of them as archives, and as whom tenants are known to registries.
 const PLACE: &str = "v1/images";
+const HISTORY: &str = "v1/image-history";
+const ARCHIVES: &str = "v1/image-archives";
 const REGISTRIES: &str = "v1/registries";
 /// An answer that takes as long as there are bytes.
 const LONG: Duration = Duration::from_secs(3600);
@@ -186,8 +188,7 @@ async fn list(api: Api, name: Option<&str>) -> anyhow::Result<()> {
 }
 
 async fn history(api: Api, reference: &str) -> anyhow::Result<()> {
-    let path = ["history".to_owned()];
-    let history: History = api.ready()?.ask(Method::GET, PLACE, &path, &[("reference", reference)], None).await?;
+    let history: History = api.ready()?.ask(Method::GET, HISTORY, &parts(reference), &[], None).await?;
     let mut lines = vec![format!("{:>12}  STEP", "BYTES")];
     lines.extend(history.steps.iter().map(|Step { created_by, layer }| {
         // What a stranger wrote is not for a terminal as it is.
@@ -211,7 +212,7 @@ async fn verify(api: Api, reference: &str) -> anyhow::Result<()> {
 async fn export(api: &Ready, reference: &str, output: &Path) -> anyhow::Result<()> {
     let shown = || output.display().to_string();
     ensure!(!output.try_exists().with_context(shown)?, "{} is there already", output.display());
-    let mut response = api.open(Method::GET, PLACE, &["export".to_owned()], &[("reference", reference)]).await?;
+    let mut response = api.open(Method::GET, ARCHIVES, &parts(reference)).await?;
     let wanted = response.content_length();
     let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut file = tempfile::NamedTempFile::new_in(folder).with_context(shown)?;

@@ -1,0 +1,98 @@
+//! Images that were pulled go where room is short, the one first that was of no use for the longest: they can be pulled again.
+
+use std::{collections::HashSet, time::Duration};
+
+use serde_json::json;
+
+use super::Images;
+use crate::store::{Act, IdleImage};
+
+/// Between two looks at the disk, and after one at which it was short and nothing could go.
+const LOOK: Duration = Duration::from_secs(5);
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
+/// What is deleted is room only a moment later.
+const SETTLE: Duration = Duration::from_secs(2);
+/// Candidates of one look: those whose content is at other nodes are of no use to this one.
+const CANDIDATES: u32 = 100;
+
+/// When images go that were pulled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Collecting {
+    /// Where so much of the disk is used; 100: never.
+    pub high_water_percent: u64,
+    /// Those of which nothing was made for so long.
+    pub idle: Duration,
+}
+
+/// What became of a look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Enough,
+    /// There is no room, and nothing that could go.
+    Nothing,
+}
+
+impl Images {
+    /// Sees to it for as long as the service lives. What fails is logged.
+    pub async fn collect(&self) {
+        if self.collecting.high_water_percent >= 100 {
+            return;
+        }
+        loop {
+            let pause = match self.try_to_collect().await {
+                Ok(Found::Enough) => LOOK,
+                Ok(Found::Nothing) => LOOK_AGAIN,
+                Err(error) => {
+                    tracing::warn!(error = format!("{error:#}"), "room could not be made by giving up images; it is tried again");
+                    LOOK_AGAIN
+                }
+            };
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn try_to_collect(&self) -> anyhow::Result<Found> {
+        while self.is_full()? {
+            let Some(IdleImage { tenant, image }) = self.next_idle().await? else { return Ok(Found::Nothing) };
+            let act = Act { actor: None, at: self.clock.now(), data: json!({ "reason": "unused" }) };
+            let removed = self.store.remove_image(tenant.as_ref(), &image.reference, Some(&image.digest), &act).await?;
+            if removed.is_some() {
+                tracing::info!(image.reference = image.reference, image.digest = image.digest, "an unused image was given up for room");
+                self.metrics.image_collected();
+                self.unlink(image.root, HashSet::new()).await;
+            }
+            tokio::time::sleep(SETTLE).await;
+        }
+        Ok(Found::Enough)
+    }
+
+    /// The one that this node has and that was of no use for the longest.
+    async fn next_idle(&self) -> anyhow::Result<Option<IdleImage>> {
+        let before = self.clock.now() - self.collecting.idle;
+        let here = self.keeper.images().await?;
+        let idle = self.store.idle_images(before, CANDIDATES).await?;
+        Ok(idle.into_iter().find(|idle| here.contains(&idle.image.root)))
+    }
+
+    fn is_full(&self) -> anyhow::Result<bool> {
+        let disk = rustix::fs::statvfs(&self.uploads)?;
+        let used = disk.f_blocks.saturating_sub(disk.f_bfree);
+        Ok(is_over(used, disk.f_bavail, self.collecting.high_water_percent))
+    }
+}
+
+/// As df(1) reckons: what is kept for root is nobody's.
+fn is_over(used: u64, available: u64, percent: u64) -> bool {
+    u128::from(used) * 100 >= u128::from(percent) * (u128::from(used) + u128::from(available))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_full_from_its_mark_on() {
+        assert!(is_over(85, 15, 85) && !is_over(84, 16, 85));
+        assert!(is_over(0, 100, 0) && is_over(1, 0, 99));
+    }
+}
