@@ -727,6 +727,7 @@ async fn a_service_that_dies_in_a_pull_leaves_nothing_and_can_pull_again() {
     service.arm("");
     service.start_again().unwrap();
     let left = blobs(&service);
+    let asked_before = liar.asked_for_layer().len();
     let client = Client::of(service.place(), tenant);
     let before = client.get("/v1/images/app").await;
     client.post(PULL, &body).await.expect(201);
@@ -734,5 +735,100 @@ async fn a_service_that_dies_in_a_pull_leaves_nothing_and_can_pull_again() {
     assert!(cut_off.is_err(), "{cut_off:?}");
     before.problem(404, "image_not_found");
     assert_eq!(left, 0);
+    // What had come to its end need not come again.
+    assert_eq!((asked_before, liar.asked_for_layer().len(), parts(&service)), (1, 1, Vec::new()));
     says_hello(&client, "app").await;
+}
+
+/// What is kept of layers on their way, by its length.
+fn parts(service: &Service) -> Vec<u64> {
+    let entries = fs::read_dir(service.place().data_dir.join("pulls")).unwrap().flatten();
+    entries.filter_map(|entry| Some(entry.metadata().ok()?.len())).collect()
+}
+
+#[tokio::test]
+async fn a_layer_that_a_killed_service_was_fetching_is_gone_on_with_by_its_successor() {
+    let folder = service::folder().unwrap();
+    let liar = Liar::start(&layout(folder.path()), Manner::Stalls).await;
+    let mut service = patient_service();
+    let tenant = "tenant-of-a-service-that-is-killed";
+    let body = json!({ "reference": format!("{}/app:1", liar.address), "name": "app" });
+    let cut_off = tokio::spawn({
+        let (client, body) = (Client::of(service.place(), tenant), body.clone());
+        async move { client.try_post(PULL, &body).await.is_err() }
+    });
+    let deadline = Instant::now() + SOON;
+    while parts(&service).iter().max().is_none_or(|bytes| *bytes < 1 << 20) {
+        assert!(Instant::now() < deadline, "nothing is kept: {:?}", parts(&service));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+
+    service.kill();
+    assert!(cut_off.await.unwrap());
+    service.start_again().unwrap();
+    let stranger = Client::of(service.place(), "another-tenant");
+    stranger.post(PULL, &body).await.expect(201);
+    let client = Client::of(service.place(), tenant);
+    client.post(PULL, &body).await.expect(201);
+
+    let ranges: Vec<_> = liar.asked_for_layer().iter().map(|asked| asked.header("range").to_owned()).collect();
+    // Another tenant's beginning is nobody else's.
+    assert_eq!((ranges.len(), ranges[0].as_str(), ranges[1].as_str()), (3, "", ""), "{ranges:?}");
+    assert!(ranges[2].starts_with("bytes=") && ranges[2] != "bytes=0-", "{ranges:?}");
+    assert_eq!(parts(&service), Vec::<u64>::new());
+    says_hello(&client, "app").await;
+}
+
+#[tokio::test]
+async fn what_was_kept_of_a_layer_and_is_damaged_is_fetched_anew() {
+    let folder = service::folder().unwrap();
+    let liar = Liar::start(&layout(folder.path()), Manner::Honest).await;
+    let mut service = service();
+    let tenant = "tenant-of-a-bad-disk";
+    service.stop().unwrap();
+    service.arm("service.pull.fetched=return");
+    service.start_again().unwrap();
+    let body = json!({ "reference": format!("{}/app:1", liar.address), "name": "app" });
+    assert!(Client::of(service.place(), tenant).try_post(PULL, &body).await.is_err());
+    service.wait().unwrap();
+    let largest = fs::read_dir(service.place().data_dir.join("pulls")).unwrap().flatten().max_by_key(|part| part.metadata().unwrap().len());
+    let largest = largest.expect("a part is kept").path();
+    let mut bytes = fs::read(&largest).unwrap();
+    bytes[1000] ^= 1;
+    bytes.truncate(bytes.len() - 1);
+    fs::write(&largest, bytes).unwrap();
+    service.arm("");
+    service.start_again().unwrap();
+    let client = Client::of(service.place(), tenant);
+
+    client.post(PULL, &body).await.expect(201);
+
+    assert_eq!(liar.asked_for_layer().len(), 3, "{:#?}", liar.asked());
+    says_hello(&client, "app").await;
+}
+
+#[tokio::test]
+async fn two_images_of_a_tenant_at_one_repository_share_the_layers_that_are_fetched() {
+    let (folder, go_on) = (service::folder().unwrap(), Arc::new(Notify::new()));
+    let (service, liar) = (patient_service(), Liar::start(&layout(folder.path()), Manner::Waits(Arc::clone(&go_on))).await);
+    let client = service.client();
+    let ask = async |tag: &str| {
+        let request = client.request(Method::POST, PULL).header("accept", "application/x-ndjson");
+        // The head comes when the pull was begun.
+        request.json(&json!({ "reference": format!("{}/app:{tag}", liar.address), "name": tag })).send().await.unwrap()
+    };
+
+    let (first, second) = (ask("one").await, ask("two").await);
+    let deadline = Instant::now() + SOON;
+    while liar.asked().iter().filter(|asked| asked.path.contains("/manifests/")).count() < 2 || liar.asked_for_layer().is_empty() {
+        assert!(Instant::now() < deadline, "both are not under way: {:?}", liar.asked());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    go_on.notify_one();
+    let (first, second) = (first.text().await.unwrap(), second.text().await.unwrap());
+
+    assert!(first.contains("\"image\"") && second.contains("\"image\""), "{first}\n{second}");
+    assert_eq!(liar.asked_for_layer().len(), 1, "{:#?}", liar.asked());
+    says_hello(&client, "one").await;
+    says_hello(&client, "two").await;
 }

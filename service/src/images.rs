@@ -8,6 +8,7 @@ mod export;
 mod inspect;
 mod layout;
 mod login;
+mod part;
 mod place;
 mod pull;
 mod push;
@@ -52,6 +53,7 @@ pub use collect::Collecting;
 pub use export::Export;
 pub use inspect::{Damage, DamageKind, History, Part as ImagePart, Step, StepLayer, Verified};
 use layout::{Found, manifest_type};
+use part::Parts;
 use place::{Place, Places};
 use pull::Pulls;
 pub use pull::{LayerProgress, Progress, Pull, Pulling, Stage};
@@ -93,6 +95,7 @@ pub struct Images {
     collecting: Collecting,
     metrics: Arc<Metrics>,
     pulls: Pulls,
+    parts: Parts,
     /// Whose images are being pushed, each as often as there are such.
     pushing: Mutex<Vec<TenantId>>,
     /// Held for reading by who adds blobs and roots, for writing by who takes them away.
@@ -151,6 +154,11 @@ impl From<anyhow::Error> for Fault {
 
 impl ImportError {
     /// Whether it is a registry that lacks the image, does not give it, or fails.
+    /// Whether the same may work later.
+    const fn may_pass(&self) -> bool {
+        matches!(self, Self::RegistryFailed(_) | Self::Busy(_) | Self::KeeperUnavailable | Self::Store(_) | Self::Internal(_))
+    }
+
     const fn is_registrys(&self) -> bool {
         matches!(self, Self::NotAtRegistry(_) | Self::RegistryDenied(_) | Self::RegistryFailed(_))
     }
@@ -220,7 +228,7 @@ pub struct Settings {
 }
 
 impl Images {
-    /// Takes over the folders `blobs` and `uploads` of the data folder.
+    /// Takes over the folders `blobs`, `pulls` and `uploads` of the data folder.
     pub fn open(store: Store, keeper: Keeper, clock: Clock, metrics: Arc<Metrics>, settings: Settings) -> anyhow::Result<Arc<Self>> {
         let Settings { quotas, registries, sealing, collecting, data_dir } = settings;
         let (blobs, uploads) = (data_dir.join("blobs"), data_dir.join("uploads"));
@@ -244,6 +252,7 @@ impl Images {
             collecting,
             metrics,
             pulls: Pulls::default(),
+            parts: Parts::open(data_dir.join("pulls")),
             pushing: Mutex::default(),
             content: RwLock::default(),
             leftover: Mutex::default(),

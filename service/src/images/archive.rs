@@ -23,6 +23,8 @@ const ENTRIES_MAX: usize = 100_000;
 #[derive(Debug)]
 pub(super) struct Archive {
     file: File,
+    /// Files that lie beside it, each whole.
+    beside: Vec<File>,
     files: HashMap<String, Section>,
     /// What older Dockers write for a layer that occurs twice: name and target.
     links: HashMap<String, String>,
@@ -31,6 +33,8 @@ pub(super) struct Archive {
 /// A file inside the archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Section {
+    /// In the archive itself, or in one beside it.
+    beside: Option<usize>,
     offset: u64,
     pub(super) bytes: u64,
 }
@@ -63,7 +67,7 @@ impl Archive {
             let name = name.strip_prefix("./").unwrap_or(name).to_owned();
             let kind = entry.header().entry_type();
             if kind.is_file() || kind.is_contiguous() {
-                let section = Section { offset: entry.raw_file_position(), bytes: entry.size() };
+                let section = Section { beside: None, offset: entry.raw_file_position(), bytes: entry.size() };
                 if section.offset.checked_add(section.bytes).is_none_or(|end| end > len) {
                     return Err(Fault::Invalid(format!("the archive ends in the middle of {name:?}")));
                 }
@@ -75,13 +79,20 @@ impl Archive {
                 }
             }
         }
-        Ok(Self { file, files, links })
+        Ok(Self { file, beside: Vec::new(), files, links })
+    }
+
+    /// Adds a file that is here already, and has at least so many bytes.
+    pub(super) fn lay_beside(&mut self, name: String, file: File, bytes: u64) {
+        self.files.insert(name, Section { beside: Some(self.beside.len()), offset: 0, bytes });
+        self.beside.push(file);
     }
 
     /// A layer by itself, in a file of its own, and where it lies in that.
     pub(super) fn of_layer(file: File) -> Result<(Self, Section), Fault> {
         let bytes = file.metadata().context("a layer's size")?.len();
-        Ok((Self { file, files: HashMap::new(), links: HashMap::new() }, Section { offset: 0, bytes }))
+        let archive = Self { file, beside: Vec::new(), files: HashMap::new(), links: HashMap::new() };
+        Ok((archive, Section { beside: None, offset: 0, bytes }))
     }
 
     /// The file of exactly this name. Fails if there is none.
@@ -106,7 +117,8 @@ impl Archive {
     }
 
     pub(super) fn reader(&self, section: Section) -> SectionReader<'_> {
-        SectionReader { file: &self.file, offset: section.offset, left: section.bytes }
+        let file = section.beside.map_or(&self.file, |place| &self.beside[place]);
+        SectionReader { file, offset: section.offset, left: section.bytes }
     }
 }
 

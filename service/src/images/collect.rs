@@ -33,12 +33,12 @@ enum Found {
 }
 
 impl Images {
-    /// Sees to it for as long as the service lives. What fails is logged.
+    /// Sees to it, and to what is left of pulls, for as long as the service lives. What fails is logged.
     pub async fn collect(&self) {
-        if self.collecting.high_water_percent >= 100 {
-            return;
-        }
         loop {
+            if let Err(error) = self.parts.sweep(self.clock.now()) {
+                tracing::warn!(%error, "what is left of pulls could not be looked through; it is tried again");
+            }
             let pause = match self.try_to_collect().await {
                 Ok(Found::Enough) => LOOK,
                 Ok(Found::Nothing) => LOOK_AGAIN,
@@ -77,7 +77,7 @@ impl Images {
     fn is_full(&self) -> anyhow::Result<bool> {
         let disk = rustix::fs::statvfs(&self.uploads)?;
         let used = disk.f_blocks.saturating_sub(disk.f_bfree);
-        Ok(is_over(used, disk.f_bavail, self.collecting.high_water_percent))
+        Ok(self.collecting.high_water_percent < 100 && is_over(used, disk.f_bavail, self.collecting.high_water_percent))
     }
 }
 

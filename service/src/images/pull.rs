@@ -1,6 +1,6 @@
 //! Images come in from registries: what is there is put together as the archive that somebody could have sent, and then imported as one.
 //!
-//! So quotas, checks, crash safety and sweeping are those of an import. No layer is left out for being here already: who names a digest must have its content,
+//! So quotas, checks and sweeping are those of an import; layers that are on their way are gone on with after a crash. No layer is left out for being here already: who names a digest must have its content,
 //! and a manifest is the word of whoever runs a registry.
 
 use std::{
@@ -18,10 +18,12 @@ use tokio::sync::watch;
 
 use super::{
     ARCHIVE_BYTES_MAX, Credentials, ImageSource, Images, ImportError, Naming,
+    archive::Archive,
     layout::{self, platform},
+    part::Shelf,
     registry::{DOCUMENT_BYTES_MAX, Fetched, Session},
     root_of,
-    spool::{Part, Spool},
+    spool::Spool,
 };
 use crate::{
     metrics::Direction,
@@ -90,7 +92,8 @@ pub(super) struct Pulls(Mutex<HashMap<Pull, watch::Receiver<Progress>>>);
 
 /// What came from a registry.
 enum Brought {
-    Archive(File),
+    /// An archive, and the layers that belong into it.
+    Archive(File, Vec<(Sha256Digest, File, u64)>),
     /// The reference names that image already.
     Nothing(Box<Image>),
 }
@@ -189,13 +192,24 @@ impl Images {
     }
 
     async fn pull_now(&self, pull: &Pull, teller: &watch::Sender<Progress>, actor: &Owner) -> Result<Image, ImportError> {
+        let outcome = self.pull_all(pull, teller, actor).await;
+        // What may be gone on with is kept for that.
+        if outcome.as_ref().err().is_none_or(|error| !error.may_pass()) {
+            let digests: Vec<_> =
+                teller.borrow().layers.iter().filter_map(|layer| layer.digest.strip_prefix("sha256:")?.parse().ok()).collect();
+            self.parts.forget(&Shelf::of(pull.tenant.as_ref(), &pull.source), &digests);
+        }
+        outcome
+    }
+
+    async fn pull_all(&self, pull: &Pull, teller: &watch::Sender<Progress>, actor: &Owner) -> Result<Image, ImportError> {
         let late = |_| ImportError::RegistryFailed(format!("the registry did not bring the image within {} s", DEADLINE.as_secs()));
         let fetched = tokio::time::timeout(DEADLINE, self.fetch(pull, teller)).await.map_err(late).flatten();
         let fetched =
             fetched.inspect_err(|error| tracing::info!(%error, image.reference = pull.reference.as_str(), "an image was not pulled"))?;
-        let archive = match fetched {
+        let (documents, layers) = match fetched {
             Brought::Nothing(image) => return Ok(*image),
-            Brought::Archive(archive) => archive,
+            Brought::Archive(documents, layers) => (documents, layers),
         };
         teller.send_modify(|progress| progress.stage = Stage::Unpacking);
         fail_point::reached("service.pull.fetched");
@@ -205,7 +219,16 @@ impl Images {
             actor: actor.clone(),
             origin: Origin::Registry(pull.source.name()),
         };
-        self.take_in_now(self.reading(archive, &pull.reference), naming).await
+        let (scratch, name) = (self.uploads.clone(), pull.reference.as_str().to_owned());
+        let read = move || {
+            let mut archive = Archive::open(documents, &scratch)?;
+            for (digest, content, bytes) in layers {
+                archive.lay_beside(path_of(&digest), content, bytes);
+            }
+            let found = layout::find(&archive, &name)?;
+            Ok((archive, found))
+        };
+        self.take_in_now(read, naming).await
     }
 
     /// The image as an archive, unless its owner has it under that very name.
@@ -240,7 +263,7 @@ impl Images {
             spool.add(&path_of(&document.digest), &document.bytes).map_err(host)?;
         }
         let mut known = HashSet::from([fetched.digest.clone(), config.digest.clone()]);
-        let mut layers: Vec<(Sha256Digest, Part)> = Vec::new();
+        let mut layers: Vec<(Sha256Digest, u64)> = Vec::new();
         let mut total_bytes: u64 = 0;
         for layer in manifest.layers() {
             let digest = digest_of(layer)?;
@@ -249,19 +272,33 @@ impl Images {
                 return Err(ImportError::Invalid(format!("the layers of the image have more than {ARCHIVE_BYTES_MAX} bytes")));
             }
             if known.insert(digest.clone()) {
-                let part = spool.reserve(&path_of(&digest), layer.size()).map_err(host)?;
-                layers.push((digest, part));
+                layers.push((digest, layer.size()));
             }
         }
+        self.check_room(pull, total_bytes).await?;
         teller.send_modify(|progress| {
             progress.stage = Stage::Downloading;
-            progress.layers = layers.iter().map(|(digest, part)| layer_progress(digest, part)).collect();
+            progress.layers = layers.iter().map(|(digest, bytes)| layer_progress(digest, *bytes)).collect();
         });
-        let fetches = layers.into_iter().enumerate().map(|(place, (digest, mut part))| async move {
-            session.blob(&digest, &mut part, |bytes| teller.send_modify(|progress| progress.layers[place].bytes = bytes)).await
+        let shelf = Shelf::of(pull.tenant.as_ref(), &pull.source);
+        let shelf = &shelf;
+        let fetches = layers.into_iter().enumerate().map(|(place, (digest, bytes))| async move {
+            let mut part = self.parts.begin(shelf, &digest, bytes).await.map_err(host)?;
+            session.blob(&digest, &mut part, |bytes| teller.send_modify(|progress| progress.layers[place].bytes = bytes)).await?;
+            let content = part.content().map_err(host)?;
+            Ok::<_, ImportError>((digest, content, bytes))
         });
-        stream::iter(fetches).buffer_unordered(LAYERS_AT_ONCE).try_collect::<()>().await?;
-        spool.finish().map(Brought::Archive).map_err(host)
+        let layers = stream::iter(fetches).buffer_unordered(LAYERS_AT_ONCE).try_collect().await?;
+        Ok(Brought::Archive(spool.finish().map_err(host)?, layers))
+    }
+
+    /// What its tenant has no room for need not come.
+    async fn check_room(&self, pull: &Pull, bytes: u64) -> Result<(), ImportError> {
+        let Some(tenant) = &pull.tenant else { return Ok(()) };
+        match self.store.image_room(tenant, pull.reference.as_str(), &self.quotas).await? {
+            Some((room, exceeded)) if bytes > room => Err(ImportError::QuotaExceeded(Box::new(exceeded))),
+            Some(_) | None => Ok(()),
+        }
     }
 }
 
@@ -330,8 +367,8 @@ fn index_of(manifest: &Fetched) -> Value {
     json!({ "schemaVersion": 2, "manifests": [descriptor] })
 }
 
-fn layer_progress(digest: &Sha256Digest, part: &Part) -> LayerProgress {
-    LayerProgress { digest: format!("sha256:{digest}"), bytes: 0, total_bytes: part.bytes() }
+fn layer_progress(digest: &Sha256Digest, total_bytes: u64) -> LayerProgress {
+    LayerProgress { digest: format!("sha256:{digest}"), bytes: 0, total_bytes }
 }
 
 fn path_of(digest: &Sha256Digest) -> String {

@@ -25,7 +25,7 @@ pub use source::{HostRule, Mirror, RegistryName, Source as ImageSource};
 use source::{Version, is_loopback, is_port_fit};
 use tokio_util::bytes::Bytes;
 
-use super::{ImportError, blob::digest_of, spool::Part};
+use super::{ImportError, blob::digest_of, part::Part};
 use crate::outbound::{NotPublic, Targets};
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -240,26 +240,37 @@ impl Session<'_> {
     pub(super) async fn blob(&self, digest: &Sha256Digest, part: &mut Part, mut tell: impl FnMut(u64)) -> Result<(), ImportError> {
         let mut patience = Patience::new(self.attempts_max);
         let path = format!("blobs/sha256:{digest}");
+        tell(part.done());
+        // What is here of an attempt before may have suffered on the disk: that is no fault of the registry's.
+        let mut is_of_before = part.done() > 0;
         loop {
-            let before = part.done();
-            match self.rest_of_blob(&path, part, &mut tell).await {
-                Ok(()) => break,
-                Err(trouble) => {
-                    if part.done() >= before + PROGRESS_BYTES {
-                        patience = Patience::new(self.attempts_max);
-                    }
-                    self.bear(&mut patience, trouble).await?;
+            if part.left() == 0 {
+                if part.digest() == *digest {
+                    return Ok(());
                 }
+                if !is_of_before {
+                    break;
+                }
+                is_of_before = false;
+                part.begin_again().map_err(ImportError::Internal)?;
+            }
+            let before = part.done();
+            if let Err(trouble) = self.rest_of_blob(&path, part, &mut tell).await {
+                if part.done() >= before + PROGRESS_BYTES {
+                    patience = Patience::new(self.attempts_max);
+                }
+                self.bear(&mut patience, trouble).await?;
             }
         }
         let found = part.digest();
-        if found == *digest { Ok(()) } else { Err(self.failed(&wrong_digest(digest, &found))) }
+        part.begin_again().map_err(ImportError::Internal)?;
+        Err(self.failed(&wrong_digest(digest, &found)))
     }
 
     async fn rest_of_blob(&self, path: &str, part: &mut Part, tell: &mut impl FnMut(u64)) -> Result<(), Trouble> {
         let mut response = self.get(path, ANYTHING, part.done()).await?;
         if !goes_on(&response, part.done()) {
-            part.begin_again();
+            part.begin_again()?;
             tell(0);
         }
         if response.content_length().is_some_and(|bytes| bytes != part.left()) {

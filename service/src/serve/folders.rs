@@ -20,10 +20,11 @@ enum Owner {
 }
 
 /// The folders below the data folder: the keeper's, and the service's.
-const FOLDERS: [(&str, Owner, u32); 5] = [
+const FOLDERS: [(&str, Owner, u32); 6] = [
     ("images", Owner::Root, 0o700),
     ("logs", Owner::Root, 0o750),
     ("blobs", Owner::Service, 0o700),
+    ("pulls", Owner::Service, 0o700),
     ("uploads", Owner::Service, 0o700),
     ("postgres", Owner::Service, 0o700),
 ];

@@ -119,7 +119,7 @@ impl Source {
         &self.registry
     }
 
-    pub(super) fn repository(&self) -> &str {
+    pub(in crate::images) fn repository(&self) -> &str {
         &self.repository
     }
 
