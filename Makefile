@@ -59,6 +59,10 @@ images: ## build the starter images that are not built yet, and print where they
 	@tools/setup.sh images
 	@for recipe in images/*/build.sh; do "$$recipe"; done
 
+.PHONY: fuzz
+fuzz: ## have cargo-fuzz, which needs a nightly compiler, work on the unpacker of layers (ARGS=-max_total_time=3600)
+	cargo +nightly fuzz run unpack -- $(or $(ARGS),-max_total_time=600)
+
 .PHONY: db-prepare
 db-prepare: ## check the SQL against a scratch database and renew .sqlx (after changing a query)
 	@tools/db-prepare.sh

@@ -235,3 +235,83 @@ fn a_file_within_which_its_archive_ends_is_not_there() {
     place.unpack(vec![layer]).unwrap();
     assert!(place.has("cut"), "the control");
 }
+
+/// Where headers begin in a layer of ours.
+fn headers(layer: &[u8]) -> Vec<usize> {
+    let (mut all, mut at) = (Vec::new(), 0);
+    while at + 512 <= layer.len() && layer[at] != 0 {
+        all.push(at);
+        let size = Header::from_byte_slice(&layer[at..at + 512]).size().unwrap();
+        at += 512 + usize::try_from(size.next_multiple_of(512)).unwrap();
+    }
+    all
+}
+
+/// Makes a header's sum what it should be (tar(5)).
+fn sum_up(header: &mut [u8]) {
+    header[148..156].copy_from_slice(b"        ");
+    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+}
+
+#[test]
+fn no_change_of_a_layer_leads_it_outside_or_beyond_its_bounds() {
+    let lower = Layer::new().folder("a").file("a/one", "1").symlink("up", "..").symlink("out", "/").link("hard", "a/one").bytes();
+    let upper = Layer::new()
+        .file("a/.wh.one", "")
+        .file("up/x", "2")
+        .link("b", "out/a/one")
+        .symlink("c", "../../secret")
+        .file("c", "3")
+        .raw("pipe", EntryType::Fifo, "", b"")
+        .folder("deep/er")
+        .file("deep/.wh..wh..opq", "")
+        .file("out/secret", "4")
+        .bytes();
+    let at = headers(&upper);
+    // The same ones every time (xorshift64).
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut below = |bound: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        usize::try_from(state % bound as u64).unwrap()
+    };
+    let telling = b"./\0 .wh017LKSgx25\xff";
+    let (mut good, mut bad) = (0, 0);
+    for _ in 0..600 {
+        let mut layer = upper.clone();
+        for _ in 0..=below(6) {
+            // Name, size, kind and target are where it matters.
+            let place = [below(100), 124 + below(12), 156, 157 + below(100), below(500)][below(5)];
+            layer[at[below(at.len())] + place] = telling[below(telling.len())];
+        }
+        at.iter().for_each(|at| sum_up(&mut layer[*at..at + 512]));
+        let place = Place::new();
+
+        let unpacked = place.unpack(vec![lower.clone(), layer]);
+
+        place.assert_nothing_escaped();
+        match unpacked {
+            Ok(Unpacked { bytes, entries }) => {
+                assert!(bytes <= BOUNDS.bytes && entries <= BOUNDS.entries);
+                good += 1;
+            }
+            Err(_) => bad += 1,
+        }
+    }
+    assert!(good > 20 && bad > 20, "{good} were unpacked, {bad} refused: these changes try nothing");
+}
+
+#[test]
+fn a_layer_that_is_cut_short_is_an_error() {
+    let whole = Layer::new().raw("a", EntryType::Regular, "", &[7; 3000]).bytes();
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    io::Write::write_all(&mut gzip, &whole).unwrap();
+    let gzip = gzip.finish().unwrap();
+    for cut in [whole[..1024].to_vec(), gzip[..gzip.len() / 2].to_vec()] {
+        let place = Place::new();
+        assert!(place.unpack(vec![cut]).is_err());
+        place.assert_nothing_escaped();
+    }
+}
