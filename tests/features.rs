@@ -265,10 +265,16 @@ async fn an_archive_becomes_an_image_that_runs() {
     let imported = client.post_raw("/v1/images/import?reference=mine:1", "application/x-tar", archive).await.expect(201);
     let listed = client.get("/v1/images").await.expect(200);
     let run = client.run(&json!({ "image": "mine:1", "command": ["echo", "from it"] })).await;
+    let tagged = client.post("/v1/images/tag", &json!({ "reference": "mine:1", "name": "mine:2" })).await.expect(201);
+    let history = client.get("/v1/image-history/mine:2").await.expect(200);
+    let verified = client.post("/v1/images/verify", &json!({ "reference": "mine:2" })).await.expect(200);
+    let archive = client.get("/v1/image-archives/mine:2").await;
     let removed = client.delete("/v1/images/mine:1").await;
 
     assert!(listed["items"].as_array().unwrap().contains(&imported), "{listed:#}");
     assert_eq!((stdout(&run), &run["image"]["digest"]), ("from it\n", &imported["digest"]));
+    assert_eq!((&tagged["digest"], &history["digest"], &verified["sound"]), (&imported["digest"], &imported["digest"], &json!(true)));
+    assert_eq!((archive.status, archive.header("content-type")), (200, "application/x-tar"));
     assert_eq!(removed.status, 204);
 }
 

@@ -2,9 +2,14 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
     process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -16,6 +21,10 @@ use mayfly_tests::{
     token,
 };
 use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+};
 
 const SOON: Duration = Duration::from_secs(60);
 const PUSH: &str = "/v1/images/push";
@@ -116,7 +125,7 @@ async fn a_tag_is_a_name_of_its_own_for_the_same_image() {
     let service = shared();
     let (client, other) = (service.client(), service.client());
     let (first, image) = own_image(&client).await;
-    let used = async || client.get("/v1/quota").await.expect(200)["used"]["image_bytes"].as_u64();
+    let used = async || client.get("/v1/quota").await.expect(200)["tenant"]["used"]["image_bytes"].as_u64();
     let before = used().await;
 
     let answer = client.post("/v1/images/tag", &json!({ "reference": first, "name": "team/second:1" })).await;
@@ -143,7 +152,7 @@ async fn a_tenants_tag_of_a_shared_image_counts_for_the_tenant_alone() {
 
     let tagged = client.post("/v1/images/tag", &json!({ "reference": "busybox", "name": "mine" })).await.expect(201);
 
-    assert_eq!(client.get("/v1/quota").await.expect(200)["used"]["image_bytes"], tagged["size_bytes"]);
+    assert_eq!(client.get("/v1/quota").await.expect(200)["tenant"]["used"]["image_bytes"], tagged["size_bytes"]);
     other.get("/v1/images/mine").await.problem(404, "image_not_found");
     let own = client.get("/v1/images?shared=false&name=mi").await.expect(200);
     assert_eq!(own["items"], json!([tagged]));
@@ -263,6 +272,69 @@ async fn a_push_tells_how_far_it_has_come_and_ends_with_the_image_or_a_problem()
     assert_eq!(good.last().unwrap()["image"], client.get("/v1/images/busybox").await.expect(200));
     assert!(good.iter().any(|line| line["progress"]["stage"] == "uploading") || good.len() == 2, "{good:#?}");
     assert_eq!(service_of_none.last().unwrap()["problem"]["code"], "registry_failed", "{service_of_none:#?}");
+}
+
+/// What stands in front of a registry: it lets one request a connection through, and answers the first so many of those that bring a blob itself.
+async fn gate(registry: &Registry, refusals: usize, answer: &'static str) -> (String, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (behind, brought) = (registry.address.clone(), Arc::new(AtomicUsize::new(0)));
+    let count = Arc::clone(&brought);
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let (behind, count) = (behind.clone(), Arc::clone(&count));
+            tokio::spawn(async move {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    // TLS, which is tried first, is not spoken here.
+                    let Ok(byte) = stream.read_u8().await else { return };
+                    if head.is_empty() && !byte.is_ascii_uppercase() {
+                        return;
+                    }
+                    head.push(byte);
+                }
+                let text = String::from_utf8(head).unwrap();
+                if text.starts_with("PUT ") && text.contains("/blobs/uploads/") && count.fetch_add(1, Ordering::SeqCst) < refusals {
+                    let answer = format!("HTTP/1.1 {answer}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+                    drop(stream.write_all(answer.as_bytes()).await);
+                    // Unread, its body would have the answer overtaken by a reset.
+                    drop(tokio::time::timeout(Duration::from_secs(5), tokio::io::copy(&mut stream, &mut tokio::io::sink())).await);
+                    return;
+                }
+                let mut through = TcpStream::connect(&behind).await.unwrap();
+                let head = text.replacen("\r\n", "\r\nconnection: close\r\n", 1);
+                drop(through.write_all(head.as_bytes()).await);
+                drop(tokio::io::copy_bidirectional(&mut stream, &mut through).await);
+            });
+        }
+    });
+    (address, brought)
+}
+
+#[tokio::test]
+async fn a_registry_that_does_not_take_it_at_once_is_asked_again() {
+    let (service, registry) = (service(), Registry::start(Manners::default()).unwrap());
+    let client = service.client();
+    let blobs = {
+        let history = client.get("/v1/image-history/busybox").await.expect(200);
+        let layers: BTreeSet<_> = history["steps"].as_array().unwrap().iter().filter_map(|step| step["layer"]["digest"].as_str()).collect();
+        // Its configuration is one, too.
+        layers.len() + 1
+    };
+    for (answer, tag) in [("503 Service Unavailable", "1"), ("429 Too Many Requests\r\nretry-after: 1", "2")] {
+        let (address, brought) = gate(&registry, 2, answer).await;
+        // Of its own: what a registry has is not brought again.
+        let to = format!("{address}/app-{tag}:1");
+
+        client.post(PUSH, &json!({ "reference": "busybox", "to": to })).await.expect(200);
+
+        assert_eq!(brought.load(Ordering::SeqCst), blobs + 2, "{answer}");
+    }
+    let image = client.get("/v1/images/busybox").await.expect(200);
+    assert_eq!(
+        digest_by_skopeo(&format!("docker://{}/app-2:1", registry.address), &["--tls-verify=false"]),
+        image["digest"].as_str().unwrap()
+    );
 }
 
 #[tokio::test]

@@ -184,6 +184,11 @@ impl Route {
         }
     }
 
+    /// Whether its requests may hold a password, of which no sum is kept that passwords could be tried with.
+    fn holds_password(&self) -> bool {
+        ["/v1/images/pull", "/v1/images/push", "/v1/registries"].contains(&self.0.as_str())
+    }
+
     /// Whether its answers hold what must not be kept.
     fn has_secret(&self) -> bool {
         webhooks::WITH_SECRET.contains(&self.0.as_str())
@@ -250,7 +255,8 @@ impl Keying {
         (parts, body): (Parts, Bytes),
         next: Next,
     ) -> Result<Response, ApiError> {
-        let fingerprint = Fingerprint { target, body: Some(fingerprint::of_body(&body)) };
+        let sum = if self.route.holds_password() { self.app.images.sum_of(&body) } else { fingerprint::of_body(&body) };
+        let fingerprint = Fingerprint { target, body: Some(sum) };
         let deadline = Instant::now() + self.route.deadline();
         loop {
             match self.take(&attempt, &fingerprint).await? {

@@ -27,6 +27,11 @@ impl Images {
         Ok(is_kept.then_some(login))
     }
 
+    /// What tells one request that holds a password from another, and can be kept.
+    pub fn sum_of(&self, request: &[u8]) -> [u8; 32] {
+        self.sealing.sum(request)
+    }
+
     /// Forgets it. False: nothing is kept.
     pub async fn forget_login(&self, registry: &RegistryName, actor: &Owner) -> Result<bool, ImportError> {
         Ok(self.store.remove_registry_login(&actor.tenant, registry.as_str(), &self.act_of(actor)).await?)

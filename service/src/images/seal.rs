@@ -13,6 +13,7 @@ use crate::{sandbox::TenantId, token::Secret};
 #[derive(Clone)]
 pub struct SealingKey {
     key: Arc<RandomizedNonceKey>,
+    sums: hmac::Key,
     id: String,
 }
 
@@ -45,8 +46,16 @@ impl SealingKey {
     fn new(bytes: &[u8]) -> anyhow::Result<Self> {
         let key = hmac::Key::new(HMAC_SHA256, bytes);
         let (sealing, name) = (hmac::sign(&key, b"mayfly registry passwords\n"), hmac::sign(&key, b"mayfly registry key's name\n"));
+        let sums = hmac::Key::new(HMAC_SHA256, hmac::sign(&key, b"mayfly sums of what holds passwords\n").as_ref());
         let sealing = RandomizedNonceKey::new(&AES_256_GCM, sealing.as_ref()).map_err(|_| anyhow::anyhow!("AES has no such key"))?;
-        Ok(Self { key: Arc::new(sealing), id: hex::encode(&name.as_ref()[..8]) })
+        Ok(Self { key: Arc::new(sealing), sums, id: hex::encode(&name.as_ref()[..8]) })
+    }
+
+    /// Tells what holds a password from anything else, to nobody who has not this key: a plain sum of it would let passwords be tried.
+    pub(super) fn sum(&self, text: &[u8]) -> [u8; 32] {
+        let mut sum = [0; 32];
+        sum.copy_from_slice(hmac::sign(&self.sums, text).as_ref());
+        sum
     }
 
     /// Tells this key from others, and says nothing of it.
@@ -94,5 +103,7 @@ mod tests {
         assert_eq!(key.open(place, b"short"), None);
         assert!(!sealed.windows(5).any(|part| part == b"horse"));
         assert_ne!(key.id(), other.id());
+        assert_eq!(key.sum(b"a"), SealingKey::new(&[1; 32]).unwrap().sum(b"a"));
+        assert!(key.sum(b"a") != other.sum(b"a") && key.sum(b"a") != key.sum(b"b"));
     }
 }
