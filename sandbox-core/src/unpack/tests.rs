@@ -315,3 +315,42 @@ fn a_layer_that_is_cut_short_is_an_error() {
         place.assert_nothing_escaped();
     }
 }
+
+/// A record of an extended header: its own length in decimal, a blank, and what it says (pax(1)).
+fn record(key: &str, value: &str) -> String {
+    let rest = format!(" {key}={value}\n");
+    let len = (1..5).map(|digits| rest.len() + digits).find(|len| len.to_string().len() + rest.len() == *len).unwrap();
+    format!("{len}{rest}")
+}
+
+/// The names of a file's extended attributes.
+fn extended(path: &std::path::Path) -> Vec<String> {
+    let mut names = vec![0; 4096];
+    let len = rustix::fs::listxattr(path, &mut names).unwrap();
+    let names = String::from_utf8(names[..len].to_vec()).unwrap();
+    // What the host itself puts on every file.
+    names.split_terminator('\0').filter(|name| *name != "security.selinux").map(str::to_owned).collect()
+}
+
+#[test]
+fn of_extended_attributes_only_the_users_own_come_along() {
+    let names = ["user.note", "user.overlay.opaque", "trusted.overlay.opaque", "security.capability", "system.posix_acl_access"];
+    let records: String = names.iter().map(|name| record(&format!("SCHILY.xattr.{name}"), "value")).collect();
+    let place = Place::new();
+
+    place.unpack(vec![Layer::new().raw("header", EntryType::XHeader, "", records.as_bytes()).file("noted", "x").bytes()]).unwrap();
+
+    assert_eq!(extended(&place.root().join("noted")), ["user.note"]);
+    let mut value = [0; 16];
+    let len = rustix::fs::getxattr(place.root().join("noted"), "user.note", &mut value).unwrap();
+    assert_eq!(&value[..len], b"value");
+}
+
+#[test]
+fn of_two_names_in_one_extended_header_neither_leads_outside() {
+    let place = Place::new();
+    let records = record("path", "good") + &record("path", "../../secret");
+    // Whichever counts.
+    drop(place.unpack(vec![Layer::new().raw("header", EntryType::XHeader, "", records.as_bytes()).file("plain", "x").bytes()]));
+    place.assert_nothing_escaped();
+}

@@ -200,7 +200,57 @@ async fn give(to: &mpsc::Sender<io::Result<Vec<u8>>>, bytes: Vec<u8>) -> io::Res
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::io::{Read as _, Write as _};
+
+    use super::{
+        super::{
+            archive::Archive,
+            blob::digest_of,
+            layout::{self, platform},
+        },
+        *,
+    };
+
+    fn keep(blobs: &Blobs, content: &[u8]) -> Value {
+        let digest = digest_of(content);
+        blobs.keep(&digest, content.len() as u64, content).unwrap();
+        json!({ "digest": format!("sha256:{digest}"), "size": content.len() })
+    }
+
+    #[test]
+    fn what_leaves_is_what_an_import_would_take_in_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::open(folder.path()).unwrap();
+        let architecture = platform().trim_start_matches("linux/").to_owned();
+        let config = json!({ "architecture": architecture, "os": "linux", "rootfs": { "type": "layers", "diff_ids": ["a", "b", "a"] } });
+        let mut described = [keep(&blobs, config.to_string().as_bytes()), keep(&blobs, &[7; 700]), keep(&blobs, b"second")];
+        described[0]["mediaType"] = json!("application/vnd.oci.image.config.v1+json");
+        for layer in &mut described[1..] {
+            layer["mediaType"] = json!("application/vnd.oci.image.layer.v1.tar");
+        }
+        let [config, first, second] = described;
+        let manifest = json!({ "schemaVersion": 2, "config": config, "layers": [first, second, first] }).to_string();
+        keep(&blobs, manifest.as_bytes());
+
+        let pieces = pieces(&blobs, &digest_of(manifest.as_bytes()), "team/app").unwrap();
+
+        let bytes: u64 = pieces.iter().map(Piece::bytes).sum();
+        let mut file = tempfile::tempfile().unwrap();
+        for piece in pieces {
+            match piece {
+                Piece::Bytes(bytes) => file.write_all(&bytes).unwrap(),
+                Piece::File(content, bytes) => assert_eq!(io::copy(&mut content.take(bytes), &mut file).unwrap(), bytes),
+            }
+        }
+        assert_eq!(file.metadata().unwrap().len(), bytes);
+        let archive = Archive::open(file, folder.path()).unwrap();
+        let found = layout::find(&archive, "whatever").unwrap();
+        assert_eq!((found.manifest.bytes.as_slice(), found.layers.len()), (manifest.as_bytes(), 3));
+        let saved = archive.document("manifest.json", archive.section("manifest.json").unwrap()).unwrap();
+        let saved: Value = serde_json::from_slice(&saved).unwrap();
+        assert_eq!((&saved[0]["RepoTags"], saved[0]["Layers"].as_array().unwrap().len()), (&json!(["team/app:latest"]), 3));
+        assert!(archive.section(saved[0]["Layers"][1].as_str().unwrap()).is_ok());
+    }
 
     #[test]
     fn a_reference_is_written_as_docker_knows_it_or_not_at_all() {
