@@ -652,6 +652,55 @@ async fn a_run_has_its_image_pulled_where_it_asks_for_that() {
 }
 
 #[tokio::test]
+async fn what_a_tenant_may_use_anyway_is_not_fetched_again_and_what_another_has_is() {
+    let (folder, other_folder) = (service::folder().unwrap(), service::folder().unwrap());
+    let layout = layout(folder.path());
+    let changed = other_folder.path().join("changed");
+    image::variant(&busybox(), &changed, &["--config.env", "WHICH=second"]).unwrap();
+    let (service, first) = (service(), Liar::start(&layout, Manner::Honest).await);
+    // The same layers with another configuration, elsewhere: to whom they are known, it does not matter from where.
+    let second = Liar::start(&changed, Manner::Honest).await;
+    let (client, other, admin) = (service.client(), service.client(), Client::admin(service.place()));
+    let from_second = async |client: &Client| {
+        let request = client.request(Method::POST, PULL).header("accept", "application/x-ndjson");
+        let request = request.json(&json!({ "reference": format!("{}/app:1", second.address), "name": "second" }));
+        client.send(request, "POST", PULL).await
+    };
+
+    pull(&client, &first.address).await.expect(201);
+    let own = from_second(&client).await;
+    let after_own = second.asked_for_layer().len();
+    // Nobody else's, also not for all.
+    from_second(&admin).await;
+    let after_admins = second.asked_for_layer().len();
+    let shared = from_second(&other).await;
+
+    assert_eq!((after_own, after_admins, second.asked_for_layer().len()), (0, 1, 1), "{:#?}", second.asked());
+    for text in [&own.text, &shared.text] {
+        assert!(text.trim_end().lines().next_back().unwrap().contains("\"image\""), "{text}");
+    }
+    let env = client.run(&json!({ "image": "second", "command": ["sh", "-c", "echo $WHICH"] })).await;
+    assert_eq!(stdout(&env), "second\n");
+    // Of a tenant that has neither: there is a shared one now, so only the control tells that it would be fetched.
+    let stranger = Service::start_with(&OWN).unwrap();
+    let control = stranger.client().post(PULL, &json!({ "reference": format!("{}/app:1", second.address), "name": "second" })).await;
+    control.expect(201);
+    assert_eq!(second.asked_for_layer().len(), 2);
+}
+
+#[tokio::test]
+async fn a_tenants_layer_is_no_other_tenants() {
+    let folder = service::folder().unwrap();
+    let (service, liar) = (service(), Liar::start(&layout(folder.path()), Manner::Honest).await);
+    let (client, other) = (service.client(), service.client());
+
+    pull(&client, &liar.address).await.expect(201);
+    pull(&other, &liar.address).await.expect(201);
+
+    assert_eq!(liar.asked_for_layer().len(), 2, "{:#?}", liar.asked());
+}
+
+#[tokio::test]
 async fn a_tag_that_moved_is_followed_by_who_pulls_always_and_by_nobody_else() {
     let (service, registry, folder) = (service(), Registry::start(Manners::default()).unwrap(), service::folder().unwrap());
     let changed = folder.path().join("changed");

@@ -1,7 +1,7 @@
 //! Images come in from registries: what is there is put together as the archive that somebody could have sent, and then imported as one.
 //!
-//! So quotas, checks and sweeping are those of an import; layers that are on their way are gone on with after a crash. No layer is left out for being here already: who names a digest must have its content,
-//! and a manifest is the word of whoever runs a registry.
+//! So quotas, checks and sweeping are those of an import; layers that are on their way are gone on with after a crash. No layer is left out for being here already, unless its tenant may use it anyway:
+//! a manifest is the word of whoever runs a registry.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -19,6 +19,8 @@ use tokio::sync::watch;
 use super::{
     ARCHIVE_BYTES_MAX, Credentials, ImageSource, Images, ImportError, Naming,
     archive::Archive,
+    blob::hash,
+    digest_of_root,
     layout::{self, platform},
     part::Shelf,
     registry::{DOCUMENT_BYTES_MAX, Fetched, Session},
@@ -80,6 +82,8 @@ pub struct LayerProgress {
     /// Here by now, packed as they are. Fewer than before where a registry had to begin again.
     pub bytes: u64,
     pub total_bytes: u64,
+    /// Whether it need not go anywhere: where it is to be, it is.
+    pub is_there: bool,
 }
 
 /// A pull or a push that goes on, whoever looks on or goes away.
@@ -117,6 +121,11 @@ impl Pulls {
 }
 
 impl Progress {
+    /// Of layers, as far as they had to go anywhere.
+    pub(super) fn moved_bytes(&self) -> u64 {
+        self.layers.iter().filter(|layer| !layer.is_there).map(|layer| layer.bytes).sum()
+    }
+
     /// Tells the end.
     pub(super) fn end(&mut self, outcome: Result<Image, Arc<ImportError>>) {
         self.outcome = Some(outcome);
@@ -182,7 +191,7 @@ impl Images {
         let place = Place { images: Arc::clone(self), pull };
         tokio::spawn(async move {
             let outcome = place.images.pull_now(&place.pull, &teller, &actor).await.map_err(Arc::new);
-            let bytes = teller.borrow().layers.iter().map(|layer| layer.bytes).sum();
+            let bytes = teller.borrow().moved_bytes();
             place.images.metrics.image_transfer(Direction::In, outcome.is_ok(), bytes);
             // Whoever asks from now on finds what there is at the registry then.
             drop(place);
@@ -281,8 +290,14 @@ impl Images {
             progress.layers = layers.iter().map(|(digest, bytes)| layer_progress(digest, *bytes)).collect();
         });
         let shelf = Shelf::of(pull.tenant.as_ref(), &pull.source);
-        let shelf = &shelf;
+        let (shelf, readable) = (&shelf, &self.readable(pull.tenant.as_ref()).await?);
         let fetches = layers.into_iter().enumerate().map(|(place, (digest, bytes))| async move {
+            if readable.contains(&digest)
+                && let Some(content) = self.sound(&digest, bytes).await
+            {
+                teller.send_modify(|progress| (progress.layers[place].bytes, progress.layers[place].is_there) = (bytes, true));
+                return Ok((digest, content, bytes));
+            }
             let mut part = self.parts.begin(shelf, &digest, bytes).await.map_err(host)?;
             session.blob(&digest, &mut part, |bytes| teller.send_modify(|progress| progress.layers[place].bytes = bytes)).await?;
             let content = part.content().map_err(host)?;
@@ -290,6 +305,29 @@ impl Images {
         });
         let layers = stream::iter(fetches).buffer_unordered(LAYERS_AT_ONCE).try_collect().await?;
         Ok(Brought::Archive(spool.finish().map_err(host)?, layers))
+    }
+
+    /// All that the images are made of which the tenant may use — or for all, those that are for all: whoever names one of these gets nothing that it has not.
+    async fn readable(&self, tenant: Option<&TenantId>) -> Result<HashSet<Sha256Digest>, ImportError> {
+        // No tenant has an empty name, so with it there are none but the shared images.
+        let nobody = TenantId::proven(String::new());
+        let images = self.store.list_images(tenant.unwrap_or(&nobody)).await?;
+        let roots: HashSet<_> = images.iter().map(|image| digest_of_root(&image.root)).collect();
+        let blobs = Arc::clone(&self.blobs);
+        // One that was lost is made of nothing.
+        let read = move || roots.iter().filter_map(|root| blobs.references(root).ok()).flatten().collect();
+        tokio::task::spawn_blocking(read).await.map_err(|panic| ImportError::Internal(panic.into()))
+    }
+
+    /// A blob that is here, if it is what it was.
+    async fn sound(&self, digest: &Sha256Digest, bytes: u64) -> Option<File> {
+        let (blobs, digest) = (Arc::clone(&self.blobs), digest.clone());
+        let read = move || {
+            let file = blobs.open_blob(&digest).ok()?;
+            let (found, len) = hash(&file, |_| Ok(())).ok()?;
+            (found == digest && len == bytes).then_some(file)
+        };
+        tokio::task::spawn_blocking(read).await.ok().flatten()
     }
 
     /// What its tenant has no room for need not come.
@@ -368,7 +406,7 @@ fn index_of(manifest: &Fetched) -> Value {
 }
 
 fn layer_progress(digest: &Sha256Digest, total_bytes: u64) -> LayerProgress {
-    LayerProgress { digest: format!("sha256:{digest}"), bytes: 0, total_bytes }
+    LayerProgress { digest: format!("sha256:{digest}"), bytes: 0, total_bytes, is_there: false }
 }
 
 fn path_of(digest: &Sha256Digest) -> String {

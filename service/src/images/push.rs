@@ -8,8 +8,10 @@ use oci_spec::image::{ImageManifest, Sha256Digest};
 use tokio::sync::watch;
 
 use super::{
-    Credentials, ImageSource, Images, ImportError, LayerProgress, Progress, Pulling, Stage, blob::Blobs, digest_of_root, manifest_type,
-    registry::Session,
+    Credentials, ImageSource, Images, ImportError, LayerProgress, Progress, Pulling, Stage,
+    blob::Blobs,
+    digest_of_root, manifest_type,
+    registry::{Sent, Session},
 };
 use crate::{
     metrics::Direction,
@@ -83,7 +85,7 @@ impl Images {
                 Ok(()) => tracing::info!(image.reference = image.reference, image.digest = image.digest, "an image was pushed"),
                 Err(error) => tracing::info!(%error, image.reference = image.reference, "an image was not pushed"),
             }
-            let bytes = teller.borrow().layers.iter().map(|layer| layer.bytes).sum();
+            let bytes = teller.borrow().moved_bytes();
             place.images.metrics.image_transfer(Direction::Out, brought.is_ok(), bytes);
             drop(place);
             teller.send_modify(|progress| progress.end(brought.map(|()| image).map_err(Arc::new)));
@@ -116,9 +118,10 @@ impl Images {
         let session: &Session<'_> = &session;
         let brought = pieces.into_iter().enumerate().map(|(place, piece)| async move {
             let open = || piece.file.try_clone().context("a file of an image");
-            session
-                .bring_blob(&piece.digest, piece.bytes, open, |bytes| teller.send_modify(|progress| progress.layers[place].bytes = bytes))
-                .await
+            let tell = |bytes| teller.send_modify(|progress| progress.layers[place].bytes = bytes);
+            let sent = session.bring_blob(&piece.digest, piece.bytes, open, tell).await?;
+            teller.send_modify(|progress| progress.layers[place].is_there = sent == Sent::WasThere);
+            Ok::<_, ImportError>(())
         });
         stream::iter(brought).buffer_unordered(BLOBS_AT_ONCE).try_collect::<()>().await?;
         session.bring_manifest(tag, &manifest_type(&manifest), &manifest).await
@@ -127,7 +130,7 @@ impl Images {
 
 impl Piece {
     fn progress(&self) -> LayerProgress {
-        LayerProgress { digest: format!("sha256:{}", self.digest), bytes: 0, total_bytes: self.bytes }
+        LayerProgress { digest: format!("sha256:{}", self.digest), bytes: 0, total_bytes: self.bytes, is_there: false }
     }
 }
 

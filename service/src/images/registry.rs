@@ -24,6 +24,7 @@ pub(super) use source::Source;
 pub use source::{HostRule, Mirror, RegistryName, Source as ImageSource};
 use source::{Version, is_loopback, is_port_fit};
 use tokio_util::bytes::Bytes;
+pub(super) use upload::Sent;
 
 use super::{ImportError, blob::digest_of, part::Part};
 use crate::outbound::{NotPublic, Targets};

@@ -151,6 +151,8 @@ pub(in crate::api) struct LayerView {
     digest: String,
     bytes: u64,
     total_bytes: u64,
+    /// Whether it need not go anywhere: the registry of a push has it, or the tenant of a pull has an image with it, or may use one.
+    there: bool,
 }
 
 /// Pull an image
@@ -194,6 +196,7 @@ pub(in crate::api) async fn pull(
         Some(given) => Some(given),
         None => app.images.kept_credentials(&caller.tenant, &source).await?,
     };
+    app.engine.check_shortage()?;
     let tenant = (!caller.scopes.allow(Scope::Admin)).then(|| caller.tenant.clone());
     let pulling = app.images.pull(Pull { source, credentials, reference, tenant }, caller.owner())?;
     // What is kept for a key is an answer, and has a status that tells whether it may be another later.
@@ -223,6 +226,7 @@ pub(in crate::api) async fn pull_for(app: &App, caller: &Caller, asked: &NewSand
     let reference = ImageReference::parse_new("image", asked.image.as_str().to_owned())?;
     let source = ImageSource::parse(reference.as_str()).map_err(refused)?;
     app.images.check_source(&source).map_err(refused)?;
+    app.engine.check_shortage()?;
     let credentials = app.images.kept_credentials(&caller.tenant, &source).await?;
     let pull = Pull { source, credentials, reference, tenant: Some(caller.tenant.clone()) };
     app.images.pull(pull, caller.owner())?.ended().await.map_err(|error| ApiError::from(&*error))?;
@@ -271,8 +275,8 @@ async fn next(pulling: &mut Pulling, told: Option<&ProgressView>, request_id: St
 impl From<&Progress> for ProgressView {
     fn from(progress: &Progress) -> Self {
         let view = |layer: &LayerProgress| {
-            let LayerProgress { digest, bytes, total_bytes } = layer.clone();
-            LayerView { digest, bytes, total_bytes }
+            let LayerProgress { digest, bytes, total_bytes, is_there } = layer.clone();
+            LayerView { digest, bytes, total_bytes, there: is_there }
         };
         let layers: Vec<_> = progress.layers.iter().map(view).collect();
         Self {

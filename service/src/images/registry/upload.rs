@@ -32,6 +32,13 @@ const LOOK: Duration = Duration::from_millis(200);
 /// A registry that has it all may hash it, and bring it elsewhere, before it answers.
 const COMMIT: Duration = Duration::from_secs(300);
 
+/// How a registry came to have something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::images) enum Sent {
+    Now,
+    WasThere,
+}
+
 impl Session<'_> {
     /// Sees to it that the registry has this blob, of which each of `open` reads the whole, and tells how far it came.
     pub(in crate::images) async fn bring_blob(
@@ -40,14 +47,14 @@ impl Session<'_> {
         bytes: u64,
         open: impl Fn() -> anyhow::Result<File>,
         mut tell: impl FnMut(u64),
-    ) -> Result<(), ImportError> {
+    ) -> Result<Sent, ImportError> {
         let mut patience = Patience::new(self.attempts_max);
         loop {
             tell(0);
             match self.try_to_bring(digest, bytes, &open, &mut tell).await {
-                Ok(()) => {
+                Ok(sent) => {
                     tell(bytes);
-                    return Ok(());
+                    return Ok(sent);
                 }
                 Err(trouble) => self.bear(&mut patience, trouble).await?,
             }
@@ -60,9 +67,9 @@ impl Session<'_> {
         bytes: u64,
         open: &impl Fn() -> anyhow::Result<File>,
         tell: &mut impl FnMut(u64),
-    ) -> Result<(), Trouble> {
+    ) -> Result<Sent, Trouble> {
         match self.ask(Method::HEAD, &format!("blobs/sha256:{digest}"), ANYTHING, 0).await {
-            Ok(_) => return Ok(()),
+            Ok(_) => return Ok(Sent::WasThere),
             Err(Trouble::NotFound) => {}
             Err(trouble) => return Err(trouble),
         }
@@ -74,7 +81,7 @@ impl Session<'_> {
         let request = self.known_to(self.registries.client.put(place.clone()), &place);
         let request = request.header(CONTENT_TYPE, "application/octet-stream").header(CONTENT_LENGTH, bytes);
         let request = request.body(reqwest::Body::wrap_stream(pieces(open()?, bytes, Arc::clone(&sent))));
-        taken(&self.watched(request, bytes, &sent, tell).await?)
+        taken(&self.watched(request, bytes, &sent, tell).await?).map(|()| Sent::Now)
     }
 
     /// Makes the tag of this session's source name this manifest, whose blobs are there.
