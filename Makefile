@@ -54,6 +54,10 @@ check: ## format, lints, licences, sources and (where their database can be had)
 bench: ## measure runs beside bubblewrap, crun and runc; writes docs/performance.md
 	@tools/bench.sh
 
+.PHONY: bench-unpack
+bench-unpack: ## measure the unpacking of a layer of 500 MB beside tar, and fail if it takes more than half as long again
+	cargo run --release --locked --package sandbox-core --example unpack_beside_tar
+
 .PHONY: images
 images: ## build the starter images that are not built yet, and print where they are
 	@tools/setup.sh images

@@ -59,7 +59,7 @@ enum ImageCommand {
     /// Have the service push an image to a registry
     Push(Box<image::push::Arguments>),
     #[command(flatten)]
-    Kept(image::kept::Command),
+    Kept(Box<image::kept::Command>),
 }
 
 /// Does what the command line says. An error is one line on stderr and a failure.
@@ -71,7 +71,7 @@ pub fn run() -> ExitCode {
         Command::Image(ImageCommand::Import(arguments)) => image::run(*arguments),
         Command::Image(ImageCommand::Pull(arguments)) => image::pull::run(*arguments),
         Command::Image(ImageCommand::Push(arguments)) => image::push::run(*arguments),
-        Command::Image(ImageCommand::Kept(command)) => image::kept::run(command),
+        Command::Image(ImageCommand::Kept(command)) => image::kept::run(*command),
         Command::Tenant(command) => tenant::run(*command),
         Command::Node(command) => node::run(*command),
         Command::Doctor { json, options } => match examine(*options, json) {
