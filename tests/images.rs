@@ -288,6 +288,35 @@ async fn a_tenants_image_is_that_tenants_alone() {
 }
 
 #[tokio::test]
+async fn an_image_that_lost_its_name_stays_for_what_can_be_started_again_and_goes_with_it() {
+    let (service, folder, name) = (shared(), service::folder().unwrap(), name());
+    let (layout, client) = (folder.path().join("layout"), service.client());
+    // Nobody else has the same.
+    image::variant(&busybox(), &layout, &["--config.env", &format!("ONLY={name}")]).unwrap();
+    let path = format!("/v1/images/import?reference={name}");
+    let image = client.post_raw(&path, "application/x-tar", fs::read(pack(&layout, folder.path())).unwrap()).await.expect(201);
+    let root = service.place.data_dir.join("images").join(image["digest"].as_str().unwrap().trim_start_matches("sha256:"));
+    let lives = "n=$(cat /work/n 2>/dev/null || echo 0); n=$((n+1)); echo $n > /work/n; exit $n";
+    let asked = json!({ "image": name, "command": ["sh", "-c", lives], "keep_layer": true });
+    let sandbox = format!("/v1/sandboxes/{}", client.post("/v1/sandboxes", &asked).await.expect(201)["id"].as_str().unwrap());
+    let ended = async || client.until(&sandbox, |sandbox| sandbox["state"] == "exited").await;
+    assert_exit(&ended().await, 1);
+
+    assert_eq!(client.delete(&format!("/v1/images/{name}")).await.status, 204);
+    client.post(&format!("{sandbox}/start"), &json!({})).await.expect(200);
+    assert_exit(&ended().await, 2);
+    let stays = root.exists();
+    assert_eq!(client.delete(&sandbox).await.status, 204);
+
+    assert!(stays);
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(120);
+    while root.exists() {
+        assert!(tokio::time::Instant::now() < deadline, "{} is still there", root.display());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+#[tokio::test]
 async fn importing_needs_its_scope() {
     let service = shared();
     let client = Client::with_scope(&service.place, "tenant", "runs images:read");

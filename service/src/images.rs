@@ -470,9 +470,24 @@ impl Images {
             leftover.iter().cloned().collect()
         };
         for root in candidates {
-            if let Err(error) = self.unlink_one(&root, std::mem::take(&mut blobs)).await {
-                tracing::warn!(error = format!("{error:#}"), image.root = %root, "an image that nothing names could not be deleted");
+            self.unlink_and_tell(&root, std::mem::take(&mut blobs)).await;
+        }
+    }
+
+    /// Deletes those of which something has ended meanwhile that still needed them.
+    async fn unlink_leftover(&self) {
+        let candidates: Vec<_> = self.leftover.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect();
+        for root in candidates {
+            // Looked at without holding up imports; it is looked at again.
+            if matches!(self.store.needs_root(&root).await, Ok(false)) {
+                self.unlink_and_tell(&root, HashSet::new()).await;
             }
+        }
+    }
+
+    async fn unlink_and_tell(&self, root: &ImageId, blobs: HashSet<Sha256Digest>) {
+        if let Err(error) = self.unlink_one(root, blobs).await {
+            tracing::warn!(error = format!("{error:#}"), image.root = %root, "an image that nothing names could not be deleted");
         }
     }
 

@@ -173,7 +173,7 @@ async fn read(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path
 
 /// Take a reference away
 ///
-/// Sandboxes that run on the image go on. A shared image is removed with the scope `admin`.
+/// Sandboxes that run on the image go on, and those that keep their layer can be started again: its content goes with the last of them. A shared image is removed with the scope `admin`.
 #[utoipa::path(
     delete,
     path = "/v1/images/{*reference}",

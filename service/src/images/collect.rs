@@ -1,8 +1,9 @@
-//! Images that were pulled go where room is short, the one first that was of no use for the longest: they can be pulled again.
+//! Images that were pulled go where room is short, the one first that was of no use for the longest: they can be pulled again. What lost its name goes with what needed it last.
 
 use std::{collections::HashSet, time::Duration};
 
 use serde_json::json;
+use tokio::time::Instant;
 
 use super::Images;
 use crate::store::{Act, IdleImage};
@@ -10,6 +11,8 @@ use crate::store::{Act, IdleImage};
 /// Between two looks at the disk, and after one at which it was short and nothing could go.
 const LOOK: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
+/// Between two looks at what lost its name.
+const LEFTOVER: Duration = Duration::from_secs(30);
 /// What is deleted is room only a moment later.
 const SETTLE: Duration = Duration::from_secs(2);
 /// Candidates of one look: those whose content is at other nodes are of no use to this one.
@@ -33,9 +36,14 @@ enum Found {
 }
 
 impl Images {
-    /// Sees to it, and to what is left of pulls, for as long as the service lives. What fails is logged.
+    /// Sees to it, to what lost its name, and to what is left of pulls, for as long as the service lives. What fails is logged.
     pub async fn collect(&self) {
+        let mut looked_at = Instant::now();
         loop {
+            if looked_at.elapsed() >= LEFTOVER {
+                self.unlink_leftover().await;
+                looked_at = Instant::now();
+            }
             if let Err(error) = self.parts.sweep(self.clock.now()) {
                 tracing::warn!(%error, "what is left of pulls could not be looked through; it is tried again");
             }

@@ -283,11 +283,12 @@ impl Store {
         rows.into_iter().map(read).collect()
     }
 
-    /// Whether a reference or a sandbox that has yet to end still needs this unpacked root.
+    /// Whether a reference still needs this unpacked root, or a sandbox that has yet to end or keeps its layer, which stands over it.
     pub async fn needs_root(&self, root: &ImageId) -> Result<bool, StoreError> {
         let is_needed = sqlx::query_scalar!(
             r#"select exists (select 1 from images where root = $1)
                 or exists (select 1 from sandboxes where state = 'queued' and image_root = $1)
+                or exists (select 1 from sandboxes where keep_layer and image_root = $1)
                 or exists (select 1 from sandboxes where state in ('starting', 'running', 'paused') and image_root = $1) as "is_needed!""#,
             root.to_string(),
         )

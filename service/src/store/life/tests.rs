@@ -290,3 +290,17 @@ async fn a_layer_is_wanted_where_its_sandbox_lives_or_ended_and_as_long_as_it_is
     store.give_up_layers(&[sandbox.id]).await.unwrap();
     assert_eq!(unwanted(lease.node).await, BTreeSet::from([sandbox.id, gone]));
 }
+
+#[sqlx::test(migrations = "../migrations")]
+async fn what_keeps_its_layer_needs_its_image_until_that_is_given_up(pool: PgPool) {
+    let (store, lease) = store_with_node(pool).await;
+    let sandbox = Sandbox { keep_layer: true, ..sandbox("acme", Kind::Sandbox, None) };
+    let hold = running(&store, lease, &sandbox).await;
+    end(&store, &sandbox, hold).await;
+
+    store.remove_image(None, "python", None, &act()).await.unwrap().unwrap();
+
+    assert!(store.needs_root(&sandbox.image.root).await.unwrap());
+    store.give_up_layers(&[sandbox.id]).await.unwrap();
+    assert!(!store.needs_root(&sandbox.image.root).await.unwrap());
+}
