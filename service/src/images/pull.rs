@@ -264,7 +264,7 @@ impl Images {
         let config = session.small_blob(&config_digest).await?;
         layout::check(&manifest, &config.bytes)?;
 
-        let host = ImportError::Internal;
+        let host = ImportError::of_host;
         let mut spool = Spool::new(&self.uploads).map_err(host)?;
         spool.add("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#).map_err(host)?;
         spool.add("index.json", index_of(&fetched).to_string().as_bytes()).map_err(host)?;

@@ -390,7 +390,7 @@ impl Session<'_> {
             Trouble::NotFound => {
                 return Err(ImportError::NotAtRegistry(format!("{} at {}", self.source.repository(), self.source.registry())));
             }
-            Trouble::Host(error) => return Err(ImportError::Internal(error)),
+            Trouble::Host(error) => return Err(ImportError::of_host(error)),
         };
         Err(self.failed(&why))
     }
