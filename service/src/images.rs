@@ -154,9 +154,9 @@ impl From<anyhow::Error> for Fault {
 
 impl ImportError {
     /// Whether it is a registry that lacks the image, does not give it, or fails.
-    /// Whether the same may work later.
+    /// Whether the same may work later, without more room than there was.
     const fn may_pass(&self) -> bool {
-        matches!(self, Self::RegistryFailed(_) | Self::Busy(_) | Self::KeeperUnavailable | Self::Store(_) | Self::Internal(_))
+        matches!(self, Self::RegistryFailed(_) | Self::KeeperUnavailable | Self::Store(_) | Self::Internal(_))
     }
 
     const fn is_registrys(&self) -> bool {

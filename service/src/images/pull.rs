@@ -15,6 +15,7 @@ use oci_spec::image::{Descriptor, ImageIndex, ImageManifest, Sha256Digest};
 use sandbox_core::fail_point;
 use serde_json::{Value, json};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     ARCHIVE_BYTES_MAX, Credentials, ImageSource, Images, ImportError, Naming,
@@ -87,12 +88,15 @@ pub struct LayerProgress {
 }
 
 /// A pull or a push that goes on, whoever looks on or goes away.
-#[derive(Debug)]
-pub struct Pulling(watch::Receiver<Progress>);
+#[derive(Debug, Clone)]
+pub struct Pulling {
+    progress: watch::Receiver<Progress>,
+    stop: CancellationToken,
+}
 
 /// Those that go on.
 #[derive(Debug, Default)]
-pub(super) struct Pulls(Mutex<HashMap<Pull, watch::Receiver<Progress>>>);
+pub(super) struct Pulls(Mutex<HashMap<Pull, Pulling>>);
 
 /// What came from a registry.
 enum Brought {
@@ -115,7 +119,7 @@ impl Drop for Place {
 }
 
 impl Pulls {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Pull, watch::Receiver<Progress>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Pull, Pulling>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -133,25 +137,30 @@ impl Progress {
 }
 
 impl Pulling {
-    pub(super) const fn of(progress: watch::Receiver<Progress>) -> Self {
-        Self(progress)
+    pub(super) fn of(progress: watch::Receiver<Progress>) -> Self {
+        Self { progress, stop: CancellationToken::new() }
+    }
+
+    /// Has a pull fetch no more, for the sake of this node's disk, and leave nothing on it. What was fetched before is taken in all the same.
+    pub fn give_up(&self) {
+        self.stop.cancel();
     }
 
     /// How far it has come by now.
     pub fn progress(&mut self) -> Progress {
-        self.0.borrow_and_update().clone()
+        self.progress.borrow_and_update().clone()
     }
 
     /// Returns when that has changed.
     pub async fn changed(&mut self) {
         // Whoever tells of it is gone only with an outcome, or by a panic.
-        drop(self.0.changed().await);
+        drop(self.progress.changed().await);
     }
 
     /// The end, if it has come.
     pub fn outcome(&self) -> Option<Result<Image, Arc<ImportError>>> {
-        let told = self.0.borrow().outcome.clone();
-        let is_lost = told.is_none() && self.0.has_changed().is_err();
+        let told = self.progress.borrow().outcome.clone();
+        let is_lost = told.is_none() && self.progress.has_changed().is_err();
         told.or_else(|| is_lost.then(|| Err(Arc::new(ImportError::Internal(anyhow::anyhow!("a pull or a push panicked"))))))
     }
 
@@ -175,8 +184,8 @@ impl Images {
     /// Begins to pull an image, or joins who pulls the very same. What was begun is finished.
     pub fn pull(self: &Arc<Self>, pull: Pull, actor: Owner) -> Result<Pulling, ImportError> {
         let mut pulls = self.pulls.lock();
-        if let Some(progress) = pulls.get(&pull) {
-            return Ok(Pulling(progress.clone()));
+        if let Some(pulling) = pulls.get(&pull) {
+            return Ok(pulling.clone());
         }
         if pulls.len() >= PULLS_MAX {
             return Err(ImportError::Busy(format!("{PULLS_MAX} images are being pulled, which is all that this node takes at one time")));
@@ -187,21 +196,28 @@ impl Images {
             )));
         }
         let (teller, progress) = watch::channel(Progress::default());
-        pulls.insert(pull.clone(), progress.clone());
-        let place = Place { images: Arc::clone(self), pull };
+        let pulling = Pulling::of(progress);
+        pulls.insert(pull.clone(), pulling.clone());
+        let (place, stop) = (Place { images: Arc::clone(self), pull }, pulling.stop.clone());
         tokio::spawn(async move {
-            let outcome = place.images.pull_now(&place.pull, &teller, &actor).await.map_err(Arc::new);
+            let outcome = place.images.pull_now(&place.pull, &teller, &stop, &actor).await.map_err(Arc::new);
             let bytes = teller.borrow().moved_bytes();
             place.images.metrics.image_transfer(Direction::In, outcome.is_ok(), bytes);
             // Whoever asks from now on finds what there is at the registry then.
             drop(place);
             teller.send_modify(|progress| progress.end(outcome));
         });
-        Ok(Pulling(progress))
+        Ok(pulling)
     }
 
-    async fn pull_now(&self, pull: &Pull, teller: &watch::Sender<Progress>, actor: &Owner) -> Result<Image, ImportError> {
-        let outcome = self.pull_all(pull, teller, actor).await;
+    async fn pull_now(
+        &self,
+        pull: &Pull,
+        teller: &watch::Sender<Progress>,
+        stop: &CancellationToken,
+        actor: &Owner,
+    ) -> Result<Image, ImportError> {
+        let outcome = self.pull_all(pull, teller, stop, actor).await;
         // What may be gone on with is kept for that.
         if outcome.as_ref().err().is_none_or(|error| !error.may_pass()) {
             let digests: Vec<_> =
@@ -211,9 +227,18 @@ impl Images {
         outcome
     }
 
-    async fn pull_all(&self, pull: &Pull, teller: &watch::Sender<Progress>, actor: &Owner) -> Result<Image, ImportError> {
+    async fn pull_all(
+        &self,
+        pull: &Pull,
+        teller: &watch::Sender<Progress>,
+        stop: &CancellationToken,
+        actor: &Owner,
+    ) -> Result<Image, ImportError> {
         let late = |_| ImportError::RegistryFailed(format!("the registry did not bring the image within {} s", DEADLINE.as_secs()));
-        let fetched = tokio::time::timeout(DEADLINE, self.fetch(pull, teller)).await.map_err(late).flatten();
+        let fetched = tokio::select! {
+            fetched = tokio::time::timeout(DEADLINE, self.fetch(pull, teller)) => fetched.map_err(late).flatten(),
+            () = stop.cancelled() => Err(ImportError::Busy("this node's disk has no more left than it keeps".to_owned())),
+        };
         let fetched =
             fetched.inspect_err(|error| tracing::info!(%error, image.reference = pull.reference.as_str(), "an image was not pulled"))?;
         let (documents, layers) = match fetched {

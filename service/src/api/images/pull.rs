@@ -25,6 +25,7 @@ use super::{
     ImageView,
 };
 use crate::{
+    engine::Engine,
     images::{Credentials, ImageSource, ImportError, LayerProgress, Progress, Pull, Pulling, Stage},
     sandbox::{ImageReference, Invalid, NewSandbox, PullPolicy, words},
     token::Scope,
@@ -201,7 +202,11 @@ pub(in crate::api) async fn pull(
     if tenant.is_some() {
         app.engine.check_shortage()?;
     }
+    let is_tenants = tenant.is_some();
     let pulling = app.images.pull(Pull { source, credentials, reference, tenant }, caller.owner())?;
+    if is_tenants {
+        watch_disk(&app.engine, &pulling);
+    }
     // What is kept for a key is an answer, and has a status that tells whether it may be another later.
     let form = if keyed.key.is_some() { None } else { form(&headers) };
     if let Some(form) = form {
@@ -232,8 +237,20 @@ pub(in crate::api) async fn pull_for(app: &App, caller: &Caller, asked: &NewSand
     app.engine.check_shortage()?;
     let credentials = app.images.kept_credentials(&caller.tenant, &source).await?;
     let pull = Pull { source, credentials, reference, tenant: Some(caller.tenant.clone()) };
-    app.images.pull(pull, caller.owner())?.ended().await.map_err(|error| ApiError::from(&*error))?;
+    let pulling = app.images.pull(pull, caller.owner())?;
+    watch_disk(&app.engine, &pulling);
+    pulling.ended().await.map_err(|error| ApiError::from(&*error))?;
     Ok(())
+}
+
+/// Ends a pull for which this node's disk does not last, whoever waits for it.
+fn watch_disk(engine: &Arc<Engine>, pulling: &Pulling) {
+    let (engine, pulling) = (Arc::clone(engine), pulling.clone());
+    tokio::spawn(async move {
+        if engine.while_disk_lasts(pulling.clone().ended()).await.is_err() {
+            pulling.give_up();
+        }
+    });
 }
 
 /// As a stream, for whom that is the best.
