@@ -254,6 +254,28 @@ async fn a_push_is_with_credentials_where_the_registry_wants_them() {
 }
 
 #[tokio::test]
+async fn a_push_goes_by_tls_to_who_is_vouched_for_and_to_nobody_else() {
+    let registry = Registry::start(Manners { tls: true, password: true }).unwrap();
+    let certificate = registry.certificate().display().to_string();
+    let own = ["--registry-allow", "127.0.0.0/8", "--registry-stall-s", "2"];
+    let trusting = Service::start_with(&[&own[..], &["--registry-ca-file", &certificate]].concat()).unwrap();
+    let doubting = Service::start_with(&own).unwrap();
+    let credentials = json!({ "username": USER, "password": PASSWORD });
+    let asked = json!({ "reference": "busybox", "to": format!("{}/app:1", registry.address), "credentials": credentials });
+    for service in [&trusting, &doubting] {
+        service.import("busybox").unwrap();
+    }
+
+    let pushed = trusting.client().post(PUSH, &asked).await.expect(200);
+    let doubt = doubting.client().post(PUSH, &asked).await;
+
+    doubt.problem(502, "registry_failed");
+    let pull = json!({ "reference": format!("{}/app:1", registry.address), "name": "app", "credentials": credentials });
+    let pulled = trusting.client().post("/v1/images/pull", &pull).await.expect(201);
+    assert_eq!(pulled["digest"], pushed["digest"]);
+}
+
+#[tokio::test]
 async fn a_push_tells_how_far_it_has_come_and_ends_with_the_image_or_a_problem() {
     let (service, registry) = (service(), Registry::start(Manners::default()).unwrap());
     let client = service.client();

@@ -593,6 +593,21 @@ async fn what_was_pulled_goes_for_room_when_nothing_uses_it_and_nothing_else_doe
 }
 
 #[tokio::test]
+async fn a_disk_that_is_short_takes_no_pulled_image_but_an_operators() {
+    let folder = service::folder().unwrap();
+    let liar = Liar::start(&layout(folder.path()), Manner::Honest).await;
+    let service = Service::start_with(&[&OWN[..], &["--disk-reserve-percent", "100"]].concat()).unwrap();
+    let image = format!("{}/app:1", liar.address);
+
+    let refused = pull(&service.client(), &liar.address).await.problem(503, "no_capacity");
+    service.client().post("/v1/runs", &json!({ "image": image, "pull": "missing" })).await.problem(503, "no_capacity");
+    let untouched = liar.asked().is_empty();
+    pull(&Client::admin(service.place()), &liar.address).await.expect(201);
+
+    assert!(untouched && refused["detail"].as_str().unwrap().contains("disk"), "{refused:#}");
+}
+
+#[tokio::test]
 async fn a_pulled_image_counts_against_the_quota() {
     let folder = service::folder().unwrap();
     let liar = Liar::start(&layout(folder.path()), Manner::Honest).await;

@@ -406,3 +406,102 @@ fn a_layer_is_read_from_where_it_lies() {
     let text = std::io::read_to_string(archive.reader(found.layers[0].section)).unwrap();
     assert_eq!(text, "layer");
 }
+
+/// The same numbers every time (xorshift64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 % bound as u64).unwrap()
+    }
+}
+
+/// What nobody expects anywhere.
+fn strange(random: &mut Random) -> Value {
+    let deep = (0..200).fold(json!([]), |inner, _| json!([inner]));
+    let all = [
+        json!(null),
+        json!(true),
+        json!(-1),
+        json!(0),
+        json!(u64::MAX),
+        json!(1e300),
+        json!(""),
+        json!("\0"),
+        json!("sha256:../../../etc/passwd"),
+        json!(format!("sha512:{}", "a".repeat(128))),
+        json!("x".repeat(70_000)),
+        json!([]),
+        json!({}),
+        deep,
+    ];
+    all[random.below(all.len())].clone()
+}
+
+/// Makes something in it strange, leaves it out, or has it twice.
+fn change(value: &mut Value, random: &mut Random) {
+    let is_deeper = random.below(5) > 0;
+    match value {
+        Value::Object(members) if is_deeper && !members.is_empty() => {
+            let key = members.keys().nth(random.below(members.len())).unwrap().clone();
+            if random.below(6) == 0 {
+                members.remove(&key);
+            } else {
+                change(&mut members[&key], random);
+            }
+        }
+        Value::Array(items) if is_deeper && !items.is_empty() => {
+            let at = random.below(items.len());
+            if random.below(6) == 0 {
+                items.push(items[at].clone());
+            } else {
+                change(&mut items[at], random);
+            }
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) | Value::Object(_) => *value = strange(random),
+    }
+}
+
+#[test]
+fn whatever_is_changed_of_an_image_it_is_taken_or_refused() {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let (mut taken, mut refused) = (0, 0);
+    for _ in 0..800 {
+        let mut packer = Packer::new();
+        let which = random.below(4);
+        let layer = packer.blob(LAYER, b"layer");
+        let mut configuration = config(&here(), &[b"layer"]);
+        if which == 0 {
+            change(&mut configuration, &mut random);
+        }
+        let configuration = configuration.to_string();
+        let mut manifest = manifest(&packer.blob(CONFIG, configuration.as_bytes()), &[layer]);
+        if which == 1 {
+            change(&mut manifest, &mut random);
+        }
+        // As a pull looks at them, before its layers are here.
+        if let Ok(parsed) = serde_json::from_value::<ImageManifest>(manifest.clone()) {
+            assert!(!matches!(check(&parsed, configuration.as_bytes()), Err(Fault::Host(_))));
+        }
+        let mut index = json!({ "schemaVersion": 2, "manifests": [packer.blob(MANIFEST, manifest.to_string().as_bytes())] });
+        if which == 2 {
+            change(&mut index, &mut random);
+        }
+        packer.add_json("oci-layout", &json!({ "imageLayoutVersion": "1.0.0" }));
+        packer.add_json("index.json", &index);
+        let mut bytes = packer.bytes();
+        for _ in 0..if which == 3 { 1 + random.below(20) } else { 0 } {
+            let at = random.below(bytes.len());
+            bytes[at] = b"\0017.x{\"\xff"[random.below(8)];
+        }
+        match find_in(&bytes, "python") {
+            Ok(_) => taken += 1,
+            Err(Fault::Invalid(_)) => refused += 1,
+            Err(Fault::Host(error)) => panic!("{error:#}"),
+        }
+    }
+    assert!(taken > 20 && refused > 100, "{taken} were taken, {refused} refused: these changes try nothing");
+}
