@@ -394,6 +394,12 @@ async fn the_command_line_does_all_of_it() {
     let pushed = run(&["push", "team/box:1", "--to", &to]);
     let verified = run(&["verify", "team/box:1"]);
     run(&["remove", "team/box:1"]);
+    let password = folder.path().join("password");
+    fs::write(&password, format!("{PASSWORD}\n")).unwrap();
+    run(&["login", "registry.example", "--username", USER, "--password-file", password.to_str().unwrap()]);
+    let kept = Client::admin(service.place()).get("/v1/registries/registry.example").await.expect(200);
+    run(&["logout", "registry.example"]);
+    let forgotten = Client::admin(service.place()).get("/v1/registries/registry.example").await;
     let (again, why) = finish(&mut command(&service, &["export", "busybox", "--output", archive.to_str().unwrap()]), SOON).unwrap();
 
     assert!(tagged.starts_with("team/box:1 sha256:") && pushed.starts_with("team/box:1 sha256:"), "{tagged}{pushed}");
@@ -404,5 +410,6 @@ async fn the_command_line_does_all_of_it() {
     assert!(exported.contains("bytes") && verified.contains("is sound"), "{exported}{verified}");
     digest_by_skopeo(&format!("oci-archive:{}", archive.display()), &[]);
     assert!(!again.success() && why.contains("is there already"), "{why}");
+    assert_eq!((&kept["username"], forgotten.status), (&json!(USER), 404));
     service.client().get("/v1/images/team/box:1").await.problem(404, "image_not_found");
 }

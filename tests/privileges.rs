@@ -77,8 +77,10 @@ async fn folders_are_for_those_who_need_them() {
     assert_eq!(mode("logs"), 0o750);
     assert_eq!(mode("blobs"), 0o700);
     assert_eq!(mode("uploads"), 0o700);
+    assert_eq!(mode("pulls"), 0o700);
     assert_eq!(mode("postgres") & 0o077, 0);
     assert_eq!(mode("jwt-secret"), 0o600);
+    assert_eq!(mode("registry-key"), 0o600);
     assert_eq!(mode("."), 0o751);
 }
 

@@ -429,8 +429,8 @@ pub enum WhenFull {
     Refuse,
 }
 
-/// Whether the image is pulled from its registry first: `never`, so that it must be here; where it is `missing`; or `always`. It becomes the caller's tenant's own, and is pulled without
-/// credentials. That needs the scope `images:write`, too. What is being pulled when the answer must come goes on, and is joined by who asks again.
+/// Whether the image is pulled from its registry first: `never`, so that it must be here; where it is `missing`; or `always`. It becomes the caller's tenant's own, and is pulled with
+/// what the tenant is known by there, if it keeps that (`/v1/registries`). That needs the scope `images:write`, too. What is being pulled when the answer must come goes on, and is joined by who asks again.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 #[schema(default = "never")]
