@@ -217,7 +217,7 @@ pub struct Options {
     /// Registry that images may be pulled from, as in `registry.example`, `*.example` or `registry.example:5000`; several with commas between [default: any]
     #[arg(long, env = "MAYFLY_REGISTRY_HOSTS", value_name = "HOST", value_delimiter = ',')]
     pub registry_hosts: Option<Vec<String>>,
-    /// Registry and who is asked before it, as in `docker.io=mirror.example:5000`, without credentials; several with commas between [default: none]
+    /// Registry and who is asked before it, as in `registry.example=mirror.example:5000`, without credentials; several with commas between [default: none]
     #[arg(long, env = "MAYFLY_REGISTRY_MIRROR", value_name = "REGISTRY=HOST", value_delimiter = ',')]
     pub registry_mirror: Option<Vec<String>>,
     /// Network, as in `10.1.0.0/16`, that is not public and that registries, and what they lead to, may be in all the same; several with commas between [default: none]

@@ -52,7 +52,7 @@ mod tests {
         assert!(hosts("").unwrap().hosts.is_empty());
         assert_eq!(hosts("").unwrap().key_file, Path::new("/data/registry-key"));
         assert!(hosts("https://a.example").unwrap_err().to_string().contains("registry-hosts"));
-        let mirror = Options { registry_mirror: Some(vec!["docker.io".to_owned()]), ..Options::default() };
+        let mirror = Options { registry_mirror: Some(vec!["registry.example".to_owned()]), ..Options::default() };
         assert!(settled(&mirror).unwrap_err().to_string().contains("registry-mirror"));
         let allow = Options { registry_allow: Some(vec!["10.1.0.0/33".to_owned()]), ..Options::default() };
         assert!(settled(&allow).unwrap_err().to_string().contains("10.1.0.0/33"));

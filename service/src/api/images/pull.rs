@@ -43,7 +43,7 @@ const TELL_PAUSE: Duration = Duration::from_millis(100);
 #[serde(deny_unknown_fields)]
 #[schema(as = PullRequest)]
 pub(in crate::api) struct PullRequest {
-    /// `[REGISTRY/]REPOSITORY[:TAG][@sha256:DIGEST]`. Without a registry `docker.io` is meant, without a tag `latest`; a digest goes before a tag.
+    /// `[REGISTRY/]REPOSITORY[:TAG][@sha256:DIGEST]`. Without a registry Docker's own is meant, without a tag `latest`; a digest goes before a tag.
     #[schema(value_type = words::Reference)]
     reference: String,
     /// What the image is to be called here, instead of what `reference` says.
@@ -173,7 +173,7 @@ pub(in crate::api) struct LayerView {
     operation_id = "pullImage",
     tag = "images",
     security(("bearer" = ["images:write"])),
-    request_body(content = PullRequest, example = json!({ "reference": "docker.io/library/debian:12", "name": "debian:12" })),
+    request_body(content = PullRequest, example = json!({ "reference": "registry.example/team/app:1", "name": "app:1" })),
     responses(
         (status = 200, description = "How it goes on, and the end of it.", content((PullFrame = "application/x-ndjson"), (String = "text/event-stream"))),
         (status = 201, description = "The image is there.", body = ImageView, headers(("Location" = String, description = "Where the image is found."))),

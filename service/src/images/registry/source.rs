@@ -15,7 +15,7 @@ const TAG_BYTES_MAX: usize = 128;
 /// An image at a registry.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Source {
-    /// As an operator allows it: `docker.io`, or host and port.
+    /// As an operator allows it: [`USUAL_REGISTRY`], or host and port.
     registry: String,
     /// Of the host that is asked, without a path.
     url: Url,
@@ -40,7 +40,7 @@ pub struct HostRule {
     port: Option<u16>,
 }
 
-/// Who is asked before a registry, as in `docker.io=mirror.example:5000`.
+/// Who is asked before a registry, as in `registry.example=mirror.example:5000`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mirror {
     of: HostRule,
@@ -309,7 +309,7 @@ mod tests {
         let there = mirror.of(&Source::parse("python:3").unwrap()).unwrap();
         assert_eq!((there.url.as_str(), there.registry.as_str()), ("https://mirror.example:5000/", "mirror.example:5000"));
         assert_eq!((there.repository.as_str(), &there.version), ("library/python", &Version::Tag("3".to_owned())));
-        assert_eq!(mirror.of(&Source::parse("quay.io/a").unwrap()), None);
+        assert_eq!(mirror.of(&Source::parse("other.example/a").unwrap()), None);
         assert!("mirror.example".parse::<Mirror>().is_err() && "a=b/c".parse::<Mirror>().is_err());
     }
 
@@ -322,7 +322,7 @@ mod tests {
         assert!(
             permits("*.example", "a.b.example/a") && !permits("*.example", "badexample.com/a") && !permits("*.example", "notexample/a")
         );
-        assert!(permits("docker.io", "python") && !permits("docker.io", "quay.io/a"));
+        assert!(permits("docker.io", "python") && !permits("docker.io", "other.example/a"));
         for bad in ["", "*", "https://registry.example", "registry.example/a", "a.example:22"] {
             assert!(bad.parse::<HostRule>().is_err(), "{bad}");
         }
