@@ -667,6 +667,39 @@ async fn a_run_has_its_image_pulled_where_it_asks_for_that() {
 }
 
 #[tokio::test]
+async fn a_start_from_a_pulled_image_costs_what_one_from_an_imported_image_does() {
+    let folder = service::folder().unwrap();
+    let changed = folder.path().join("changed");
+    image::variant(&busybox(), &changed, &["--config.env", "WHICH=pulled"]).unwrap();
+    let (service, liar) = (service(), Liar::start(&changed, Manner::Honest).await);
+    service.import("busybox").unwrap();
+    let client = service.client();
+    let pulled = pull(&client, &liar.address).await.expect(201);
+    assert_ne!(pulled["digest"], client.get("/v1/images/busybox").await.expect(200)["digest"], "they would have one root");
+    let launch = async |image: &str| {
+        let run = client.run(&json!({ "image": image, "command": ["true"] })).await;
+        run["outcome"]["phases_ms"]["launch"].as_f64().unwrap()
+    };
+    // The first one of each may find nothing ready.
+    launch("busybox").await;
+    launch("app").await;
+
+    let (mut of_imported, mut of_pulled) = (Vec::new(), Vec::new());
+    // One after the other, so that whatever else the machine does is borne by both.
+    for _ in 0..40 {
+        of_imported.push(launch("busybox").await);
+        of_pulled.push(launch("app").await);
+    }
+
+    let median = |times: &mut Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    };
+    let (imported, pulled) = (median(&mut of_imported), median(&mut of_pulled));
+    assert!(pulled < 1.5 * imported + 1.0, "{pulled} ms from a pulled image, {imported} ms from an imported one");
+}
+
+#[tokio::test]
 async fn what_a_tenant_may_use_anyway_is_not_fetched_again_and_what_another_has_is() {
     let (folder, other_folder) = (service::folder().unwrap(), service::folder().unwrap());
     let layout = layout(folder.path());
