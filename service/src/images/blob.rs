@@ -46,7 +46,8 @@ impl Blobs {
     pub(super) fn keep(&self, digest: &Sha256Digest, bytes: u64, from: impl Read) -> Result<(), Fault> {
         let path = self.path(digest);
         let mut to = None;
-        if !path.exists() {
+        // One of another length lost some of itself: it is kept anew.
+        if !fs::metadata(&path).is_ok_and(|kept| kept.len() == bytes) {
             to = Some(tempfile::NamedTempFile::new_in(&self.folder).context("keeping a blob")?);
         }
         let (found, len) = hash(from, |chunk| to.as_mut().map_or(Ok(()), |to| to.write_all(chunk)))?;
@@ -213,6 +214,18 @@ mod tests {
         let fault = blobs.keep(&digest_of(b"promised"), 8, &b"sent ..."[..]).unwrap_err();
         assert!(matches!(fault, Fault::Invalid(text) if text.contains("digest")));
         assert_eq!(fs::read_dir(folder.path().join("sha256")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_lost_some_of_itself_is_kept_anew() {
+        let (folder, blobs) = blobs();
+        let digest = keep(&blobs, b"content");
+        fs::write(folder.path().join("sha256").join(digest.digest()), "cont").unwrap();
+
+        assert!(blobs.keep(&digest, 7, &b"cuntent"[..]).is_err());
+        keep(&blobs, b"content");
+
+        assert_eq!(io::read_to_string(blobs.open_blob(&digest).unwrap()).unwrap(), "content");
     }
 
     #[test]

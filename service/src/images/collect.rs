@@ -17,6 +17,8 @@ const LEFTOVER: Duration = Duration::from_secs(30);
 const SETTLE: Duration = Duration::from_secs(2);
 /// Candidates of one look: those whose content is at other nodes are of no use to this one.
 const CANDIDATES: u32 = 100;
+/// What goes before it is looked again which are of use by now.
+const AT_ONCE: usize = 10;
 
 /// When images go that were pulled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,25 +63,33 @@ impl Images {
 
     async fn try_to_collect(&self) -> anyhow::Result<Found> {
         while self.is_full()? {
-            let Some(IdleImage { tenant, image }) = self.next_idle().await? else { return Ok(Found::Nothing) };
-            let act = Act { actor: None, at: self.clock.now(), data: json!({ "reason": "unused" }) };
-            let removed = self.store.remove_image(tenant.as_ref(), &image.reference, Some(&image.digest), &act).await?;
-            if removed.is_some() {
-                tracing::info!(image.reference = image.reference, image.digest = image.digest, "an unused image was given up for room");
-                self.metrics.image_collected();
-                self.unlink(image.root, HashSet::new()).await;
+            let idle = self.idle_here().await?;
+            if idle.is_empty() {
+                return Ok(Found::Nothing);
             }
-            tokio::time::sleep(SETTLE).await;
+            for IdleImage { tenant, image } in idle {
+                if !self.is_full()? {
+                    break;
+                }
+                let act = Act { actor: None, at: self.clock.now(), data: json!({ "reason": "unused" }) };
+                let removed = self.store.remove_image(tenant.as_ref(), &image.reference, Some(&image.digest), &act).await?;
+                if removed.is_some() {
+                    tracing::info!(image.reference = image.reference, image.digest = image.digest, "an unused image was given up for room");
+                    self.metrics.image_collected();
+                    self.unlink(image.root, HashSet::new()).await;
+                }
+                tokio::time::sleep(SETTLE).await;
+            }
         }
         Ok(Found::Enough)
     }
 
-    /// The one that this node has and that was of no use for the longest.
-    async fn next_idle(&self) -> anyhow::Result<Option<IdleImage>> {
+    /// Some that this node has, the one first that was of no use for the longest. To look for them is a look at every sandbox that is remembered.
+    async fn idle_here(&self) -> anyhow::Result<Vec<IdleImage>> {
         let before = self.clock.now() - self.collecting.idle;
         let here = self.keeper.images().await?;
         let idle = self.store.idle_images(before, CANDIDATES).await?;
-        Ok(idle.into_iter().find(|idle| here.contains(&idle.image.root)))
+        Ok(idle.into_iter().filter(|idle| here.contains(&idle.image.root)).take(AT_ONCE).collect())
     }
 
     fn is_full(&self) -> anyhow::Result<bool> {
