@@ -7,6 +7,7 @@ mod liar;
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
     sync::Arc,
     time::Duration,
 };
@@ -106,6 +107,34 @@ async fn an_image_of_dockers_older_form_is_one_too() {
     pull(&client, &registry.address).await.expect(201);
 
     says_hello(&client, "app").await;
+}
+
+/// Makes an image of `$2` and sends it to `$3`, within `$1`.
+const BUILD: &str = r#"set -eu; cd "$1"
+    builder() { buildah --root "$PWD/storage" --runroot "$PWD/run" --storage-driver vfs "$@"; }
+    container=$(builder from --quiet "oci-archive:$2")
+    mkdir -p content/opt; echo packed > content/opt/told
+    builder copy --quiet --chown 7:8 "$container" content /
+    builder config --env GREETING=hello --user 7:8 --workingdir /made --volume /state --volume /opt --port 8000/tcp --label team=blue --stop-signal SIGINT \
+        --entrypoint '["/bin/sh", "-c"]' --cmd 'told by the image' "$container"
+    builder commit --quiet --tls-verify=false "$container" "docker://$3""#;
+
+#[tokio::test]
+async fn what_buildah_says_of_an_image_is_honoured() {
+    let (service, registry, folder) = (service(), Registry::start(Manners::default()).unwrap(), service::folder().unwrap());
+    let target = format!("{}/app:1", registry.address);
+    image::run(Command::new("sh").args(["-c", BUILD, "sh"]).arg(folder.path()).arg(busybox()).arg(&target)).unwrap();
+    let client = service.client();
+
+    let config = pull(&client, &registry.address).await.expect(201)["config"].clone();
+    let tell = "echo $GREETING; pwd; id -u; id -g; cat /opt/told; touch /state/mine /opt/mine && stat -c '%u:%g %a' /state /opt/told";
+    let run = client.run(&json!({ "image": "app", "command": [tell] })).await;
+
+    assert_eq!((&config["user"], &config["stop_signal"], &config["workdir"]), (&json!("7:8"), &json!("SIGINT"), &json!("/made")));
+    assert_eq!((&config["volumes"], &config["exposed_ports"]), (&json!(["/opt", "/state"]), &json!(["8000/tcp"])));
+    assert_eq!((&config["labels"]["team"], &config["command"]), (&json!("blue"), &json!(["told by the image"])));
+    assert_exit(&run, 0);
+    assert_eq!(stdout(&run), "hello\n/made\n7\n8\npacked\n7:8 755\n7:8 644\n");
 }
 
 #[tokio::test]

@@ -37,6 +37,7 @@ for_test() {
     for_run
     need skopeo skopeo
     need docker-registry docker-registry
+    need buildah buildah
     need setsid util-linux
     need pgrep procps
     need runsc runsc

@@ -2,10 +2,11 @@
 //!
 //! The service is not trusted with the host: a spec that asks for a mount, a hook, a device, a capability, a namespace to join, or that
 //! leaves a limit out, is refused here whoever sends it. Accepted (runtime-spec, `config.md` and `config-linux.md`):
-//! `process.{user,args,env,cwd,rlimits,noNewPrivileges}`, `process.capabilities` up to [`privileges::OF_ROOT_IMAGE`], `root.{path,readonly}`, `hostname`,
+//! `process.{user,args,env,cwd,rlimits,noNewPrivileges}`, `process.capabilities` up to [`privileges::OF_ROOT_IMAGE`], `root.{path,readonly}`, `hostname`, `mounts` that are
+//! a `destination` and nothing else,
 //! `linux.resources.{memory.limit,memory.swap,cpu.quota,cpu.period,pids.limit}`.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, path::Path};
 
 use oci_spec::runtime::{Capabilities, Capability, LinuxResources, PosixRlimitType, Process, Spec};
 use serde_json::Value;
@@ -16,7 +17,9 @@ use crate::{
     files::PATH_BYTES_MAX,
     keeper::{Weakening, gvisor},
     privileges,
-    protocol::{Exec, IoLimits, Isolation, Launch, Medium, NewLimits, NewTime, Supervision, VOLUMES_MAX, VolumeMount, init::User},
+    protocol::{
+        Exec, FOLDERS_MAX, IoLimits, Isolation, Launch, Medium, NewLimits, NewTime, Supervision, VOLUMES_MAX, VolumeMount, init::User,
+    },
 };
 
 /// A launch that was checked: everything in it is within the node's policy.
@@ -25,6 +28,8 @@ pub(crate) struct Plan {
     pub(crate) args: Vec<String>,
     pub(crate) env: Vec<String>,
     pub(crate) cwd: String,
+    /// Folders of the writable layer that are there when it starts.
+    pub(crate) folders: Vec<String>,
     pub(crate) user: User,
     pub(crate) rlimits: Vec<(u32, u64)>,
     pub(crate) hostname: Option<String>,
@@ -54,10 +59,11 @@ const BYTES_FOR_INODE: u64 = 8192;
 const NAME_BYTES_MAX: usize = 255;
 
 /// Every field that a spec may have, by its path. Fields that are absent, `null`, `false` or empty ask for nothing and pass.
-const ACCEPTED: [&str; 20] = [
+const ACCEPTED: [&str; 21] = [
     "ociVersion",
     "hostname",
     "root.path",
+    "mounts.destination",
     "process.user.uid",
     "process.user.gid",
     "process.user.additionalGids",
@@ -86,6 +92,8 @@ fn check_fields(value: &Value, path: &str, weakening: Weakening) -> Result<(), R
         Value::Null | Value::Bool(false) => Ok(()),
         Value::Array(items) if items.is_empty() => Ok(()),
         Value::String(text) if text.is_empty() => Ok(()),
+        // One without a source is a folder of the writable layer's own.
+        Value::Array(mounts) if path == "mounts" => mounts.iter().try_for_each(|mount| check_fields(mount, path, weakening)),
         Value::Object(fields) => fields.iter().try_for_each(|(name, value)| {
             let path = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
             check_fields(value, &path, weakening)
@@ -114,7 +122,12 @@ impl Plan {
             Weakening::Allowed => without(spec.annotations().as_ref())?,
             Weakening::Refused => Fences::default(),
         };
-        Self::of_process(process, spec.hostname().clone(), limits, without)
+        let folders = spec.mounts().iter().flatten().map(|mount| mount.destination().as_path());
+        let folders = folders.map(folder).collect::<Result<Vec<_>, _>>()?;
+        if folders.len() > FOLDERS_MAX {
+            return Err(Refused(format!("mounts: there may be {FOLDERS_MAX}")));
+        }
+        Ok(Self { folders, ..Self::of_process(process, spec.hostname().clone(), limits, without)? })
     }
 
     fn of_process(process: &Process, hostname: Option<String>, limits: Limits, without: Fences) -> Result<Self, Refused> {
@@ -153,6 +166,7 @@ impl Plan {
             args,
             env: process.env().clone().unwrap_or_default(),
             cwd: process.cwd().to_str().ok_or_else(|| Refused("process.cwd is not UTF-8".to_owned()))?.to_owned(),
+            folders: Vec::new(),
             user,
             rlimits,
             hostname,
@@ -161,6 +175,12 @@ impl Plan {
             without,
         })
     }
+}
+
+/// The place of a folder inside the sandbox.
+fn folder(destination: &Path) -> Result<String, Refused> {
+    let text = destination.to_str().filter(|text| text.starts_with('/') && text.len() <= PATH_BYTES_MAX && !text.contains('\0'));
+    text.map(str::to_owned).ok_or_else(|| Refused("mounts: a destination is an absolute path".to_owned()))
 }
 
 /// What the payload's user 0 may do. The sets must agree: what is bounding and not permitted would come back at the first execve of root's.

@@ -303,6 +303,9 @@ impl FromStr for VolumeId {
 /// The most volumes of one sandbox.
 pub const VOLUMES_MAX: usize = 16;
 
+/// The most folders that a sandbox's spec names as mounts without a source.
+pub const FOLDERS_MAX: usize = 64;
+
 /// Where a volume stands in a sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeMount {

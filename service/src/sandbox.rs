@@ -40,8 +40,7 @@ pub use quota::{
 pub use request::{
     BODY_BYTES_MAX, Content, EVICT_AFTER_MS, Encoding, File, GRACE_MS, IDLE_TIMEOUT_MS, INTERVAL_MS, ImageReference, Invalid, LIST_LIMIT,
     LabelFault, Network, NewSandbox, PullPolicy, RETRY, RunRequest, STOP_GRACE_MS, SandboxRequest, TAIL_LINES, TTL_MS, UNTIL_MS, WAIT_MS,
-    WhenFull,
-    check_label, check_name, check_name_prefix,
+    WhenFull, check_label, check_name, check_name_prefix,
 };
 pub use sandbox_core::protocol::{ImageId, SandboxId};
 use sandbox_core::{

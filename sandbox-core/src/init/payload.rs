@@ -117,6 +117,9 @@ pub(super) fn start(start: &Start, place: &Place<'_>, mut descriptors: VecDeque<
     let brought = Brought { stdio, files, inherited: descriptors.drain(..).collect() };
     let identity = Identity::find(&start.user)?;
     let identity = identity.with_capabilities_of(place);
+    for folder in &start.folders {
+        make_folders(CWD_ROOT, folder, Some(&identity)).spec("making a folder of the image's", folder)?;
+    }
     let cwd = make_folder(&start.cwd, &identity)?;
     let exec = Exec::new(start, &identity)?;
 

@@ -69,12 +69,27 @@ fn an_ordinary_spec_passes_with_all_its_values() {
     assert_eq!(plan.limits, Limits { memory_bytes: 64 << 20, cpu_quota_us: 50_000, cpu_period_us: 100_000, pids: 32 });
     assert_eq!(plan.user, User::Ids { uid: 1000, gid: 100, groups: vec![] });
     assert_eq!(plan.rlimits, [(libc::RLIMIT_NOFILE, 64)]);
+    assert_eq!(plan.folders, [""; 0]);
+}
+
+#[test]
+fn a_mount_without_a_source_is_a_folder_of_which_there_may_be_some() {
+    let with = |folders: usize| {
+        let mut spec = spec();
+        spec["mounts"] = (0..folders).map(|number| json!({ "destination": format!("/data/{number}") })).collect();
+        check(&spec)
+    };
+    assert_eq!(with(2).unwrap().folders, ["/data/0", "/data/1"]);
+    assert_eq!(with(FOLDERS_MAX).unwrap().folders.len(), FOLDERS_MAX);
+    assert!(with(FOLDERS_MAX + 1).unwrap_err().to_string().starts_with("mounts: "));
 }
 
 #[test]
 fn whatever_reaches_out_of_the_sandbox_is_refused_by_name() {
-    let bind = json!([{ "destination": "/host", "source": "/", "options": ["rbind"] }]);
-    assert_eq!(refusal_with("/mounts", bind), "mounts may not be set");
+    assert_eq!(refusal_with("/mounts", json!([{ "destination": "/host", "source": "/" }])), "mounts.source may not be set");
+    assert_eq!(refusal_with("/mounts", json!([{ "destination": "/host", "options": ["rbind"] }])), "mounts.options may not be set");
+    assert_eq!(refusal_with("/mounts", json!([{ "destination": "/host", "type": "tmpfs" }])), "mounts.type may not be set");
+    assert_eq!(refusal_with("/mounts", json!([{ "destination": "host" }])), "mounts: a destination is an absolute path");
     assert_eq!(refusal_with("/hooks", json!({ "prestart": [{ "path": "/bin/sh" }] })), "hooks.prestart may not be set");
     assert_eq!(
         refusal_with("/process/capabilities", json!({ "inheritable": ["CAP_CHOWN"] })),

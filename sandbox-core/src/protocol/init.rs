@@ -97,6 +97,8 @@ pub struct Start {
     /// `NAME=value`.
     pub env: Vec<String>,
     pub cwd: String,
+    /// Made for `user` where they are missing, as `cwd` is.
+    pub folders: Vec<String>,
     pub user: User,
     /// Resource (setrlimit(2)) and value.
     pub rlimits: Vec<(u32, u64)>,

@@ -84,7 +84,7 @@ struct ConfigView {
     labels: BTreeMap<String, String>,
     /// Ports that it listens on, as in `80/tcp`. They are reached like all others.
     exposed_ports: Vec<String>,
-    /// Folders that are meant to outlive sandboxes. They do where a volume stands there.
+    /// Folders that are meant to be kept apart. Each sandbox has them, in its own writable layer, made where the image lacks them; they outlive it where a volume stands there.
     volumes: Vec<String>,
 }
 

@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 
 use oci_spec::image::ImageConfiguration;
-use sandbox_core::protocol::{Isolation, Stdin, WindowSize};
+use sandbox_core::{
+    files::PATH_BYTES_MAX,
+    protocol::{FOLDERS_MAX, Isolation, Stdin, WindowSize},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
@@ -25,6 +28,9 @@ pub struct Program {
     /// `NAME=value`, each name once.
     pub env: Vec<String>,
     pub cwd: String,
+    /// What the image calls its volumes: folders of the sandbox's own writable layer, made where the image lacks them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub folders: Vec<String>,
     pub user: User,
     #[serde(default)]
     pub capabilities: Capabilities,
@@ -117,6 +123,7 @@ impl Program {
             args,
             env: env.into_iter().map(|(key, value)| format!("{key}={value}")).collect(),
             cwd: asked.workdir.as_deref().or(workdir).unwrap_or("/").to_owned(),
+            folders: config.map(folders_of).unwrap_or_default(),
             user,
             capabilities: asked.capabilities,
             isolation: asked.isolation,
@@ -127,6 +134,12 @@ impl Program {
             volumes: Vec::new(),
         })
     }
+}
+
+/// What an image says that is no place is as good as nothing.
+fn folders_of(config: &oci_spec::image::Config) -> Vec<String> {
+    let is_place = |path: &&String| path.starts_with('/') && path.len() <= PATH_BYTES_MAX && !path.contains('\0');
+    config.volumes().iter().flatten().filter(is_place).take(FOLDERS_MAX).cloned().collect()
 }
 
 impl Program {
@@ -207,6 +220,7 @@ pub fn spec(id: SandboxId, image: &ImageId, program: &Program, limits: &Limits) 
         },
         "root": { "path": image, "readonly": false },
         "hostname": hostname(id),
+        "mounts": program.folders.iter().map(|folder| json!({ "destination": folder })).collect::<Vec<_>>(),
         "linux": { "resources": {
             "memory": { "limit": limits.memory_bytes(), "swap": limits.memory_bytes() },
             "cpu": { "quota": limits.cpu_millis() * CPU_PERIOD_US / 1000, "period": CPU_PERIOD_US },
@@ -297,6 +311,18 @@ mod tests {
     }
 
     #[test]
+    fn volumes_of_the_image_are_folders_of_the_sandbox() {
+        let image = image(json!({ "Cmd": ["serve"], "Volumes": { "/data": {}, "relative": {} } }));
+
+        let program = Program::resolve(&image, &asked()).unwrap();
+
+        assert_eq!(program.folders, ["/data"]);
+        let (id, root) = (SandboxId(uuid::Uuid::nil()), "0".repeat(64).parse().unwrap());
+        let spec: Value = serde_json::from_slice(&spec(id, &root, &program, &asked().limits)).unwrap();
+        assert_eq!(spec["mounts"], json!([{ "destination": "/data" }]));
+    }
+
+    #[test]
     fn the_image_says_by_which_signal_it_stops_unless_the_request_does() {
         let signal = |config, stop_signal| {
             let asked = NewSandbox { stop_signal, stop_grace_ms: 7, ..asked() };
@@ -368,7 +394,7 @@ mod tests {
         let program = Program::resolve(&image(json!({ "Cmd": ["a"] })), &asked()).unwrap();
         let bytes = spec(SandboxId(uuid::Uuid::nil()), &image_id, &program, &asked().limits);
         let spec: oci_spec::runtime::Spec = serde_json::from_slice(&bytes).unwrap();
-        assert!(spec.mounts().is_none() && spec.hooks().is_none() && spec.annotations().is_none());
+        assert!(spec.mounts().iter().flatten().next().is_none() && spec.hooks().is_none() && spec.annotations().is_none());
         let linux = spec.linux().as_ref().unwrap();
         assert!(linux.namespaces().is_none() && linux.seccomp().is_none());
         let resources = linux.resources().as_ref().unwrap();
