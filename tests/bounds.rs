@@ -350,6 +350,15 @@ fn changes_sandbox(operation: &Operation) -> bool {
     operation.method == "PATCH" && operation.template == "/v1/sandboxes/{id}"
 }
 
+/// Whether it says which registry is asked: there is one at most that is.
+fn names_registry(operation: &Operation, field: &Field) -> bool {
+    match operation.template.as_str() {
+        "/v1/images/pull" => field.member() == "reference",
+        "/v1/images/push" => field.member() == "to",
+        _ => false,
+    }
+}
+
 /// The same body, of which what was tried before changes nothing: that is none of the sandbox's labels.
 fn fresh(operation: &Operation, mut body: Value) -> Value {
     if changes_sandbox(operation) && body["labels_policy"].is_null() {
@@ -392,7 +401,7 @@ async fn every_field_of_every_request_is_held_to_the_bounds_that_the_contract_na
                 if !is_refused(&answer, &field) || !bound.is_null() && (&bound["min"], &bound["max"]) != limits {
                     faults.push(format!("{at} of {}: {}", shown(&beyond), answer.text));
                 }
-                let Some(at_bound) = at_bound else { continue };
+                let Some(at_bound) = at_bound.filter(|_| !names_registry(&operation, &field)) else { continue };
                 let mut body = example.clone();
                 put(&mut body, &field.steps, "", at_bound.clone());
                 let answer = there.ask_in_vain(&operation, &body, &field).await;

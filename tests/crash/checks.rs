@@ -102,12 +102,20 @@ pub(crate) async fn requests(place: &Place, known: &[Known], rows: &[Row], ends_
 async fn end(place: &Place, known: &Known, row: &Row, (ends_keeper, is_calm): (bool, bool), log_bytes: &mut u64) -> Result<(), String> {
     let reason = row.reason.as_deref().unwrap_or_default();
     let path = if row.kind == "run" { format!("/v1/runs/{}", row.id) } else { format!("/v1/sandboxes/{}", row.id) };
-    let answer = Client::of(place, &row.tenant).get(&path).await;
-    if answer.status == 404 && known.deletion.is_some() {
-        // It went by itself in the meantime.
-        return Ok(());
-    }
-    let now = answer.expect(200);
+    let deadline = tokio::time::Instant::now() + LINES_DEADLINE;
+    let now = loop {
+        let answer = Client::of(place, &row.tenant).get(&path).await;
+        if answer.status == 404 && known.deletion.is_some() {
+            // It went by itself in the meantime.
+            return Ok(());
+        }
+        let now = answer.expect(200);
+        // A service that was not told that its commit went through tells of the end when it has tried again.
+        if !now["outcome"].is_null() || tokio::time::Instant::now() > deadline {
+            break now;
+        }
+        tokio::time::sleep(LOOK).await;
+    };
     let outcome = &now["outcome"];
     if let Some(told) = known.outcomes.iter().find(|told| *told != outcome) {
         return Err(format!("{} was told {told} and is {outcome}", known.label));

@@ -186,7 +186,9 @@ impl Service {
     /// As [`Self::start_with`].
     pub fn start_shared() -> Result<Self> {
         // Tests stop reading to see what that does to others: on a loaded machine that may last.
-        Self::launch(&["--overcommit-cpu-percent", "2400", "--write-timeout-s", "600"], None)
+        // Whatever is pulled or pushed there, nobody is asked.
+        let registries = ["--registry-hosts", "nowhere.example"];
+        Self::launch(&[&["--overcommit-cpu-percent", "2400", "--write-timeout-s", "600"][..], &registries].concat(), None)
     }
 
     /// Starts one without images, with further arguments of `serve`.
