@@ -169,6 +169,8 @@ impl Text {
         let of_member = match self.member.as_str() {
             "path" | "workdir" => Some(folders()),
             "url" => beginning("https://hooks.example/"),
+            // Names with a dot between them, none of which is long (RFC 1035, 2.3.4).
+            "registry" => Some((0..length).map(|at| if at % 60 == 59 && at + 1 < length { '.' } else { 'a' }).collect()),
             _ => None,
         };
         let others = [beginning(""), Some(folders()), beginning("a."), Some("7".repeat(length))];
@@ -244,6 +246,8 @@ fn put(body: &mut Value, steps: &[Step], list: &str, value: Value) {
                 }
                 // Each case has its own input.
                 "cases" => body["stdin"] = Value::Null,
+                // Neither is without the other.
+                "credentials" => body["credentials"] = json!({ "username": "robot", "password": "a token" }),
                 // In place of an image, and with its own command.
                 "language" | "source" => *body = json!({ "language": "bash", "source": "", "wait_ms": 0 }),
                 _ => {}

@@ -52,7 +52,7 @@ fn layer(entries: &[(EntryType, &str, &str, &[u8])]) -> Vec<u8> {
 }
 
 fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut packed = GzEncoder::new(Vec::new(), Compression::fast());
+    let mut packed = GzEncoder::new(Vec::new(), Compression::best());
     packed.write_all(bytes).unwrap();
     packed.finish().unwrap()
 }
@@ -206,10 +206,10 @@ async fn of_two_names_in_one_extended_header_neither_leads_outside() {
 }
 
 /// What of it is there, by a program of a sandbox's.
-const TELL: &str = "find . ! -type d | sort | while IFS= read -r name; do stat -c '%n %F %a %u:%g %h %s %Y' \"$name\"; done
+const TELL: &str = "{ find . ! -type d | sort | while IFS= read -r name; do stat -c '%n %F %a %u:%g %h %s %Y' \"$name\"; done
     find . -type d | sort | while IFS= read -r name; do stat -c '%n %F %a %u:%g %Y' \"$name\"; done
     find . -type f | sort | while IFS= read -r name; do md5sum \"$name\"; done
-    find . -type l | sort | while IFS= read -r name; do readlink \"$name\"; done";
+    find . -type l | sort | while IFS= read -r name; do readlink \"$name\"; done; } | cat -v";
 
 #[tokio::test]
 async fn what_is_unpacked_is_what_umoci_unpacks() {

@@ -116,7 +116,7 @@ const BUILD: &str = r#"set -eu; cd "$1"
     mkdir -p content/opt; echo packed > content/opt/told
     builder copy --quiet --chown 7:8 "$container" content /
     builder config --env GREETING=hello --user 7:8 --workingdir /made --volume /state --volume /opt --port 8000/tcp --label team=blue --stop-signal SIGINT \
-        --entrypoint '["/bin/sh", "-c"]' --cmd 'told by the image' "$container"
+        --entrypoint '["/bin/sh", "-c"]' --cmd serve "$container"
     builder commit --quiet --tls-verify=false "$container" "docker://$3""#;
 
 #[tokio::test]
@@ -132,7 +132,7 @@ async fn what_buildah_says_of_an_image_is_honoured() {
 
     assert_eq!((&config["user"], &config["stop_signal"], &config["workdir"]), (&json!("7:8"), &json!("SIGINT"), &json!("/made")));
     assert_eq!((&config["volumes"], &config["exposed_ports"]), (&json!(["/opt", "/state"]), &json!(["8000/tcp"])));
-    assert_eq!((&config["labels"]["team"], &config["command"]), (&json!("blue"), &json!(["told by the image"])));
+    assert_eq!((&config["labels"]["team"], &config["command"]), (&json!("blue"), &json!(["serve"])));
     assert_exit(&run, 0);
     assert_eq!(stdout(&run), "hello\n/made\n7\n8\npacked\n7:8 755\n7:8 644\n");
 }

@@ -56,8 +56,8 @@ pub(in crate::api) struct PushRequest {
     request_body(content = PushRequest, example = json!({ "reference": "python", "to": "registry.example/team/python:3" })),
     responses(
         (status = 200, description = "The registry has it; or how it goes on, and the end of it.", content((ImageView = "application/json"), (PullFrame = "application/x-ndjson"), (String = "text/event-stream"))),
-        refusal::ImageNotFound,
-        refusal::RegistryFailed,
+        refusal::OfRegistries,
+        refusal::OnNode,
     ),
 )]
 pub(in crate::api) async fn push(
