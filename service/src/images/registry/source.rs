@@ -318,7 +318,7 @@ mod tests {
         let permits = |rule: &str, reference: &str| rule.parse::<HostRule>().unwrap().permits(&Source::parse(reference).unwrap());
         assert!(permits("registry.example", "registry.example/a") && permits("registry.example", "registry.example:5000/a"));
         assert!(permits("registry.example:5000", "registry.example:5000/a") && !permits("registry.example:5000", "registry.example/a"));
-        assert!(permits("registry.example:443", "registry.example/a") && !permits("registry.example:443", "registry.example:444/a"));
+        assert!(permits("registry.example:443", "registry.example/a") && !permits("registry.example:443", "registry.example:8443/a"));
         assert!(
             permits("*.example", "a.b.example/a") && !permits("*.example", "badexample.com/a") && !permits("*.example", "notexample/a")
         );
