@@ -1,15 +1,17 @@
 //! The folder that an image is unpacked into. No path, link or earlier entry leads out of it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     fs::File,
+    hash::{BuildHasher as _, RandomState},
     io::{self, Read},
+    ops::Bound,
     os::fd::{AsFd, OwnedFd},
 };
 
 use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat, fchmod, fchown, fsetxattr,
-    futimens, linkat, mkdirat, mknodat, openat2, statat, symlinkat, unlinkat, utimensat,
+    fstat, futimens, linkat, mkdirat, mknodat, openat2, statat, symlinkat, unlinkat, utimensat,
 };
 
 use super::Attributes;
@@ -21,7 +23,11 @@ pub struct Target {
     /// Times of folders, by path: set last, because every entry made in a folder changes them. Later ones win.
     folder_times: BTreeMap<Vec<Vec<u8>>, u64>,
     /// Folders that no entry named but that entries needed.
-    implied_folders: std::cell::Cell<u64>,
+    implied_folders: u64,
+    /// What this layer has put where, since what it hides is below it alone (image-spec, `layer.md`, «Whiteouts»): of each folder's inode and a name in it.
+    made: HashSet<u64>,
+    /// Nobody can know of two names that are one in `made`.
+    keys: RandomState,
 }
 
 type Names<'a> = &'a [Vec<u8>];
@@ -29,12 +35,12 @@ type Names<'a> = &'a [Vec<u8>];
 impl Target {
     /// Unpacks into `root`, a folder opened for reading.
     pub fn new(root: OwnedFd) -> Self {
-        Self { root, folder_times: BTreeMap::new(), implied_folders: std::cell::Cell::new(0) }
+        Self { root, folder_times: BTreeMap::new(), implied_folders: 0, made: HashSet::new(), keys: RandomState::new() }
     }
 
     /// How many folders were made that no entry named.
     pub(super) fn implied_folders(&self) -> u64 {
-        self.implied_folders.get()
+        self.implied_folders
     }
 
     pub(super) fn folder(&mut self, folders: Names<'_>, name: &[u8], attributes: Attributes) -> io::Result<()> {
@@ -49,6 +55,7 @@ impl Target {
             Err(rustix::io::Errno::NOENT) => mkdirat(&parent, name, Mode::from_raw_mode(0o755))?,
             Err(error) => return Err(error.into()),
         }
+        self.note(&parent, name)?;
         let mut path = folders.to_vec();
         path.push(name.to_vec());
         self.folder_attributes(&path, attributes)
@@ -102,7 +109,7 @@ impl Target {
             return Err(super::invalid("a hard link to a folder"));
         }
         if folders == to_folders && name == to_name {
-            return Ok(());
+            return self.note(&source, name);
         }
         let parent = self.fresh(folders, name)?;
         Ok(linkat(&source, to_name, &parent, name, AtFlags::empty())?)
@@ -124,10 +131,7 @@ impl Target {
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(()),
             other => other?,
         };
-        let mut path = folders.to_vec();
-        path.push(name.to_vec());
-        self.folder_times.retain(|folder, _| !folder.starts_with(&path));
-        remove_tree(&parent, name)
+        self.hide(&parent, inode(&parent)?, name).map(drop)
     }
 
     /// Deletes everything in a folder of the lower layers, but not the folder.
@@ -136,8 +140,31 @@ impl Target {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             other => other?,
         };
-        self.folder_times.retain(|path, _| !(path.starts_with(folders) && path.len() > folders.len()));
-        children(&folder)?.iter().try_for_each(|name| remove_tree(&folder, name))
+        self.hide_all(&folder).map(drop)
+    }
+
+    /// Deletes what lower layers put into this folder. With it, whether anything is left.
+    fn hide_all(&self, folder: &OwnedFd) -> io::Result<bool> {
+        let inode = inode(folder)?;
+        let mut is_left = false;
+        for name in children(folder)? {
+            is_left |= self.hide(folder, inode, &name)?;
+        }
+        Ok(is_left)
+    }
+
+    /// The same for this name in it, which nothing need have.
+    fn hide(&self, parent: &OwnedFd, inode: u64, name: &[u8]) -> io::Result<bool> {
+        let is_made = self.made.contains(&self.key(inode, name));
+        match open_below(parent, name) {
+            Ok(folder) if self.hide_all(&folder)? || is_made => Ok(true),
+            Ok(_) => Ok(unlinkat(parent, name, AtFlags::REMOVEDIR).map(|()| false)?),
+            Err(rustix::io::Errno::NOENT) => Ok(false),
+            // A link, or no folder.
+            Err(rustix::io::Errno::LOOP | rustix::io::Errno::NOTDIR) if is_made => Ok(true),
+            Err(rustix::io::Errno::LOOP | rustix::io::Errno::NOTDIR) => Ok(unlinkat(parent, name, AtFlags::empty()).map(|()| false)?),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Sets the times of folders, which no entry of this layer changes any more.
@@ -150,6 +177,7 @@ impl Target {
                 Err(error) => return Err(error),
             }
         }
+        self.made.clear();
         Ok(())
     }
 
@@ -166,7 +194,7 @@ impl Target {
     }
 
     /// The folder that an entry goes into; missing ones are made, as archives may leave them out.
-    fn parent(&self, folders: Names<'_>) -> io::Result<OwnedFd> {
+    fn parent(&mut self, folders: Names<'_>) -> io::Result<OwnedFd> {
         match self.open(folders, OFlags::PATH | OFlags::DIRECTORY) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             other => return other,
@@ -176,8 +204,9 @@ impl Target {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     let at = self.open(&folders[..depth - 1], OFlags::PATH | OFlags::DIRECTORY)?;
                     check_depth(&at)?;
-                    self.implied_folders.set(self.implied_folders.get() + 1);
+                    self.implied_folders += 1;
                     mkdirat(&at, folders[depth - 1].as_slice(), Mode::from_raw_mode(0o755))?;
+                    self.note(&at, &folders[depth - 1])?;
                 }
                 other => drop(other?),
             }
@@ -185,15 +214,42 @@ impl Target {
         self.open(folders, OFlags::PATH | OFlags::DIRECTORY)
     }
 
-    /// [`Target::parent`], with nothing of this name in it any more.
+    /// [`Target::parent`], with nothing of this name in it any more, for what this layer puts there.
     fn fresh(&mut self, folders: Names<'_>, name: &[u8]) -> io::Result<OwnedFd> {
         let parent = self.parent(folders)?;
-        let mut path = folders.to_vec();
-        path.push(name.to_vec());
-        self.folder_times.retain(|folder, _| !folder.starts_with(&path));
+        let path: Vec<_> = folders.iter().cloned().chain([name.to_vec()]).collect();
+        self.forget_times(&path);
         remove_tree(&parent, name)?;
+        self.note(&parent, name)?;
         Ok(parent)
     }
+
+    /// Of this folder and those in it, where something else is to be.
+    fn forget_times(&mut self, path: Names<'_>) {
+        let later = self.folder_times.range::<[Vec<u8>], _>((Bound::Included(path), Bound::Unbounded));
+        let gone: Vec<_> = later.map(|(folder, _)| folder).take_while(|folder| folder.starts_with(path)).cloned().collect();
+        gone.iter().for_each(|folder| drop(self.folder_times.remove(folder)));
+    }
+
+    fn note(&mut self, parent: &OwnedFd, name: &[u8]) -> io::Result<()> {
+        let key = self.key(inode(parent)?, name);
+        self.made.insert(key);
+        Ok(())
+    }
+
+    fn key(&self, inode: u64, name: &[u8]) -> u64 {
+        self.keys.hash_one((inode, name))
+    }
+}
+
+fn inode(folder: &OwnedFd) -> io::Result<u64> {
+    Ok(fstat(folder)?.st_ino)
+}
+
+/// The folder of this name, and no other.
+fn open_below(parent: &OwnedFd, name: &[u8]) -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat2(parent, name, flags, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
 }
 
 /// Refuses to nest further in a folder that is too deep already, wherever links led: what is deeper cannot be deleted any more.
@@ -242,8 +298,7 @@ fn remove_tree(parent: &OwnedFd, name: &[u8]) -> io::Result<()> {
         Err(rustix::io::Errno::ISDIR) => {}
         Err(error) => return Err(error.into()),
     }
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let folder = openat2(parent, name, flags, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)?;
+    let folder = open_below(parent, name)?;
     children(&folder)?.iter().try_for_each(|child| remove_tree(&folder, child))?;
     Ok(unlinkat(parent, name, AtFlags::REMOVEDIR)?)
 }

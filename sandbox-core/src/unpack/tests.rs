@@ -130,6 +130,42 @@ fn a_whiteout_deletes_and_an_opaque_folder_starts_empty() {
 }
 
 #[test]
+fn what_a_layer_hides_is_below_it_wherever_in_it_that_is_said() {
+    let place = Place::new();
+    let lower =
+        Layer::new().file("opt/old", "1").file("opt/kept/old", "2").file("opt/implied/old", "3").file("etc/a", "4").file("etc/b/old", "5");
+    let upper = Layer::new()
+        .file("opt/new", "6")
+        .folder("opt/kept")
+        .file("opt/kept/new", "7")
+        .file("opt/implied/deep/new", "8")
+        .symlink("opt/link", "/etc")
+        .file("opt/.wh..wh..opq", "")
+        .file("etc/a", "9")
+        .file("etc/b/new", "10")
+        .file("etc/.wh.a", "")
+        .file("etc/.wh.b", "");
+    place.unpack(vec![lower.bytes(), upper.bytes()]).unwrap();
+
+    for (path, content) in [("opt/new", "6"), ("opt/kept/new", "7"), ("opt/implied/deep/new", "8"), ("etc/a", "9"), ("etc/b/new", "10")] {
+        assert_eq!(place.read(path), content, "{path}");
+    }
+    for hidden in ["opt/old", "opt/kept/old", "opt/implied/old", "etc/b/old"] {
+        assert!(!place.has(hidden), "{hidden}");
+    }
+    assert!(fs::symlink_metadata(place.root().join("opt/link")).unwrap().is_symlink());
+}
+
+#[test]
+fn what_one_layer_put_there_the_next_one_hides() {
+    let place = Place::new();
+    let lower = Layer::new().file("opt/a", "1").file("opt/b", "2");
+    let upper = Layer::new().file("opt/.wh.a", "").file("opt/.wh..wh..opq", "");
+    place.unpack(vec![lower.bytes(), upper.bytes()]).unwrap();
+    assert!(!place.has("opt/a") && !place.has("opt/b") && place.has("opt"));
+}
+
+#[test]
 fn an_upper_layer_replaces_a_folder_by_a_file_and_a_link_by_a_folder() {
     let place = Place::new();
     let lower = Layer::new().file("a/inside", "1").symlink("b", "/a");
@@ -256,9 +292,16 @@ fn sum_up(header: &mut [u8]) {
 
 #[test]
 fn no_change_of_a_layer_leads_it_outside_or_beyond_its_bounds() {
-    let lower = Layer::new().folder("a").file("a/one", "1").symlink("up", "..").symlink("out", "/").link("hard", "a/one").bytes();
+    let lower = Layer::new()
+        .folder("a")
+        .file("a/one", "1")
+        .file("a/two", "2")
+        .symlink("up", "..")
+        .symlink("out", "/")
+        .link("hard", "a/one")
+        .bytes();
     let upper = Layer::new()
-        .file("a/.wh.one", "")
+        .file("a/.wh.two", "")
         .file("up/x", "2")
         .link("b", "out/a/one")
         .symlink("c", "../../secret")
@@ -268,6 +311,7 @@ fn no_change_of_a_layer_leads_it_outside_or_beyond_its_bounds() {
         .file("deep/.wh..wh..opq", "")
         .file("out/secret", "4")
         .bytes();
+    Place::new().unpack(vec![lower.clone(), upper.clone()]).expect("as it is there is nothing wrong with it");
     let at = headers(&upper);
     // The same ones every time (xorshift64).
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;

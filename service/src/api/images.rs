@@ -6,7 +6,10 @@ mod push;
 
 pub(super) use pull::{CREDENTIAL_BYTES_MAX, CREDENTIAL_NAME, CREDENTIAL_PASSWORD, GivenCredentials, pull_for};
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use axum::{
     Json,
@@ -236,7 +239,7 @@ impl Filter {
         let mut filter = Self::default();
         for (name, text) in pairs {
             match name.as_str() {
-                "name" => text.clone_into(&mut filter.prefix),
+                "name" => ImageReference::parse("name", text)?.as_str().clone_into(&mut filter.prefix),
                 "shared" => filter.is_shared = Some(query::value("shared", &text)?),
                 "label" => match text.split_once('=') {
                     Some(("", _)) => return Err(Invalid::new("label", "a label has a key").into()),
@@ -246,9 +249,6 @@ impl Filter {
                 },
                 _ => return Err(query::unknown(&name)),
             }
-        }
-        if !filter.prefix.is_empty() {
-            ImageReference::parse("name", filter.prefix.clone())?;
         }
         Ok(filter)
     }
@@ -274,12 +274,18 @@ impl From<Image> for ImageView {
             user: config.user().clone().unwrap_or_default(),
             stop_signal: config.stop_signal().clone(),
             labels: config.labels().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect(),
-            exposed_ports: config.exposed_ports().clone().unwrap_or_default(),
-            volumes: config.volumes().clone().unwrap_or_default(),
+            exposed_ports: sorted(config.exposed_ports().as_ref()),
+            volumes: sorted(config.volumes().as_ref()),
         });
         let Image { reference, digest, size_bytes, created_at, is_shared, pulled_from, .. } = image;
         Self { reference, digest, shared: is_shared, size_bytes, created_at, pulled_from, config }
     }
+}
+
+/// An image has them in no order.
+fn sorted(names: Option<&Vec<String>>) -> Vec<String> {
+    let names: BTreeSet<_> = names.into_iter().flatten().cloned().collect();
+    names.into_iter().collect()
 }
 
 impl From<ImportError> for ApiError {
@@ -342,9 +348,14 @@ mod tests {
         assert!(permits("label=of%3Dteam%3Da&shared=true", &image("a", true)));
         assert!(!permits("name=py", &image("busybox", true)) && !permits("shared=false", &image("a", true)));
         assert!(!permits("label=of%3Dteam", &image("a", true)) && !permits("label=of&label=by", &image("a", true)));
-        for (query, field) in
-            [("name=%20", "name"), ("shared=maybe", "shared"), ("label=", "label"), ("label=%3Dx", "label"), ("colour=red", "colour")]
-        {
+        for (query, field) in [
+            ("name=%20", "name"),
+            ("name=", "name"),
+            ("shared=maybe", "shared"),
+            ("label=", "label"),
+            ("label=%3Dx", "label"),
+            ("colour=red", "colour"),
+        ] {
             assert!(matches!(parsed(query), Err(ApiError::Invalid(invalid)) if invalid.field == field), "{query}");
         }
     }

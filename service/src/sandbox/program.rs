@@ -1,6 +1,6 @@
 //! The program of a sandbox: what the image says, overridden by what the request says, as the standard's `config.json`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use oci_spec::image::ImageConfiguration;
 use sandbox_core::{
@@ -139,7 +139,9 @@ impl Program {
 /// What an image says that is no place is as good as nothing.
 fn folders_of(config: &oci_spec::image::Config) -> Vec<String> {
     let is_place = |path: &&String| path.starts_with('/') && path.len() <= PATH_BYTES_MAX && !path.contains('\0');
-    config.volumes().iter().flatten().filter(is_place).take(FOLDERS_MAX).cloned().collect()
+    // An image has them in no order.
+    let places: BTreeSet<_> = config.volumes().iter().flatten().filter(is_place).collect();
+    places.into_iter().take(FOLDERS_MAX).cloned().collect()
 }
 
 impl Program {

@@ -70,6 +70,7 @@ pub(in crate::api) async fn push(
 ) -> Result<Response, ApiError> {
     caller.require(Scope::ImagesWrite)?;
     let PushRequest { reference, to, credentials } = json::read(body).await?;
+    let credentials = credentials.map(|given| given.parse("credentials.")).transpose()?;
     let reference = ImageReference::parse("reference", reference)?.as_str().to_owned();
     let (field, to) = to.map_or(("reference", reference.clone()), |to| ("to", to));
     let refused = |why| Invalid::new(field, why);
@@ -79,7 +80,7 @@ pub(in crate::api) async fn push(
     }
     app.images.check_source(&target).map_err(refused)?;
     let credentials = match credentials {
-        Some(given) => Some(given.parse("credentials.")?),
+        Some(given) => Some(given),
         None => app.images.kept_credentials(&caller.tenant, &target).await?,
     };
     let image = app.store.find_image(&caller.tenant, &reference).await?.ok_or(ApiError::ImageNotFound(reference))?;

@@ -143,7 +143,8 @@ pub struct RegistryName(String);
 impl RegistryName {
     /// Takes a host, with its port if that is not the usual one. The error says what is wrong with it.
     pub fn parse(text: &str) -> Result<Self, String> {
-        if !is_registry(text) {
+        // As long as a name of a host may be, with a port (RFC 1035, 2.3.4).
+        if text.len() > REPOSITORY_BYTES_MAX || !is_registry(text) {
             return Err(format!("{text:?} is not the name of a registry: its host, as in registry.example:5000"));
         }
         Ok(Self(registry_of(text)?.0))
