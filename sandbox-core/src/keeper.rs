@@ -32,6 +32,7 @@ mod timer;
 mod tree;
 mod upgrade;
 mod volume;
+mod warning;
 mod worker;
 
 use std::{
@@ -67,6 +68,7 @@ use timer::{Due, Timer};
 pub use upgrade::Invocation;
 use upgrade::Trial;
 use volume::Volumes;
+use warning::warn;
 
 use crate::{
     cgroup::Tree,
@@ -562,12 +564,6 @@ impl Keeper {
         }
         Ok(true)
     }
-}
-
-/// Says something to whoever keeps the keeper's log; if nobody reads it any more, then not.
-fn warn(message: std::fmt::Arguments<'_>) {
-    use std::io::Write;
-    drop(writeln!(io::stderr(), "sandbox-keeper: {message}"));
 }
 
 fn monotonic_ns() -> u64 {

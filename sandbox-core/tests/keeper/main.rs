@@ -26,4 +26,5 @@ mod tree;
 mod upgrade;
 mod volumes;
 mod walls;
+mod warnings;
 mod watch;
