@@ -12,12 +12,16 @@ use std::{
     io::{self, Write},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd, RawFd},
-        unix::{ffi::OsStrExt, fs::FileExt},
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileExt, MetadataExt},
+        },
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use rustix::{
+    event::{PollFd, PollFlags, poll},
     fs::{MemfdFlags, SealFlags},
     process::pidfd_send_signal,
 };
@@ -150,15 +154,43 @@ pub(super) struct Trial {
     serial: u64,
     /// Of what it was shown.
     format: u32,
+    /// Which it is, if anything lay there.
+    program: Option<Version>,
+    /// Somebody has asked for an upgrade since it was begun, and may have put another program there before.
+    is_asked_again: bool,
     child: Child,
     answer: OwnedFd,
+}
+
+/// By what one program can be told from another that lies in its place: device, inode and size, and the time of its last change (`st_ctime`, inode(7)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Version([u64; 3], [i64; 2]);
+
+impl Version {
+    fn of(path: &Path) -> Option<Self> {
+        let metadata = std::fs::metadata(path).ok()?;
+        Some(Self([metadata.dev(), metadata.ino(), metadata.size()], [metadata.ctime(), metadata.ctime_nsec()]))
+    }
+}
+
+impl Trial {
+    /// Whether it has said something, or has ended.
+    fn has_said(&self) -> bool {
+        let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut [PollFd::new(&self.answer, PollFlags::IN)], Some(&now)).is_ok_and(|count| count > 0)
+    }
 }
 
 impl Keeper {
     /// Tries the program that lies where this one did when it was started.
     pub(super) fn begin_upgrade(&mut self) {
-        if self.shutdown.is_some() || self.trial.is_some() {
-            return warn(format_args!("not upgrading: it is stopping, or upgrading already"));
+        if self.shutdown.is_some() {
+            return warn(format_args!("not upgrading: it is stopping"));
+        }
+        if let Some(trial) = &mut self.trial {
+            // What that one comes to may be told of a program that lies there no more.
+            trial.is_asked_again = true;
+            return;
         }
         let serial = self.serial();
         let begun = self.begin_trial(serial).and_then(|trial| {
@@ -177,8 +209,10 @@ impl Keeper {
         let (description, _) = self.describe()?;
         let (answer, tell) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         let keeper = nix::unistd::getpid();
+        // Before the child: whatever is put there from now on is another one.
+        let program = Version::of(&self.program.path);
         match sys::clone3(nix::sched::CloneFlags::empty(), false, None)? {
-            Cloned::Parent(child) => Ok(Trial { serial, format: self.format(), child, answer }),
+            Cloned::Parent(child) => Ok(Trial { serial, format: self.format(), program, is_asked_again: false, child, answer }),
             Cloned::Child => {
                 let failed = self.become_trial(&description, &tell, keeper);
                 warn(format_args!("{}: {failed}", self.program.path.display()));
@@ -214,10 +248,13 @@ impl Keeper {
         let Some(trial) = self.trial.take_if(|trial| trial.serial == serial) else { return Ok(()) };
         let mut said = [0; 1];
         let len = rustix::io::retry_on_intr(|| rustix::io::read(&trial.answer, &mut said))?;
-        let shown = trial.format;
+        let (shown, tried, is_asked_again) = (trial.format, trial.program, trial.is_asked_again);
         drop(trial);
         if &said[..len] != YES {
             warn(format_args!("not upgrading: {} refused, or failed", self.program.path.display()));
+            if is_asked_again {
+                self.begin_upgrade();
+            }
             return Ok(());
         }
         reached("keeper.upgrade.accepted");
@@ -230,6 +267,12 @@ impl Keeper {
             self.begin_upgrade();
             return Ok(());
         }
+        // Nor from one that nobody has asked.
+        if Version::of(&self.program.path) != tried {
+            warn(format_args!("{} is another program by now than the one that agreed, and is tried itself", self.program.path.display()));
+            self.begin_upgrade();
+            return Ok(());
+        }
         let failed = self.become_next();
         // As if nothing had happened: what was opened for the next program is this one's alone again.
         sys::close_on_exec_from(3)?;
@@ -239,12 +282,21 @@ impl Keeper {
 
     /// The program on trial has said nothing in its time.
     pub(super) fn give_up_trial(&mut self, serial: u64) -> io::Result<()> {
+        // It was the keeper that had no time: the answer waits beside this deadline, and behind it only by the order of events.
+        if self.trial.as_ref().is_some_and(|trial| trial.serial == serial && trial.has_said()) {
+            let heard = self.on_trial(serial);
+            return self.contain(Source::Trial, serial, heard);
+        }
         let Some(trial) = self.trial.take_if(|trial| trial.serial == serial) else { return Ok(()) };
         warn(format_args!("not upgrading: {} did not say in time whether it can take over", self.program.path.display()));
-        match pidfd_send_signal(&trial.child.pidfd, rustix::process::Signal::KILL) {
+        let killed = match pidfd_send_signal(&trial.child.pidfd, rustix::process::Signal::KILL) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
+        };
+        if trial.is_asked_again {
+            self.begin_upgrade();
         }
+        killed
     }
 
     /// Comes back only with a failure.

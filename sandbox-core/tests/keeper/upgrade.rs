@@ -65,10 +65,37 @@ impl Replaceable {
         std::fs::rename(new, self.program()).unwrap();
     }
 
+    /// Puts something there that does `then` when it is told to.
+    fn replace_with_one_that_waits(&self, then: &str) -> Waiting {
+        let at = |name: &str| self.programs.path().join(name);
+        let waiting = Waiting { begun: at("begun"), go: at("go") };
+        let (begun, go) = (waiting.begun.display(), waiting.go.display());
+        self.replace(&format!("#!/bin/sh\n: > {begun}\nwhile [ ! -e {go} ]; do sleep 0.02; done\n{then}\n"));
+        waiting
+    }
+
     fn put_back(&self) {
         let new = self.programs.path().join("new");
         std::fs::copy(KEEPER, &new).unwrap();
         std::fs::rename(new, self.program()).unwrap();
+    }
+}
+
+/// A program on trial that has not said anything yet.
+struct Waiting {
+    begun: PathBuf,
+    go: PathBuf,
+}
+
+impl Waiting {
+    /// Has it be tried, and returns when it is.
+    fn is_asked_by(&self, node: &Node) {
+        ask_for_upgrade(node);
+        until(|| self.begun.exists().then_some(()));
+    }
+
+    fn go(&self) {
+        std::fs::write(&self.go, "").unwrap();
     }
 }
 
@@ -385,24 +412,89 @@ fn what_begins_under_a_trial_and_was_not_shown_to_the_program_is_shown_before_it
     let node = &keeper.node;
     let (base, _) = run(node, shell("echo left > /left"), Layering::Fresh);
     // Agrees when it is told to, and could not take over.
-    let (begun, go) = (keeper.programs.path().join("begun"), keeper.programs.path().join("go"));
-    keeper.replace(&format!("#!/bin/sh\n: > {}\nwhile [ ! -e {} ]; do sleep 0.02; done\nprintf y >&4\n", begun.display(), go.display()));
+    let waiting = keeper.replace_with_one_that_waits("printf y >&4");
     let pid = node.pid();
-    ask_for_upgrade(node);
-    until(|| begun.exists().then_some(()));
+    waiting.is_asked_by(node);
     let mut over = long("exec sleep 1000");
     (over.layer, over.keeps_layer) = (Layering::Over(base), false);
     assert!(matches!(launch(node, &over), Answer::Launched(_)));
 
     // What is tried again could.
     keeper.put_back();
-    std::fs::write(&go, "").unwrap();
+    waiting.go();
     until(|| node.hello().ok().filter(|hello| hello.upgrades == 1));
 
     assert!(keeper.said().contains("agreed to less than there is"), "{}", keeper.said());
     assert_eq!(node.pid(), pid);
     kill(&mut node.client(), over.id);
     assert_eq!(wait_across(node, over.id).cause, Cause::Killed(KillReason::StoppedByUser));
+}
+
+#[test]
+fn a_program_that_is_put_there_under_the_trial_of_another_is_tried_itself() {
+    let keeper = Replaceable::start();
+    let node = &keeper.node;
+    let running = long("exec sleep 1000");
+    assert!(matches!(running.launch(&mut node.client()), Answer::Launched(_)));
+    let waiting = keeper.replace_with_one_that_waits("printf y >&4");
+    waiting.is_asked_by(node);
+    // Whoever became this one would end there, with all sandboxes.
+    keeper.replace("#!/bin/sh\nexit 1\n");
+
+    waiting.go();
+
+    until(|| keeper.said().contains("refused, or failed").then_some(()));
+    assert!(keeper.said().contains("is another program by now"), "{}", keeper.said());
+    assert_eq!(node.hello().unwrap().upgrades, 0);
+    kill(&mut node.client(), running.id);
+    assert_eq!(wait_across(node, running.id).cause, Cause::Killed(KillReason::StoppedByUser));
+}
+
+#[test]
+fn who_asks_while_a_program_is_tried_that_refuses_has_the_next_one_tried() {
+    let keeper = Replaceable::start();
+    let node = &keeper.node;
+    let waiting = keeper.replace_with_one_that_waits("exit 1");
+    waiting.is_asked_by(node);
+    keeper.put_back();
+    ask_for_upgrade(node);
+    // The keeper sees to its signals first.
+    assert_eq!(node.hello().unwrap().upgrades, 0);
+
+    waiting.go();
+
+    until(|| node.hello().ok().filter(|hello| hello.upgrades == 1));
+    assert!(keeper.said().contains("refused, or failed"), "{}", keeper.said());
+}
+
+/// Its deadline comes up and its answer is there before the keeper, which has been busy, gets to either; the deadline first.
+#[cfg(feature = "fail-points")]
+#[test]
+fn a_program_that_agreed_in_time_is_not_given_up_because_the_keeper_was_busy() {
+    const WALL: Duration = Duration::from_secs(3);
+    let keeper = Replaceable::start_with(|keeper| {
+        keeper.env("MAYFLY_FAIL_POINTS", "keeper.launch.received=1*off->1*sleep(9000)");
+    });
+    let node = &keeper.node;
+    let mut client = node.client();
+    let mut first = long("exec sleep 1000");
+    first.supervision.wall_ms = Some(WALL.as_millis().try_into().unwrap());
+    assert!(matches!(first.launch(&mut client), Answer::Launched(_)));
+    let launched = Instant::now();
+    let waiting = keeper.replace_with_one_that_waits("printf y >&4");
+    waiting.is_asked_by(node);
+    keeper.put_back();
+    let busy = long("exit 3");
+    busy.begin_launch(&mut client);
+    // The timer has come up for the first one, and waits for the keeper: whatever comes from here on is behind it.
+    std::thread::sleep(WALL.saturating_sub(launched.elapsed()) + Duration::from_millis(10));
+
+    waiting.go();
+
+    until(|| node.hello().ok().filter(|hello| hello.upgrades == 1));
+    assert!(!keeper.said().contains("did not say in time"), "{}", keeper.said());
+    assert_eq!(wait_across(node, first.id).cause, Cause::WallTimeout);
+    assert_eq!(wait_across(node, busy.id).cause, Cause::Exited { code: 3 });
 }
 
 #[test]
