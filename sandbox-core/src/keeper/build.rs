@@ -148,6 +148,16 @@ impl Keeper {
         Ok(true)
     }
 
+    /// One that was being built ahead, or stood ready, is none any more, and nobody had that done. What came in its stead would end like it, again and again: no more of
+    /// its class are built until somebody asks for one.
+    pub(super) fn lose_parked(&mut self, serial: u64, why: &dyn std::fmt::Display) {
+        let Some(parked) = self.lot.get_mut(serial).filter(|parked| !parked.is_doomed) else { return };
+        parked.is_doomed = true;
+        let class = parked.class.clone();
+        warn(format_args!("building a sandbox ahead failed: {why}"));
+        self.lot.give_up(|given_up| *given_up == class);
+    }
+
     /// Clones an init and has it build a sandbox. Its limits and its payload come later ([`Keeper::begin`]).
     pub(super) fn build(&mut self, blueprint: &Blueprint<'_>) -> Result<(u64, Body), BuildError> {
         let slot = match blueprint.layer.id_base().or(blueprint.below.map(|below| below.id_base)) {

@@ -120,6 +120,8 @@ impl Keeper {
         let Some(body) = self.body(serial) else { return Ok(()) };
         body.init.is_dead = true;
         self.unwatch(serial, |init| init.child.pidfd.as_fd())?;
+        // Killed for want of memory, as the first of all that this machine has.
+        self.lose_parked(serial, &"its init was killed");
         if let Some(sandbox) = self.sandboxes.get(&serial).filter(|sandbox| sandbox.ending.is_none()) {
             let is_started = sandbox.launched.is_some() || sandbox.decision.is_some();
             let never = || Cause::InfraError { message: "the sandbox's init ended before the payload started".to_owned() };

@@ -75,16 +75,11 @@ impl Keeper {
                 self.kill_by_force(serial)
             }
             Report::Failed { kind, message } => {
+                self.lose_parked(serial, &message);
                 let cause = match kind {
                     crate::error::Kind::Spec => Cause::StartFailed { message },
                     crate::error::Kind::Host => Cause::InfraError { message },
                 };
-                if let Some(parked) = self.lot.get_mut(serial) {
-                    parked.is_doomed = true;
-                    let class = parked.class.clone();
-                    warn(format_args!("building a sandbox ahead failed: {cause:?}"));
-                    self.lot.give_up(|given_up| *given_up == class);
-                }
                 self.end(serial, None, Some(cause));
                 self.kill_by_force(serial)
             }

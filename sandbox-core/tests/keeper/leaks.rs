@@ -6,7 +6,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use sandbox_core::protocol::{Answer, Request};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use sandbox_core::protocol::{Answer, Request, Start};
 
 use crate::harness::{Node, shell};
 
@@ -112,6 +116,39 @@ fn many_runs_and_a_keeper_that_stops_leave_nothing_behind() {
     node.wait_for_exit();
     let left: Vec<_> = parents.into_iter().filter(|(before, parent)| inode(parent).is_some_and(|now| Some(now) == *before)).collect();
     assert!(left.is_empty(), "a keeper that stopped left {left:?}");
+}
+
+/// As the kernel does it where memory is short: what stands ready goes first (`oom_score_adj`).
+#[test]
+fn what_stands_ready_and_is_killed_is_not_built_again_before_somebody_asks() {
+    let node = Node::start();
+    shell("true").run_on(&node);
+    Snapshot::at_rest(&node);
+    let standing = children(&node);
+    assert!(!standing.is_empty(), "nothing stands ready");
+    for pid in standing {
+        // With the first of them, the keeper gives up the others.
+        match kill(Pid::from_raw(pid.parse().unwrap()), Signal::SIGKILL) {
+            Ok(()) | Err(nix::Error::ESRCH) => {}
+            Err(error) => panic!("{pid}: {error}"),
+        }
+    }
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !children(&node).is_empty() {
+        assert!(Instant::now() < deadline, "there is always one more");
+        std::thread::yield_now();
+    }
+
+    // The keeper prepares what it wants a millisecond after it has nothing else to do.
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_millis(300) {
+        assert!(children(&node).is_empty(), "one was built that nobody asked for");
+        std::thread::yield_now();
+    }
+
+    assert_eq!(shell("true").run_on(&node).launched.unwrap().start, Start::Cold);
+    Snapshot::at_rest(&node);
+    assert_eq!(shell("true").run_on(&node).launched.unwrap().start, Start::Warm);
 }
 
 #[test]
