@@ -55,7 +55,7 @@ pub(crate) fn children(node: &Node) -> Vec<String> {
 }
 
 /// What a process is, and where it waits.
-fn told(pid: &str) -> String {
+pub(crate) fn told(pid: &str) -> String {
     let read = |of: &str| std::fs::read_to_string(format!("/proc/{pid}/{of}")).unwrap_or_else(|error| error.to_string());
     format!("\n{pid}: {}{}{}", read("stat"), read("cgroup"), read("stack"))
 }

@@ -22,7 +22,7 @@ use sandbox_core::{
 use crate::{
     harness::{KEEPER, Node, Run, kill, output, records, shell, wait, wait_for_line},
     layers::{drop_layer, launch, run},
-    leaks::{Snapshot, children},
+    leaks::{Snapshot, children, told},
 };
 
 const SOON: Duration = Duration::from_secs(15);
@@ -252,17 +252,32 @@ fn launches_that_are_under_way_come_to_their_end() {
     let (deadline, mut steps) = (Instant::now() + PATIENCE, Vec::new());
     while !test.is_finished() {
         steps.extend(told.recv_timeout(Duration::from_millis(100)));
-        let last = steps.len().saturating_sub(5);
-        assert!(Instant::now() < deadline, "it hangs behind {:?}, the keeper in {:?}", &steps[last..], waits_in(node.pid()));
+        if Instant::now() >= deadline {
+            let last = steps.len().saturating_sub(5);
+            let where_it_is = waits_in(node.pid());
+            // Whoever waits for it waits no longer, and what is left of it does not stand in the way of other tests.
+            send_signal(Pid::from_raw(node.pid().cast_signed()), Signal::SIGKILL).unwrap();
+            panic!("it hangs behind {:?}; the keeper and its children: {where_it_is}", &steps[last..]);
+        }
     }
     if let Err(panic) = test.join() {
         std::panic::resume_unwind(panic);
     }
 }
 
-/// What a process waits in, as far as the kernel says (proc_pid_wchan(5), proc_pid_syscall(5)).
-fn waits_in(pid: u32) -> [String; 2] {
-    ["wchan", "syscall"].map(|file| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_else(|error| error.to_string()))
+/// What a keeper and each of its children wait in, as far as the kernel says (proc_pid_wchan(5), proc_pid_syscall(5)), and what memory there is: where that is short, everything
+/// waits.
+fn waits_in(pid: u32) -> String {
+    let read = |path: String| std::fs::read_to_string(path).unwrap_or_else(|error| error.to_string());
+    let task = format!("/proc/{pid}/task/{pid}");
+    let children = read(format!("{task}/children"));
+    let all = std::iter::once(pid.to_string()).chain(children.split_whitespace().map(str::to_owned));
+    let of_one = |pid: String| {
+        let waits = ["wchan", "syscall"].map(|file| read(format!("/proc/{pid}/{file}")));
+        format!("{}\nin {waits:?}", told(&pid))
+    };
+    let memory: Vec<String> = read("/proc/meminfo".to_owned()).lines().take(5).map(str::to_owned).collect();
+    format!("{}\n{memory:?}", all.map(of_one).collect::<String>())
 }
 
 fn launch_across_upgrades(node: &Node, at: impl Fn(String)) {
