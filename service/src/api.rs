@@ -151,6 +151,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(languages::list))
         .routes(routes!(account::quota))
         .routes(routes!(account::usage))
+        .routes(routes!(account::metrics))
         .routes(routes!(events::read))
         .merge(admin::router())
         .merge(nodes::router())

@@ -48,6 +48,9 @@ pub struct Options {
     /// Address and port of the metrics; port 0 is any free one [default: 127.0.0.1:9464]
     #[arg(long, env = "MAYFLY_METRICS_LISTEN", value_name = "ADDRESS:PORT")]
     pub metrics_listen: Option<SocketAddr>,
+    /// Tenants that have series of their own in the metrics, 0 to 1000; all others have one together [default: 0]
+    #[arg(long, env = "MAYFLY_METRICS_TENANTS", value_name = "COUNT")]
+    pub metrics_tenants: Option<u32>,
     /// Folder for everything that must survive a restart [default: /var/lib/mayfly]
     #[arg(long, env = "MAYFLY_DATA_DIR", value_name = "PATH")]
     pub data_dir: Option<PathBuf>,
@@ -268,6 +271,8 @@ pub enum LogFormat {
 pub struct Settings {
     pub listen: SocketAddr,
     pub metrics_listen: SocketAddr,
+    /// So many tenants are named in the metrics.
+    pub metrics_tenants: usize,
     pub data_dir: PathBuf,
     /// `None`: the private cluster.
     pub database_url: Option<String>,
@@ -331,6 +336,12 @@ impl Options {
         Ok(Settings {
             listen: self.listen.or(file.listen).unwrap_or(loopback(8080)),
             metrics_listen: self.metrics_listen.or(file.metrics_listen).unwrap_or(loopback(9464)),
+            metrics_tenants: usize::try_from(within(
+                "metrics-tenants",
+                self.metrics_tenants.or(file.metrics_tenants).unwrap_or(0),
+                0,
+                1000,
+            )?)?,
             data_dir,
             database_url: given(nearer).or(given(file.database_url)),
             database_connections,

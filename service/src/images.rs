@@ -259,6 +259,12 @@ impl Images {
         }))
     }
 
+    /// How many layers, configurations and manifests this node keeps, and their bytes together.
+    pub async fn blobs(&self) -> anyhow::Result<(u64, u64)> {
+        let blobs = Arc::clone(&self.blobs);
+        Ok(tokio::task::spawn_blocking(move || blobs.sum()).await??)
+    }
+
     /// Deletes roots and blobs that nothing needs: a service that was killed had no time to. Returns when all that the keeper was unpacking
     /// for that one must have come to its end. What fails is logged.
     pub async fn sweep(&self) {

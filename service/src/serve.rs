@@ -36,7 +36,7 @@ use crate::{
     config::{Account, LogFormat, Settings, Tenants},
     engine::{self, Engine, Reserves, Tenancy},
     images::{self, Images, SealingKey},
-    metrics::Metrics,
+    metrics::{Metrics, Statements},
     outbox::Outbox,
     postgres::Cluster,
     runtime::Keeper,
@@ -216,9 +216,10 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
     let certificate = settings.door.tls.as_ref().map(Certificate::follow).transpose()?;
     let tls = certificate.map(|certificate| certificate.acceptor()).transpose()?;
     let keyring = Keyring::follow(identity.keys.to_vec(), settings.keys.sources()?, settings.keys.jwks_refresh).await?;
-    let store = connect(options, settings.database_connections).await?;
+    let figures = Arc::new(Metrics::new(settings.metrics_tenants)?);
+    let store = connect(options, settings.database_connections, figures.statements()).await?;
     store.migrate().await.context("bringing the database's schema up to date")?;
-    let (clock, figures) = (Clock::System, Arc::new(Metrics::new()?));
+    let clock = Clock::System;
     let engine_settings = engine::Settings {
         node: identity.node,
         node_name: node_name(&settings.data_dir),
@@ -322,12 +323,12 @@ fn connections_max(wanted: usize) -> usize {
 }
 
 /// Tries once by hand: a pool would only say that it had to wait for too long.
-async fn connect(options: PgConnectOptions, connections: u32) -> anyhow::Result<Store> {
+async fn connect(options: PgConnectOptions, connections: u32, statements: Statements) -> anyhow::Result<Store> {
     let place = format!("the database {} of {} at {}", options.get_database().unwrap_or("(unnamed)"), options.get_username(), at(&options));
     let first = PgConnection::connect_with(&options).await.with_context(|| format!("{place} cannot be reached"))?;
     // Its end is all the same to us.
     drop(first.close().await);
-    Store::connect(options, connections).await.with_context(|| format!("{place} cannot be reached"))
+    Store::connect(options, connections, statements).await.with_context(|| format!("{place} cannot be reached"))
 }
 
 fn at(options: &PgConnectOptions) -> String {

@@ -39,9 +39,11 @@ pub(crate) use sandboxes::tests::sandbox as sandbox_for_tests;
 pub use sandboxes::{Deleted, Ended, Everyones, Filter, Held, LogKept, Order, StoredLog, Whereabouts, Writer};
 use sqlx::{Connection as _, PgConnection, postgres::PgConnectOptions};
 pub use tenants::{Account, Change, OfTenant, Standing, Suspension, Used, Who};
-pub use usage::{GroupBy, TimeUnit, UsageLine, UsageQuery};
+pub use usage::{GroupBy, RecentEnds, TimeUnit, UsageLine, UsageQuery};
 pub use volumes::{Unfinished, VolumeBegun, VolumeEnd, VolumeFilter};
 pub use webhooks::{Created as CreatedWebhook, NewWebhook, Rotation, Webhook, WebhookChange};
+
+use crate::metrics::{Connections, Statements};
 
 /// Postgres, with a bounded number of connections, and of those who wait for one.
 #[derive(Debug, Clone)]
@@ -85,8 +87,8 @@ impl StoreError {
 
 impl Store {
     /// Connects. Fails when Postgres cannot be reached with these options.
-    pub async fn connect(options: PgConnectOptions, connections: u32) -> anyhow::Result<Self> {
-        let pool = Pool::connect(options, connections).await?;
+    pub async fn connect(options: PgConnectOptions, connections: u32, statements: Statements) -> anyhow::Result<Self> {
+        let pool = Pool::connect(options, connections, statements).await?;
         Ok(Self { pool })
     }
 
@@ -109,6 +111,11 @@ impl Store {
     /// Returns as soon as Postgres is not known to be away.
     pub async fn there(&self) {
         self.pool.health().there().await;
+    }
+
+    /// The connections as they are now.
+    pub fn connections(&self) -> Connections {
+        self.pool.connections()
     }
 
     /// Whether Postgres answers.

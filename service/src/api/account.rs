@@ -2,7 +2,12 @@
 
 use std::sync::Arc;
 
-use axum::{Json, extract::State, http::Uri};
+use axum::{
+    Json,
+    extract::State,
+    http::{Uri, header},
+    response::{IntoResponse as _, Response},
+};
 use serde::Serialize;
 use serde_json::Number;
 use time::{Date, Duration, OffsetDateTime, format_description::well_known::Rfc3339};
@@ -10,6 +15,7 @@ use utoipa::ToSchema;
 
 use super::{App, caller::Caller, contract::parameter::UsageParameters, error::ApiError, query};
 use crate::{
+    metrics,
     sandbox::{Invalid, Kind, LIST_LIMIT, QuotaScope, Quotas, TenantId},
     store::{Account, GroupBy, TimeUnit, UsageLine, UsageQuery, Used, Who},
     token::Scope,
@@ -162,6 +168,47 @@ pub(super) async fn usage(State(app): State<Arc<App>>, caller: Caller, uri: Uri)
         return Err(query::unknown(name));
     }
     usage_of(&app, usage_query(pairs, Some(caller.tenant), app.clock.now())?).await
+}
+
+/// Figures of the tenant for Prometheus
+///
+/// The quotas of tenant and principal with what is in use of each, what ended in the last minute by its reason, and what was used in this month of UTC: those counters begin anew with each
+/// month, as counters of a process do with its restart. All is read from the database, so that every node tells the same: scrape one address, not each node.
+#[utoipa::path(
+    get,
+    path = "/v1/metrics",
+    operation_id = "readMetrics",
+    tag = "account",
+    security(("bearer" = ["metrics:read"])),
+    responses((status = 200, description = "Every series, in the text format.", body = String, content_type = "text/plain")),
+)]
+pub(super) async fn metrics(State(app): State<Arc<App>>, caller: Caller) -> Result<Response, ApiError> {
+    /// What is recent.
+    const RECENTLY: Duration = Duration::MINUTE;
+    caller.require(Scope::MetricsRead)?;
+    let now = app.clock.now();
+    let series = metrics::Account::new()?;
+    let accounts = of(&app, &caller).await?;
+    let (tenant, principal) = (accounts.tenant_quotas(&app), accounts.principal_quotas(&app));
+    let used = |account: Option<Account>| account.map(|account| account.used).unwrap_or_default();
+    for (scope, quotas, used) in
+        [(QuotaScope::Tenant, tenant, used(accounts.tenant)), (QuotaScope::Principal, principal, used(accounts.principal))]
+    {
+        let counted = serde_json::to_value(used).map_err(|error| ApiError::Internal(error.into()))?;
+        for (quota, count) in counted.as_object().into_iter().flatten() {
+            series.quota(scope, quota, count.as_u64().unwrap_or_default(), quotas.number(quota));
+        }
+    }
+    let month = now.to_offset(time::UtcOffset::UTC).replace_day(1).unwrap_or(now).replace_time(time::Time::MIDNIGHT);
+    let by = GroupBy { kind: true, ..GroupBy::default() };
+    let query = UsageQuery { tenant: Some(caller.tenant.clone()), from: month, to: now + Duration::HOUR, by, limit: USAGE_LINES_MAX };
+    for line in app.store.usage(&query).await? {
+        series.used(&line);
+    }
+    for ends in app.store.recent_ends(&caller.tenant, now - RECENTLY).await? {
+        series.ended(&ends);
+    }
+    Ok(([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], series.text()?).into_response())
 }
 
 /// What was used, by this query.

@@ -15,6 +15,7 @@ use utoipa::{
 use super::ports::PortFault;
 use crate::{
     engine::EngineError,
+    metrics::Metrics,
     runtime::CallError,
     sandbox::{Bound, Exceeded, Invalid, QuotaScope, State, words},
     store::StoreError,
@@ -177,6 +178,18 @@ pub(super) struct Problem {
     state: Option<State>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     quota: Option<QuotaView>,
+}
+
+impl Problem {
+    /// Counts that somebody was refused like this.
+    pub(super) fn count(&self, metrics: &Metrics) {
+        // Its name is the promise that callers have, too.
+        let code = serde_json::to_value(self.code).ok();
+        metrics.problem(code.as_ref().and_then(Value::as_str).unwrap_or("unknown"));
+        if let Some(QuotaView { quota, scope, .. }) = &self.quota {
+            metrics.quota_refused(*scope, quota);
+        }
+    }
 }
 
 /// The `type` of a problem of which its status and `code` say everything (RFC 9457, section 4.2.1).

@@ -31,7 +31,11 @@ pub(super) async fn observe(State(app): State<Arc<App>>, mut request: Request, n
     let span = tracing::info_span!("request", request.id = id, http.method = method, http.route = route);
 
     let response = async {
-        let response = with_problem(next.run(request).await, &id);
+        let response = next.run(request).await;
+        if let Some(problem) = response.extensions().get::<Problem>() {
+            problem.count(&app.metrics);
+        }
+        let response = with_problem(response, &id);
         let seconds = began_at.elapsed().as_secs_f64();
         app.metrics.request(&route, method, response.status().as_str(), seconds);
         tracing::debug!(http.status = response.status().as_u16(), seconds, "answered");

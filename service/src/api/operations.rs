@@ -16,6 +16,7 @@ use super::{
     contract::{self, refusal},
     error::ApiError,
 };
+use crate::metrics::Standing;
 
 /// That it answers.
 #[derive(Debug, Serialize, ToSchema)]
@@ -113,5 +114,17 @@ pub(super) async fn docs() -> impl IntoResponse {
 )]
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     app.metrics.jwks(&app.verifier.freshness());
+    app.metrics.keeper_reconnects(app.keeper.reconnects());
+    // Of this process and its disk alone: what is wrong elsewhere must not keep anybody from hearing of it.
+    app.metrics.stands(Standing {
+        has_keeper: app.keeper.hello().is_some(),
+        is_ready: app.engine.is_ready(),
+        is_short: app.engine.is_short(),
+        connections: app.store.connections(),
+    });
+    match app.images.blobs().await {
+        Ok((count, bytes)) => app.metrics.images_kept(count, bytes),
+        Err(error) => tracing::warn!(error = format!("{error:#}"), "counting the blobs of images failed"),
+    }
     Ok(([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], app.metrics.text()?).into_response())
 }

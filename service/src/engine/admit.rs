@@ -235,7 +235,9 @@ impl Engine {
 
     /// What the tenant means by this reference; the same as at the last time unless [`KnownImages::forget`] was told otherwise.
     async fn image(&self, tenant: &TenantId, reference: &str) -> Result<Arc<Image>, EngineError> {
-        if let Some(known) = self.images.get(tenant, reference) {
+        let known = self.images.get(tenant, reference);
+        self.metrics.image_looked_up(known.is_some());
+        if let Some(known) = known {
             return Ok(known);
         }
         let found = self.store.find_image(tenant, reference).await?;

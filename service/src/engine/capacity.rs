@@ -75,6 +75,7 @@ impl Capacity {
     pub(super) fn new(total: Room, metrics: Arc<Metrics>, freed: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
         metrics.capacity_memory_bytes.set(gauge(total.memory_bytes));
         metrics.capacity_cpu_millis.set(gauge(total.cpu_millis));
+        metrics.capacity_sandboxes.set(gauge(total.sandboxes));
         let promised = Mutex::new(Promised { committed: Room::default(), shares: Shares::new(total) });
         Arc::new(Self { total, promised, metrics, freed: Box::new(freed) })
     }
@@ -127,6 +128,7 @@ impl Capacity {
     fn show(&self, committed: Room) {
         self.metrics.committed_memory_bytes.set(gauge(committed.memory_bytes));
         self.metrics.committed_cpu_millis.set(gauge(committed.cpu_millis));
+        self.metrics.committed_sandboxes.set(gauge(committed.sandboxes));
     }
 }
 
@@ -199,7 +201,7 @@ mod tests {
     fn capacity(total: Room) -> (Arc<Capacity>, Arc<AtomicU32>) {
         let freed = Arc::new(AtomicU32::new(0));
         let count = Arc::clone(&freed);
-        let metrics = Arc::new(Metrics::new().unwrap());
+        let metrics = Arc::new(Metrics::new(0).unwrap());
         (Capacity::new(total, metrics, move || count.store(count.load(Ordering::Relaxed) + 1, Ordering::Relaxed)), freed)
     }
 

@@ -9,7 +9,15 @@ use sandbox_core::{
 use time::OffsetDateTime;
 use tokio::time::Instant;
 
-use super::{Engine, capacity::Reservation, input, lease::LEFT_TO_OTHERS, live::Live, settle::After, unix_us};
+use super::{
+    Engine,
+    capacity::Reservation,
+    input,
+    lease::LEFT_TO_OTHERS,
+    live::Live,
+    settle::{After, phases},
+    unix_us,
+};
 use crate::{
     clock::at_us,
     runtime::{CallError, LaunchAnswer},
@@ -156,7 +164,8 @@ impl Engine {
                 drop(descriptors);
                 if let Some(launched) = launched {
                     live.running(launched);
-                    self.metrics.launched(launched.start, Duration::from_micros(launched.launch_us).as_secs_f64());
+                    self.metrics.launched(&launched);
+                    self.note_start(live, &launched);
                 }
                 if let Some(reason) = live.ordered_kill() {
                     // Ordered while the keeper may not have known of it.
@@ -164,6 +173,15 @@ impl Engine {
                 }
                 Course::Ended(self.follow(live, live.sandbox.id, wait).await)
             }
+        }
+    }
+
+    /// Counts what the start of a sandbox's first life consisted of: a later one waits for nothing that its creator asked for.
+    fn note_start(&self, live: &Live, launched: &Launched) {
+        if live.sandbox.starts == 1 {
+            let started_at = at_us(launched.started_at_us);
+            let total = Duration::try_from(started_at - live.sandbox.created_at).unwrap_or(Duration::ZERO);
+            self.metrics.started(launched, phases(live, started_at), total);
         }
     }
 
@@ -370,7 +388,10 @@ impl Engine {
         };
         loop {
             match answer {
-                Ok(ending) => return ending,
+                Ok(ending) => {
+                    self.metrics.spent(&ending);
+                    return ending;
+                }
                 // Too many ask at once.
                 Err(CallError::Failed(failure)) if failure.kind == FailureKind::Busy => tokio::time::sleep(BUSY_PAUSE).await,
                 Err(CallError::Failed(failure)) => return self.infra_error(format!("the keeper does not know it: {failure}")),

@@ -187,7 +187,7 @@ impl Engine {
                 fail_point::reached("service.case.begun");
                 if let Some(launched) = launched {
                     self.note_running(live, launched);
-                    self.metrics.launched(launched.start, Duration::from_micros(launched.launch_us).as_secs_f64());
+                    self.metrics.launched(&launched);
                 }
                 if let Some(reason) = live.ordered_kill() {
                     // Ordered while the keeper may not have known of it.

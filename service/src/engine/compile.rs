@@ -34,7 +34,7 @@ impl Engine {
             Started::NotHere(ending) => return Some(Course::NotBegun(Some(ending))),
             Started::WithKeeper { launched, wait } => {
                 if let Some(launched) = launched {
-                    self.metrics.launched(launched.start, Duration::from_micros(launched.launch_us).as_secs_f64());
+                    self.metrics.launched(&launched);
                 }
                 if let Some(reason) = live.ordered_kill() {
                     // Ordered while the keeper may not have known of it.

@@ -258,6 +258,9 @@ impl LogStream {
                 None => vec![],
             };
             let is_all = items.is_empty();
+            for _gap in items.iter().filter(|item| matches!(item, LogItem::Gap { .. })) {
+                self.engine.metrics.log_gap();
+            }
             let wanted: Vec<_> = items.into_iter().filter_map(|item| self.cut(item)).map(Followup::Item).collect();
             self.ready.extend(wanted);
             // What was read and is not wanted says nothing of what follows it.

@@ -116,7 +116,7 @@ mod tests {
 
     fn capacity() -> Arc<Capacity> {
         let total = Room { memory_bytes: 10, cpu_millis: 10, sandboxes: 10 };
-        Capacity::new(total, Arc::new(Metrics::new().unwrap()), || {})
+        Capacity::new(total, Arc::new(Metrics::new(0).unwrap()), || {})
     }
 
     #[tokio::test]

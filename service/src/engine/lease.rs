@@ -111,6 +111,7 @@ impl Engine {
             };
             if let Err(error) = renewed {
                 self.tenure.doubt();
+                self.metrics.lease_failures.inc();
                 tracing::warn!(%error, "renewing the lease of this node failed");
             }
         }
@@ -143,6 +144,7 @@ impl Engine {
                 tokio::spawn(async move { drop(tokio::time::timeout(KEEPER_PATIENCE, keeper.kill(id, KillReason::Evicted)).await) });
             }
         }
+        self.metrics.leases_lost.inc();
         tracing::warn!(lost, "this node was taken for dead; it has its lease again");
         Ok(())
     }
@@ -187,6 +189,7 @@ impl Engine {
         }
         for dead in seen.unchanged(self.store.leases_in_use(self.node).await?, held_for) {
             if self.store.depose(dead).await? {
+                self.metrics.nodes_lost.inc();
                 tracing::warn!(node = %dead.lease.node, "a node was not heard of for too long: what it has live is settled");
             }
         }
@@ -214,7 +217,7 @@ impl Engine {
         let (finish, case_bytes) = self.behind_cases(sandbox, finish).await?;
         let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes, log_file: LogKept::No };
         if self.store.finish(sandbox.id, Writer::Holder(*hold), &ended).await? {
-            self.metrics.ended(sandbox.kind, &finish.outcome);
+            self.metrics.ended(sandbox, &finish.outcome);
         }
         Ok(())
     }

@@ -106,6 +106,11 @@ impl Engine {
         while_lasts(|| self.pressure.disk_shortage().ok().flatten(), work).await
     }
 
+    /// Whether nothing is started here because the machine lacks memory or disk.
+    pub fn is_short(&self) -> bool {
+        self.pressure.now().is_some()
+    }
+
     /// Why this node takes no work now; `None` if it does.
     pub(super) fn hindrance(&self) -> Option<String> {
         if self.is_closing() {

@@ -14,6 +14,7 @@ use sandbox_core::{
 
 use super::{Engine, Progress, capacity::Room, settle::After, unix_us};
 use crate::{
+    metrics::Leak,
     sandbox::{Sandbox, SandboxId, State, case_id, case_ids, is_part, is_step, run_id, step_id},
     store::{Input, Return, StoreError, Writer},
 };
@@ -77,6 +78,7 @@ impl Engine {
         let mut needed: HashSet<SandboxId> = self.store.with_log(&runs).await?.into_iter().collect();
         needed.extend(self.store.execs_among(&written, true).await?);
         for id in written.into_iter().filter(|id| !needed.contains(&run_id(*id)) && !others.contains(id)) {
+            self.metrics.leaked(Leak::Log);
             tokio::spawn(Arc::clone(self).forget_log(id));
         }
         Ok(())
@@ -92,6 +94,9 @@ impl Engine {
         let is_followed = |row: &Sandbox| self.live.get(row.id).is_some_and(|live| !matches!(live.progress(), Progress::Queued));
         // What its creator may yet be told was not made is ended by who tells so.
         strays.retain(|row| !is_followed(row) && !self.undecided.contains(row.id) && row.claimed_at.is_some_and(|at| at < claimed_before));
+        for _stray in &strays {
+            self.metrics.leaked(Leak::Row);
+        }
         if !strays.is_empty() {
             let records = self.keeper.list().await?;
             self.take_over(strays, records).await;
@@ -180,6 +185,7 @@ impl Engine {
 
     /// Ends and forgets a sandbox whose row is final or gone.
     async fn drop_leftover(self: Arc<Self>, id: SandboxId) {
+        self.metrics.leaked(Leak::Sandbox);
         if let Err(error) = self.keeper.kill(id, KillReason::Evicted).await {
             tracing::warn!(sandbox.id = %id, %error, "ending a leftover sandbox failed");
         }

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use prometheus::IntGauge;
 use sandbox_core::{
     fail_point,
     protocol::{Cause, Ending, OutputPolicy, Usage},
@@ -29,6 +30,22 @@ pub(super) enum After {
     Nothing,
     /// It waits for another attempt, here or on another node, and so do those who wait for it.
     Waits,
+}
+
+/// Counts as one whose end is not stored, until it is dropped.
+struct Waiting<'a>(&'a IntGauge);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a IntGauge) -> Self {
+        count.inc();
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
 }
 
 impl Engine {
@@ -78,7 +95,7 @@ impl Engine {
             return self.leave_to_others(live).await;
         }
         fail_point::reached("service.settle.stored");
-        self.metrics.ended(live.sandbox.kind, &finish.outcome);
+        self.metrics.ended(&live.sandbox, &finish.outcome);
         live.ended(finished(&live.now(), finish, log_tail));
         self.live.remove_current(live);
         fail_point::reached("service.settle.told");
@@ -118,6 +135,7 @@ impl Engine {
     where
         F: Future<Output = Result<bool, StoreError>>,
     {
+        let _waiting = Waiting::new(&self.metrics.records_waiting);
         let id = live.sandbox.id;
         let mut pause = RETRY_MIN;
         loop {
@@ -132,6 +150,7 @@ impl Engine {
                 Err(error) => error,
             };
             tracing::error!(sandbox.id = %id, error = %written, "storing what became of it failed; it is tried again");
+            self.metrics.store_retries.inc();
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(RETRY_MAX);
         }
@@ -241,7 +260,7 @@ impl Engine {
             let hold = Hold { lease, claims: sandbox.claims };
             let writer = if sandbox.state == State::Queued { Writer::Queue } else { Writer::Holder(hold) };
             if engine.store_end(sandbox.id, writer, &ended).await {
-                engine.metrics.ended(sandbox.kind, &finish.outcome);
+                engine.metrics.ended(&sandbox, &finish.outcome);
             }
             // Whoever asked may ask for it again by the same name.
             if let Err(error) = engine.store.free_name_of(sandbox.id, sandbox.claims).await {
@@ -284,7 +303,7 @@ impl Engine {
         let ended = Ended { finish: &finish, log_tail: &LogTail::default(), compile: None, case_bytes, log_file: LogKept::No };
         match self.store.finish(sandbox.id, Writer::Queue, &ended).await {
             Ok(true) => {
-                self.metrics.ended(sandbox.kind, &finish.outcome);
+                self.metrics.ended(sandbox, &finish.outcome);
                 if let Some(live) = self.live.get(sandbox.id) {
                     live.ended(finished(sandbox, finish, LogTail::default()));
                     self.live.remove(sandbox.id);
@@ -310,7 +329,7 @@ impl Engine {
         if self.store.finish(id, writer, &ended).await?
             && let Some(live) = self.live.get(id)
         {
-            self.metrics.ended(live.sandbox.kind, &finish.outcome);
+            self.metrics.ended(&live.sandbox, &finish.outcome);
             live.ended(finished(&live.sandbox, finish, LogTail::default()));
             self.live.remove(id);
         }
@@ -325,6 +344,7 @@ impl Engine {
                 Ok(is_first) => return is_first,
                 Err(error) => tracing::error!(sandbox.id = %id, %error, "storing its end failed; it is tried again"),
             }
+            self.metrics.store_retries.inc();
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(RETRY_MAX);
         }

@@ -41,6 +41,18 @@ impl Blobs {
         Ok(names.iter().filter_map(|name| name.to_str()?.parse().ok()).collect())
     }
 
+    /// How many blobs are kept, and their bytes together.
+    pub(super) fn sum(&self) -> io::Result<(u64, u64)> {
+        let mut sum = (0, 0);
+        for entry in fs::read_dir(&self.folder)? {
+            // One that goes away meanwhile does not count.
+            if let Ok(found) = entry?.metadata() {
+                sum = (sum.0 + 1, sum.1 + found.len());
+            }
+        }
+        Ok(sum)
+    }
+
     /// Keeps what `from` holds, if it has this size and this digest. It is read to its end even if it is here already: who names a
     /// digest must have its content.
     pub(super) fn keep(&self, digest: &Sha256Digest, bytes: u64, from: impl Read) -> Result<(), Fault> {

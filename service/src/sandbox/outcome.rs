@@ -120,6 +120,23 @@ pub struct Finish {
 }
 
 impl Reason {
+    pub const ALL: [Self; 14] = [
+        Self::Exited,
+        Self::Signaled,
+        Self::OomKilled,
+        Self::CpuTimeout,
+        Self::WallTimeout,
+        Self::IdleTimeout,
+        Self::OutputLimit,
+        Self::StoppedByUser,
+        Self::StoppedByAdmin,
+        Self::Expired,
+        Self::Evicted,
+        Self::StartFailed,
+        Self::CompileFailed,
+        Self::InfraError,
+    ];
+
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Exited => "exited",

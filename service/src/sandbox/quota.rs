@@ -140,6 +140,15 @@ pub enum QuotaScope {
     Principal,
 }
 
+impl QuotaScope {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Tenant => "tenant",
+            Self::Principal => "principal",
+        }
+    }
+}
+
 /// A quota that a request would have gone beyond.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Exceeded {

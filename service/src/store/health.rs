@@ -46,6 +46,11 @@ impl Health {
         }
     }
 
+    /// Whether it is known to be away.
+    pub(super) fn is_away(&self) -> bool {
+        self.away.borrow().is_some()
+    }
+
     /// Returns as soon as it is not known to be away.
     pub(super) async fn there(&self) {
         drop(self.away.subscribe().wait_for(Option::is_none).await);

@@ -4,7 +4,7 @@ use std::{
     io,
     ops::{Deref, DerefMut},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::{
@@ -20,6 +20,7 @@ use sqlx::{
 use tokio::sync::{Notify, Semaphore};
 
 use super::{StoreError, health::Health};
+use crate::metrics::{self, Connections, Statements};
 
 /// How long a statement waits for a free connection.
 const ACQUIRE_DEADLINE: Duration = Duration::from_secs(5);
@@ -44,6 +45,8 @@ pub(super) struct Pool {
 struct Gate {
     health: Arc<Health>,
     waiting: Semaphore,
+    waiting_max: usize,
+    statements: Statements,
     /// Rung when events were written.
     bell: Notify,
     /// Rung when it was heard that events were written somewhere.
@@ -51,8 +54,8 @@ struct Gate {
 }
 
 impl Gate {
-    fn new(health: Arc<Health>, waiting: usize) -> Self {
-        Self { health, waiting: Semaphore::new(waiting), bell: Notify::new(), came: Notify::new() }
+    fn new(health: Arc<Health>, waiting: usize, statements: Statements) -> Self {
+        Self { health, waiting: Semaphore::new(waiting), waiting_max: waiting, statements, bell: Notify::new(), came: Notify::new() }
     }
 }
 
@@ -80,7 +83,7 @@ impl From<NotSent> for sqlx::Error {
 
 impl Pool {
     /// Connects, and begins to watch the database.
-    pub(super) async fn connect(options: PgConnectOptions, connections: u32) -> Result<Self, sqlx::Error> {
+    pub(super) async fn connect(options: PgConnectOptions, connections: u32, statements: Statements) -> Result<Self, sqlx::Error> {
         let health = Arc::new(Health::new());
         let known = Arc::clone(&health);
         let inner = PgPoolOptions::new()
@@ -98,7 +101,7 @@ impl Pool {
             .await?;
         let waiting = WAITING_PER_CONNECTION * usize::try_from(connections).unwrap_or(1);
         tokio::spawn(Arc::clone(&health).watch(inner.clone()));
-        Ok(Self { inner, gate: Arc::new(Gate::new(health, waiting)) })
+        Ok(Self { inner, gate: Arc::new(Gate::new(health, waiting, statements)) })
     }
 
     /// Rung when events were written, heard by who tells the other nodes.
@@ -117,23 +120,51 @@ impl Pool {
 
     /// A connection. An error says that nothing was sent.
     pub(super) async fn acquire(&self) -> Result<PoolConnection<Postgres>, sqlx::Error> {
-        let Gate { health, waiting, bell: _, came: _ } = &*self.gate;
-        let _place = waiting.try_acquire().map_err(|_| NotSent::Crowded)?;
-        tokio::select! {
+        let Gate { health, waiting, statements, .. } = &*self.gate;
+        let _place = waiting.try_acquire().map_err(|_| self.refused(NotSent::Crowded))?;
+        let asked_at = Instant::now();
+        let connection = tokio::select! {
             biased;
-            reason = health.away() => Err(NotSent::Away(reason).into()),
+            reason = health.away() => Err(NotSent::Away(reason)),
             connection = self.inner.acquire() => connection.map_err(|error| {
                 health.doubt();
-                NotSent::NoConnection(error).into()
+                NotSent::NoConnection(error)
             }),
+        };
+        let connection = connection.map_err(|reason| self.refused(reason))?;
+        statements.acquire_seconds.observe(asked_at.elapsed().as_secs_f64());
+        Ok(connection)
+    }
+
+    fn refused(&self, reason: NotSent) -> sqlx::Error {
+        self.gate.statements.refused(match &reason {
+            NotSent::Away(_) => metrics::NotSent::Away,
+            NotSent::Crowded => metrics::NotSent::Crowded,
+            NotSent::NoConnection(_) => metrics::NotSent::NoConnection,
+        });
+        reason.into()
+    }
+
+    /// The connections as they are now.
+    pub(super) fn connections(&self) -> Connections {
+        let Gate { health, waiting, waiting_max, .. } = &*self.gate;
+        let (open, idle) = (u64::from(self.inner.size()), self.inner.num_idle() as u64);
+        Connections {
+            idle,
+            // Asked one after the other: meanwhile one may have come to rest.
+            busy: open.saturating_sub(idle),
+            max: u64::from(self.inner.options().get_max_connections()),
+            waiting: waiting_max.saturating_sub(waiting.available_permits()) as u64,
+            is_up: !health.is_away(),
         }
     }
 
     pub(super) async fn begin(&self) -> Result<Transaction, sqlx::Error> {
         let mut connection = InUse(Some(self.acquire().await?));
+        let began_at = Instant::now();
         let begun = tokio::time::timeout(STATEMENT_DEADLINE, connection.get().execute("begin")).await;
         self.heard(begun.unwrap_or_else(|_late| Err(late())))?;
-        Ok(Transaction { connection, gate: Arc::clone(&self.gate) })
+        Ok(Transaction { connection, gate: Arc::clone(&self.gate), began_at })
     }
 
     /// Waits for a whole transaction no longer than for a statement: then it is given up, and may have been done or not.
@@ -147,6 +178,7 @@ impl Pool {
     /// Uses a connection for one statement, for as long as that may take.
     async fn use_one<T>(self, work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>) -> Result<T, sqlx::Error> {
         let mut connection = InUse(Some(self.acquire().await?));
+        let sent_at = Instant::now();
         let done = match tokio::time::timeout(STATEMENT_DEADLINE, work(connection.get())).await {
             Ok(done) => {
                 connection.rest();
@@ -154,6 +186,7 @@ impl Pool {
             }
             Err(_late) => Err(late()),
         };
+        self.gate.statements.statement_seconds.observe(sent_at.elapsed().as_secs_f64());
         self.heard(done)
     }
 
@@ -172,6 +205,7 @@ impl Pool {
 pub(super) struct Transaction {
     connection: InUse,
     gate: Arc<Gate>,
+    began_at: Instant,
 }
 
 impl Transaction {
@@ -189,6 +223,7 @@ impl Transaction {
 
     async fn end(&mut self, how: &'static str) -> Result<(), sqlx::Error> {
         let ended = tokio::time::timeout(STATEMENT_DEADLINE, self.connection.get().execute(how)).await;
+        self.gate.statements.transaction_seconds.observe(self.began_at.elapsed().as_secs_f64());
         ended.unwrap_or_else(|_late| Err(late()))?;
         self.connection.rest();
         Ok(())
@@ -249,7 +284,7 @@ impl Deref for Pool {
 impl From<PgPool> for Pool {
     /// One that nobody watches.
     fn from(inner: PgPool) -> Self {
-        Self { inner, gate: Arc::new(Gate::new(Arc::new(Health::new()), 1000)) }
+        Self { inner, gate: Arc::new(Gate::new(Arc::new(Health::new()), 1000, Statements::unread())) }
     }
 }
 
@@ -290,8 +325,6 @@ impl<'p> Executor<'p> for &'_ Pool {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
-
     use super::*;
     use crate::store::StoreError;
 
@@ -300,7 +333,7 @@ mod tests {
 
     async fn of_one(pool: &PgPool, waiting: usize) -> Pool {
         let inner = PgPoolOptions::new().max_connections(1).connect_with((*pool.connect_options()).clone()).await.unwrap();
-        Pool { inner, gate: Arc::new(Gate::new(Arc::new(Health::new()), waiting)) }
+        Pool { inner, gate: Arc::new(Gate::new(Arc::new(Health::new()), waiting, Statements::unread())) }
     }
 
     #[sqlx::test(migrations = false)]
@@ -355,7 +388,7 @@ mod tests {
 
     #[sqlx::test(migrations = false)]
     async fn every_connection_gives_up_what_takes_too_long(pool: PgPool) {
-        let pool = Pool::connect((*pool.connect_options()).clone(), 2).await.unwrap();
+        let pool = Pool::connect((*pool.connect_options()).clone(), 2, Statements::unread()).await.unwrap();
         let settings = sqlx::query_scalar!(
             r#"select current_setting('statement_timeout') || ' ' || current_setting('idle_in_transaction_session_timeout') as "settings!""#
         );

@@ -139,6 +139,33 @@ impl Store {
     }
 }
 
+/// How many of one kind ended for one reason.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecentEnds {
+    pub kind: String,
+    pub reason: String,
+    pub count: u64,
+}
+
+impl Store {
+    /// What of the tenant's ended since then, by kind and reason; of very much the newest.
+    pub async fn recent_ends(&self, tenant: &TenantId, since: OffsetDateTime) -> Result<Vec<RecentEnds>, StoreError> {
+        let rows = sqlx::query!(
+            r#"select sandboxes.kind, sandboxes.reason as "reason!", count(*) as "count!"
+            from (select sandbox from usage where tenant = $1 and ended_at >= $2 order by ended_at desc limit 10000) as ended
+            join sandboxes on sandboxes.id = ended.sandbox
+            where sandboxes.reason is not null
+            group by 1, 2
+            order by 1, 2"#,
+            tenant.as_str(),
+            since,
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(rows.into_iter().map(|row| RecentEnds { kind: row.kind, reason: row.reason, count: unsigned(row.count) }).collect())
+    }
+}
+
 impl TimeUnit {
     const fn as_str(self) -> &'static str {
         match self {

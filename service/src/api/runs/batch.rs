@@ -140,6 +140,7 @@ pub(in crate::api) async fn create(
                 }
                 Err(error) => {
                     let problem = error.problem(request_id.clone());
+                    problem.count(&app.metrics);
                     is_passing |= may_be_none_later(&problem);
                     Item::refused(problem)
                 }
