@@ -16,6 +16,8 @@ pub mod keeper;
 pub mod outcome;
 #[path = "harness/postgres.rs"]
 pub mod postgres;
+#[path = "harness/prometheus.rs"]
+pub mod prometheus;
 #[path = "harness/random.rs"]
 pub mod random;
 #[path = "harness/registry.rs"]

@@ -1,11 +1,59 @@
 //! What is told to Prometheus: to the operator of every node what it does, to a tenant what is its own.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
 use mayfly_tests::{
     Client, Service,
-    service::{Place, shared},
+    prometheus::Prometheus,
+    service::{self, Place, shared},
 };
 use serde_json::{Value, json};
+use tokio::time::Instant;
+
+/// How long Prometheus may take to know enough for every panel: rates need two values, and a loaded machine is slow.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// What `rate` looks back, in place of what Grafana fills in.
+const RATE_INTERVAL: &str = "15s";
+/// How long one call of `promtool` may take.
+const TOOL_DEADLINE: Duration = Duration::from_secs(60);
+
+fn dashboards() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../helm/dashboards").canonicalize().unwrap()
+}
+
+fn yaml(name: &str) -> Value {
+    serde_saphyr::from_str(&fs::read_to_string(dashboards().join(name)).unwrap()).unwrap()
+}
+
+/// The rules of `alerts.yaml`.
+fn alerts() -> Vec<Value> {
+    yaml("alerts.yaml")["groups"].as_array().unwrap().iter().flat_map(|group| group["rules"].as_array().unwrap().clone()).collect()
+}
+
+/// Every expression of every panel, with the names of its board and of itself.
+fn panels() -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut boards: Vec<_> = fs::read_dir(dashboards()).unwrap().map(|entry| entry.unwrap().path()).collect();
+    boards.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
+    assert_eq!(boards.len(), 4, "{boards:?}");
+    for path in boards {
+        let board: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        for panel in board["panels"].as_array().unwrap().iter().filter(|panel| panel["type"] != "row") {
+            let targets = panel["targets"].as_array().unwrap();
+            assert!(!targets.is_empty(), "{panel:#}");
+            let name = format!("{}: {}", board["title"].as_str().unwrap(), panel["title"].as_str().unwrap());
+            found.extend(targets.iter().map(|target| (name.clone(), target["expr"].as_str().unwrap().to_owned())));
+        }
+    }
+    found
+}
 
 /// The operator's series, as text.
 async fn of_node(place: &Place) -> String {
@@ -115,4 +163,112 @@ async fn what_runs_cost_and_why_they_are_refused_is_counted() {
         is(r#"mayfly_postgres_seconds_count{what="transaction"}"#) > 0.0 && is(r#"mayfly_postgres_connections_count{state="max"}"#) == 16.0,
         "{told}"
     );
+}
+
+/// Does what makes every figure move, until it is dropped.
+async fn load(client: Client) {
+    let limited = |script: &str, limits: Value| json!({ "image": "busybox", "command": ["sh", "-c", script], "limits": limits });
+    let small = 16 << 20;
+    loop {
+        client.shell("echo hello").await;
+        client.run(&limited("hog 64", json!({ "memory_bytes": small }))).await;
+        client.run(&limited("while :; do :; done", json!({ "memory_bytes": small, "cpu_millis": 100, "wall_ms": 300 }))).await;
+        client.run(&limited("yes", json!({ "memory_bytes": small, "output_bytes": 1024, "wall_ms": 100 }))).await;
+        client.post("/v1/runs", &limited("true", json!({ "memory_bytes": 1u64 << 30 }))).await.problem(429, "quota_exceeded");
+        let made = client.post("/v1/sandboxes", &json!({ "image": "busybox", "command": ["sleep", "60"] })).await.expect(201);
+        client.delete(&format!("/v1/sandboxes/{}", made["id"].as_str().unwrap())).await;
+    }
+}
+
+#[tokio::test]
+async fn every_panel_shows_what_a_loaded_service_does_and_no_alert_fires() {
+    let service = Service::start_with(&["--metrics-tenants", "3"]).unwrap();
+    service.import("busybox").unwrap();
+    let (mine, place) = (name(), service.place());
+    let quotas = json!({ "sandboxes": 10, "queued": 10, "largest_memory_bytes": 512 << 20 });
+    Client::admin(place).post("/v1/admin/tenants", &json!({ "id": mine, "quotas": quotas })).await.expect(201);
+    let client = Client::of(place, &mine);
+    let host = |url: &str| url.trim_start_matches("http://").to_owned();
+    let scraped = json!([
+        { "job_name": "mayfly", "static_configs": [{ "targets": [host(&place.metrics_url)] }] },
+        {
+            "job_name": "mayfly-tenant", "metrics_path": "/v1/metrics", "authorization": { "credentials": client.token() },
+            "static_configs": [{ "targets": [host(&place.url)] }],
+        },
+    ]);
+    let prometheus = Prometheus::start(&scraped, &dashboards().join("alerts.yaml")).unwrap();
+
+    let showing = async {
+        let deadline = Instant::now() + PATIENCE;
+        for (panel, expression) in panels() {
+            let asked = expression.replace("$__rate_interval", RATE_INTERVAL).replace("$instance", ".*");
+            assert!(!asked.contains('$'), "{panel}: {asked}");
+            while !prometheus.query(&asked).await.unwrap().iter().any(|value| value.is_finite()) {
+                assert!(Instant::now() < deadline, "{panel} shows nothing: {asked}");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        }
+        let rules = prometheus.rules().await.unwrap();
+        assert_eq!(rules.len(), alerts().len());
+        for rule in rules {
+            assert_eq!((&rule["health"], rule["state"] == "firing"), (&json!("ok"), false), "{rule:#}");
+        }
+    };
+    tokio::select! {
+        () = showing => {}
+        () = load(client) => unreachable!("it goes on until it is dropped"),
+    }
+}
+
+#[tokio::test]
+async fn every_series_is_shown_by_a_panel_or_wakes_somebody() {
+    let service = shared();
+    let client = service.client();
+    client.shell("true").await;
+    let told = of_node(&service.place).await + &of_tenant(&client).await;
+    let mut looked_at: String = panels().into_iter().map(|(_, expression)| expression + "\n").collect();
+    looked_at.extend(alerts().iter().map(|alert| alert["expr"].as_str().unwrap().to_owned() + "\n"));
+
+    let types = told.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
+    let ours: BTreeSet<_> = types.filter(|name| name.starts_with("mayfly_") || name.starts_with("sandbox_")).collect();
+
+    assert!(ours.len() > 40, "{ours:?}");
+    // `mayfly_build_info` is what boards and alerts know nodes by.
+    let unseen: Vec<_> = ours.into_iter().filter(|name| !looked_at.contains(name)).collect();
+    assert!(unseen.is_empty(), "nobody looks at {unseen:?}");
+}
+
+#[test]
+fn every_alert_fires_for_its_cause_and_not_without_it() {
+    for tool in [["check", "rules", "alerts.yaml"], ["test", "rules", "alerts.test.yaml"]] {
+        let mut promtool = Command::new("promtool");
+        let (status, said) = service::finish(promtool.args(tool).current_dir(dashboards()), TOOL_DEADLINE).unwrap();
+        assert!(status.success(), "{said}");
+    }
+
+    let tests = yaml("alerts.test.yaml");
+    let tested: Vec<&Value> =
+        tests["tests"].as_array().unwrap().iter().flat_map(|test| test["alert_rule_test"].as_array().unwrap()).collect();
+    for alert in alerts() {
+        let of_it: Vec<_> = tested.iter().filter(|test| test["alertname"] == alert["alert"]).collect();
+        let fires = |test: &&&Value| !test["exp_alerts"].as_array().unwrap().is_empty();
+        assert!(of_it.iter().any(|test| fires(&test)) && !of_it.iter().all(|test| fires(&test)), "{}", alert["alert"]);
+    }
+}
+
+#[test]
+fn every_alert_leads_to_its_runbook_and_every_runbook_has_its_alert() {
+    let page = include_str!("../docs/operations.md");
+    let runbooks: BTreeSet<_> =
+        page.lines().filter_map(|line| line.strip_prefix("### ")).filter(|title| title.starts_with("Mayfly")).collect();
+    let alerts = alerts();
+
+    let names: BTreeSet<_> = alerts.iter().map(|alert| alert["alert"].as_str().unwrap()).collect();
+
+    assert_eq!(names, runbooks);
+    for alert in &alerts {
+        let anchor = format!("docs/operations.md#{}", alert["alert"].as_str().unwrap().to_lowercase());
+        assert_eq!(alert["annotations"]["runbook_url"], json!(anchor));
+        assert!(["critical", "warning"].map(Value::from).contains(&alert["labels"]["severity"]), "{alert:#}");
+    }
 }

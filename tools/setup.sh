@@ -40,6 +40,8 @@ for_test() {
     need buildah buildah
     need setsid util-linux
     need pgrep procps
+    need prometheus prometheus
+    need promtool prometheus
     need runsc runsc
     need systemd-analyze systemd
     need python3 python3
@@ -80,6 +82,10 @@ install_packages() {
         sed -i -E 's/^#?create_main_cluster.*/create_main_cluster = false/' /etc/postgresql-common/createcluster.conf
     fi
     apt-get install -y -q --no-install-recommends "${packages[@]}" >&2
+    # Nor this one: the tests start their own.
+    if [[ " ${packages[*]} " == *" prometheus "* && -d /run/systemd/system ]]; then
+        systemctl disable --quiet --now prometheus
+    fi
 }
 
 service_user() {
