@@ -4,6 +4,7 @@ mod account;
 mod door;
 mod keys;
 mod registry;
+mod traces;
 mod webhooks;
 
 use std::{
@@ -24,6 +25,7 @@ use sandbox_core::{
     selinux::Labels,
 };
 use serde::Deserialize;
+pub use traces::TraceSettings;
 
 use crate::{
     sandbox::{DefaultQuotas, Languages, QuotaScope, Quotas},
@@ -241,6 +243,12 @@ pub struct Options {
     /// Hours for which nothing must have been made of a pulled image before it may go, 0 to 8760 [default: 24]
     #[arg(long, env = "MAYFLY_IMAGE_GC_IDLE_HOURS", value_name = "HOURS")]
     pub image_gc_idle_hours: Option<u32>,
+    /// URL of a collector of traces that speaks OTLP over HTTP, as in `http://127.0.0.1:4318`; `/v1/traces` is added [default: none, and no traces]
+    #[arg(long, env = "MAYFLY_OTLP_ENDPOINT", hide_env_values = true, value_name = "URL")]
+    pub otlp_endpoint: Option<String>,
+    /// Of a hundred requests that belong to no trace yet so many begin one, 0 to 100 [default: 100]
+    #[arg(long, env = "MAYFLY_TRACE_PERCENT", value_name = "PERCENT")]
+    pub trace_percent: Option<u32>,
     /// How log lines on stderr look [default: text]
     #[arg(long, env = "MAYFLY_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -307,6 +315,8 @@ pub struct Settings {
     pub webhooks: crate::webhooks::Settings,
     pub registries: crate::images::RegistrySettings,
     pub collecting: crate::images::Collecting,
+    /// `None`: nobody collects traces.
+    pub traces: Option<TraceSettings>,
     pub log_format: LogFormat,
 }
 
@@ -326,6 +336,7 @@ impl Options {
         let webhooks = webhooks::settle(&self, &file, &data_dir)?;
         let registries = registry::settle(&self, &file, &data_dir)?;
         let collecting = registry::collecting(&self, &file)?;
+        let traces = traces::settle(&self, &file)?;
         let nearer = self.database_url.or(self.usual_database_url);
         let languages = languages(self.languages.or(file.languages).as_deref())?;
         let database_connections = self.database_connections.or(file.database_connections).unwrap_or(16);
@@ -392,6 +403,7 @@ impl Options {
             webhooks,
             registries,
             collecting,
+            traces,
             log_format: self.log_format.or(file.log_format).unwrap_or_default(),
         })
     }
@@ -403,7 +415,7 @@ fn read(path: &Path) -> anyhow::Result<Options> {
     toml::from_str(&text).map_err(|error| {
         let number = error.span().map_or(1, |span| text[..span.start].matches('\n').count() + 1);
         let line = text.lines().nth(number - 1).unwrap_or_default().trim();
-        let shown = ["database-url", "jwt-jwks-url"].into_iter().find(|key| line.contains(key)).unwrap_or(line);
+        let shown = ["database-url", "jwt-jwks-url", "otlp-endpoint"].into_iter().find(|key| line.contains(key)).unwrap_or(line);
         anyhow::anyhow!("{}, line {number}: {shown}: {}", path.display(), error.message())
     })
 }

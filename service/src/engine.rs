@@ -53,6 +53,7 @@ pub use stdin::{InputFault, OpenInput};
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 pub use wait::{Until, Waited};
 pub use watch::{FileWatch, FileWatchEnd, WatchError, Watched};
 
@@ -268,7 +269,7 @@ impl Engine {
     pub async fn create(self: &Arc<Self>, owner: Owner, asked: NewSandbox, key: Option<HeldKey>) -> Result<Followed, EngineError> {
         let engine = Arc::clone(self);
         // In a task of its own: a request that is given up between commit and launch would leave a sandbox that nobody starts.
-        let created = tokio::spawn(async move { engine.admit(owner, asked, key).await });
+        let created = tokio::spawn(async move { engine.admit(owner, asked, key).await }.in_current_span());
         match created.await {
             Ok(created) => created,
             Err(panic) => Err(EngineError::Store(StoreError::Other(panic.into()))),

@@ -16,5 +16,6 @@ pub mod runtime;
 pub mod sandbox;
 pub mod serve;
 pub mod store;
+mod telemetry;
 pub mod token;
 pub mod webhooks;

@@ -72,6 +72,7 @@ pub struct Metrics {
     image_transfers: IntCounterVec,
     image_transfer_bytes: IntCounterVec,
     images_collected: IntCounter,
+    spans: IntCounterVec,
 }
 
 /// Which way an image goes.
@@ -189,6 +190,7 @@ impl Metrics {
                 &["direction"],
             )?,
             images_collected: shelf.counter("mayfly_images_collected_total", "Pulled images that were given up for room")?,
+            spans: shelf.counters("mayfly_spans_total", "Spans for the collector of traces", &["result"])?,
             shelf,
         };
         this.begin_at_zero();
@@ -229,6 +231,9 @@ impl Metrics {
             for result in ["done", "failed"] {
                 self.image_transfers.with_label_values(&[direction, result]);
             }
+        }
+        for result in ["sent", "failed", "dropped"] {
+            self.spans.with_label_values(&[result]);
         }
         // Those that somebody is woken for.
         for code in ["internal", "no_capacity", "database_unavailable", "keeper_unavailable", "quota_exceeded", "rate_limited"] {
@@ -348,6 +353,11 @@ impl Metrics {
     /// A pulled image was given up for room.
     pub(crate) fn image_collected(&self) {
         self.images_collected.inc();
+    }
+
+    /// So many spans were sent to the collector, or not.
+    pub(crate) fn spans(&self, result: &'static str, count: u64) {
+        self.spans.with_label_values(&[result]).inc_by(count);
     }
 
     /// The sets of keys for tokens are so old, and were loaded so often in this process's life.

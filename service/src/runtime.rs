@@ -34,6 +34,9 @@ use tokio::{
     sync::{oneshot, watch},
     time::Instant,
 };
+use tracing::Instrument as _;
+
+use crate::telemetry::TRACE;
 
 /// How long a keeper has to say hello.
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
@@ -351,7 +354,8 @@ impl Keeper {
     }
 
     async fn call(&self, request: Request, descriptors: &[OwnedFd]) -> Result<Answer, CallError> {
-        received(self.send(request, descriptors).await?).await
+        let span = tracing::debug_span!(target: TRACE, "keeper", keeper.request = name_of(&request));
+        async { received(self.send(request, descriptors).await?).await }.instrument(span).await
     }
 
     async fn send(&self, request: Request, descriptors: &[OwnedFd]) -> Result<oneshot::Receiver<(Answer, Option<OwnedFd>)>, CallError> {
@@ -505,6 +509,40 @@ async fn recv<T: serde::de::DeserializeOwned>(polled: &Polled) -> io::Result<(T,
                 return Ok((datagram.message, datagram.descriptors));
             }
         }
+    }
+}
+
+/// What is asked, for people.
+const fn name_of(request: &Request) -> &'static str {
+    match request {
+        Request::Hello { .. } => "hello",
+        Request::Launch(_) => "launch",
+        Request::Wait { .. } => "wait",
+        Request::Kill { .. } => "kill",
+        Request::List { .. } => "list",
+        Request::Forget { .. } => "forget",
+        Request::Signal { .. } => "signal",
+        Request::Stop { .. } => "stop",
+        Request::Pause { .. } => "pause",
+        Request::Resume { .. } => "resume",
+        Request::Update { .. } => "update",
+        Request::Sample { .. } => "sample",
+        Request::Connect { .. } => "connect",
+        Request::Input { .. } => "input",
+        Request::EndInput { .. } => "end_input",
+        Request::Resize { .. } => "resize",
+        Request::Exec(_) => "exec",
+        Request::Tree { .. } => "tree",
+        Request::DropLayer { .. } => "drop_layer",
+        Request::Layers => "layers",
+        Request::MakeVolume { .. } => "make_volume",
+        Request::RemoveVolume { .. } => "remove_volume",
+        Request::Volumes => "volumes",
+        Request::ForgetRecord { .. } => "forget_record",
+        Request::Unpack { .. } => "unpack",
+        Request::Images => "images",
+        Request::RemoveImage { .. } => "remove_image",
+        Request::Shutdown => "shutdown",
     }
 }
 

@@ -8,7 +8,7 @@ mod revive;
 mod tls;
 
 use std::{
-    io::{self, IsTerminal, Write},
+    io::{self, Write},
     net::{SocketAddr, TcpListener},
     path::Path,
     sync::Arc,
@@ -28,12 +28,11 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::{EnvFilter, layer::SubscriberExt, util::SubscriberInitExt};
 
 use crate::{
     api,
     clock::Clock,
-    config::{Account, LogFormat, Settings, Tenants},
+    config::{Account, Settings, Tenants},
     engine::{self, Engine, Reserves, Tenancy},
     images::{self, Images, SealingKey},
     metrics::{Metrics, Statements},
@@ -41,6 +40,7 @@ use crate::{
     postgres::Cluster,
     runtime::Keeper,
     store::{NodeId, Store},
+    telemetry::{self, Collected, Exporter},
     token::{Key, Keyring, Secret, Verifier},
     webhooks::{SigningKey, Webhooks},
 };
@@ -58,7 +58,7 @@ const METRICS_BOUNDS: Bounds = Bounds { connections: 64, head_deadline: Duration
 /// Serves until it is told to stop, and stops what it started. Started as root it becomes an unprivileged user before it listens to
 /// anybody; the order of its steps is this function's.
 pub fn run(settings: Settings) -> anyhow::Result<()> {
-    start_log(settings.log_format);
+    let collected = telemetry::start(settings.log_format, settings.traces.as_ref());
     let is_root = rustix::process::geteuid().is_root();
     let account = if is_root { service_account(&settings.user)? } else { Account::current()? };
     let doors = Doors { api: listen(settings.listen)?, metrics: listen(settings.metrics_listen)? };
@@ -80,7 +80,7 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
 
     let helpers = Helpers::start(&settings, keeper, cluster, &account)?;
     let identity = Identity { node, keys: &keys, webhook_key: &webhook_key, registry_key: &registry_key };
-    let served = serve_unprivileged(&settings, &account, is_root, doors, identity, &helpers);
+    let served = serve_unprivileged(&settings, &account, is_root, doors, identity, &helpers, collected);
     let stopped = match &served {
         Ok(_) => helpers.stop(),
         Err(_) => helpers.stop_started(),
@@ -124,6 +124,7 @@ fn serve_unprivileged(
     doors: Doors,
     identity: Identity<'_>,
     helpers: &Helpers,
+    collected: Option<Collected>,
 ) -> anyhow::Result<Ended> {
     if is_root {
         sandbox_core::privileges::become_user(account.uid, account.gid).with_context(|| format!("becoming the user {}", account.name))?;
@@ -132,18 +133,24 @@ fn serve_unprivileged(
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     // Only now may there be a second thread: capabilities belong to threads.
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting threads")?;
-    let ended = runtime.block_on(serve(settings, doors, identity, helpers));
+    let ended = runtime.block_on(serve(settings, doors, identity, helpers, collected));
     runtime.shutdown_timeout(Duration::from_secs(1));
     ended
 }
 
-async fn serve(settings: &Settings, doors: Doors, identity: Identity<'_>, helpers: &Helpers) -> anyhow::Result<Ended> {
+async fn serve(
+    settings: &Settings,
+    doors: Doors,
+    identity: Identity<'_>,
+    helpers: &Helpers,
+    collected: Option<Collected>,
+) -> anyhow::Result<Ended> {
     let mut signals = Signals::new()?;
     let started = tokio::select! {
-        started = start(settings, doors, identity, helpers) => started?,
+        started = start(settings, doors, identity, helpers, collected) => started?,
         () = signals.next() => return Ok(Ended::Told),
     };
-    let Started { app, api, metrics, addresses, stopping } = started;
+    let Started { app, api, metrics, exporter, addresses, stopping } = started;
     let scheme = if settings.door.tls.is_some() { "https" } else { "http" };
     say(&format!("mayfly is ready on {scheme}://{}, metrics on http://{}/metrics", addresses.0, addresses.1));
 
@@ -190,6 +197,9 @@ async fn serve(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
     }
     drop(tokio::time::timeout(CLOSE, app.webhooks.close()).await);
     metrics.abort();
+    if let Some(exporter) = exporter {
+        drop(tokio::time::timeout(CLOSE, exporter.finish()).await);
+    }
     if tokio::time::timeout(CLOSE, app.store.close()).await.is_err() {
         tracing::warn!("a connection to the database is still in use");
     }
@@ -201,11 +211,18 @@ struct Started {
     app: Arc<api::App>,
     api: JoinHandle<()>,
     metrics: JoinHandle<()>,
+    exporter: Option<Exporter>,
     addresses: (SocketAddr, SocketAddr),
     stopping: CancellationToken,
 }
 
-async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helpers: &Helpers) -> anyhow::Result<Started> {
+async fn start(
+    settings: &Settings,
+    doors: Doors,
+    identity: Identity<'_>,
+    helpers: &Helpers,
+    collected: Option<Collected>,
+) -> anyhow::Result<Started> {
     let addresses = (doors.api.local_addr()?, doors.metrics.local_addr()?);
     let keeper = Keeper::connect(helpers.keeper_socket(), settings.required_fences).await?;
     let options = match (&settings.database_url, helpers.cluster()) {
@@ -217,6 +234,7 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
     let tls = certificate.map(|certificate| certificate.acceptor()).transpose()?;
     let keyring = Keyring::follow(identity.keys.to_vec(), settings.keys.sources()?, settings.keys.jwks_refresh).await?;
     let figures = Arc::new(Metrics::new(settings.metrics_tenants)?);
+    let exporter = collected.map(|collected| Exporter::start(collected, identity.node, Arc::clone(&figures))).transpose()?;
     let store = connect(options, settings.database_connections, figures.statements()).await?;
     store.migrate().await.context("bringing the database's schema up to date")?;
     let clock = Clock::System;
@@ -300,7 +318,7 @@ async fn start(settings: &Settings, doors: Doors, identity: Identity<'_>, helper
         write_deadline: settings.door.write_deadline,
     };
     let api = open(doors.api, api::router(Arc::clone(&app), &settings.door), bounds, tls, stopping.clone())?;
-    Ok(Started { app, api, metrics, addresses, stopping })
+    Ok(Started { app, api, metrics, exporter, addresses, stopping })
 }
 
 /// Serves in a task of its own, as [`door::serve`] does.
@@ -396,17 +414,6 @@ fn own_key<'a>(settings: &Settings, path: &'a Path, owner: Option<&Account>) -> 
         Secret::create(path, owner.map(|account| (account.uid, account.gid)))?;
     }
     Ok(path)
-}
-
-fn start_log(format: LogFormat) {
-    // RUST_LOG is for who looks for a fault; sqlx calls every notice of Postgres's an information.
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,sqlx=warn"));
-    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
-    let registry = tracing_subscriber::registry().with(filter);
-    match format {
-        LogFormat::Text => registry.with(lines).init(),
-        LogFormat::Json => registry.with(lines.json()).init(),
-    }
 }
 
 /// Every connection is a descriptor, and the soft limit is what programs with select(2) can bear.

@@ -7,7 +7,7 @@ use axum::{
     http::{HeaderMap, header, request::Parts},
 };
 
-use super::{App, error::ApiError};
+use super::{App, error::ApiError, observe};
 use crate::{
     engine::Owner,
     sandbox::TenantId,
@@ -69,7 +69,9 @@ impl Caller {
         }
         let token = token_in(&parts.headers).ok_or(ApiError::Unauthenticated(None))?;
         let claims = app.verifier.verify(token, app.clock.now_unix_s()).await?;
-        Ok(Self { tenant: TenantId::proven(claims.tenant), principal: claims.subject, scopes: claims.scopes })
+        let tenant = TenantId::proven(claims.tenant);
+        observe::note_tenant(&tenant);
+        Ok(Self { tenant, principal: claims.subject, scopes: claims.scopes })
     }
 }
 

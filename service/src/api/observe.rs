@@ -9,12 +9,16 @@ use axum::{
     middleware::Next,
     response::{IntoResponse as _, Response},
 };
-use tracing::Instrument as _;
+use tracing::{Instrument as _, Span, field::Empty};
 use uuid::Uuid;
 
 use super::{
     App,
     error::{ApiError, Problem},
+};
+use crate::{
+    sandbox::{SandboxId, TenantId},
+    telemetry::{self, TRACE},
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -28,7 +32,23 @@ pub(super) async fn observe(State(app): State<Arc<App>>, mut request: Request, n
     let method = method_name(&request);
     // A path that we do not have is the caller's text; it is no label.
     let route = request.extensions().get::<MatchedPath>().map_or_else(|| "unknown".to_owned(), |path| path.as_str().to_owned());
-    let span = tracing::info_span!("request", request.id = id, http.method = method, http.route = route);
+    let span = tracing::info_span!(
+        target: TRACE,
+        "request",
+        request.id = id,
+        trace.id = Empty,
+        tenant = Empty,
+        sandbox.id = Empty,
+        http.method = method,
+        http.route = route,
+        http.status = Empty,
+    );
+    if let Some(trace) = telemetry::join(&span, request.headers()) {
+        span.record("trace.id", trace);
+    }
+    if let Some(sandbox) = sandbox_in(request.uri().path()) {
+        span.record("sandbox.id", tracing::field::display(sandbox));
+    }
 
     let response = async {
         let response = next.run(request).await;
@@ -38,7 +58,8 @@ pub(super) async fn observe(State(app): State<Arc<App>>, mut request: Request, n
         let response = with_problem(response, &id);
         let seconds = began_at.elapsed().as_secs_f64();
         app.metrics.request(&route, method, response.status().as_str(), seconds);
-        tracing::debug!(http.status = response.status().as_u16(), seconds, "answered");
+        Span::current().record("http.status", response.status().as_u16());
+        tracing::debug!(seconds, "answered");
         response
     };
     let mut response = response.instrument(span).await;
@@ -46,6 +67,22 @@ pub(super) async fn observe(State(app): State<Arc<App>>, mut request: Request, n
         response.headers_mut().insert(REQUEST_ID, id);
     }
     response
+}
+
+/// Whose sandbox or run a request is about, where its path names one by its id.
+fn sandbox_in(path: &str) -> Option<Uuid> {
+    let mut parts = path.strip_prefix("/v1/")?.split('/');
+    matches!(parts.next()?, "sandboxes" | "runs").then(|| parts.next()?.parse().ok()).flatten()
+}
+
+/// Has lines of the log and the trace name who asks.
+pub(super) fn note_tenant(tenant: &TenantId) {
+    Span::current().record("tenant", tenant.as_str());
+}
+
+/// Has them name what was made.
+pub(super) fn note_made(id: SandboxId) {
+    Span::current().record("sandbox.id", tracing::field::display(id));
 }
 
 /// The part of [`observe`] that is for people: every refusal leaves as a problem.

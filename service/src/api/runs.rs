@@ -99,6 +99,7 @@ pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator
     let patience = times.patience(wait_ms);
     let tenant = caller.tenant.clone();
     let mut run = app.engine.create(caller.owner(), asked, keyed.key).await?;
+    observe::note_made(run.id());
     let told = match wait(&app, &mut run, patience).await {
         Some(finished) => Told::Ended(finished),
         None => Told::GoesOn(run.sandbox()),

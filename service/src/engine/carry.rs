@@ -8,6 +8,7 @@ use sandbox_core::{
 };
 use time::OffsetDateTime;
 use tokio::time::Instant;
+use tracing::{Instrument as _, Span};
 
 use super::{
     Engine,
@@ -23,6 +24,7 @@ use crate::{
     runtime::{CallError, LaunchAnswer},
     sandbox::{self, Kind, Limits, Mount, SandboxId, State, step_id},
     store::{Input, Return},
+    telemetry::{self, TRACE},
 };
 
 /// How long a launch is tried while the keeper is busy or away.
@@ -36,6 +38,12 @@ const LAUNCH_LOOK_MIN: Duration = Duration::from_millis(20);
 const LAUNCH_LOOK_MAX: Duration = Duration::from_secs(1);
 /// A run that ends before is never written as running: its row goes from its claim to its outcome.
 const MARK_RUNNING_AFTER: Duration = Duration::from_millis(200);
+
+/// Shows in the trace what the keeper told of a launch.
+fn note_launch(launched: &Launched) {
+    let started_at = at_us(launched.started_at_us);
+    telemetry::past("keeper launch", started_at - Duration::from_micros(launched.launch_us), started_at);
+}
 
 /// What came of following a sandbox.
 pub(super) enum Course {
@@ -62,15 +70,27 @@ pub(super) enum Started<W> {
 
 impl Engine {
     /// Starts the sandbox, follows it, stores its end, gives its room back.
-    pub(super) async fn carry(self: Arc<Self>, live: Arc<Live>, input: Input, reservation: Reservation) {
-        let known = self.live.known(Arc::clone(&live));
-        let input = Arc::new(input);
-        live.give_room(reservation);
-        let course = self.launch_and_follow(&live, &input).await;
-        let after = self.conclude(&live, course, &input).await;
-        if after == After::Waits {
-            known.keep();
-        }
+    pub(super) fn carry(
+        self: Arc<Self>,
+        live: Arc<Live>,
+        input: Input,
+        reservation: Reservation,
+    ) -> impl Future<Output = ()> + Send + use<> {
+        let span =
+            tracing::info_span!(target: TRACE, parent: None, "sandbox", sandbox.id = %live.sandbox.id, tenant = %live.sandbox.tenant);
+        // It outlasts the request that it comes from.
+        let span = telemetry::detached(span, &Span::current());
+        let carried = async move {
+            let known = self.live.known(Arc::clone(&live));
+            let input = Arc::new(input);
+            live.give_room(reservation);
+            let course = self.launch_and_follow(&live, &input).await;
+            let after = self.conclude(&live, course, &input).await;
+            if after == After::Waits {
+                known.keep();
+            }
+        };
+        carried.instrument(span)
     }
 
     /// Does what is to be done about a sandbox that is followed no more.
@@ -156,7 +176,7 @@ impl Engine {
         }
         fail_point::reached("service.launch.given");
         let launch = launch_of(live, has_stdin, has_files && live.sandbox.compile.is_none());
-        match self.launch(launch, &descriptors).await {
+        match self.launch(launch, &descriptors).instrument(tracing::debug_span!(target: TRACE, "launch")).await {
             Started::Over(ending) => Course::Ended(ending),
             Started::NotBegun => Course::NotBegun(None),
             Started::NotHere(ending) => Course::NotBegun(Some(ending)),
@@ -165,6 +185,7 @@ impl Engine {
                 if let Some(launched) = launched {
                     live.running(launched);
                     self.metrics.launched(&launched);
+                    note_launch(&launched);
                     self.note_start(live, &launched);
                 }
                 if let Some(reason) = live.ordered_kill() {
@@ -181,7 +202,11 @@ impl Engine {
         if live.sandbox.starts == 1 {
             let started_at = at_us(launched.started_at_us);
             let total = Duration::try_from(started_at - live.sandbox.created_at).unwrap_or(Duration::ZERO);
-            self.metrics.started(launched, phases(live, started_at), total);
+            let phases = phases(live, started_at);
+            self.metrics.started(launched, phases, total);
+            let (created_at, claimed_at) = (live.sandbox.created_at, live.sandbox.claimed_at.unwrap_or(started_at));
+            telemetry::past("queue", created_at, claimed_at - live.image_took);
+            telemetry::past("image", claimed_at - live.image_took, claimed_at);
         }
     }
 

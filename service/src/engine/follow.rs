@@ -22,6 +22,10 @@ impl Followed {
         Self { progress: live.subscribe(), live }
     }
 
+    pub fn id(&self) -> SandboxId {
+        self.live.sandbox.id
+    }
+
     /// The sandbox as it is now.
     pub fn sandbox(&self) -> Sandbox {
         self.live.now()

@@ -8,12 +8,14 @@ use sandbox_core::{
     protocol::{Cause, Ending, OutputPolicy, Usage},
 };
 use time::OffsetDateTime;
+use tracing::Instrument as _;
 
 use super::{Engine, Finished, Progress, lease::LEFT_TO_OTHERS, live::Live};
 use crate::{
     clock::at_us,
     sandbox::{Finish, Kind, Limits, LogTail, Phases, Records, RequestedLimits, Sandbox, SandboxId, State},
     store::{Ended, HeldKey, Hold, Lease, LogKept, Return, StoreError, Whereabouts, Writer},
+    telemetry::{self, TRACE},
 };
 
 /// How long the whole log of a run is kept when it does not fit beside the outcome.
@@ -78,6 +80,9 @@ impl Engine {
             finish = finish.behind(step, used);
         }
         let id = live.sandbox.id;
+        if let Some(launched) = ending.launched {
+            telemetry::past("run", at_us(launched.started_at_us), at_us(ending.ended_at_us));
+        }
         fail_point::reached("service.settle.heard");
         let read = self.read_tail(id, Records::Numbered).await;
         let is_whole = read.as_ref().is_some_and(LogTail::is_complete);
@@ -91,7 +96,8 @@ impl Engine {
         let ended =
             Ended { finish: &finish, log_tail: &log_tail, compile, case_bytes: judged.map_or(0, |judged| judged.stored_bytes), log_file };
         fail_point::reached("service.settle.read");
-        if !self.until_clear(live, |hold| self.store.finish(id, Writer::Holder(hold), &ended)).await {
+        let stored = self.until_clear(live, |hold| self.store.finish(id, Writer::Holder(hold), &ended));
+        if !stored.instrument(tracing::debug_span!(target: TRACE, "store")).await {
             return self.leave_to_others(live).await;
         }
         fail_point::reached("service.settle.stored");

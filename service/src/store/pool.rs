@@ -19,8 +19,13 @@ use sqlx::{
 };
 use tokio::sync::{Notify, Semaphore};
 
+use tracing::{Instrument as _, Span};
+
 use super::{StoreError, health::Health};
-use crate::metrics::{self, Connections, Statements};
+use crate::{
+    metrics::{self, Connections, Statements},
+    telemetry::TRACE,
+};
 
 /// How long a statement waits for a free connection.
 const ACQUIRE_DEADLINE: Duration = Duration::from_secs(5);
@@ -160,11 +165,12 @@ impl Pool {
     }
 
     pub(super) async fn begin(&self) -> Result<Transaction, sqlx::Error> {
-        let mut connection = InUse(Some(self.acquire().await?));
+        let span = tracing::debug_span!(target: TRACE, "postgres transaction");
+        let mut connection = InUse(Some(self.acquire().instrument(span.clone()).await?));
         let began_at = Instant::now();
         let begun = tokio::time::timeout(STATEMENT_DEADLINE, connection.get().execute("begin")).await;
         self.heard(begun.unwrap_or_else(|_late| Err(late())))?;
-        Ok(Transaction { connection, gate: Arc::clone(&self.gate), began_at })
+        Ok(Transaction { connection, gate: Arc::clone(&self.gate), began_at, _span: span })
     }
 
     /// Waits for a whole transaction no longer than for a statement: then it is given up, and may have been done or not.
@@ -177,9 +183,10 @@ impl Pool {
 
     /// Uses a connection for one statement, for as long as that may take.
     async fn use_one<T>(self, work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>) -> Result<T, sqlx::Error> {
-        let mut connection = InUse(Some(self.acquire().await?));
+        let span = tracing::debug_span!(target: TRACE, "postgres statement");
+        let mut connection = InUse(Some(self.acquire().instrument(span.clone()).await?));
         let sent_at = Instant::now();
-        let done = match tokio::time::timeout(STATEMENT_DEADLINE, work(connection.get())).await {
+        let done = match tokio::time::timeout(STATEMENT_DEADLINE, work(connection.get())).instrument(span).await {
             Ok(done) => {
                 connection.rest();
                 done
@@ -206,6 +213,8 @@ pub(super) struct Transaction {
     connection: InUse,
     gate: Arc<Gate>,
     began_at: Instant,
+    /// Ends with it.
+    _span: Span,
 }
 
 impl Transaction {
