@@ -14,15 +14,16 @@ use mayfly_tests::{
     prometheus::Prometheus,
     service::{self, Place, shared},
 };
+use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 /// How long Prometheus may take to know enough for every panel: rates need two values, and a loaded machine is slow.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(180);
 /// What `rate` looks back, in place of what Grafana fills in.
-const RATE_INTERVAL: &str = "15s";
+const RATE_INTERVAL: &str = "30s";
 /// How long one call of `promtool` may take.
-const TOOL_DEADLINE: Duration = Duration::from_secs(60);
+const TOOL_DEADLINE: Duration = Duration::from_secs(120);
 
 fn dashboards() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../helm/dashboards").canonicalize().unwrap()
@@ -134,7 +135,12 @@ async fn what_runs_cost_and_why_they_are_refused_is_counted() {
     client.run(&limited("hog 100", json!({ "memory_bytes": 16 << 20 }))).await;
     client.run(&limited("while :; do :; done", json!({ "memory_bytes": 16 << 20, "cpu_millis": 100, "wall_ms": 700 }))).await;
     client.run(&limited("yes", json!({ "memory_bytes": 16 << 20, "output_bytes": 1024, "wall_ms": 300 }))).await;
-    client.post("/v1/runs", &limited("true", json!({ "memory_bytes": 128 << 20 }))).await.problem(429, "quota_exceeded");
+    let cases = json!([{ "stdin": "one" }, { "stdin": "two" }]);
+    client.run(&json!({ "image": "busybox", "command": ["cat"], "cases": cases, "limits": { "memory_bytes": 16 << 20 } })).await;
+    let refused = limited("true", json!({ "memory_bytes": 128 << 20 }));
+    client.post("/v1/runs", &refused).await.problem(429, "quota_exceeded");
+    let keyed = client.request(Method::POST, "/v1/runs").header("idempotency-key", "a-refused-run").json(&refused);
+    client.send(keyed, "POST", "/v1/runs").await.problem(429, "quota_exceeded");
     client.post("/v1/runs", &json!({})).await.problem(422, "invalid_request");
 
     let told = of_node(place).await;
@@ -143,13 +149,16 @@ async fn what_runs_cost_and_why_they_are_refused_is_counted() {
     assert!(is("sandbox_cpu_throttled_seconds_total") > 0.1, "{told}");
     assert!(is("sandbox_cpu_seconds_total") > 0.03, "{told}");
     assert_eq!(is(r#"sandbox_output_truncated_total{stream="stdout"}"#), 1.0);
-    assert_eq!(is(r#"mayfly_quota_refusals_total{quota="largest_memory_bytes",scope="tenant"}"#), 1.0);
-    assert_eq!(is(r#"mayfly_problems_total{code="quota_exceeded"}"#), 1.0);
+    assert_eq!(is(r#"mayfly_quota_refusals_total{quota="largest_memory_bytes",scope="tenant"}"#), 2.0);
+    assert_eq!(is(r#"mayfly_problems_total{code="quota_exceeded"}"#), 2.0);
     assert_eq!(is(r#"mayfly_problems_total{code="invalid_request"}"#), 1.0);
     assert_eq!(is(r#"sandbox_image_lookups_total{result="miss"}"#), 1.0);
     assert!(is(r#"sandbox_image_lookups_total{result="hit"}"#) >= 2.0, "{told}");
-    let started = ["warm", "cold"].map(|launch| is(&format!(r#"sandbox_start_seconds_count{{launch="{launch}",phase="total"}}"#)));
-    assert_eq!(started.iter().sum::<f64>(), 3.0);
+    let of_both = |warm: &str, cold: &str| is(warm) + is(cold);
+    let started = |launch: &str| format!(r#"sandbox_start_seconds_count{{launch="{launch}",phase="total"}}"#);
+    assert_eq!(of_both(&started("warm"), &started("cold")), 4.0, "cases are no starts of their own: {told}");
+    let launched = |launch: &str| format!(r#"sandbox_launch_seconds_count{{launch="{launch}"}}"#);
+    assert_eq!(of_both(&launched("warm"), &launched("cold")), 5.0, "{told}");
     assert!(is("sandbox_image_blob_bytes") > 0.0 && is("process_resident_memory_bytes") > 0.0, "{told}");
     for up in ["sandbox_keeper_up", "mayfly_node_ready", "mayfly_postgres_up"] {
         assert_eq!(is(up), 1.0, "{up}");
@@ -163,6 +172,32 @@ async fn what_runs_cost_and_why_they_are_refused_is_counted() {
         is(r#"mayfly_postgres_seconds_count{what="transaction"}"#) > 0.0 && is(r#"mayfly_postgres_connections_count{state="max"}"#) == 16.0,
         "{told}"
     );
+}
+
+#[tokio::test]
+async fn what_a_program_answers_is_no_failure_of_the_service() {
+    const FAILING: &str = "
+import http.server
+class Failing(http.server.BaseHTTPRequestHandler):
+    def do_GET(self): self.send_error(500)
+server = http.server.HTTPServer(('127.0.0.1', 8080), Failing)
+print('ready', flush=True)
+server.serve_forever()
+";
+    let service = shared();
+    let client = service.client();
+    let made = client.post("/v1/sandboxes", &json!({ "image": "python", "command": ["python3", "-c", FAILING] })).await.expect(201);
+    let id = made["id"].as_str().unwrap();
+    client.follow(id, "from=0").await.next().await.unwrap();
+
+    let answer = client.request(Method::GET, &format!("/v1/sandboxes/{id}/ports/8080/")).send().await.unwrap();
+
+    assert_eq!(answer.status(), 500);
+    let told = of_node(&service.place).await;
+    let of_ports: Vec<_> =
+        told.lines().filter(|line| line.starts_with("mayfly_http_requests_total{") && line.contains("/ports/")).collect();
+    assert!(of_ports.iter().any(|line| line.contains(r#"status="proxied""#)), "{of_ports:#?}");
+    assert!(!of_ports.iter().any(|line| line.contains(r#"status="500""#)), "{of_ports:#?}");
 }
 
 /// Does what makes every figure move, until it is dropped.

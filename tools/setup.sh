@@ -83,8 +83,13 @@ install_packages() {
     fi
     apt-get install -y -q --no-install-recommends "${packages[@]}" >&2
     # Nor this one: the tests start their own.
-    if [[ " ${packages[*]} " == *" prometheus "* && -d /run/systemd/system ]]; then
-        systemctl disable --quiet --now prometheus
+    if [[ " ${packages[*]} " == *" prometheus "* ]]; then
+        if [[ -d /run/systemd/system ]]; then
+            systemctl disable --quiet --now prometheus
+        else
+            # One that was not started is what we want.
+            service prometheus stop >&2 || true
+        fi
     fi
 }
 

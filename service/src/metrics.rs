@@ -117,7 +117,7 @@ impl Metrics {
             process: Process::new(&shelf)?,
             statements: Statements::new(&shelf)?,
             tenants: Tenants::new(&shelf, tenants_max)?,
-            http_requests: shelf.counters("mayfly_http_requests_total", "Answered requests", &["route", "method", "status"])?,
+            http_requests: shelf.counters("mayfly_http_requests_total", "Answered requests; those that programs answered by `proxied`", &["route", "method", "status"])?,
             http_request_seconds: shelf.histograms(
                 "mayfly_http_request_seconds",
                 "From a request's head to its answer's head",
@@ -140,7 +140,7 @@ impl Metrics {
                 &["phase", "launch"],
                 &START_SECONDS,
             )?,
-            output_bytes: shelf.counters("sandbox_output_bytes_total", "Bytes that payloads wrote, kept or not", &["stream"])?,
+            output_bytes: shelf.counters("sandbox_output_bytes_total", "Bytes that payloads and execs wrote, kept or not", &["stream"])?,
             output_truncated: shelf.counters("sandbox_output_truncated_total", "Ends of which not all output was kept", &["stream"])?,
             log_gaps: shelf.counter("sandbox_log_gaps_total", "Gaps that readers of logs were told of")?,
             cpu_seconds: shelf.seconds("sandbox_cpu_seconds_total", "CPU time of payloads that ended")?,
@@ -149,7 +149,7 @@ impl Metrics {
             image_lookups: shelf.counters("sandbox_image_lookups_total", "Images by whether this process knew them already", &["result"])?,
             image_blobs: shelf.gauge("sandbox_image_blobs_count", "Layers, configurations and manifests kept on this node")?,
             image_blob_bytes: shelf.gauge("sandbox_image_blob_bytes", "Bytes of those")?,
-            records_waiting: shelf.gauge("sandbox_keeper_records_waiting_count", "Sandboxes that ended here and whose end is not stored yet")?,
+            records_waiting: shelf.gauge("sandbox_keeper_records_waiting_count", "Sandboxes and execs that ended here and whose end is not stored yet")?,
             store_retries: shelf.counter("sandbox_store_retries_total", "Attempts at storing an end that failed and are made again")?,
             leaks: shelf.counters("sandbox_leaks_total", "What was left behind, found and cleared away", &["what"])?,
             queue_depth: shelf.gauge("sandbox_queue_depth_count", "Sandboxes that wait for room, on whichever node")?,
@@ -287,6 +287,14 @@ impl Metrics {
     /// A sandbox ended and its outcome is stored.
     pub(crate) fn ended(&self, sandbox: &Sandbox, outcome: &Outcome) {
         self.runs.with_label_values(&[sandbox.kind.as_str(), outcome.reason.as_str()]).inc();
+        self.wrote(outcome);
+        if let Some(tenants) = &self.tenants {
+            tenants.ended(&sandbox.tenant, outcome);
+        }
+    }
+
+    /// A payload ended that wrote so much, or an exec.
+    pub(crate) fn wrote(&self, outcome: &Outcome) {
         let streams = [
             ("stdout", outcome.usage.stdout_bytes, outcome.truncated.stdout),
             ("stderr", outcome.usage.stderr_bytes, outcome.truncated.stderr),
@@ -294,9 +302,6 @@ impl Metrics {
         for (stream, bytes, is_truncated) in streams {
             self.output_bytes.with_label_values(&[stream]).inc_by(bytes);
             self.output_truncated.with_label_values(&[stream]).inc_by(u64::from(is_truncated));
-        }
-        if let Some(tenants) = &self.tenants {
-            tenants.ended(&sandbox.tenant, outcome);
         }
     }
 

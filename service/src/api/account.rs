@@ -1,4 +1,4 @@
-//! `/v1/quota`, `/v1/usage`: what a caller may have, and has used.
+//! `/v1/quota`, `/v1/usage`, `/v1/metrics`: what a caller may have, and has used.
 
 use std::sync::Arc;
 

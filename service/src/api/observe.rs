@@ -51,14 +51,15 @@ pub(super) async fn observe(State(app): State<Arc<App>>, mut request: Request, n
     }
 
     let response = async {
-        let response = next.run(request).await;
+        let response = with_problem(next.run(request).await, &id);
         if let Some(problem) = response.extensions().get::<Problem>() {
             problem.count(&app.metrics);
         }
-        let response = with_problem(response, &id);
         let seconds = began_at.elapsed().as_secs_f64();
-        app.metrics.request(&route, method, response.status().as_str(), seconds);
-        Span::current().record("http.status", response.status().as_u16());
+        // What a program answers says nothing of how the service does, and may be any number.
+        let (status, is_proxied) = (response.status(), response.extensions().get::<Proxied>().is_some());
+        app.metrics.request(&route, method, if is_proxied { "proxied" } else { status.as_str() }, seconds);
+        Span::current().record("http.status", status.as_u16());
         tracing::debug!(seconds, "answered");
         response
     };
@@ -99,6 +100,10 @@ struct RequestId(String);
 #[derive(Debug, Clone, Copy)]
 struct Told;
 
+/// An answer of a program in a sandbox.
+#[derive(Debug, Clone, Copy)]
+struct Proxied;
+
 /// An answer that may be another later, though its status does not say so.
 #[derive(Debug, Clone, Copy)]
 struct Passing;
@@ -124,6 +129,12 @@ pub(super) fn mark_as_told(response: &mut Response) {
     response.extensions_mut().insert(Told);
 }
 
+/// Says that this answer is a program's, which leaves as it is, too: its refusals are not ours.
+pub(super) fn mark_as_proxied(response: &mut Response) {
+    mark_as_told(response);
+    response.extensions_mut().insert(Proxied);
+}
+
 /// The caller's, if it is fit to be repeated; else one of ours.
 fn sound_or_new_id(request: &Request) -> String {
     let given = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok());
@@ -141,7 +152,7 @@ fn method_name(request: &Request) -> &'static str {
         .unwrap_or("other")
 }
 
-/// Writes the body of a refusal, where it is not written yet.
+/// Writes the body of a refusal, where it is not written yet. What it says stays with the answer.
 pub(super) fn with_problem(mut response: Response, request_id: &str) -> Response {
     if response.extensions().get::<Told>().is_some() {
         return response;
@@ -160,5 +171,6 @@ pub(super) fn with_problem(mut response: Response, request_id: &str) -> Response
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
     headers.remove(header::CONTENT_LENGTH);
     *response.body_mut() = Body::from(body);
+    response.extensions_mut().insert(problem);
     response
 }

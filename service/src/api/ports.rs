@@ -167,8 +167,7 @@ async fn pass_on(app: Arc<App>, place: Place, stream: TcpStream, mut request: Re
     };
     let is_tunnelled = response.status() == StatusCode::SWITCHING_PROTOCOLS;
     *response.headers_mut() = headers::outward(&parts.headers, place, is_tunnelled, offers_ours);
-    // Its refusals are not ours.
-    observe::mark_as_told(&mut response);
+    observe::mark_as_proxied(&mut response);
     Ok(response)
 }
 
