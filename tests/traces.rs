@@ -23,6 +23,10 @@ use tokio::{
 };
 
 const SOON: Duration = Duration::from_secs(30);
+/// How long requests may take together of which none waits for anything: were they to wait for a collector, each would for seconds.
+const ALL_SOON: Duration = Duration::from_secs(120);
+/// So many requests have more spans than a service has time to wait for when it ends, batch after batch.
+const MANY: usize = 1000;
 /// A trace of the caller's, and its span in it.
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const PARENT: &str = "b7ad6b7169203331";
@@ -119,15 +123,13 @@ fn hex(bytes: &[u8]) -> String {
 #[tokio::test]
 async fn a_run_is_one_trace_from_its_request_to_the_store_of_its_end() {
     let collector = Collector::start().await;
-    let service = Service::start_with(&["--otlp-endpoint", &collector.url, "--trace-percent", "0"]).unwrap();
-    service.import("busybox").unwrap();
+    let service = traced_by(&collector);
     let client = service.client();
     client.shell("echo not traced").await;
     let request = json!({
         "image": "busybox", "command": ["sh", "-c", "cat; echo secret-output"], "stdin": "secret-input", "env": { "KEY": "secret-value" },
     });
-    let traced = client.request(Method::POST, "/v1/runs").header("traceparent", format!("00-{TRACE}-{PARENT}-01")).json(&request);
-    let run = client.send(traced, "POST", "/v1/runs").await.expect(200);
+    let run = post_traced(&client, "/v1/runs", &request).await;
 
     let names = ["POST /v1/runs", "sandbox", "queue", "image", "launch", "keeper launch", "run", "store", "postgres statement", "keeper"];
     let spans = collector.until(&names).await;
@@ -157,6 +159,91 @@ async fn a_run_is_one_trace_from_its_request_to_the_store_of_its_end() {
     }
 }
 
+/// A service that traces what comes with a trace, and nothing else.
+fn traced_by(collector: &Collector) -> Service {
+    let service = Service::start_with(&["--otlp-endpoint", &collector.url, "--trace-percent", "0"]).unwrap();
+    service.import("busybox").unwrap();
+    service
+}
+
+/// Sends this as a part of the caller's trace.
+async fn post_traced(client: &Client, path: &str, body: &Value) -> Value {
+    let traced = client.request(Method::POST, path).header("traceparent", format!("00-{TRACE}-{PARENT}-01")).json(body);
+    client.send(traced, "POST", path).await.expect(200)
+}
+
+#[tokio::test]
+async fn an_exec_is_traced_from_its_request_to_the_store_of_its_end() {
+    let collector = Collector::start().await;
+    let service = traced_by(&collector);
+    let client = service.client();
+    let id = client.sandbox("exec sleep 60").await;
+
+    let exec = post_traced(&client, &format!("/v1/sandboxes/{id}/execs"), &json!({ "command": ["true"] })).await;
+
+    let request = "POST /v1/sandboxes/{id}/execs";
+    let spans = collector.until(&[request, "keeper", "run", "store", "exec"]).await;
+    let of = |name: &str| spans.iter().find(|span| span.name == name).unwrap();
+    assert!(spans.iter().all(|span| hex(&span.trace_id) == TRACE), "{spans:#?}");
+    assert_eq!(of("exec").parent_span_id, of(request).span_id);
+    assert_eq!((&of("run").parent_span_id, &of("store").parent_span_id), (&of("exec").span_id, &of("exec").span_id));
+    assert_eq!(text(&of("exec").attributes, "exec.id").as_deref(), exec["id"].as_str());
+    for span in [of("exec"), of(request)] {
+        assert_eq!(text(&span.attributes, "sandbox.id").as_deref(), Some(id.as_str()));
+    }
+}
+
+#[tokio::test]
+async fn every_case_of_a_run_and_its_compile_step_have_spans_of_their_own() {
+    let collector = Collector::start().await;
+    let service = traced_by(&collector);
+    let run = json!({
+        "image": "busybox", "command": ["cat"], "compile": { "command": ["true"] },
+        "cases": [{ "stdin": "one" }, { "stdin": "two" }], "wait_ms": 60_000,
+    });
+
+    post_traced(&service.client(), "/v1/runs", &run).await;
+
+    // What ends last.
+    let spans = collector.until(&["sandbox"]).await;
+    let sandbox = spans.iter().find(|span| span.name == "sandbox").unwrap();
+    for (name, count) in [("compile", 1), ("case", 2), ("queue", 1)] {
+        let of_name: Vec<_> = spans.iter().filter(|span| span.name == name).collect();
+        assert_eq!(of_name.len(), count, "{name}: {spans:#?}");
+        assert!(of_name.iter().all(|span| span.parent_span_id == sandbox.span_id), "{name}: {spans:#?}");
+    }
+    for around in spans.iter().filter(|span| ["compile", "case"].contains(&span.name.as_str())) {
+        let launches = spans.iter().filter(|span| span.name == "launch" && span.parent_span_id == around.span_id);
+        assert_eq!(launches.count(), 1, "{around:#?}");
+    }
+}
+
+#[tokio::test]
+async fn a_collector_that_never_answers_holds_up_neither_requests_nor_the_end() {
+    // Connections to it are made, and nobody takes them.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut service = Service::start_with(&["--otlp-endpoint", &format!("http://{}", silent.local_addr().unwrap())]).unwrap();
+    let client = service.client();
+
+    let asked = async {
+        for _ in 0..MANY {
+            client.get("/v1/quota").await.expect(200);
+        }
+    };
+    tokio::time::timeout(ALL_SOON, asked).await.expect("no request waits for the collector");
+
+    assert_eq!(spans_counted(&service, "sent").await, 0);
+    // In time, or it fails.
+    assert!(service.stop().unwrap().success());
+}
+
+/// So many spans came to this, as the service counts.
+async fn spans_counted(service: &Service, result: &str) -> u64 {
+    let told = reqwest::get(format!("{}/metrics", service.place().metrics_url)).await.unwrap().text().await.unwrap();
+    let series = format!(r#"mayfly_spans_total{{result="{result}"}} "#);
+    told.lines().find_map(|line| line.strip_prefix(&series)?.parse().ok()).unwrap_or_else(|| panic!("no {series} in {told}"))
+}
+
 #[tokio::test]
 async fn a_collector_that_is_away_holds_up_nobody() {
     let away = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
@@ -167,13 +254,8 @@ async fn a_collector_that_is_away_holds_up_nobody() {
 
     assert_eq!(run["stdout"], "hello\n");
     let deadline = Instant::now() + SOON;
-    loop {
-        let told = reqwest::get(format!("{}/metrics", service.place().metrics_url)).await.unwrap().text().await.unwrap();
-        let failed = told.lines().find_map(|line| line.strip_prefix(r#"mayfly_spans_total{result="failed"} "#)).unwrap();
-        if failed != "0" {
-            break;
-        }
-        assert!(Instant::now() < deadline, "{told}");
+    while spans_counted(&service, "failed").await == 0 {
+        assert!(Instant::now() < deadline, "{}", service.log());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert_eq!(service.log().matches("the collector takes no spans").count(), 1);

@@ -2,12 +2,15 @@
 
 mod spans;
 
-use std::io::{self, IsTerminal};
+use std::{
+    io::{self, IsTerminal},
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use opentelemetry::{
     Context,
     propagation::{Extractor, TextMapPropagator as _},
-    trace::{Span as _, TraceContextExt as _, Tracer as _, TracerProvider as _},
+    trace::{Span as _, SpanContext, TraceContextExt as _, Tracer as _, TracerProvider as _},
 };
 use opentelemetry_sdk::{propagation::TraceContextPropagator, trace::SdkTracerProvider};
 pub(crate) use spans::{Collected, Exporter};
@@ -21,11 +24,20 @@ use crate::config::{LogFormat, TraceSettings};
 /// The target of every span that a collector is sent. Those of [`Level::INFO`] stand in lines of the log, too.
 pub(crate) const TRACE: &str = "mayfly::trace";
 
+/// Whether there is a collector. Where there is none, traces cost no more than a look at this.
+static IS_COLLECTED: AtomicBool = AtomicBool::new(false);
+
+/// A place in a trace that outlasts its span.
+#[derive(Debug, Clone)]
+pub(crate) struct Origin(SpanContext);
+
 /// Begins to log, and to collect spans if they are wanted: whoever exports them has them from what this returns. Starts no thread.
 pub(crate) fn start(format: LogFormat, traces: Option<&TraceSettings>) -> Option<Collected> {
     let (layer, collected) = traces.map(collect::<Registry>).unzip();
     // RUST_LOG is for who looks for a fault; sqlx calls every notice of Postgres's an information.
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,sqlx=warn"));
+    // Whatever is logged says to which request and sandbox it belongs; the finer spans are for a collector.
+    let filter = filter.add_directive(format!("{TRACE}={}", Level::INFO).parse().expect("a target and a level are a directive"));
     let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal());
     let registry = tracing_subscriber::registry().with(layer);
     match format {
@@ -45,6 +57,7 @@ where
     let provider = SdkTracerProvider::builder().with_span_processor(queue).with_sampler(spans::sampler(settings.percent)).build();
     let tracer = provider.tracer("mayfly");
     opentelemetry::global::set_tracer_provider(provider);
+    IS_COLLECTED.store(true, Ordering::Relaxed);
     let layer = tracing_opentelemetry::layer::<S>()
         .with_tracer(tracer)
         .with_location(false)
@@ -56,9 +69,8 @@ where
     (layer, collected)
 }
 
-/// Has this span, which was not entered yet, belong to the trace that a caller's `traceparent` names (W3C Trace Context), and tells which trace that is or it has begun. `None`: nobody
-/// collects it.
-pub(crate) fn join(span: &Span, headers: &axum::http::HeaderMap) -> Option<String> {
+/// Has this span, which was not entered yet, belong to the trace that a caller's `traceparent` names (W3C Trace Context), and say which trace that is, or which it begins.
+pub(crate) fn join(span: &Span, headers: &axum::http::HeaderMap) {
     struct Given<'a>(&'a axum::http::HeaderMap);
     impl Extractor for Given<'_> {
         fn get(&self, key: &str) -> Option<&str> {
@@ -70,28 +82,42 @@ pub(crate) fn join(span: &Span, headers: &axum::http::HeaderMap) -> Option<Strin
             vec!["traceparent"]
         }
     }
+    if !is_collected() {
+        return;
+    }
     let given = TraceContextPropagator::new().extract_with_context(&Context::new(), &Given(headers));
     if given.span().span_context().is_valid() {
-        // It fails where nobody collects.
-        drop(span.set_parent(given));
+        set_parent(span, given);
     }
-    let context = span.context();
-    let is_collected = context.span().span_context().is_valid();
-    is_collected.then(|| context.span().span_context().trace_id().to_string())
+    name_trace(span);
 }
 
-/// A span of what outlasts the one that it comes from: that one ends without it, and the trace is the same.
-pub(crate) fn detached(span: Span, from: &Span) -> Span {
-    let context = from.context();
-    if context.span().span_context().is_valid() {
-        // It fails where nobody collects.
-        drop(span.set_parent(context));
+/// Where the present span is; `None` if nobody collects it.
+pub(crate) fn here() -> Option<Origin> {
+    if !is_collected() {
+        return None;
+    }
+    let context = Span::current().context();
+    let here = context.span().span_context().clone();
+    here.is_valid().then_some(Origin(here))
+}
+
+/// Has this span, which was not entered yet and outlasts what it comes from, belong to the same trace, and say which that is, or which it begins.
+pub(crate) fn detached(span: Span, from: Option<&Origin>) -> Span {
+    if is_collected() {
+        if let Some(Origin(from)) = from {
+            set_parent(&span, Context::new().with_remote_span_context(from.clone()));
+        }
+        name_trace(&span);
     }
     span
 }
 
 /// Adds to the present span one that is over already.
 pub(crate) fn past(name: &'static str, began_at: OffsetDateTime, ended_at: OffsetDateTime) {
+    if !is_collected() {
+        return;
+    }
     let context = Span::current().context();
     if !context.span().span_context().is_valid() {
         return;
@@ -99,4 +125,23 @@ pub(crate) fn past(name: &'static str, began_at: OffsetDateTime, ended_at: Offse
     let tracer = opentelemetry::global::tracer("mayfly");
     let builder = tracer.span_builder(name).with_start_time(began_at);
     builder.start_with_context(&tracer, &context).end_with_timestamp(ended_at.max(began_at).into());
+}
+
+fn is_collected() -> bool {
+    IS_COLLECTED.load(Ordering::Relaxed)
+}
+
+fn set_parent(span: &Span, parent: Context) {
+    if let Err(error) = span.set_parent(parent) {
+        tracing::debug!(%error, "a span belongs to no trace");
+    }
+}
+
+/// Lines of the log name the trace, too.
+fn name_trace(span: &Span) {
+    let context = span.context();
+    let own = context.span().span_context().clone();
+    if own.is_valid() {
+        span.record("trace.id", tracing::field::display(own.trace_id()));
+    }
 }

@@ -43,12 +43,7 @@ pub(super) async fn observe(State(app): State<Arc<App>>, mut request: Request, n
         http.route = route,
         http.status = Empty,
     );
-    if let Some(trace) = telemetry::join(&span, request.headers()) {
-        span.record("trace.id", trace);
-    }
-    if let Some(sandbox) = sandbox_in(request.uri().path()) {
-        span.record("sandbox.id", tracing::field::display(sandbox));
-    }
+    telemetry::join(&span, request.headers());
 
     let response = async {
         let response = with_problem(next.run(request).await, &id);
@@ -70,19 +65,13 @@ pub(super) async fn observe(State(app): State<Arc<App>>, mut request: Request, n
     response
 }
 
-/// Whose sandbox or run a request is about, where its path names one by its id.
-fn sandbox_in(path: &str) -> Option<Uuid> {
-    let mut parts = path.strip_prefix("/v1/")?.split('/');
-    matches!(parts.next()?, "sandboxes" | "runs").then(|| parts.next()?.parse().ok()).flatten()
-}
-
 /// Has lines of the log and the trace name who asks.
 pub(super) fn note_tenant(tenant: &TenantId) {
     Span::current().record("tenant", tenant.as_str());
 }
 
-/// Has them name what was made.
-pub(super) fn note_made(id: SandboxId) {
+/// Has them name what was made, or is asked for by its path.
+pub(super) fn note_sandbox(id: SandboxId) {
     Span::current().record("sandbox.id", tracing::field::display(id));
 }
 

@@ -5,7 +5,7 @@ use std::fmt::Display;
 use axum::{extract::Query, http::Uri};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use super::{App, caller::Caller, error::ApiError};
+use super::{App, caller::Caller, error::ApiError, observe};
 use crate::sandbox::{Bound, Invalid, SandboxId};
 
 /// The parameters in their order; a name may come more than once.
@@ -43,5 +43,7 @@ pub(super) fn id(text: &str) -> Result<SandboxId, ApiError> {
 
 /// What a path names, by id or by name. What is neither names nothing.
 pub(super) async fn object(app: &App, caller: &Caller, text: &str) -> Result<SandboxId, ApiError> {
-    app.engine.named(&caller.tenant, text).await?.ok_or(ApiError::NotFound)
+    let id = app.engine.named(&caller.tenant, text).await?.ok_or(ApiError::NotFound)?;
+    observe::note_sandbox(id);
+    Ok(id)
 }

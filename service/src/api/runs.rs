@@ -99,7 +99,7 @@ pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator
     let patience = times.patience(wait_ms);
     let tenant = caller.tenant.clone();
     let mut run = app.engine.create(caller.owner(), asked, keyed.key).await?;
-    observe::note_made(run.id());
+    observe::note_sandbox(run.id());
     let told = match wait(&app, &mut run, patience).await {
         Some(finished) => Told::Ended(finished),
         None => Told::GoesOn(run.sandbox()),
@@ -178,7 +178,7 @@ async fn wait(app: &App, run: &mut Followed, patience: Duration) -> Option<Arc<F
 )]
 pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Response, ApiError> {
     caller.require(Scope::Runs)?;
-    let run = app.engine.find(&caller.tenant, Kind::Run, query::id(&id)?).await?.ok_or(ApiError::NotFound)?;
+    let run = app.engine.find(&caller.tenant, Kind::Run, named(&id)?).await?.ok_or(ApiError::NotFound)?;
     seen(&app, run).await
 }
 
@@ -200,8 +200,15 @@ pub(super) async fn read(State(app): State<Arc<App>>, caller: Caller, Path(id): 
 )]
 pub(super) async fn cancel(State(app): State<Arc<App>>, caller: Caller, Path(id): Path<String>) -> Result<Response, ApiError> {
     caller.require(Scope::Runs)?;
-    let run = app.engine.cancel(caller.owner(), query::id(&id)?).await?.ok_or(ApiError::NotFound)?;
+    let run = app.engine.cancel(caller.owner(), named(&id)?).await?.ok_or(ApiError::NotFound)?;
     seen(&app, run).await
+}
+
+/// The run that a path names.
+fn named(id: &str) -> Result<SandboxId, ApiError> {
+    let id = query::id(id)?;
+    observe::note_sandbox(id);
+    Ok(id)
 }
 
 /// The run as it is now, to who can ask again.

@@ -82,7 +82,7 @@ pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator
             app.engine.wait_until(&caller.tenant, id, START_PATIENCE, has_started).await?.ok_or(ApiError::NotFound)?
         }
     };
-    observe::note_made(sandbox.id);
+    observe::note_sandbox(sandbox.id);
     let location = format!("/v1/sandboxes/{}", sandbox.id);
     Ok((StatusCode::CREATED, [(header::LOCATION, location)], view(&app, sandbox).await).into_response())
 }

@@ -8,7 +8,7 @@ use sandbox_core::{
 };
 use time::OffsetDateTime;
 use tokio::time::Instant;
-use tracing::{Instrument as _, Span};
+use tracing::{Instrument as _, Span, field::Empty};
 
 use super::{
     Engine,
@@ -22,7 +22,7 @@ use super::{
 use crate::{
     clock::at_us,
     runtime::{CallError, LaunchAnswer},
-    sandbox::{self, Kind, Limits, Mount, SandboxId, State, step_id},
+    sandbox::{self, Kind, Limits, Mount, Sandbox, SandboxId, State, step_id},
     store::{Input, Return},
     telemetry::{self, TRACE},
 };
@@ -39,10 +39,24 @@ const LAUNCH_LOOK_MAX: Duration = Duration::from_secs(1);
 /// A run that ends before is never written as running: its row goes from its claim to its outcome.
 const MARK_RUNNING_AFTER: Duration = Duration::from_millis(200);
 
-/// Shows in the trace what the keeper told of a launch.
-fn note_launch(launched: &Launched) {
-    let started_at = at_us(launched.started_at_us);
-    telemetry::past("keeper launch", started_at - Duration::from_micros(launched.launch_us), started_at);
+/// What is done for this sandbox until its end is stored: longer than the request takes that it comes from.
+pub(super) fn span_of(live: &Live) -> Span {
+    let Sandbox { id, tenant, .. } = &live.sandbox;
+    let span = tracing::info_span!(target: TRACE, parent: None, "sandbox", trace.id = Empty, sandbox.id = %id, %tenant);
+    telemetry::detached(span, live.origin.as_ref())
+}
+
+/// From the order to the keeper's answer.
+pub(super) fn launch_span() -> Span {
+    tracing::debug_span!(target: TRACE, "launch")
+}
+
+/// Shows in the trace what the sandbox waited for before anything was done for it here.
+fn note_wait(live: &Live) {
+    let Sandbox { created_at, claimed_at, starts: 1, attempt: 1, .. } = live.sandbox else { return };
+    let room_at = claimed_at.map_or(created_at, |at| at - live.image_took);
+    telemetry::past("queue", created_at, room_at);
+    telemetry::past("image", room_at, room_at + live.image_took);
 }
 
 /// What came of following a sandbox.
@@ -70,17 +84,10 @@ pub(super) enum Started<W> {
 
 impl Engine {
     /// Starts the sandbox, follows it, stores its end, gives its room back.
-    pub(super) fn carry(
-        self: Arc<Self>,
-        live: Arc<Live>,
-        input: Input,
-        reservation: Reservation,
-    ) -> impl Future<Output = ()> + Send + use<> {
-        let span =
-            tracing::info_span!(target: TRACE, parent: None, "sandbox", sandbox.id = %live.sandbox.id, tenant = %live.sandbox.tenant);
-        // It outlasts the request that it comes from.
-        let span = telemetry::detached(span, &Span::current());
+    pub(super) async fn carry(self: Arc<Self>, live: Arc<Live>, input: Input, reservation: Reservation) {
+        let span = span_of(&live);
         let carried = async move {
+            note_wait(&live);
             let known = self.live.known(Arc::clone(&live));
             let input = Arc::new(input);
             live.give_room(reservation);
@@ -90,7 +97,7 @@ impl Engine {
                 known.keep();
             }
         };
-        carried.instrument(span)
+        carried.instrument(span).await;
     }
 
     /// Does what is to be done about a sandbox that is followed no more.
@@ -165,7 +172,7 @@ impl Engine {
         if let Some(step) = &live.sandbox.compile {
             // What the files have become is in the layer; the program itself is given its input alone.
             let files = descriptors.split_off(usize::from(has_stdin));
-            if let Some(course) = self.compile(live, step, &files).await {
+            if let Some(course) = self.compile(live, step, &files).instrument(tracing::debug_span!(target: TRACE, "compile")).await {
                 return course;
             }
             live.go_on_from(Layering::Of(step_id(live.sandbox.id)));
@@ -176,7 +183,7 @@ impl Engine {
         }
         fail_point::reached("service.launch.given");
         let launch = launch_of(live, has_stdin, has_files && live.sandbox.compile.is_none());
-        match self.launch(launch, &descriptors).instrument(tracing::debug_span!(target: TRACE, "launch")).await {
+        match self.launch(launch, &descriptors).instrument(launch_span()).await {
             Started::Over(ending) => Course::Ended(ending),
             Started::NotBegun => Course::NotBegun(None),
             Started::NotHere(ending) => Course::NotBegun(Some(ending)),
@@ -184,9 +191,7 @@ impl Engine {
                 drop(descriptors);
                 if let Some(launched) = launched {
                     live.running(launched);
-                    self.metrics.launched(&launched);
-                    note_launch(&launched);
-                    self.note_start(live, &launched);
+                    self.note_launch(live, &launched);
                 }
                 if let Some(reason) = live.ordered_kill() {
                     // Ordered while the keeper may not have known of it.
@@ -197,16 +202,14 @@ impl Engine {
         }
     }
 
-    /// Counts what the start of a sandbox's first life consisted of: a later one waits for nothing that its creator asked for.
-    fn note_start(&self, live: &Live, launched: &Launched) {
-        if live.sandbox.starts == 1 {
-            let started_at = at_us(launched.started_at_us);
+    /// Counts a launch and, of the first, what the start consisted of; shows in the trace what the keeper told of it.
+    pub(super) fn note_launch(&self, live: &Live, launched: &Launched) {
+        self.metrics.launched(launched);
+        let started_at = at_us(launched.started_at_us);
+        telemetry::past("keeper launch", started_at - Duration::from_micros(launched.launch_us), started_at);
+        if live.is_first_launch() {
             let total = Duration::try_from(started_at - live.sandbox.created_at).unwrap_or(Duration::ZERO);
-            let phases = phases(live, started_at);
-            self.metrics.started(launched, phases, total);
-            let (created_at, claimed_at) = (live.sandbox.created_at, live.sandbox.claimed_at.unwrap_or(started_at));
-            telemetry::past("queue", created_at, claimed_at - live.image_took);
-            telemetry::past("image", claimed_at - live.image_took, claimed_at);
+            self.metrics.started(launched, phases(live, started_at), total);
         }
     }
 
@@ -439,12 +442,13 @@ impl Engine {
         let Some(launched) = live.launched() else { return };
         let (store, id, hold, started_at) = (self.store.clone(), live.sandbox.id, live.hold(), at_us(launched.started_at_us));
         // Not waited for: the end, should it come first, is guarded by the row's state.
-        tokio::spawn(async move {
+        let marked = async move {
             match store.mark_running(id, hold, started_at, launched.fences).await {
                 Ok(()) => fail_point::reached("service.running.stored"),
                 Err(error) => tracing::warn!(sandbox.id = %id, %error, "noting that it runs failed"),
             }
-        });
+        };
+        tokio::spawn(marked.in_current_span());
     }
 
     pub(super) async fn sleep_until(&self, at: Option<OffsetDateTime>) {

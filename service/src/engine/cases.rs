@@ -9,11 +9,12 @@ use sandbox_core::{
     fail_point,
     protocol::{Cause, Ending, Failure, Launch, Launched, Layering, Record},
 };
+use tracing::Instrument as _;
 
 use super::{
     Engine, EngineError,
     capacity::Reservation,
-    carry::{Course, Started, supervision},
+    carry::{Course, Started, launch_span, supervision},
     input,
     live::Live,
     settle::{After, phases},
@@ -26,6 +27,7 @@ use crate::{
         ToldCase, case_id, case_ids, step_id,
     },
     store::{Input, Return, StoreError},
+    telemetry::TRACE,
 };
 
 const SUCCESS: Cause = Cause::Exited { code: 0 };
@@ -69,7 +71,10 @@ impl Engine {
             let Some(index) = next else { return Course::Ended(self.ending_of(&cases)) };
             let ended = match adopted.take() {
                 Some(launched) => Ok(self.follow_adopted(live, index, launched).await),
-                None => self.run_case(live, index, input).await,
+                None => {
+                    let span = tracing::debug_span!(target: TRACE, "case", case.index = index);
+                    self.run_case(live, index, input).instrument(span).await
+                }
             };
             let ending = match ended {
                 Ok(ending) => ending,
@@ -178,7 +183,7 @@ impl Engine {
             Err(error) => return Ok(self.infra_error(format!("its input could not be handed over: {error}"))),
         };
         let has_files = descriptors.len() > usize::from(has_stdin);
-        match self.launch(launch_of_case(live, index, has_stdin, has_files), &descriptors).await {
+        match self.launch(launch_of_case(live, index, has_stdin, has_files), &descriptors).instrument(launch_span()).await {
             Started::Over(ending) => Ok(ending),
             Started::NotBegun => Err(Course::NotBegun(None)),
             Started::NotHere(ending) => Err(Course::NotBegun(Some(ending))),
@@ -187,7 +192,7 @@ impl Engine {
                 fail_point::reached("service.case.begun");
                 if let Some(launched) = launched {
                     self.note_running(live, launched);
-                    self.metrics.launched(&launched);
+                    self.note_launch(live, &launched);
                 }
                 if let Some(reason) = live.ordered_kill() {
                     // Ordered while the keeper may not have known of it.

@@ -9,10 +9,11 @@ use sandbox_core::{
     fail_point,
     protocol::{Cause, Ending, Launch, Layering, OutputPolicy, Stdin},
 };
+use tracing::Instrument as _;
 
 use super::{
     Engine,
-    carry::{Course, Started, supervision},
+    carry::{Course, Started, launch_span, supervision},
     live::Live,
     settle::phases,
 };
@@ -28,13 +29,13 @@ impl Engine {
     /// Runs the step before the program. `Some`: the program is not to be started.
     pub(super) async fn compile(&self, live: &Live, step: &Compile, files: &[OwnedFd]) -> Option<Course> {
         let id = step_id(live.sandbox.id);
-        let ending = match self.launch(launch_of_step(live, step, !files.is_empty()), files).await {
+        let ending = match self.launch(launch_of_step(live, step, !files.is_empty()), files).instrument(launch_span()).await {
             Started::Over(ending) => ending,
             Started::NotBegun => return Some(Course::NotBegun(None)),
             Started::NotHere(ending) => return Some(Course::NotBegun(Some(ending))),
             Started::WithKeeper { launched, wait } => {
                 if let Some(launched) = launched {
-                    self.metrics.launched(&launched);
+                    self.note_launch(live, &launched);
                 }
                 if let Some(reason) = live.ordered_kill() {
                     // Ordered while the keeper may not have known of it.

@@ -10,14 +10,16 @@ use std::{
 use sandbox_core::protocol::{Cause, Ending, Exec as Order, FailureKind, KillReason, OutputPolicy, Record, Stdin, WindowSize};
 use time::OffsetDateTime;
 use tokio::{sync::watch, time::Instant};
+use tracing::{Instrument as _, Span, field::Empty};
 use uuid::Uuid;
 
-use super::{Engine, EngineError, Owner, input, life::detached};
+use super::{Engine, EngineError, Owner, input, life::detached, settle::Waiting};
 use crate::{
     clock::at_us,
     runtime::{CallError, LaunchAnswer},
     sandbox::{Exec, ExecPlan, ExecState, Finish, Limits, LogTail, NewExec, Phases, Records, Sandbox, SandboxId, Signal, State, TenantId},
     store::{Act, ExecAdmitted, ExecEnded, HeldKey, Input, StoreError},
+    telemetry::{self, TRACE},
 };
 
 /// How long a start is tried while the keeper is busy, and while it is away.
@@ -136,6 +138,13 @@ impl FollowedExec {
     }
 }
 
+/// What is done for this exec until its end is stored: longer than the request takes that it comes from.
+fn span_of(exec: &Exec) -> Span {
+    let Exec { id, sandbox, tenant, .. } = exec;
+    let span = tracing::info_span!(target: TRACE, parent: None, "exec", trace.id = Empty, exec.id = %id, sandbox.id = %sandbox, %tenant);
+    telemetry::detached(span, telemetry::here().as_ref())
+}
+
 impl Engine {
     /// Starts a further process in a running sandbox. What was promised by the answer is in Postgres; a caller who goes away changes nothing.
     /// With a key it is started only if that is still held, and is tied to it from then on.
@@ -188,7 +197,8 @@ impl Engine {
         let live = self.execs.insert(exec, limits);
         let progress = live.subscribe();
         let input = Input { files: None, stdin: stdin.map(|content| content.0) };
-        tokio::spawn(Arc::clone(&self).carry_exec(Arc::clone(&live), input));
+        let span = span_of(&live.exec);
+        tokio::spawn(Arc::clone(&self).carry_exec(Arc::clone(&live), input).instrument(span));
         Ok(FollowedExec { live, progress })
     }
 
@@ -250,11 +260,12 @@ impl Engine {
         live.progress.send_replace(ExecProgress::Running(started_at));
         let (store, id) = (self.store.clone(), live.exec.id);
         // Not waited for: the end, should it come first, is guarded by the row's state.
-        tokio::spawn(async move {
+        let marked = async move {
             if let Err(error) = store.mark_exec_running(id, started_at).await {
                 tracing::warn!(exec.id = %id, %error, "noting that it runs failed");
             }
-        });
+        };
+        tokio::spawn(marked.in_current_span());
     }
 
     /// Waits for the end, through broken connections.
@@ -280,20 +291,27 @@ impl Engine {
         let id = live.exec.id;
         let total = Phases::ms((at_us(ending.ended_at_us) - live.exec.created_at).try_into().unwrap_or(Duration::ZERO));
         let finish = Finish::of(ending, &live.limits, Phases { total, ..Phases::default() });
+        if let Some(launched) = ending.launched {
+            telemetry::past("run", at_us(launched.started_at_us), at_us(ending.ended_at_us));
+        }
         let read = self.read_tail(id, Records::Numbered).await;
         let has_log_file = !read.as_ref().is_some_and(LogTail::is_complete);
         let log_tail = read.unwrap_or_else(|| unread(&live.exec.plan, ending));
         let ended = ExecEnded { finish: &finish, log_tail: &log_tail, has_log_file };
         let mut pause = RETRY_MIN;
+        let waiting = Waiting::new(&self.metrics.records_waiting);
         let is_first = loop {
-            match self.store.finish_exec(id, &ended).await {
+            match self.store.finish_exec(id, &ended).instrument(tracing::debug_span!(target: TRACE, "store")).await {
                 Ok(is_first) => break is_first,
                 Err(error) => tracing::error!(exec.id = %id, %error, "storing its end failed; it is tried again"),
             }
+            self.metrics.store_retries.inc();
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(RETRY_MAX);
         };
+        drop(waiting);
         let progress = if is_first {
+            self.metrics.wrote(&finish.outcome);
             ExecProgress::Ended(Arc::new(ExecFinished { exec: finished(&live.exec, finish), log_tail }))
         } else {
             // By the service before this one, or its sandbox was deleted meanwhile.
@@ -393,7 +411,8 @@ impl Engine {
             let limits = limits.of_exec(row.plan.wall_ms, row.plan.output_bytes);
             let live = self.execs.insert(row, limits);
             let engine = Arc::clone(self);
-            tokio::spawn(async move {
+            let span = span_of(&live.exec);
+            let taken_over = async move {
                 let ending = match record {
                     Some(record) => {
                         if let Some(launched) = record.launched {
@@ -404,7 +423,8 @@ impl Engine {
                     None => engine.infra_error("the keeper never got the order to start it, or has lost its record".to_owned()),
                 };
                 engine.settle_exec(&live, &ending).await;
-            });
+            };
+            tokio::spawn(taken_over.instrument(span));
         }
         Ok(())
     }

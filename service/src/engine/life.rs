@@ -11,6 +11,7 @@ use sandbox_core::{
 };
 use serde_json::{Value, json};
 use time::OffsetDateTime;
+use tracing::Instrument as _;
 
 use super::{Engine, EngineError, Followed, Owner, Progress, capacity::Room, live::Changeable, live::Live};
 use crate::{
@@ -44,7 +45,7 @@ pub(super) enum Place {
 pub(super) async fn detached<T: Send + 'static>(
     work: impl Future<Output = Result<T, EngineError>> + Send + 'static,
 ) -> Result<T, EngineError> {
-    tokio::spawn(work).await.unwrap_or_else(|panic| Err(EngineError::Store(StoreError::Other(panic.into()))))
+    tokio::spawn(work.in_current_span()).await.unwrap_or_else(|panic| Err(EngineError::Store(StoreError::Other(panic.into()))))
 }
 
 impl Engine {

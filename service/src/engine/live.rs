@@ -2,7 +2,10 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -19,6 +22,7 @@ use crate::{
     metrics::Metrics,
     sandbox::{CompileEnd, Event, Judged, Limits, LogTail, Sandbox, SandboxId, State, case_id, step_id},
     store::{Hold, Lease},
+    telemetry::{self, Origin},
 };
 
 /// How far a sandbox has come.
@@ -62,6 +66,10 @@ pub(super) struct Live {
     active_at: Mutex<Option<OffsetDateTime>>,
     /// How long its image was looked for.
     pub(super) image_took: Duration,
+    /// The request that it comes from, if that is traced and was answered here.
+    pub(super) origin: Option<Origin>,
+    /// Whether something of it was launched.
+    was_launched: AtomicBool,
     /// What it was claimed by, or last taken over; of a queued one nothing.
     lease: Mutex<Lease>,
     progress: watch::Sender<Progress>,
@@ -106,7 +114,13 @@ impl Progress {
 }
 
 impl Live {
-    fn new(sandbox: Sandbox, image_took: Duration, lease: Lease, progress: watch::Sender<Progress>, metrics: Arc<Metrics>) -> Self {
+    fn new(
+        sandbox: Sandbox,
+        (image_took, origin): (Duration, Option<Origin>),
+        lease: Lease,
+        progress: watch::Sender<Progress>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         Self {
             changeable: watch::channel(Changeable::of(&sandbox)).0,
             turn: AsyncMutex::new(()),
@@ -117,11 +131,20 @@ impl Live {
             active_at: Mutex::default(),
             sandbox,
             image_took,
+            origin,
+            was_launched: AtomicBool::new(false),
             lease: Mutex::new(lease),
             progress,
             killed_for: Mutex::default(),
             metrics,
         }
+    }
+
+    /// Whether what is launched now is the first of all that is launched for it: of a run with a compile step that, of one with cases the first. Asked once for each.
+    pub(super) fn is_first_launch(&self) -> bool {
+        let was_launched = self.was_launched.swap(true, Ordering::Relaxed);
+        // What came before was another life, or another attempt.
+        !was_launched && self.sandbox.starts == 1 && self.sandbox.attempt == 1
     }
 
     pub(super) fn progress(&self) -> Progress {
@@ -345,7 +368,7 @@ impl Registry {
         let progress = if state == State::Queued { Progress::Queued } else { Progress::Starting };
         self.metrics.moved(None, Some(progress.state()));
         let (progress, _) = watch::channel(progress);
-        let live = Arc::new(Live::new(sandbox, image_took, lease, progress, Arc::clone(&self.metrics)));
+        let live = Arc::new(Live::new(sandbox, (image_took, telemetry::here()), lease, progress, Arc::clone(&self.metrics)));
         self.lock().insert(id, Arc::clone(&live));
         live
     }
@@ -355,20 +378,20 @@ impl Registry {
         let mut all = self.lock();
         let before = all.remove(&sandbox.id);
         let ordered_kill = before.as_ref().and_then(|before| before.ordered_kill());
-        let (progress, image_took) = before.map_or_else(
+        let (progress, asked) = before.map_or_else(
             || {
                 self.metrics.moved(None, Some(State::Starting));
-                (watch::channel(Progress::Starting).0, Duration::ZERO)
+                (watch::channel(Progress::Starting).0, (Duration::ZERO, None))
             },
             |before| {
                 // One that is claimed anew before its former follower has said so is not running any more.
                 before.returned();
                 before.advance(Event::Claimed, Progress::Starting);
-                (before.progress.clone(), before.image_took)
+                (before.progress.clone(), (before.image_took, before.origin.clone()))
             },
         );
         let id = sandbox.id;
-        let live = Arc::new(Live::new(sandbox, image_took, lease, progress, Arc::clone(&self.metrics)));
+        let live = Arc::new(Live::new(sandbox, asked, lease, progress, Arc::clone(&self.metrics)));
         if let Some(reason) = ordered_kill {
             live.order_kill(reason);
         }

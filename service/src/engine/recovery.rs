@@ -11,8 +11,9 @@ use sandbox_core::{
     fail_point,
     protocol::{KillReason, Record},
 };
+use tracing::Instrument as _;
 
-use super::{Engine, Progress, capacity::Room, settle::After, unix_us};
+use super::{Engine, Progress, capacity::Room, carry::span_of, settle::After, unix_us};
 use crate::{
     metrics::Leak,
     sandbox::{Sandbox, SandboxId, State, case_id, case_ids, is_part, is_step, run_id, step_id},
@@ -150,7 +151,8 @@ impl Engine {
                 }
                 let live = self.live.claimed(sandbox, self.lease());
                 let reservation = self.capacity.reserve_for_live(room);
-                tokio::spawn(Arc::clone(self).adopt_cases(live, judging, of_cases, is_same_keeper, reservation));
+                let span = span_of(&live);
+                tokio::spawn(Arc::clone(self).adopt_cases(live, judging, of_cases, is_same_keeper, reservation).instrument(span));
                 continue;
             }
             // The keeper that there was at its claim would know it if it had been begun.
@@ -170,7 +172,8 @@ impl Engine {
             if let Some(record) = record {
                 adopted += 1;
                 let reservation = self.capacity.reserve_for_live(room);
-                tokio::spawn(Arc::clone(self).adopt(live, record.launched, reservation));
+                let span = span_of(&live);
+                tokio::spawn(Arc::clone(self).adopt(live, record.launched, reservation).instrument(span));
             } else {
                 lost += 1;
                 let ending = self.infra_error("its node's keeper never got the order to start it, or has lost its record".to_owned());

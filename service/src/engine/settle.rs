@@ -10,7 +10,7 @@ use sandbox_core::{
 use time::OffsetDateTime;
 use tracing::Instrument as _;
 
-use super::{Engine, Finished, Progress, lease::LEFT_TO_OTHERS, live::Live};
+use super::{Engine, Finished, Progress, carry::span_of, lease::LEFT_TO_OTHERS, live::Live};
 use crate::{
     clock::at_us,
     sandbox::{Finish, Kind, Limits, LogTail, Phases, Records, RequestedLimits, Sandbox, SandboxId, State},
@@ -35,10 +35,10 @@ pub(super) enum After {
 }
 
 /// Counts as one whose end is not stored, until it is dropped.
-struct Waiting<'a>(&'a IntGauge);
+pub(super) struct Waiting<'a>(&'a IntGauge);
 
 impl<'a> Waiting<'a> {
-    fn new(count: &'a IntGauge) -> Self {
+    pub(super) fn new(count: &'a IntGauge) -> Self {
         count.inc();
         Self(count)
     }
@@ -243,14 +243,16 @@ impl Engine {
     /// [`Engine::settle`] of a sandbox that nobody follows, in a task of its own.
     pub(super) fn settle_alone(self: &Arc<Self>, live: Arc<Live>, ending: Box<Ending>) {
         let engine = Arc::clone(self);
-        tokio::spawn(async move {
+        let span = span_of(&live);
+        let settled = async move {
             let known = engine.live.known(Arc::clone(&live));
             // It may have been begun before, and have come back to the queue since.
             engine.recall_cases(&live).await;
             if engine.settle(&live, &ending).await == After::Waits {
                 known.keep();
             }
-        });
+        };
+        tokio::spawn(settled.instrument(span));
     }
 
     /// Ends a sandbox whose insertion may have been committed or not: whoever asked for it was told that it was not made, and may ask again

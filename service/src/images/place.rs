@@ -5,6 +5,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use tracing::Instrument as _;
+
 use crate::sandbox::TenantId;
 
 /// What this node takes at one time. Each may fill as much disk as an archive may have.
@@ -61,7 +63,7 @@ impl Place {
             let _place = self;
             work.await
         };
-        tokio::spawn(held).await
+        tokio::spawn(held.in_current_span()).await
     }
 }
 

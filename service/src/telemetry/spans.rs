@@ -19,7 +19,7 @@ use opentelemetry_sdk::{
     error::OTelSdkResult,
     trace::{Sampler, SamplingResult, ShouldSample, Span, SpanData, SpanExporter as _, SpanProcessor},
 };
-use reqwest::Url;
+use reqwest::{Url, redirect};
 use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
@@ -77,7 +77,7 @@ impl ShouldSample for Roots {
         attributes: &[KeyValue],
         links: &[Link],
     ) -> SamplingResult {
-        let sampler = if matches!(name, "request" | "sandbox") { &self.of_requests } else { &Sampler::AlwaysOff };
+        let sampler = if matches!(name, "request" | "sandbox" | "exec") { &self.of_requests } else { &Sampler::AlwaysOff };
         sampler.should_sample(parent, trace, name, kind, attributes, links)
     }
 }
@@ -143,7 +143,12 @@ impl Exporter {
     /// Begins to send, as this node. Fails if there can be no client for it.
     pub(crate) fn start(collected: Collected, node: NodeId, metrics: Arc<Metrics>) -> anyhow::Result<Self> {
         let Collected { receiver, dropped, endpoint } = collected;
-        let client = reqwest::Client::builder().timeout(SEND_DEADLINE).build().context("otlp-endpoint")?;
+        let client = reqwest::Client::builder()
+            .timeout(SEND_DEADLINE)
+            // What is sent along to prove who we are is for nobody else.
+            .redirect(redirect::Policy::none())
+            .build()
+            .context("otlp-endpoint")?;
         let mut exporter = opentelemetry_otlp::SpanExporter::builder()
             .with_http()
             .with_http_client(client)
