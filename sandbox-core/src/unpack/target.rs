@@ -228,7 +228,9 @@ impl Target {
     fn forget_times(&mut self, path: Names<'_>) {
         let later = self.folder_times.range::<[Vec<u8>], _>((Bound::Included(path), Bound::Unbounded));
         let gone: Vec<_> = later.map(|(folder, _)| folder).take_while(|folder| folder.starts_with(path)).cloned().collect();
-        gone.iter().for_each(|folder| drop(self.folder_times.remove(folder)));
+        for folder in gone {
+            self.folder_times.remove(&folder);
+        }
     }
 
     fn note(&mut self, parent: &OwnedFd, name: &[u8]) -> io::Result<()> {
