@@ -70,6 +70,10 @@ Try it (paste both into another terminal):
 curl -sS -H "Authorization: Bearer \$MAYFLY_TOKEN" -H 'Content-Type: application/json' \\
   -d '$request' $url/v1/runs
 
+Or as a command, with the output and the exit code of the program:
+
+$mayfly run --url $url python -- python3 -c 'print("hello from a sandbox")'
+
 Or at once:
 
 curl -sS -H 'Authorization: Bearer $user' -H 'Content-Type: application/json' -d '$request' $url/v1/runs

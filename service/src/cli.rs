@@ -1,9 +1,26 @@
 //! The command line: what can be asked of the binary, and how it answers.
 
 mod api;
+mod exec;
+mod files;
+mod frame;
 mod image;
+mod input;
+mod life;
+mod list;
+mod logs;
 mod node;
+mod output;
+mod progress;
+mod quantity;
+mod remote;
+mod run;
+mod session;
+mod signals;
+mod socket;
+mod table;
 mod tenant;
+mod terminal;
 mod token;
 
 use std::{
@@ -11,7 +28,8 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
+use clap_complete::Shell;
 
 use crate::{config::Options, doctor, serve};
 
@@ -25,6 +43,20 @@ struct Line {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run a program in a sandbox of its own, as if it ran here
+    Run(Box<run::Arguments>),
+    /// Run a further program in a sandbox
+    Exec(Box<exec::Arguments>),
+    /// List sandboxes
+    Ps(list::Sandboxes),
+    /// Show what a sandbox or run wrote
+    Logs(Box<logs::Arguments>),
+    /// Ask sandboxes to end, and wait for it
+    Stop(life::Stop),
+    /// Remove sandboxes
+    Rm(life::Remove),
+    /// List images
+    Images(list::Images),
     /// Serve the API until SIGTERM or SIGINT
     Serve(Box<Options>),
     /// Make a token for the API and print it
@@ -48,6 +80,9 @@ enum Command {
     },
     /// Print the API's contract (OpenAPI 3.1, YAML)
     Openapi,
+    /// Print what a shell needs to complete these commands
+    #[command(after_help = "As in: mayfly completions bash > /etc/bash_completion.d/mayfly")]
+    Completions { shell: Shell },
 }
 
 #[derive(Debug, Subcommand)]
@@ -62,10 +97,22 @@ enum ImageCommand {
     Kept(Box<image::kept::Command>),
 }
 
-/// Does what the command line says. An error is one line on stderr and a failure.
+/// Does what the command line says. An error is one line on stderr and a failure; `run` and `exec` pass on the program's exit code, and have one for
+/// failures of their own.
 pub fn run() -> ExitCode {
     sandbox_core::fail_point::arm();
-    let done = match Line::parse().command {
+    let line = match Line::try_parse() {
+        Ok(line) => line,
+        Err(error) => return unparsed(&error),
+    };
+    let done = match line.command {
+        Command::Run(arguments) => return passed_on(run::run(*arguments)),
+        Command::Exec(arguments) => return passed_on(exec::run(*arguments)),
+        Command::Ps(arguments) => list::sandboxes(arguments),
+        Command::Logs(arguments) => logs::run(*arguments),
+        Command::Stop(arguments) => life::stop(arguments),
+        Command::Rm(arguments) => life::remove(arguments),
+        Command::Images(arguments) => list::images(arguments),
         Command::Serve(options) => options.settle().and_then(serve::run),
         Command::Token(arguments) => token::run(*arguments),
         Command::Image(ImageCommand::Import(arguments)) => image::run(*arguments),
@@ -80,15 +127,52 @@ pub fn run() -> ExitCode {
             Err(error) => Err(error),
         },
         Command::Openapi => print(crate::api::openapi()),
+        Command::Completions { shell } => print(completions(shell)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Where stderr is closed nobody hears it; the exit code says it too.
-            drop(writeln!(io::stderr(), "mayfly: {error:#}"));
-            ExitCode::FAILURE
-        }
+        Err(error) => failed(&error, 1),
     }
+}
+
+/// What a program's end was, or ours.
+fn passed_on(code: anyhow::Result<u8>) -> ExitCode {
+    match code {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => failed(&error, frame::OWN_FAULT),
+    }
+}
+
+fn failed(error: &anyhow::Error, code: u8) -> ExitCode {
+    /// 128 and SIGPIPE: what ends other programs whose output nobody reads.
+    const UNREAD: u8 = 141;
+    let is_unread = error.is::<output::OutputClosed>()
+        || error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe);
+    if is_unread {
+        return ExitCode::from(UNREAD);
+    }
+    // Where stderr is closed nobody hears it; the exit code says it too.
+    drop(writeln!(io::stderr(), "mayfly: {error:#}"));
+    ExitCode::from(code)
+}
+
+/// Help, or what is wrong with the command line. What runs programs has a code for that which is none of theirs.
+fn unparsed(error: &clap::Error) -> ExitCode {
+    const USAGE: u8 = 2;
+    // As above.
+    drop(error.print());
+    let runs_programs = std::env::args_os().nth(1).is_some_and(|word| word == "run" || word == "exec");
+    ExitCode::from(match (error.use_stderr(), runs_programs) {
+        (false, _) => 0,
+        (true, true) => frame::OWN_FAULT,
+        (true, false) => USAGE,
+    })
+}
+
+fn completions(shell: Shell) -> String {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Line::command(), "mayfly", &mut script);
+    String::from_utf8_lossy(&script).into_owned()
 }
 
 /// Whether nothing is missing that serving needs.
@@ -107,8 +191,6 @@ fn print(text: impl AsRef<str>) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]

@@ -8,7 +8,7 @@ use reqwest::{Method, Response, Url};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::token::Key;
+use super::{remote::client_for, token::Key};
 use crate::token::{Claims, Scope};
 
 /// Where the API is, and who asks.
@@ -50,10 +50,7 @@ impl Api {
             Some(given) => given,
             None => self.key.sign(&operator, 300).context("signing a token; give one with --token")?,
         };
-        // A proxy knows nothing of this machine's own loopback.
-        let is_local = matches!(self.url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
-        let client = reqwest::Client::builder().timeout(deadline);
-        let client = if is_local { client.no_proxy() } else { client }.build()?;
+        let client = client_for(&self.url).timeout(deadline).build()?;
         Ok(Ready { client, url: self.url, token })
     }
 }

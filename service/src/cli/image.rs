@@ -7,18 +7,19 @@ pub(super) mod push;
 
 use std::{
     fs::File,
-    io::{self, IsTerminal, Seek, Write},
+    io::{self, Seek, Write},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use anyhow::{Context, bail, ensure};
 use clap::Args;
+use indicatif::ProgressBar;
 use reqwest::Url;
 use serde::Deserialize;
 use tokio::io::AsyncReadExt;
 
-use super::token::Key;
+use super::{progress, remote::client_for, token::Key};
 use crate::token::{Claims, Scope};
 
 /// How much of the archive is sent at a time.
@@ -138,13 +139,13 @@ async fn send(archive: File, url: &Url, reference: &str, token: &str) -> anyhow:
     let len = archive.metadata()?.len();
     let mut place = url.join("v1/images/import").context("--url")?;
     place.query_pairs_mut().append_pair("reference", reference);
-    // A proxy knows nothing of this machine's own loopback.
-    let is_local = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
-    let client = reqwest::Client::builder().connect_timeout(Duration::from_secs(10));
-    let client = if is_local { client.no_proxy() } else { client }.build()?;
-    let body = reqwest::Body::wrap_stream(chunks(archive, len));
+    let client = client_for(url).connect_timeout(Duration::from_secs(10)).build()?;
+    let bar = progress::bytes(Some(len), "sending");
+    let body = reqwest::Body::wrap_stream(chunks(archive, bar.clone()));
     let request = client.post(place).bearer_auth(token).header("content-type", "application/x-tar").header("content-length", len);
-    let response = request.body(body).send().await.with_context(|| format!("sending the image to {url}"))?;
+    let response = request.body(body).send().await;
+    bar.finish_and_clear();
+    let response = response.with_context(|| format!("sending the image to {url}"))?;
     let status = response.status();
     let text = response.text().await.with_context(|| format!("hearing from {url}"))?;
     if status.is_success() {
@@ -156,35 +157,21 @@ async fn send(archive: File, url: &Url, reference: &str, token: &str) -> anyhow:
     }
 }
 
-/// The file in pieces, with a line on a terminal that tells how far it is.
-fn chunks(file: File, len: u64) -> impl futures_util::Stream<Item = io::Result<Vec<u8>>> + Send + 'static {
-    let is_shown = io::stderr().is_terminal();
-    let from = (tokio::fs::File::from_std(file), 0_u64);
-    futures_util::stream::try_unfold(from, move |(mut file, sent)| async move {
-        let mut chunk = Vec::with_capacity(CHUNK_BYTES);
-        (&mut file).take(CHUNK_BYTES as u64).read_to_end(&mut chunk).await?;
-        let sent = sent + chunk.len() as u64;
-        if is_shown {
-            show(sent, len, chunk.is_empty());
+/// The file in pieces, each counted when it goes.
+fn chunks(file: File, bar: ProgressBar) -> impl futures_util::Stream<Item = io::Result<Vec<u8>>> + Send + 'static {
+    futures_util::stream::try_unfold(tokio::fs::File::from_std(file), move |mut file| {
+        let bar = bar.clone();
+        async move {
+            let mut chunk = Vec::with_capacity(CHUNK_BYTES);
+            (&mut file).take(CHUNK_BYTES as u64).read_to_end(&mut chunk).await?;
+            bar.inc(chunk.len() as u64);
+            if chunk.is_empty() {
+                // All is sent; what the service does with it takes its time.
+                bar.set_message("unpacking");
+            }
+            Ok(if chunk.is_empty() { None } else { Some((chunk, file)) })
         }
-        Ok(if chunk.is_empty() { None } else { Some((chunk, (file, sent))) })
     })
-}
-
-fn show(sent: u64, len: u64, is_end: bool) {
-    bar(sent, len, if is_end { ", unpacking …\n" } else { "" });
-}
-
-/// How much of how many bytes is done, on a line of a terminal that was there before.
-fn bar(sent: u64, len: u64, end: &str) {
-    const WIDTH: u64 = 40;
-    const MIB: u64 = 1 << 20;
-    let filled = usize::try_from(sent.min(len) * WIDTH / len.max(1)).unwrap_or(0);
-    let empty = usize::try_from(WIDTH).unwrap_or(0).saturating_sub(filled);
-    let mut stderr = io::stderr().lock();
-    // Only decoration.
-    drop(write!(stderr, "\r[{}{}] {} of {} MiB{end}", "#".repeat(filled), " ".repeat(empty), sent.div_ceil(MIB), len.div_ceil(MIB)));
-    drop(stderr.flush());
 }
 
 fn parse_variable(text: &str) -> anyhow::Result<String> {
@@ -228,7 +215,7 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&vec![7; CHUNK_BYTES * 2 + 5]).unwrap();
         file.rewind().unwrap();
-        let parts: Vec<_> = chunks(file, 1).try_collect().await.unwrap();
+        let parts: Vec<_> = chunks(file, ProgressBar::hidden()).try_collect().await.unwrap();
         assert_eq!(parts.concat().len(), CHUNK_BYTES * 2 + 5);
     }
 }

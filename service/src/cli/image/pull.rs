@@ -1,18 +1,22 @@
 //! `mayfly image pull`: a client of the API that has the service pull an image, and shows how far it has come.
 
 use std::{
-    io::{self, IsTerminal, Write as _},
+    io,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use anyhow::{Context, bail};
 use clap::Args;
+use indicatif::ProgressBar;
 use reqwest::{Response, Url};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Imported, Key, Problem, bar, operator};
+use super::{
+    super::{progress, remote::client_for},
+    Imported, Key, Problem, operator,
+};
 
 /// The service says something at least every 20 seconds.
 const SILENCE_MAX: Duration = Duration::from_secs(90);
@@ -93,10 +97,7 @@ pub(super) fn password(path: &Path) -> anyhow::Result<String> {
 
 async fn ask(url: &Url, path: &str, token: &str, request: &Value) -> anyhow::Result<Imported> {
     let place = url.join(path).context("--url")?;
-    // A proxy knows nothing of this machine's own loopback.
-    let is_local = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
-    let client = reqwest::Client::builder().connect_timeout(Duration::from_secs(10)).read_timeout(SILENCE_MAX);
-    let client = if is_local { client.no_proxy() } else { client }.build()?;
+    let client = client_for(url).connect_timeout(Duration::from_secs(10)).read_timeout(SILENCE_MAX).build()?;
     let request = client.post(place).bearer_auth(token).header("accept", "application/x-ndjson").json(request);
     let response = request.send().await.with_context(|| format!("asking {url}"))?;
     let status = response.status();
@@ -112,7 +113,8 @@ async fn ask(url: &Url, path: &str, token: &str, request: &Value) -> anyhow::Res
 
 /// Reads line by line to the last.
 async fn follow(mut response: Response, url: &Url) -> anyhow::Result<Imported> {
-    let is_shown = io::stderr().is_terminal();
+    // There is none before it is known of how much.
+    let mut bar = None;
     let mut held = Vec::new();
     while let Some(chunk) = response.chunk().await.with_context(|| format!("hearing from {url}"))? {
         held.extend_from_slice(&chunk);
@@ -123,12 +125,8 @@ async fn follow(mut response: Response, url: &Url) -> anyhow::Result<Imported> {
                 continue;
             }
             let line: Line = serde_json::from_slice(&line).with_context(|| format!("{url} answered something else than was asked for"))?;
-            if let Some(progress) = line.progress.filter(|_| is_shown) {
-                show(&progress);
-            }
-            if is_shown && (line.image.is_some() || line.problem.is_some()) {
-                // Only decoration.
-                drop(writeln!(io::stderr()));
+            if let Some(progress) = line.progress {
+                show(&mut bar, &progress);
             }
             if let Some(image) = line.image {
                 return Ok(image);
@@ -141,6 +139,9 @@ async fn follow(mut response: Response, url: &Url) -> anyhow::Result<Imported> {
     bail!("{url} broke off; what was begun may go on all the same")
 }
 
-fn show(progress: &Progress) {
-    bar(progress.bytes, progress.total_bytes, if progress.stage == "unpacking" { ", unpacking …" } else { "" });
+fn show(bar: &mut Option<ProgressBar>, Progress { stage, bytes, total_bytes }: &Progress) {
+    let bar = bar.get_or_insert_with(|| progress::bytes(Some(*total_bytes), stage));
+    bar.set_length(*total_bytes);
+    bar.set_position(*bytes);
+    bar.set_message(super::super::table::plain(stage));
 }
