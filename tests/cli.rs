@@ -1,6 +1,8 @@
 //! The command line for people, as they use it: the real binary, a real service, and for a terminal a real one.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+#[path = "cli/copy.rs"]
+mod copy;
 #[path = "cli/relay.rs"]
 mod relay;
 #[path = "cli/terminal.rs"]
@@ -275,6 +277,19 @@ async fn a_log_is_shown_from_where_it_is_wanted_and_in_the_form_that_is_wanted()
     let frames: Vec<Value> = frames.text().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(frames.last().unwrap()["end"]["exit_code"], 0, "{frames:#?}");
     assert_eq!(run(&["rm", &id]).code, Some(0));
+}
+
+#[tokio::test]
+async fn what_is_kept_is_there_after_the_end() {
+    let client = shared().client();
+    let run = |words: &[&str]| said(&mut cli(&client, words), b"");
+
+    let ended = run(&["run", "--keep-files", "--name", "kept", "busybox", "sh", "-c", "echo made > /work/file; exit 2"]);
+    let copied = run(&["cp", "kept:/work/file", "-"]);
+
+    assert_eq!(ended.code, Some(2), "{}", ended.stderr);
+    assert!(copied.code == Some(0) && copied.stdout.windows(5).any(|part| part == b"made\n"), "{}", copied.stderr);
+    assert_eq!(run(&["rm", "kept"]).code, Some(0));
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! The command line: what can be asked of the binary, and how it answers.
 
 mod api;
+mod copy;
 mod exec;
 mod files;
 mod frame;
@@ -11,6 +12,7 @@ mod list;
 mod logs;
 mod node;
 mod output;
+mod packer;
 mod progress;
 mod quantity;
 mod remote;
@@ -51,6 +53,8 @@ enum Command {
     Ps(list::Sandboxes),
     /// Show what a sandbox or run wrote
     Logs(Box<logs::Arguments>),
+    /// Copy files and folders into a sandbox, or out of it
+    Cp(copy::Arguments),
     /// Ask sandboxes to end, and wait for it
     Stop(life::Stop),
     /// Remove sandboxes
@@ -110,6 +114,7 @@ pub fn run() -> ExitCode {
         Command::Exec(arguments) => return passed_on(exec::run(*arguments)),
         Command::Ps(arguments) => list::sandboxes(arguments),
         Command::Logs(arguments) => logs::run(*arguments),
+        Command::Cp(arguments) => copy::run(arguments),
         Command::Stop(arguments) => life::stop(arguments),
         Command::Rm(arguments) => life::remove(arguments),
         Command::Images(arguments) => list::images(arguments),

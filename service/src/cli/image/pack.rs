@@ -1,10 +1,8 @@
 //! Folders become OCI archives: a layout as it is, a root file system as an image of one layer.
 
 use std::{
-    collections::HashMap,
-    fs::{self, File, Metadata},
-    io::{self, Read, Seek, SeekFrom, Write},
-    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    fs::{self, File},
+    io::{self, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
 
@@ -17,7 +15,10 @@ use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 use tar::{Builder, EntryType, Header};
 
-use super::Program;
+use super::{
+    super::packer::{Exactly, Packer},
+    Program,
+};
 
 const BLOCK_BYTES: u64 = 512;
 
@@ -47,14 +48,9 @@ pub(super) fn root(folder: &Path, program: &Program) -> anyhow::Result<(File, Ve
     let mut file = tempfile::tempfile()?;
     // The layer comes first and its digest, which names it, is known last: its header is written afterwards.
     file.seek(SeekFrom::Start(BLOCK_BYTES))?;
-    let mut packer = Packer {
-        layer: Builder::new(Hashing { to: io::BufWriter::with_capacity(1 << 20, file), hasher: Sha256::new(), len: 0 }),
-        seen: HashMap::new(),
-        left_out: Vec::new(),
-    };
-    packer.folder(folder, Path::new(""))?;
-    let Packer { layer, left_out, .. } = packer;
-    let Hashing { to, hasher, len } = layer.into_inner()?;
+    let mut packer = Packer::new(Hashing { to: io::BufWriter::with_capacity(1 << 20, file), hasher: Sha256::new(), len: 0 }, None);
+    packer.add(folder, Path::new(""))?;
+    let (Hashing { to, hasher, len }, left_out) = packer.finish()?;
     let digest = digest(hasher);
     let mut file = to.into_inner()?;
     file.write_all(&vec![0; usize::try_from(len.next_multiple_of(BLOCK_BYTES) - len)?])?;
@@ -105,75 +101,6 @@ fn config(program: &Program) -> anyhow::Result<oci_spec::image::Config> {
     Ok(config.build()?)
 }
 
-/// A layer in the making.
-struct Packer<W: Write> {
-    layer: Builder<W>,
-    /// Files with several names, by device and inode, and the name that they were packed under.
-    seen: HashMap<(u64, u64), PathBuf>,
-    left_out: Vec<PathBuf>,
-}
-
-impl<W: Write> Packer<W> {
-    /// Adds a folder with all in it, in the order of names, so that the same folder makes the same layer.
-    fn folder(&mut self, path: &Path, name: &Path) -> anyhow::Result<()> {
-        let shown = || path.display().to_string();
-        let meta = fs::symlink_metadata(path).with_context(shown)?;
-        let own_name = if name.as_os_str().is_empty() { Path::new("./") } else { name };
-        self.layer.append_data(&mut header(&meta, EntryType::Directory), own_name, io::empty()).with_context(shown)?;
-        let mut entries: Vec<_> = fs::read_dir(path).with_context(shown)?.collect::<io::Result<_>>().with_context(shown)?;
-        entries.sort_by_key(fs::DirEntry::file_name);
-        for entry in entries {
-            self.entry(&entry.path(), &name.join(entry.file_name()))?;
-        }
-        Ok(())
-    }
-
-    fn entry(&mut self, path: &Path, name: &Path) -> anyhow::Result<()> {
-        let shown = || path.display().to_string();
-        let meta = fs::symlink_metadata(path).with_context(shown)?;
-        if meta.is_dir() {
-            return self.folder(path, name);
-        }
-        if !meta.is_file() && !meta.is_symlink() {
-            self.left_out.push(path.to_owned());
-            return Ok(());
-        }
-        if meta.nlink() > 1 {
-            if let Some(first) = self.seen.get(&(meta.dev(), meta.ino())) {
-                return self.layer.append_link(&mut header(&meta, EntryType::Link), name, first).with_context(shown);
-            }
-            self.seen.insert((meta.dev(), meta.ino()), name.to_owned());
-        }
-        if meta.is_symlink() {
-            let target = fs::read_link(path).with_context(shown)?;
-            let mut header = header(&meta, EntryType::Symlink);
-            // Byte for byte, where the library would tidy it up.
-            if target.as_os_str().len() <= 100 {
-                header.set_link_name_literal(target.as_os_str().as_bytes()).with_context(shown)?;
-                return self.layer.append_data(&mut header, name, io::empty()).with_context(shown);
-            }
-            return self.layer.append_link(&mut header, name, &target).with_context(shown);
-        }
-        let mut file = File::open(path).with_context(shown)?;
-        let len = meta.len();
-        let mut header = header(&meta, EntryType::Regular);
-        header.set_size(len);
-        self.layer.append_data(&mut header, name, &mut Exactly::new(&mut file, len)).with_context(shown)
-    }
-}
-
-fn header(meta: &Metadata, kind: EntryType) -> Header {
-    let mut header = Header::new_gnu();
-    header.set_entry_type(kind);
-    header.set_size(0);
-    header.set_uid(meta.uid().into());
-    header.set_gid(meta.gid().into());
-    header.set_mode(meta.mode() & 0o7777);
-    // The format knows no time before 1970.
-    header.set_mtime(u64::try_from(meta.mtime()).unwrap_or(0));
-    header
-}
-
 fn plain_header(len: u64) -> Header {
     let mut header = Header::new_gnu();
     header.set_entry_type(EntryType::Regular);
@@ -222,31 +149,11 @@ impl<W: Write> Write for Hashing<W> {
     }
 }
 
-/// Reads as many bytes as a header has promised: a file that shrinks meanwhile is an error, and one that grows is cut.
-struct Exactly<'a> {
-    from: io::Take<&'a mut File>,
-}
-
-impl<'a> Exactly<'a> {
-    fn new(file: &'a mut File, len: u64) -> Self {
-        Self { from: file.take(len) }
-    }
-}
-
-impl Read for Exactly<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let have = self.from.read(buffer)?;
-        if have == 0 && self.from.limit() > 0 && !buffer.is_empty() {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file became shorter while it was read"));
-        }
-        Ok(have)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::{
         collections::BTreeMap,
+        io::Read as _,
         os::unix::fs::{PermissionsExt, symlink},
     };
 
