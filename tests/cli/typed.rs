@@ -72,6 +72,13 @@ impl Begun {
         self.stdin.as_mut().unwrap().write_all(bytes).unwrap();
     }
 
+    /// Gives all of it, as far as somebody takes it, while this goes on.
+    pub(crate) fn give_meanwhile(&mut self, bytes: Vec<u8>) {
+        let mut stdin = self.stdin.take().unwrap();
+        // Who takes none of it is told nothing.
+        std::thread::spawn(move || stdin.write_all(&bytes).ok());
+    }
+
     /// Waits for this on stdout, behind all that was waited for before.
     #[track_caller]
     pub(crate) fn until(&mut self, text: &str) {

@@ -7,8 +7,8 @@ use tokio::sync::mpsc;
 
 /// In one message; the API takes up to 256 KiB.
 const CHUNK_BYTES: usize = 32 * 1024;
-/// Behind this much that is not taken nothing more is read.
-const UNDER_WAY_BYTES_MAX: usize = 256 * 1024;
+/// Behind this much that is not taken nothing more is read. It fits into what lies between us and a service that does not read, so that sending never waits.
+const UNDER_WAY_BYTES_MAX: usize = 128 * 1024;
 
 /// Standard input as it comes, read by a thread of its own: nothing else ends a read(2) of a terminal.
 pub(super) fn read() -> mpsc::Receiver<Vec<u8>> {

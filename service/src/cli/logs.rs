@@ -68,7 +68,8 @@ pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<()> {
         let mut state = State { output: Output::start(), next_seq: None, is_reached: false, lost_at: None, is_within_line: [false; 2] };
         let read = arguments.read(&connection, &mut state).await;
         let written = state.output.finish().await;
-        read.and(written)
+        // Why nothing more could be written is told by who wrote.
+        written.and(read)
     })
 }
 

@@ -1,11 +1,8 @@
 //! Both streams of output on their way out, written by a thread of their own: who reads us slowly holds up nothing else.
 
-use std::{
-    io::{self, Write as _},
-    thread::JoinHandle,
-};
+use std::io::{self, Write as _};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::frame::Stream;
 
@@ -18,22 +15,19 @@ pub(super) struct OutputClosed;
 #[derive(Debug)]
 pub(super) struct Output {
     to: mpsc::UnboundedSender<(Stream, Vec<u8>)>,
-    thread: JoinHandle<io::Result<()>>,
+    /// How the thread ended. It is not joined: one that nobody reads from need not hold us up.
+    written: oneshot::Receiver<io::Result<()>>,
 }
 
 impl Output {
     pub(super) fn start() -> Self {
-        let (to, mut from) = mpsc::unbounded_channel::<(Stream, Vec<u8>)>();
-        let thread = std::thread::spawn(move || {
-            while let Some((stream, bytes)) = from.blocking_recv() {
-                match stream {
-                    Stream::Stdout => write(io::stdout().lock(), &bytes)?,
-                    Stream::Stderr => write(io::stderr().lock(), &bytes)?,
-                }
-            }
-            Ok(())
+        let (to, from) = mpsc::unbounded_channel();
+        let (tell, written) = oneshot::channel();
+        std::thread::spawn(move || {
+            // Nobody waits for it any more: then nobody needs to know.
+            tell.send(write_all(from)).ok();
         });
-        Self { to, thread }
+        Self { to, written }
     }
 
     /// To be written behind all that was given before.
@@ -48,15 +42,26 @@ impl Output {
 
     /// Returns when all of it is written.
     pub(super) async fn finish(self) -> anyhow::Result<()> {
-        let Self { to, thread } = self;
+        let Self { to, written } = self;
         drop(to);
-        match tokio::task::spawn_blocking(move || thread.join()).await {
-            Ok(Ok(Ok(()))) => Ok(()),
-            Ok(Ok(Err(error))) if error.kind() == io::ErrorKind::BrokenPipe => Err(OutputClosed.into()),
-            Ok(Ok(Err(error))) => Err(anyhow::Error::new(error).context("writing the output")),
-            Ok(Err(_)) | Err(_) => anyhow::bail!("writing the output failed"),
+        match written.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe => Err(OutputClosed.into()),
+            Ok(Err(error)) => Err(anyhow::Error::new(error).context("writing the output")),
+            Err(_) => anyhow::bail!("writing the output failed"),
         }
     }
+}
+
+/// Until nothing more is given.
+fn write_all(mut from: mpsc::UnboundedReceiver<(Stream, Vec<u8>)>) -> io::Result<()> {
+    while let Some((stream, bytes)) = from.blocking_recv() {
+        match stream {
+            Stream::Stdout => write(io::stdout().lock(), &bytes)?,
+            Stream::Stderr => write(io::stderr().lock(), &bytes)?,
+        }
+    }
+    Ok(())
 }
 
 fn write(mut to: impl io::Write, bytes: &[u8]) -> io::Result<()> {

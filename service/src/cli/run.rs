@@ -1,4 +1,6 @@
 //! `mayfly run`: a sandbox for one program, with its output, input and exit code as if it ran here.
+//!
+//! Not a run of the API, which takes all of its input at once, has no terminal and hears no signals.
 
 use std::time::Duration;
 

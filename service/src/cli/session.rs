@@ -12,7 +12,7 @@ use super::{
     frame::{End, Frame, Stream},
     input::{self, UnderWay},
     output::{Output, note},
-    remote::{Connection, Refused},
+    remote::{Connection, Refused, code_of},
     signals::Told,
     socket::{self, Socket},
     terminal,
@@ -91,9 +91,9 @@ impl Session<'_> {
             () = until_insisted(signals) => Ok(()),
         };
         drop(raw);
-        let left = left?;
+        // Why nothing more could be written is told by who wrote.
         written?;
-        Ok(left)
+        left
     }
 
     async fn reconnecting(&self, state: &mut State<'_>) -> anyhow::Result<Left> {
@@ -196,7 +196,7 @@ impl Session<'_> {
                 },
                 Some(told) = state.signals.recv() => match told {
                     Told::Insist(number) => return Ok(Parted::Left(Left::Insisted(number))),
-                    Told::Forward(name, _) => drop(sender.send(text(&json!({ "signal": name }))).await),
+                    Told::Forward(name, _) => self.signal(name),
                     Told::Resized => if let Some(size) = self.size() {
                         drop(sender.send(text(&json!({ "resize": size }))).await);
                     },
@@ -230,6 +230,21 @@ impl Session<'_> {
             state.output.write(stream, bytes)?;
         }
         Ok(frame.end)
+    }
+
+    /// Apart from the stream: there it would wait behind input that the program does not read.
+    fn signal(&self, name: &'static str) {
+        let path: Vec<&str> = self.place.iter().copied().chain(["kill"]).collect();
+        let request = self.connection.post(&path).json(&json!({ "signal": name }));
+        let connection = self.connection.clone();
+        tokio::spawn(async move {
+            if let Err(error) = connection.send(request).await
+                // What has ended hears nothing.
+                && !matches!(code_of(&error), Some("wrong_state" | "not_found"))
+            {
+                note(&format!("passing on {name} failed: {error:#}"));
+            }
+        });
     }
 
     fn size(&self) -> Option<serde_json::Value> {
