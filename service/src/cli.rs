@@ -79,6 +79,9 @@ enum Command {
         /// Print a JSON object instead of text
         #[arg(long)]
         json: bool,
+        /// As <https://no-color.org> has it: whatever it is, if it is anything
+        #[arg(long, env = "NO_COLOR", hide = true, default_value = "", hide_env = true)]
+        no_color: String,
         #[command(flatten)]
         options: Box<Options>,
     },
@@ -126,7 +129,7 @@ pub fn run() -> ExitCode {
         Command::Image(ImageCommand::Kept(command)) => image::kept::run(*command),
         Command::Tenant(command) => tenant::run(*command),
         Command::Node(command) => node::run(*command),
-        Command::Doctor { json, options } => match examine(*options, json) {
+        Command::Doctor { json, no_color, options } => match examine(*options, json, no_color.is_empty() && io::stdout().is_terminal()) {
             Ok(true) => Ok(()),
             Ok(false) => return ExitCode::FAILURE,
             Err(error) => Err(error),
@@ -156,8 +159,10 @@ fn failed(error: &anyhow::Error, code: u8) -> ExitCode {
     if is_unread {
         return ExitCode::from(UNREAD);
     }
+    // Some of it a stranger may have written, as the names in an archive.
+    let text: Vec<String> = format!("{error:#}").lines().map(table::plain).collect();
     // Where stderr is closed nobody hears it; the exit code says it too.
-    drop(writeln!(io::stderr(), "mayfly: {error:#}"));
+    drop(writeln!(io::stderr(), "mayfly: {}", text.join("\n")));
     ExitCode::from(code)
 }
 
@@ -181,9 +186,9 @@ fn completions(shell: Shell) -> String {
 }
 
 /// Whether nothing is missing that serving needs.
-fn examine(options: Options, is_json: bool) -> anyhow::Result<bool> {
+fn examine(options: Options, is_json: bool, is_coloured: bool) -> anyhow::Result<bool> {
     let report = doctor::examine(&options.settle()?)?;
-    print(if is_json { serde_json::to_string_pretty(&report)? } else { report.text(io::stdout().is_terminal()) })?;
+    print(if is_json { serde_json::to_string_pretty(&report)? } else { report.text(is_coloured) })?;
     Ok(report.ok)
 }
 

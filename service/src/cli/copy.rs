@@ -113,6 +113,8 @@ impl End {
         match parts {
             Some((sandbox, path)) if !sandbox.is_empty() && !sandbox.contains('/') && !sandbox.starts_with('.') => {
                 ensure!(!path.is_empty(), "{sandbox}: a path is needed behind the colon");
+                // Where it leads only the sandbox knows; and what is copied here would be called so.
+                ensure!(path.split('/').all(|name| name != ".."), "{sandbox}:{path}: a path in a sandbox has no ..");
                 Ok(Self::Inside { sandbox: sandbox.to_owned(), path: format!("/{}", path.trim_start_matches('/')) })
             }
             _ => Ok(Self::Here(text.into())),
@@ -365,6 +367,8 @@ mod tests {
         assert_eq!(End::of("/a:b".into()).unwrap(), End::Here("/a:b".into()));
         assert_eq!(End::of("-".into()).unwrap(), End::Standard);
         assert!(End::of("web:".into()).is_err());
+        assert!(End::of("web:/a/..".into()).is_err() && End::of("web:../b".into()).is_err());
+        assert_eq!(End::of("web:/a..b".into()).unwrap(), inside("web", "/a..b"));
     }
 
     #[test]

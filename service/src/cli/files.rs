@@ -1,6 +1,6 @@
 //! Files of this machine that a sandbox is to begin with.
 
-use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
+use std::{fs, io::Read as _, os::unix::fs::MetadataExt as _, path::Path};
 
 use anyhow::{Context as _, ensure};
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
@@ -42,14 +42,14 @@ fn add(source: &Path, path: &str, files: &mut Vec<Value>, left: &mut u64) -> any
         return Ok(());
     }
     ensure!(meta.is_file(), "{} is neither a file nor a folder", source.display());
-    let content = fs::read(source).with_context(shown)?;
-    *left = left.checked_sub(content.len() as u64).with_context(|| {
-        format!(
-            "{}: that is too much for a request, which holds {} MiB; `mayfly cp` takes more, once the sandbox is there",
-            shown(),
-            BYTES_MAX >> 20
-        )
-    })?;
+    let too_much = || {
+        let most = BYTES_MAX >> 20;
+        format!("{}: that is too much for a request, which holds {most} MiB; `mayfly cp` takes more, once the sandbox is there", shown())
+    };
+    let mut content = Vec::new();
+    // No more of it is read than there may be.
+    fs::File::open(source).and_then(|file| file.take(*left + 1).read_to_end(&mut content)).with_context(shown)?;
+    *left = left.checked_sub(content.len() as u64).with_context(too_much)?;
     files.push(json!({
         "path": path,
         "content": BASE64.encode(content),

@@ -81,7 +81,7 @@ impl Arguments {
                 Ok(()) => return Ok(()),
                 Err(error) => error,
             };
-            let is_final = error.downcast_ref::<Refused>().is_some_and(|refused| refused.status.is_client_error())
+            let is_final = error.downcast_ref::<Refused>().is_some_and(Refused::is_final)
                 || error.is::<OutputClosed>()
                 || !self.follow
                 || !state.is_reached;

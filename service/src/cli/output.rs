@@ -70,9 +70,9 @@ fn write(mut to: impl io::Write, bytes: &[u8]) -> io::Result<()> {
     to.flush()
 }
 
-/// Tells a person something, apart from all output. Where stderr is closed nobody hears it.
+/// Tells a person something, apart from all output. Some of it a stranger may have written. Where stderr is closed nobody hears it.
 pub(super) fn note(text: &str) {
     // A terminal in raw mode goes back to the first column only when told to; others do not mind.
     let end = if super::terminal::is_raw() { "\r\n" } else { "\n" };
-    drop(write!(io::stderr(), "mayfly: {text}{end}"));
+    drop(write!(io::stderr(), "mayfly: {}{end}", super::table::plain(text)));
 }

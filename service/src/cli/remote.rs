@@ -21,7 +21,7 @@ pub(super) struct Remote {
     /// Where the API is [default: what the file says, or http://127.0.0.1:8080]
     #[arg(long, env = "MAYFLY_URL")]
     url: Option<Url>,
-    /// Token for the API [default: what the file says]
+    /// Token for the API; `ps` shows it to all who are on this machine, where environment and file are nobody else's [default: what the file says]
     #[arg(long, env = "MAYFLY_TOKEN", hide_env_values = true)]
     token: Option<String>,
     /// TOML file with `url` and `token`, readable by its owner alone [default: ~/.config/mayfly/client.toml]
@@ -59,6 +59,13 @@ struct Problem {
     detail: String,
     /// What of the request it is about.
     field: Option<String>,
+}
+
+impl Refused {
+    /// Whether it makes no sense to come again: all that is the client's to mend, but for coming too often (RFC 9110, 15.5; RFC 6585, 4).
+    pub(super) fn is_final(&self) -> bool {
+        self.status.is_client_error() && !matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT)
+    }
 }
 
 impl Remote {
@@ -221,6 +228,13 @@ mod tests {
         assert!(!format!("{:#}", remote.connect().unwrap_err()).contains("secret"));
         let (_folder, remote) = with_file("url = \"http://a\"", 0o644);
         assert!(remote.connect().unwrap_err().to_string().contains("mayfly token"));
+    }
+
+    #[test]
+    fn whoever_comes_too_often_may_come_again() {
+        let is_final = |status: StatusCode| Refused { status, code: String::new(), detail: String::new() }.is_final();
+        assert!(is_final(StatusCode::NOT_FOUND) && is_final(StatusCode::UNAUTHORIZED));
+        assert!(!is_final(StatusCode::TOO_MANY_REQUESTS) && !is_final(StatusCode::SERVICE_UNAVAILABLE));
     }
 
     #[test]

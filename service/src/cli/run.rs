@@ -288,9 +288,8 @@ async fn until_started(connection: &Connection, made: &Made, signals: &mut mpsc:
 /// The next signal that is to end what nobody runs yet.
 async fn ending(signals: &mut mpsc::UnboundedReceiver<Told>) -> Option<u8> {
     loop {
-        match signals.recv().await? {
-            Told::Forward("SIGINT" | "SIGTERM" | "SIGHUP" | "SIGQUIT", number) | Told::Insist(number) => return Some(number),
-            Told::Forward(..) | Told::Resized => {}
+        if let Some(number) = signals.recv().await?.ending() {
+            return Some(number);
         }
     }
 }

@@ -119,10 +119,10 @@ impl Session<'_> {
             loop {
                 tokio::select! {
                     () = &mut paused => break,
-                    // Nobody else hears it now.
-                    Some(Told::Forward("SIGINT" | "SIGTERM", number) | Told::Insist(number)) = state.signals.recv() => {
+                    // Nobody else hears it now. The terminal's size is told over the next connection.
+                    Some(told) = state.signals.recv() => if let Some(number) = told.ending() {
                         return Ok(Left::Insisted(number));
-                    }
+                    },
                 }
             }
             pause = (pause * 2).min(RETRY_PAUSE_MAX);
@@ -137,7 +137,7 @@ impl Session<'_> {
         let socket = match opened {
             Ok(Ok(socket)) => socket,
             Ok(Err(error)) => {
-                let is_final = error.downcast_ref::<Refused>().is_some_and(|refused| refused.status.is_client_error());
+                let is_final = error.downcast_ref::<Refused>().is_some_and(Refused::is_final);
                 return if is_final { Err(error) } else { Ok(Parted::Broken(error)) };
             }
             Err(_) => return Ok(Parted::Broken(anyhow::anyhow!("no answer"))),
@@ -271,7 +271,7 @@ async fn next_of(input: &mut Option<mpsc::Receiver<Vec<u8>>>) -> Option<Vec<u8>>
 async fn until_insisted(signals: &mut mpsc::UnboundedReceiver<Told>) {
     loop {
         match signals.recv().await {
-            Some(Told::Forward("SIGINT" | "SIGTERM", _) | Told::Insist(_)) => return,
+            Some(told) if told.ending().is_some() => return,
             Some(_) => {}
             None => std::future::pending::<()>().await,
         }

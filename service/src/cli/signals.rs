@@ -19,6 +19,16 @@ pub(super) enum Told {
     Resized,
 }
 
+impl Told {
+    /// The number of the signal, if it is a wish that all of this ended.
+    pub(super) fn ending(self) -> Option<u8> {
+        match self {
+            Self::Forward("SIGINT" | "SIGTERM" | "SIGHUP" | "SIGQUIT", number) | Self::Insist(number) => Some(number),
+            Self::Forward(..) | Self::Resized => None,
+        }
+    }
+}
+
 /// Catches them from now on, for as long as this process lives.
 pub(super) fn catch() -> std::io::Result<mpsc::UnboundedReceiver<Told>> {
     let forwarded = [
