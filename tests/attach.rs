@@ -142,6 +142,53 @@ async fn who_comes_again_goes_on_where_it_was() {
 }
 
 #[tokio::test]
+async fn what_is_sent_again_after_a_connection_broke_goes_in_once() {
+    let sandbox = Sandbox::new().await;
+    let exec = sandbox.shell("while ! [ -e /tmp/go ]; do sleep 0.05; done; cat").await;
+    let input: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).collect();
+    let mut first = sandbox.attach(&exec).await;
+    first.send(&json!({ "stdin_at": 0 })).await.unwrap();
+    // More than a pipe takes: some is on its way to a program that does not read when the connection goes.
+    for piece in input.chunks(10_000) {
+        first.send_message(Message::binary(piece.to_vec())).await.unwrap();
+    }
+    first.until(|seen| seen.written_bytes.is_some_and(|bytes| bytes > 0)).await;
+    drop(first);
+
+    let mut second = sandbox.attach(&exec).await;
+    let taken = second.next().await.unwrap()["stdin"]["written_bytes"].as_u64().unwrap();
+    second.send(&json!({ "stdin_at": taken })).await.unwrap();
+    for piece in input[usize::try_from(taken).unwrap()..].chunks(9_000) {
+        second.send_message(Message::binary(piece.to_vec())).await.unwrap();
+    }
+    second.send(&json!({ "stdin_end": true })).await.unwrap();
+    let go = format!("/v1/sandboxes/{}/files/tmp/go", sandbox.id);
+    sandbox.client.send(sandbox.client.request(reqwest::Method::PUT, &go).body(""), "PUT", &go).await.expect(200);
+    let seen = second.collect_attached().await;
+
+    assert!(seen.log.stdout == input, "{} bytes went in, {} came out", input.len(), seen.log.stdout.len());
+    assert_eq!(seen.codes(), [""; 0]);
+    sandbox.end().await;
+}
+
+#[tokio::test]
+async fn input_before_which_some_is_missing_does_not_go_in() {
+    let sandbox = Sandbox::new().await;
+    let exec = sandbox.shell("cat").await;
+    let mut socket = sandbox.attach(&exec).await;
+
+    socket.send(&json!({ "stdin_at": 3 })).await.unwrap();
+    socket.send(&json!({ "stdin": "late" })).await.unwrap();
+    socket.send(&json!({ "stdin_at": 0 })).await.unwrap();
+    socket.send(&json!({ "stdin": "in time" })).await.unwrap();
+    socket.send(&json!({ "stdin_end": true })).await.unwrap();
+    let seen = socket.collect_attached().await;
+
+    assert_eq!((seen.log.stdout_text().as_str(), seen.codes()), ("in time", vec!["stdin_gap"]));
+    sandbox.end().await;
+}
+
+#[tokio::test]
 async fn a_program_that_does_not_read_stops_its_writer_and_nobody_else() {
     let sandbox = Sandbox::new().await;
     let exec = sandbox.shell("echo on; while ! [ -e /tmp/go ]; do sleep 0.05; done; echo reading; wc -c").await;

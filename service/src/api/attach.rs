@@ -2,7 +2,7 @@
 //!
 //! The service sends what a log shows, and how much input was taken: `{"stdin":{"written_bytes":12}}`, first of all and whenever it has grown.
 //! The client sends binary messages, which are input, and text messages, each a JSON object with one member:
-//! `{"stdin":"…"}`, `{"stdin_base64":"…"}`, `{"stdin_end":true}`, `{"resize":{"rows":24,"columns":80}}`, `{"signal":"SIGINT"}`.
+//! `{"stdin":"…"}`, `{"stdin_base64":"…"}`, `{"stdin_at":12}`, `{"stdin_end":true}`, `{"resize":{"rows":24,"columns":80}}`, `{"signal":"SIGINT"}`.
 
 use std::sync::Arc;
 
@@ -48,6 +48,8 @@ const FAULTS_MAX: usize = 16;
 pub(super) enum ClientFrame {
     Stdin(String),
     StdinBase64(String),
+    /// Where what follows stands in all of the input: of what has that place already nothing goes in again.
+    StdinAt(u64),
     StdinEnd(bool),
     Resize(SizeRequest),
     Signal(SignalRequest),
@@ -76,13 +78,15 @@ pub(super) struct Subject {
 /// Input, output and terminal of a sandbox's program, over WebSocket
 ///
 /// The service sends text messages: `LogFrame`s, and `{"stdin":{"written_bytes":12}}`, first of all and whenever more input was taken, from all clients together; what was not
-/// done is told as `{"error":{"code":"stdin_closed","message":"…"}}` (or `no_terminal`, `not_running`, `keeper_unavailable`), and the stream goes on. The last is `end`.
+/// done is told as `{"error":{"code":"stdin_closed","message":"…"}}` (or `stdin_gap`, `no_terminal`, `not_running`, `keeper_unavailable`), and the stream goes on. The last is `end`.
 ///
 /// The client sends binary messages, which are input, at most 256 KiB each, and text messages, each a JSON object with one member: `{"stdin":"…"}`, `{"stdin_base64":"…"}`,
 /// `{"stdin_end":true}`, `{"resize":{"rows":24,"columns":80}}`, `{"signal":"SIGINT"}`. What is no such message is answered by the close code 1007, input behind its end by 1008,
 /// what is too large by 1009. While the program does not read its input, nothing more is read from the client.
 ///
-/// Several may be attached at once; whoever comes again goes on with `from`, and knows from the first message how much of its input arrived.
+/// Several may be attached at once; whoever comes again goes on with `from`, and knows from the first message how much of its input arrived. What a connection that broke had
+/// brought may go in later than that: whoever alone gives input says `{"stdin_at":12}` first, with the number of that message, over each connection, and then nothing goes in twice.
+/// Input before which some is missing is told as `stdin_gap` and does not go in.
 #[utoipa::path(
     get,
     path = "/v1/sandboxes/{id}/attach",
@@ -121,7 +125,7 @@ pub(super) fn attach(
     let input = app.engine.input_of(subject.id);
     let (faults, to_tell) = mpsc::channel(FAULTS_MAX);
     let frames = frames(log, input.written(), to_tell);
-    let listener = Listener { app, subject, input, faults, has_ended: false, is_closed: false };
+    let listener = Listener { app, subject, input, faults, at: None, has_ended: false, is_closed: false };
     Ok(upgrade.on_upgrade(|socket| stream::serve(socket, frames, async move |receiver| listener.listen(receiver).await)))
 }
 
@@ -184,6 +188,8 @@ struct Listener {
     subject: Subject,
     input: Arc<OpenInput>,
     faults: mpsc::Sender<ServiceFrame>,
+    /// Where this client's next input stands in all of it, if it has said so.
+    at: Option<u64>,
     /// This client has ended the input.
     has_ended: bool,
     /// Nobody takes input any more, and the client knows.
@@ -227,8 +233,14 @@ impl Listener {
             Asked::Input(_) | Asked::End if self.has_ended => Err(refusal(close_code::POLICY, "the input was ended before")),
             Asked::Input(_) if self.is_closed => Ok(()),
             Asked::Input(bytes) => {
-                let written = self.input.write(&bytes).await;
+                let at = self.at;
+                self.at = at.map(|at| at.saturating_add(bytes.len() as u64));
+                let written = self.input.write(at, &bytes).await;
                 self.note(written).await;
+                Ok(())
+            }
+            Asked::At(at) => {
+                self.at = Some(at);
                 Ok(())
             }
             Asked::End => {
@@ -260,6 +272,7 @@ impl Listener {
         let Err(fault) = done else { return };
         let code = match fault {
             InputFault::Closed => "stdin_closed",
+            InputFault::Gap => "stdin_gap",
             InputFault::KeeperUnavailable => "keeper_unavailable",
         };
         // A program may well end, or close its input, while a client types: once is enough, and what it wrote goes on to be shown.
@@ -285,6 +298,7 @@ impl Listener {
 #[derive(Debug)]
 enum Asked {
     Input(Bytes),
+    At(u64),
     End,
     Resize(SizeRequest),
     Signal(SignalRequest),
@@ -298,6 +312,7 @@ fn parse(text: &str) -> Result<Asked, Refusal> {
             let bytes = BASE64.decode(text).map_err(|error| invalid(&format!("stdin_base64 is not base64: {error}")))?;
             Ok(Asked::Input(bytes.into()))
         }
+        ClientFrame::StdinAt(at) => Ok(Asked::At(at)),
         ClientFrame::StdinEnd(true) => Ok(Asked::End),
         ClientFrame::StdinEnd(false) => Err(invalid("stdin_end is true or absent")),
         ClientFrame::Resize(size) => Ok(Asked::Resize(size)),
@@ -319,6 +334,7 @@ mod tests {
     fn a_client_says_one_thing_at_a_time() {
         assert!(matches!(parse(r#"{"stdin":"grün"}"#), Ok(Asked::Input(bytes)) if bytes == "grün"));
         assert!(matches!(parse(r#"{"stdin_base64":"/w=="}"#), Ok(Asked::Input(bytes)) if bytes == [255][..]));
+        assert!(matches!(parse(r#"{"stdin_at":12}"#), Ok(Asked::At(12))));
         assert!(matches!(parse(r#"{"stdin_end":true}"#), Ok(Asked::End)));
         assert!(matches!(parse(r#"{"resize":{"rows":1,"columns":2}}"#), Ok(Asked::Resize(_))));
         assert!(matches!(parse(r#"{"signal":"SIGINT"}"#), Ok(Asked::Signal(_))));
@@ -334,6 +350,7 @@ mod tests {
             r#"{"stdin":7}"#,
             r#"{"stdin_base64":"x"#,
             r#"{"stdin_base64":"%"}"#,
+            r#"{"stdin_at":-1}"#,
             r#"{"stdin_end":false}"#,
             r#"{"resize":{"rows":1}}"#,
             r#"{"resize":{"rows":1,"columns":2,"depth":3}}"#,

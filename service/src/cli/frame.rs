@@ -47,6 +47,13 @@ pub(super) struct Fault {
     pub(super) message: String,
 }
 
+impl Fault {
+    /// Whether it may be done after all if it is asked for again.
+    pub(super) fn is_passing(&self) -> bool {
+        matches!(self.code.as_str(), "keeper_unavailable" | "stdin_gap")
+    }
+}
+
 /// How a program ended. Read leniently: a newer service may know more reasons.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 pub(super) struct End {

@@ -46,6 +46,10 @@ impl UnderWay {
         self.bytes.len() < UNDER_WAY_BYTES_MAX
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
     /// A new connection begins: what of it arrived over the last is told first.
     pub(super) fn begin_connection(&mut self) {
         self.is_counted = false;

@@ -60,6 +60,13 @@ struct State<'a> {
     heard_at: Instant,
 }
 
+impl State<'_> {
+    /// Whether there is input, or its end, of which nobody has said that it was taken.
+    fn owes_input(&self) -> bool {
+        self.is_input_over || !self.under_way.is_empty()
+    }
+}
+
 /// Why a connection was left.
 enum Parted {
     Left(Left),
@@ -171,12 +178,20 @@ impl Session<'_> {
                     };
                     let frame = Frame::parse(&json)?;
                     if let Some(taken) = frame.stdin {
-                        for again in state.under_way.take(taken.written_bytes)? {
-                            drop(sender.send(Message::Binary(again.into())).await);
+                        let again = state.under_way.take(taken.written_bytes)?;
+                        if self.has_input && !std::mem::replace(&mut may_give, true) {
+                            // What the connection before this one had brought may be taken only now: then it is not taken twice.
+                            drop(sender.send(text(&json!({ "stdin_at": taken.written_bytes }))).await);
+                            for bytes in again {
+                                drop(sender.send(Message::Binary(bytes.into())).await);
+                            }
+                            if state.is_input_over {
+                                end_input(&mut sender).await;
+                            }
                         }
-                        if !std::mem::replace(&mut may_give, true) && state.is_input_over {
-                            end_input(&mut sender).await;
-                        }
+                    }
+                    if let Some(fault) = frame.error.as_ref().filter(|fault| fault.is_passing()) && state.owes_input() {
+                        return Ok(Parted::Broken(anyhow::anyhow!("{}: {}", fault.code, fault.message)));
                     }
                     if let Some(end) = self.show(state, frame, &json)? {
                         drop(sender.close().await);

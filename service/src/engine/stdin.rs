@@ -55,6 +55,8 @@ pub enum InputFault {
     Closed,
     #[error("the keeper of this node is not available")]
     KeeperUnavailable,
+    #[error("what stands before it in the input has not arrived")]
+    Gap,
 }
 
 impl Engine {
@@ -83,10 +85,17 @@ impl OpenInput {
     }
 
     /// Returns when all of it is taken, which lasts until the program reads. Given up in between, [`OpenInput::written`] says how far it came.
-    pub async fn write(&self, mut bytes: &[u8]) -> Result<(), InputFault> {
+    ///
+    /// `at` is where it stands in all of the input; of what has that place already nothing is taken again.
+    pub async fn write(&self, at: Option<u64>, mut bytes: &[u8]) -> Result<(), InputFault> {
         let mut way = self.way.lock().await;
         if matches!(*way, Way::Unknown) {
             *way = self.open().await?;
+        }
+        // By whom is all the same: over a connection that broke it may have come only now.
+        if let Some(at) = at {
+            let known = self.written.borrow().checked_sub(at).ok_or(InputFault::Gap)?;
+            bytes = bytes.get(usize::try_from(known).unwrap_or(usize::MAX)..).unwrap_or_default();
         }
         while !bytes.is_empty() {
             let Way::Open(sender) = &*way else { return Err(InputFault::Closed) };
