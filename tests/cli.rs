@@ -3,6 +3,8 @@
 
 #[path = "cli/copy.rs"]
 mod copy;
+#[path = "cli/pull.rs"]
+mod pull;
 #[path = "cli/relay.rs"]
 mod relay;
 #[path = "cli/terminal.rs"]

@@ -14,6 +14,7 @@ mod node;
 mod output;
 mod packer;
 mod progress;
+mod pull;
 mod quantity;
 mod remote;
 mod run;
@@ -61,6 +62,8 @@ enum Command {
     Rm(life::Remove),
     /// List images
     Images(list::Images),
+    /// Have an image pulled from a registry
+    Pull(pull::Arguments),
     /// Serve the API until SIGTERM or SIGINT
     Serve(Box<Options>),
     /// Make a token for the API and print it
@@ -121,6 +124,7 @@ pub fn run() -> ExitCode {
         Command::Stop(arguments) => life::stop(arguments),
         Command::Rm(arguments) => life::remove(arguments),
         Command::Images(arguments) => list::images(arguments),
+        Command::Pull(arguments) => pull::run(arguments),
         Command::Serve(options) => options.settle().and_then(serve::run),
         Command::Token(arguments) => token::run(*arguments),
         Command::Image(ImageCommand::Import(arguments)) => image::run(*arguments),

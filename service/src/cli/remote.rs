@@ -116,6 +116,10 @@ pub(super) fn client_for(url: &Url) -> reqwest::ClientBuilder {
 }
 
 impl Connection {
+    pub(super) const fn url(&self) -> &Url {
+        &self.url
+    }
+
     /// A request for what is at this path, each part of which may hold anything.
     pub(super) fn request(&self, method: Method, path: &[&str], query: &[(&str, &str)]) -> RequestBuilder {
         let mut url = self.url.clone();
@@ -185,7 +189,7 @@ fn hint(code: &str) -> &'static str {
     match code {
         "unauthenticated" => "; `mayfly token` makes a new one, --token or MAYFLY_TOKEN takes it",
         "not_found" => "; `mayfly ps --all` lists what there is",
-        "image_not_found" => "; `mayfly images` lists what there is, `mayfly image import` brings one in",
+        "image_not_found" => "; `mayfly images` lists what there is, `mayfly pull` and `mayfly image import` bring others in",
         "quota_exceeded" => "; `mayfly ps` lists what takes it up",
         "payload_too_large" => "; what is large goes in by `mayfly cp` or a volume",
         "volume_not_found" => "; volumes are made by POST /v1/volumes",
@@ -242,7 +246,7 @@ mod tests {
         let refused = Refused { status: StatusCode::NOT_FOUND, code: "image_not_found".into(), detail: "there is no image \"x\"".into() };
         assert_eq!(
             refused.to_string(),
-            "there is no image \"x\" (image_not_found); `mayfly images` lists what there is, `mayfly image import` brings one in"
+            "there is no image \"x\" (image_not_found); `mayfly images` lists what there is, `mayfly pull` and `mayfly image import` bring others in"
         );
     }
 }

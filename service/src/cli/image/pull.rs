@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use indicatif::ProgressBar;
 use reqwest::{Response, Url};
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
 use super::{
@@ -48,7 +48,7 @@ pub(in crate::cli) struct Arguments {
 #[derive(Debug, Deserialize)]
 struct Line {
     progress: Option<Progress>,
-    image: Option<Imported>,
+    image: Option<Value>,
     problem: Option<Problem>,
 }
 
@@ -89,7 +89,7 @@ pub(super) fn ask_for(
 }
 
 /// What is in this file, or for `-` in standard input, less the end of its line.
-pub(super) fn password(path: &Path) -> anyhow::Result<String> {
+pub(in crate::cli) fn password(path: &Path) -> anyhow::Result<String> {
     let text = if path.as_os_str() == "-" { io::read_to_string(io::stdin()) } else { std::fs::read_to_string(path) };
     let text = text.with_context(|| path.display().to_string())?;
     Ok(text.trim_end_matches(['\r', '\n']).to_owned())
@@ -111,12 +111,14 @@ async fn ask(url: &Url, path: &str, token: &str, request: &Value) -> anyhow::Res
     }
 }
 
-/// Reads line by line to the last.
-async fn follow(mut response: Response, url: &Url) -> anyhow::Result<Imported> {
+/// Reads line by line to the last, which has the image as the API shows it.
+pub(in crate::cli) async fn follow<T: DeserializeOwned>(mut response: Response, url: &Url) -> anyhow::Result<T> {
     // There is none before it is known of how much.
     let mut bar = None;
     let mut held = Vec::new();
-    while let Some(chunk) = response.chunk().await.with_context(|| format!("hearing from {url}"))? {
+    loop {
+        let chunk = tokio::time::timeout(SILENCE_MAX, response.chunk()).await.with_context(|| format!("{url} gives no sign of life"))?;
+        let Some(chunk) = chunk.with_context(|| format!("hearing from {url}"))? else { break };
         held.extend_from_slice(&chunk);
         while let Some(end) = held.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = held.drain(..=end).collect();
@@ -129,7 +131,7 @@ async fn follow(mut response: Response, url: &Url) -> anyhow::Result<Imported> {
                 show(&mut bar, &progress);
             }
             if let Some(image) = line.image {
-                return Ok(image);
+                return serde_json::from_value(image).with_context(|| format!("{url} answered something else than an image"));
             }
             if let Some(problem) = line.problem {
                 bail!("{}: {}", problem.code, problem.detail);
