@@ -203,6 +203,22 @@ async fn a_connection_that_breaks_costs_neither_output_nor_input() {
 }
 
 #[tokio::test]
+async fn what_was_made_by_a_request_whose_answer_is_lost_is_made_once_and_known() {
+    let client = shared().client();
+    let relay = Relay::to(&client.place().url);
+    let through = |words: &[&str]| said(cli(&client, words).env("MAYFLY_URL", relay.url()), b"");
+    relay.lose_an_answer();
+    let made = through(&["run", "-d", "--name", "once", "busybox", "sleep", "1000"]);
+    relay.lose_an_answer();
+    let entered = through(&["exec", "once", "sh", "-c", "echo entered; echo x >> /tmp/times; wc -l < /tmp/times"]);
+
+    let all = sandboxes(&client).await;
+    assert_eq!((all.len(), all[0]["id"].as_str()), (1, Some(made.text().trim_end())), "{}", made.stderr);
+    assert_eq!((entered.code, entered.text()), (Some(0), "entered\n1\n"), "{}", entered.stderr);
+    assert_eq!(said(&mut cli(&client, &["rm", "--force", "once"]), b"").code, Some(0));
+}
+
+#[tokio::test]
 async fn a_service_that_is_killed_and_started_again_is_found_again() {
     let mut service = Service::start();
     let client = service.client();

@@ -13,12 +13,13 @@ use mayfly_tests::{
     Client,
     service::{self, program, shared},
 };
+use nix::sys::signal::{Signal, kill};
 use rustix::{
     pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
     termios::{LocalModes, OutputModes, Termios, Winsize, tcgetattr, tcsetwinsize},
 };
 
-use super::{DEADLINE, sandboxes};
+use super::{DEADLINE, pid_of, sandboxes};
 
 /// A command at a terminal.
 struct Seat {
@@ -166,6 +167,28 @@ async fn a_terminal_is_put_back_as_it_was_however_it_ends() {
         let (_, after) = seat.code();
         assert!(same(&after, &before), "{ending}");
     }
+}
+
+#[tokio::test]
+async fn a_terminal_is_put_back_when_signals_end_the_command() {
+    let client = shared().client();
+    let id = client.sandbox("exec sleep 1000").await;
+    let script = "trap 'echo heard' TERM; echo on; while :; do sleep 0.05; done";
+    let before = Seat::new(&client, 24, 80, &["--version"]).code().1;
+    let mut seat = Seat::new(&client, 24, 80, &["exec", "-it", &id, "sh", "-c", script]);
+    seat.until("on\r\n");
+    assert!(is_raw(&seat.settings()));
+
+    for _ in 0..2 {
+        kill(pid_of(&seat.child), Signal::SIGTERM).unwrap();
+        seat.until("heard\r\n");
+    }
+    kill(pid_of(&seat.child), Signal::SIGTERM).unwrap();
+    let (code, after) = seat.code();
+
+    assert_eq!(code, Some(143));
+    assert!(same(&after, &before), "the terminal is left as it was while it was used");
+    assert_eq!(client.delete(&format!("/v1/sandboxes/{id}")).await.status, 204);
 }
 
 #[tokio::test]

@@ -66,14 +66,14 @@ pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<u8> {
     let body = arguments.body(command);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let asked = connection.post(&["v1", "sandboxes", sandbox, "execs"]).json(&body);
+        let place = ["v1", "sandboxes", sandbox, "execs"];
         if arguments.detach {
-            let made: Value = connection.ask(asked).await?;
+            let made: Value = connection.make(&place, &body).await?;
             super::print(if arguments.json { made.to_string() } else { made["id"].as_str().unwrap_or_default().to_owned() })?;
             return Ok(0);
         }
         let mut signals = signals::catch()?;
-        let Made { id, sandbox_id } = connection.ask(asked).await?;
+        let Made { id, sandbox_id } = connection.make(&place, &body).await?;
         let session = Session {
             connection: &connection,
             place: vec!["v1", "sandboxes", &sandbox_id, "execs", &id],

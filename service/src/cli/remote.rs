@@ -6,11 +6,18 @@ use anyhow::{Context as _, ensure};
 use clap::Args;
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
+use tokio::time::Instant;
+use uuid::Uuid;
 
 use super::table::plain;
 
 /// How long an answer may take that is not waited for on purpose.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long something is asked for again of which nobody heard whether it was made, and how often.
+const MAKING_PATIENCE: Duration = Duration::from_secs(60);
+const MAKING_PAUSE: Duration = Duration::from_millis(300);
 
 const DEFAULT_URL: &str = "http://127.0.0.1:8080";
 
@@ -172,11 +179,39 @@ impl Connection {
         Err(refused.into())
     }
 
+    /// Has something be made, once, and says what. Where an answer is lost it is asked for again: what was made is not left behind unknown.
+    pub(super) async fn make<T: DeserializeOwned>(&self, path: &[&str], body: &Value) -> anyhow::Result<T> {
+        let (key, begun) = (Uuid::new_v4().to_string(), Instant::now());
+        let mut may_be_made = false;
+        loop {
+            let error = match self.ask(self.post(path).header("idempotency-key", &key).json(body)).await {
+                Ok(made) => return Ok(made),
+                Err(error) => error,
+            };
+            let is_refused = match error.downcast_ref::<Refused>() {
+                Some(refused) => refused.is_final() && refused.code != "idempotency_key_in_use",
+                None => {
+                    may_be_made |= was_sent(&error);
+                    false
+                }
+            };
+            if is_refused || !may_be_made || begun.elapsed() > MAKING_PATIENCE {
+                return Err(error);
+            }
+            tokio::time::sleep(MAKING_PAUSE).await;
+        }
+    }
+
     /// What an answer holds.
     pub(super) async fn ask<T: DeserializeOwned>(&self, request: RequestBuilder) -> anyhow::Result<T> {
         let bytes = self.send(request).await?.bytes().await.with_context(|| format!("hearing from {}", self.url))?;
         serde_json::from_slice(&bytes).with_context(|| format!("{} answered something else than was asked for", self.url))
     }
+}
+
+/// Whether a request may have arrived whose answer did not.
+fn was_sent(error: &anyhow::Error) -> bool {
+    error.chain().filter_map(|cause| cause.downcast_ref::<reqwest::Error>()).any(|error| !error.is_connect() && !error.is_builder())
 }
 
 /// The code of a refusal.

@@ -2,20 +2,21 @@
 //!
 //! Not a run of the API, which takes all of its input at once, has no terminal and hears no signals.
 
+mod request;
+
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
-use clap::{ArgAction, Args};
+use anyhow::ensure;
+use clap::Args;
 use indicatif::{ProgressBar, ProgressFinish};
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
+use self::request::{Limits, What};
 use super::{
-    files,
     frame::End,
     output::note,
-    quantity,
     remote::{Connection, Remote, code_of},
     session::{Left, Session},
     signals::{self, Told},
@@ -84,100 +85,6 @@ pub(super) struct Interactive {
     pub(super) term: String,
 }
 
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Sandbox")]
-struct What {
-    /// A name of its own
-    #[arg(long)]
-    name: Option<String>,
-    /// A variable of the environment; NAME alone: as it is here; may be given several times
-    #[arg(short, long, value_name = "NAME[=VALUE]", value_parser = quantity::variable)]
-    env: Vec<(String, String)>,
-    /// A file or folder of this machine to begin with, SOURCE:PATH, or SOURCE for one of that name in the working folder; may be given several times
-    #[arg(long, value_name = "SOURCE[:PATH]")]
-    file: Vec<String>,
-    /// Folder to start in
-    #[arg(short, long, value_name = "PATH")]
-    workdir: Option<String>,
-    /// User to run as: name or number, with a group behind a colon if need be
-    #[arg(short, long)]
-    user: Option<String>,
-    /// In place of the image's entry point; empty: none
-    #[arg(long, value_name = "PROGRAM")]
-    entrypoint: Option<String>,
-    /// A label; may be given several times
-    #[arg(short, long, value_name = "NAME=VALUE", value_parser = quantity::pair)]
-    label: Vec<(String, String)>,
-    /// A volume and where it stands; may be given several times
-    #[arg(short, long, value_name = "NAME:PATH[:ro]", value_parser = parse_volume)]
-    volume: Vec<Value>,
-    /// What user 0 may do: none, or what images expect that are built to run as root
-    #[arg(long, value_parser = ["none", "root_image"])]
-    capabilities: Option<String>,
-    /// What stands between it and the kernel
-    #[arg(long, value_parser = ["container", "gvisor"])]
-    isolation: Option<String>,
-    /// What it is told when it is stopped [default: the image's, or SIGTERM]
-    #[arg(long, value_name = "SIGNAL")]
-    stop_signal: Option<String>,
-    /// How long it then has
-    #[arg(long, value_name = "TIME", value_parser = quantity::millis)]
-    stop_grace: Option<u64>,
-    /// Fail when there is no room, instead of waiting for it
-    #[arg(long)]
-    no_wait: bool,
-}
-
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Limits (sizes as in 64m, times as in 90s; `GET /v1/limits` has bounds and defaults)")]
-struct Limits {
-    /// Memory, with the files that are kept in it
-    #[arg(short, long, value_name = "SIZE", value_parser = quantity::bytes)]
-    memory: Option<u64>,
-    /// Cores, as in 0.5
-    #[arg(long, value_name = "NUMBER", value_parser = quantity::cpu_millis)]
-    cpus: Option<u64>,
-    /// Processes and threads
-    #[arg(long, value_name = "NUMBER")]
-    pids: Option<u64>,
-    /// Real time
-    #[arg(long, value_name = "TIME", value_parser = quantity::millis)]
-    wall: Option<u64>,
-    /// CPU time, of all processes together
-    #[arg(long, value_name = "TIME", value_parser = quantity::millis)]
-    cpu_time: Option<u64>,
-    /// Output, of each stream; what is more is dropped
-    #[arg(long, value_name = "SIZE", value_parser = quantity::bytes)]
-    output: Option<u64>,
-    /// What it may write to files
-    #[arg(long, value_name = "SIZE", value_parser = quantity::bytes)]
-    disk: Option<u64>,
-    /// Files, folders and links
-    #[arg(long, value_name = "NUMBER")]
-    inodes: Option<u64>,
-    /// Open files of one process
-    #[arg(long, value_name = "NUMBER")]
-    open_files: Option<u64>,
-    /// Size of one file
-    #[arg(long, value_name = "SIZE", value_parser = quantity::bytes)]
-    file_size: Option<u64>,
-    /// Reading from and writing to the node's disks, a second
-    #[arg(long, value_name = "SIZE", value_parser = quantity::bytes)]
-    io_bytes: Option<u64>,
-    /// The same, in operations
-    #[arg(long, value_name = "NUMBER")]
-    io_ops: Option<u64>,
-    /// End it when it has done nothing for so long
-    #[arg(long, value_name = "TIME", value_parser = quantity::millis)]
-    idle_timeout: Option<u64>,
-    /// End it so long after its creation [default: a day; with --detach or --keep none]
-    #[arg(long, value_name = "TIME", value_parser = quantity::millis)]
-    ttl: Option<u64>,
-    /// End it when it writes more than --output
-    #[arg(long, action = ArgAction::SetTrue)]
-    kill_at_output: bool,
-}
-
 /// What of a sandbox is of interest here.
 #[derive(Debug, Deserialize)]
 struct Made {
@@ -206,7 +113,7 @@ pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<u8> {
 }
 
 async fn detached(connection: &Connection, body: &Value, is_json: bool) -> anyhow::Result<u8> {
-    let made: Value = connection.ask(connection.post(&["v1", "sandboxes"]).json(body)).await?;
+    let made: Value = connection.make(&["v1", "sandboxes"], body).await?;
     if is_json {
         super::print(made.to_string())?;
     } else {
@@ -224,7 +131,7 @@ async fn detached(connection: &Connection, body: &Value, is_json: bool) -> anyho
 async fn attached(connection: &Connection, body: &Value, arguments: &Arguments) -> anyhow::Result<u8> {
     // From here on, so that none comes between its creation and its removal.
     let mut signals = signals::catch()?;
-    let made: Made = connection.ask(connection.post(&["v1", "sandboxes"]).json(body)).await?;
+    let made: Made = connection.make(&["v1", "sandboxes"], body).await?;
     let id = made.id.as_str();
     let followed = follow(connection, &made, &mut signals, arguments).await;
     let has_ended = matches!(&followed, Ok(Left::Ended(_)));
@@ -348,70 +255,28 @@ impl Arguments {
         let Some((image, command)) = self.words.split_first() else { anyhow::bail!("an image is needed") };
         // The first one is no word of the program's; all that follow are.
         let command = command.strip_prefix(&["--".to_owned()]).unwrap_or(command);
-        let What { name, env, file, workdir, user, entrypoint, label, volume, capabilities, isolation, stop_signal, stop_grace, no_wait } =
-            &self.what;
-        let mut env: Map<String, Value> = env.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect();
+        let mut body = self.what.members()?;
+        body.extend(self.limits.members());
+        body.insert("image".into(), json!(image));
         if self.interactive.tty {
-            env.entry("TERM").or_insert_with(|| self.interactive.term.clone().into());
+            let env = body.entry("env").or_insert_with(|| json!({}));
+            if env["TERM"].is_null() {
+                env["TERM"] = json!(self.interactive.term);
+            }
         }
-        let entrypoint = entrypoint.as_ref().map(|program| if program.is_empty() { json!([]) } else { json!([program]) });
-        let ttl_ms = self.limits.ttl.or_else(|| (!self.detach && !self.keeps()).then_some(ATTACHED_TTL_MS));
-        let fields = [
-            ("image", Some(json!(image))),
+        if !self.detach && !self.keeps() {
+            body.entry("ttl_ms").or_insert(ATTACHED_TTL_MS.into());
+        }
+        let others = [
             ("command", (!command.is_empty()).then(|| json!(command))),
-            ("name", name.as_ref().map(|name| json!(name))),
-            ("env", (!env.is_empty()).then(|| json!(env))),
-            ("files", (!file.is_empty()).then(|| files::read(file)).transpose()?.map(Value::Array)),
-            ("workdir", workdir.as_ref().map(|path| json!(path))),
-            ("user", user.as_ref().map(|user| json!(user))),
-            ("entrypoint", entrypoint),
-            ("labels", (!label.is_empty()).then(|| label.iter().map(|(name, value)| (name.clone(), json!(value))).collect())),
-            ("volumes", (!volume.is_empty()).then(|| json!(volume))),
-            ("capabilities", capabilities.as_ref().map(|word| json!(word))),
-            ("isolation", isolation.as_ref().map(|word| json!(word))),
-            ("stop_signal", stop_signal.as_ref().map(|signal| json!(signal))),
-            ("stop_grace_ms", stop_grace.map(Value::from)),
-            ("when_full", no_wait.then(|| json!("refuse"))),
-            ("limits", Some(self.limits.body())),
-            ("output_policy", self.limits.kill_at_output.then(|| json!("kill"))),
-            ("idle_timeout_ms", self.limits.idle_timeout.map(Value::from)),
-            ("ttl_ms", ttl_ms.map(Value::from)),
             ("auto_remove", (self.detach && self.rm).then_some(Value::Bool(true))),
             ("keep_layer", self.keep_files.then_some(Value::Bool(true))),
             ("stdin_open", self.interactive.interactive.then_some(Value::Bool(true))),
             ("tty", self.interactive.tty.then(|| self.interactive.tty())),
         ];
-        Ok(fields.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect())
+        body.extend(others.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))));
+        Ok(body.into())
     }
-}
-
-impl Limits {
-    fn body(&self) -> Value {
-        let limits = [
-            ("memory_bytes", self.memory),
-            ("cpu_millis", self.cpus),
-            ("pids", self.pids),
-            ("wall_ms", self.wall),
-            ("cpu_ms", self.cpu_time),
-            ("output_bytes", self.output),
-            ("disk_bytes", self.disk),
-            ("inodes", self.inodes),
-            ("open_files", self.open_files),
-            ("file_size_bytes", self.file_size),
-            ("io_bytes_per_s", self.io_bytes),
-            ("io_ops_per_s", self.io_ops),
-        ];
-        limits.into_iter().filter_map(|(name, value)| Some((name.to_owned(), Value::from(value?)))).collect()
-    }
-}
-
-fn parse_volume(text: &str) -> anyhow::Result<Value> {
-    let (text, is_read_only) = text.strip_suffix(":ro").map_or((text, false), |rest| (rest, true));
-    let (name, path) = text
-        .split_once(':')
-        .filter(|(name, _)| !name.contains('/'))
-        .context("NAME:PATH is needed; NAME is that of a volume: folders of this machine cannot be had inside, files come in by --file")?;
-    Ok(json!({ "name": name, "path": path, "read_only": is_read_only }))
 }
 
 #[cfg(test)]
@@ -484,11 +349,5 @@ mod tests {
         assert_eq!(body(&["--keep", "image"])["ttl_ms"], Value::Null);
         let detached = body(&["-d", "--rm", "image"]);
         assert_eq!((&detached["ttl_ms"], &detached["auto_remove"]), (&Value::Null, &json!(true)));
-    }
-
-    #[test]
-    fn folders_of_this_machine_are_no_volumes() {
-        assert!(parse_volume("/home:/home").is_err());
-        assert!(parse_volume("cache").is_err());
     }
 }
