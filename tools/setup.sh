@@ -46,6 +46,11 @@ for_test() {
     need systemd-analyze systemd
     need python3 python3
     python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+    need node nodejs
+    need npm npm
+    # The documents' commands at a terminal are typed at one.
+    need script bsdutils
+    need openssl openssl
 }
 for_vm() {
     for_build
@@ -125,13 +130,26 @@ from_pypi() {
     cp "$pinned" "$folder/installed.txt"
 }
 
+# What the examples in TypeScript of docs/api.md use, from npm, likewise. They need no scripts of installers.
+from_npm() {
+    local folder=${CARGO_TARGET_DIR:-target}/docs-node file
+    local -a pinned=(package.json package-lock.json tsconfig.json)
+    cmp -s tests/docs/package-lock.json "$folder/installed.json" && cmp -s tests/docs/tsconfig.json "$folder/tsconfig.json" && return 0
+    say "installing TypeScript"
+    rm -rf "$folder"
+    mkdir -p "$folder"
+    for file in "${pinned[@]}"; do cp "tests/docs/$file" "$folder/"; done
+    npm ci --prefix "$folder" --ignore-scripts --no-audit --no-fund --silent >&2
+    cp tests/docs/package-lock.json "$folder/installed.json"
+}
+
 rust
 case ${1:-} in
 build) for_build; install_packages ;;
 images) for_images; install_packages ;;
 run) for_run; install_packages; service_user ;;
 check) for_check; install_packages; cargo_deny ;;
-test) for_test; install_packages; service_user; from_pypi schemathesis fuzz; from_pypi openapi-python-client sdk ;;
+test) for_test; install_packages; service_user; from_pypi schemathesis fuzz; from_pypi openapi-python-client sdk; from_pypi docs-python docs; from_npm ;;
 vm) for_vm; install_packages ;;
 bench) for_bench; install_packages; service_user ;;
 *) fail "usage: setup.sh build|images|run|check|test|vm|bench" ;;
