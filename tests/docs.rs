@@ -73,9 +73,10 @@ fn nothing_between_fences_of_the_examples_is_left_untried() {
 }
 
 /// What is not typed here: how it begins, and what shows that it works.
-const ELSEWHERE: [(&str, &str); 3] = [
+const ELSEWHERE: [(&str, &str); 4] = [
     ("make run", "its recipe is run with `make -n` below; a build and a service of the whole machine are nothing for a test"),
     ("install -m 755", "tests/units.rs: what systemd says of the units"),
+    ("curl -sS http://127.0.0.1:8080/v1/images/pull", "tests/pull.rs: this asks a registry of the world"),
     ("pip install openapi-python-client", "tests/sdk.rs: the generator in the version that is pinned"),
 ];
 
