@@ -93,7 +93,15 @@ impl Prometheus {
     }
 
     async fn get(&self, path: &str) -> Result<Value> {
-        Ok(serde_json::from_str(&self.http.get(format!("{}{path}", self.url)).send().await?.text().await?)?)
+        let deadline = tokio::time::Instant::now() + START_DEADLINE;
+        loop {
+            let answer = self.http.get(format!("{}{path}", self.url)).send().await?;
+            // It listens before it has read what it stores.
+            if answer.status() != reqwest::StatusCode::SERVICE_UNAVAILABLE || tokio::time::Instant::now() > deadline {
+                return Ok(serde_json::from_str(&answer.text().await?)?);
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 }
 
