@@ -118,7 +118,11 @@ pub(super) fn start(start: &Start, place: &Place<'_>, mut descriptors: VecDeque<
     let identity = Identity::find(&start.user)?;
     let identity = identity.with_capabilities_of(place);
     for folder in &start.folders {
-        make_folders(CWD_ROOT, folder, Some(&identity)).spec("making a folder of the image's", folder)?;
+        match make_folders(CWD_ROOT, folder, Some(&identity)) {
+            // Nothing was asked for but a program, which may need no such folder.
+            Err(error) if has_no_place(error) => {}
+            made => made.spec("making a folder of the image's", folder)?,
+        }
     }
     let cwd = make_folder(&start.cwd, &identity)?;
     let exec = Exec::new(start, &identity)?;
@@ -198,6 +202,15 @@ fn make_folder(path: &str, identity: &Identity) -> Result<OwnedFd, LaunchError> 
 }
 
 const CWD_ROOT: &str = "/";
+
+/// Whether a folder is impossible there (`mkdir(2)`, `openat2(2)`): a file is in its way, as a sandbox with a kept layer may have left it, or it is below a volume that is read-only, or in `/proc` or `/dev`.
+const fn has_no_place(error: rustix::io::Errno) -> bool {
+    use rustix::io::Errno;
+    matches!(
+        error,
+        Errno::EXIST | Errno::NOTDIR | Errno::NOENT | Errno::ROFS | Errno::NAMETOOLONG | Errno::LOOP | Errno::ACCESS | Errno::PERM
+    )
+}
 
 /// What this process opens while it still has capabilities never leads through `/proc/self/fd` and its like (CVE-2024-21626).
 const SAFE: ResolveFlags = ResolveFlags::NO_MAGICLINKS;

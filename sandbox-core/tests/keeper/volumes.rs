@@ -111,6 +111,19 @@ fn two_sandboxes_share_one_with_the_same_ids_in_both() {
 }
 
 #[test]
+fn folders_of_an_image_that_can_be_nowhere_keep_nothing_from_starting() {
+    let volume = make(node());
+    let long = format!("/{}", "a".repeat(256));
+    let folders = ["/data/below", "/etc/passwd", "/etc/passwd/below", "/proc/below", "/dev/below", "/proc/self/fd/below", &long, "/made"];
+    let mounts: Vec<_> = folders.iter().map(|folder| serde_json::json!({ "destination": folder })).collect();
+
+    let done = read_only(shell("ls /data; head -n 1 /etc/passwd; stat -c %F /made"), volume, "/data").with("/mounts", mounts).run();
+
+    assert_eq!(said(&done), "root:x:0:0:root:/root:/bin/sh\ndirectory\n");
+    remove(node(), volume);
+}
+
+#[test]
 fn one_that_is_read_only_stays_so() {
     let volume = make(node());
     said(&with(shell("echo kept > /data/a"), volume, "/data").run());

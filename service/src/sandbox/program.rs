@@ -21,6 +21,9 @@ const INIT_ID: u32 = 65_535;
 /// The period that `cpu.quota` counts in, in microseconds; a thousandth of a core is a hundred of them.
 const CPU_PERIOD_US: u64 = 100_000;
 
+/// The longest name of one folder (`NAME_MAX` of path_resolution(7)).
+const NAME_BYTES_MAX: usize = 255;
+
 /// What is executed, where, with which environment, as whom.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Program {
@@ -138,7 +141,9 @@ impl Program {
 
 /// What an image says that is no place is as good as nothing.
 fn folders_of(config: &oci_spec::image::Config) -> Vec<String> {
-    let is_place = |path: &&String| path.starts_with('/') && path.len() <= PATH_BYTES_MAX && !path.contains('\0');
+    let is_fit = |name: &str| name != ".." && name.len() <= NAME_BYTES_MAX;
+    let is_place =
+        |path: &&String| path.starts_with('/') && path.len() <= PATH_BYTES_MAX && !path.contains('\0') && path.split('/').all(is_fit);
     // An image has them in no order.
     let places: BTreeSet<_> = config.volumes().iter().flatten().filter(is_place).collect();
     places.into_iter().take(FOLDERS_MAX).cloned().collect()
@@ -314,7 +319,8 @@ mod tests {
 
     #[test]
     fn volumes_of_the_image_are_folders_of_the_sandbox() {
-        let image = image(json!({ "Cmd": ["serve"], "Volumes": { "/data": {}, "relative": {} } }));
+        let long = format!("/{}", "a".repeat(NAME_BYTES_MAX + 1));
+        let image = image(json!({ "Cmd": ["serve"], "Volumes": { "/data": {}, "relative": {}, "/a/../../b": {}, long: {} } }));
 
         let program = Program::resolve(&image, &asked()).unwrap();
 
