@@ -432,15 +432,12 @@ impl Images {
         fail_point::reached("service.import.unpacked");
 
         let before = self.named(tenant.as_ref(), reference.as_str()).await?;
-        let mut config = found.configuration.clone();
-        // How it was built is in the blob; the row is read at every launch.
-        config.set_history(None);
         let image = NewImage {
             tenant,
             reference: reference.as_str().to_owned(),
             digest: format!("sha256:{}", found.manifest.digest),
             root: root.clone(),
-            config,
+            config: layout::for_row(&found.configuration),
             size_bytes,
             created_at: self.clock.now(),
             origin,

@@ -22,6 +22,8 @@ const MANIFESTS_MAX: usize = 1000;
 const DEPTH_MAX: usize = 4;
 /// What a launch can carry of the image's command and environment, and what a row should hold of its labels.
 const CONFIG_BYTES_MAX: usize = 64 * 1024;
+/// All that a row holds of an image's configuration, as JSON. Each of a tenant's images has such a row, and a list of them reads them all.
+const ROW_BYTES_MAX: usize = 128 * 1024;
 
 const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
@@ -252,7 +254,18 @@ pub(super) fn check_fits(configuration: &ImageConfiguration) -> Result<(), Fault
     if has_zero(&serde_json::to_value(configuration).map_err(anyhow::Error::from)?) {
         return invalid("the image's configuration holds a zero byte");
     }
+    let len = serde_json::to_vec(&for_row(configuration)).map_err(anyhow::Error::from)?.len();
+    if len > ROW_BYTES_MAX {
+        return invalid(format!("the image's configuration without its history is {len} bytes of JSON; at most {ROW_BYTES_MAX}"));
+    }
     Ok(())
+}
+
+/// What a row holds, which is read at every launch: how the image was built is in the blob.
+pub(super) fn for_row(configuration: &ImageConfiguration) -> ImageConfiguration {
+    let mut config = configuration.clone();
+    config.set_history(None);
+    config
 }
 
 /// Whether a text in it holds a zero byte, which no program can be given and no row can hold.

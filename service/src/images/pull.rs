@@ -336,11 +336,10 @@ impl Images {
     async fn readable(&self, tenant: Option<&TenantId>) -> Result<HashSet<Sha256Digest>, ImportError> {
         // No tenant has an empty name, so with it there are none but the shared images.
         let nobody = TenantId::proven(String::new());
-        let images = self.store.list_images(tenant.unwrap_or(&nobody)).await?;
-        let roots: HashSet<_> = images.iter().map(|image| digest_of_root(&image.root)).collect();
+        let roots = self.store.image_roots(tenant.unwrap_or(&nobody)).await?;
         let blobs = Arc::clone(&self.blobs);
         // One that was lost is made of nothing.
-        let read = move || roots.iter().filter_map(|root| blobs.references(root).ok()).flatten().collect();
+        let read = move || roots.iter().filter_map(|root| blobs.references(&digest_of_root(root)).ok()).flatten().collect();
         tokio::task::spawn_blocking(read).await.map_err(|panic| ImportError::Internal(panic.into()))
     }
 

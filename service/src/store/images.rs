@@ -9,6 +9,9 @@ use uuid::Uuid;
 use super::{Store, StoreError, bigint, damaged, events::Act, unsigned};
 use crate::sandbox::{Exceeded, ImageId, QuotaScope, Quotas, SandboxId, TenantId};
 
+/// Names that a tenant can have for images: no quota, but a bound that is told like one.
+const IMAGES_MAX: u64 = 1000;
+
 /// An image that came in.
 #[derive(Debug, Clone)]
 pub struct NewImage {
@@ -131,6 +134,16 @@ impl Store {
                 sqlx::query_scalar!("select size_bytes from images where tenant = $1 and reference = $2", tenant.as_str(), image.reference)
                     .fetch_optional(&mut *transaction)
                     .await?;
+            let others = sqlx::query_scalar!(
+                r#"select count(*) as "count!" from images where coalesce(tenant, '') = $1 and reference <> $2"#,
+                tenant.as_str(),
+                image.reference
+            )
+            .fetch_one(&mut *transaction)
+            .await?;
+            if unsigned(others) >= IMAGES_MAX {
+                return Ok(Recorded::Exceeded(too_many(unsigned(others))));
+            }
             let used = locked.image_bytes - replaced.unwrap_or(0);
             let after = used.saturating_add(bigint(image.size_bytes));
             if let Some(limit) = locked.quotas.0.over(defaults).number("image_bytes")
@@ -224,6 +237,12 @@ impl Store {
         .collect()
     }
 
+    /// The roots of every image that the tenant can use, each once.
+    pub async fn image_roots(&self, tenant: &TenantId) -> Result<Vec<ImageId>, StoreError> {
+        let roots = sqlx::query_scalar!("select distinct root from images where coalesce(tenant, '') in ($1, '')", tenant.as_str());
+        roots.fetch_all(&self.pool).await?.into_iter().map(|root| root.try_into().map_err(damaged)).collect()
+    }
+
     /// Takes the reference away, the tenant's own or — `None` — the shared one, if it names the image of this digest, or whichever. Answers what it named.
     pub async fn remove_image(
         &self,
@@ -308,6 +327,10 @@ fn exceeded(limit: u64, used_bytes: i64) -> Exceeded {
     }
 }
 
+fn too_many(used: u64) -> Exceeded {
+    Exceeded { scope: QuotaScope::Tenant, quota: "images".to_owned(), limit: IMAGES_MAX.into(), used: used.into(), retry_after_s: None }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -353,6 +376,34 @@ mod tests {
         assert_eq!(bytes().await, 0);
         let kinds = sqlx::query_scalar!("select kind from events order by id").fetch_all(&pool).await.unwrap();
         assert_eq!(kinds, ["image.imported", "image.imported", "image.removed"]);
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn a_tenant_has_so_many_names_for_images_and_no_more(pool: sqlx::PgPool) {
+        let store = Store { pool: pool.clone().into() };
+        let (acme, other) = (image(Some("acme"), "first", 'a'), image(Some("other"), "first", 'a'));
+        record(&store, &acme).await.unwrap();
+        sqlx::query(
+            "insert into images (id, tenant, reference, digest, root, config, size_bytes, created_at, pulled_from)
+            select gen_random_uuid(), tenant, reference || n, digest, root, config, size_bytes, created_at, pulled_from
+            from images, generate_series(2, 1000) as n",
+        )
+        .execute(&pool)
+        .await
+        .unwrap();
+
+        let further = record(&store, &NewImage { reference: "further".into(), ..acme.clone() }).await.unwrap();
+
+        let Recorded::Exceeded(exceeded) = further else { panic!("{further:?}") };
+        assert_eq!((exceeded.quota.as_str(), exceeded.limit, exceeded.used), ("images", json!(1000), json!(1000)));
+        // A name that there is may name another image, and others' names are theirs.
+        let moved = image(Some("acme"), "first", 'b');
+        assert!(matches!(record(&store, &moved).await.unwrap(), Recorded::Yes(_)));
+        assert!(matches!(record(&store, &other).await.unwrap(), Recorded::Yes(_)));
+        assert!(matches!(record(&store, &image(None, "shared", 'c')).await.unwrap(), Recorded::Yes(_)));
+        let mut roots = store.image_roots(&TenantId::proven("acme".into())).await.unwrap();
+        roots.sort_by_key(ToString::to_string);
+        assert_eq!(roots, ['a', 'b', 'c'].map(|digit| ImageId::try_from(digit.to_string().repeat(64)).unwrap()));
     }
 
     #[sqlx::test(migrations = "../migrations")]

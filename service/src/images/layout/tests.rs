@@ -135,6 +135,13 @@ fn a_configuration_that_no_import_would_bring_is_none_for_a_layer_either() {
     large["config"]["Env"] = json!([format!("A={}", "x".repeat(CONFIG_BYTES_MAX))]);
 
     refused(committed(b"layer", &large), "bytes; at most");
+    let mut wide = config(&here(), &[]);
+    wide["config"]["ExposedPorts"] = (0..15_000).map(|port| (format!("{port}/tcp"), json!({}))).collect();
+    refused(committed(b"layer", &wide), "bytes of JSON; at most");
+    // How it was built is not in its row.
+    let mut old = config(&here(), &[]);
+    old["history"] = json!([{ "created_by": "x".repeat(ROW_BYTES_MAX), "empty_layer": true }]);
+    committed(b"layer", &old).unwrap();
     refused(committed(b"layer", &config("riscv64", &[])), "this machine is");
 }
 
