@@ -581,6 +581,23 @@ async fn a_mirror_is_asked_first_and_the_registry_for_what_it_lacks() {
 }
 
 #[tokio::test]
+async fn a_mirror_that_answers_what_is_no_image_is_passed_over() {
+    let folder = service::folder().unwrap();
+    let layout = layout(folder.path());
+    let (mirror, liar) = (Liar::start(&layout, Manner::Page).await, Liar::start(&layout, Manner::Honest).await);
+    let both = format!("{}={}", liar.address, mirror.address);
+    let service = Service::start_with(&[&OWN[..], &["--registry-mirror", &both]].concat()).unwrap();
+    let client = service.client();
+
+    pull(&client, &liar.address).await.expect(201);
+
+    assert!(mirror.asked().iter().any(|asked| asked.path.contains("/manifests/")), "{:#?}", mirror.asked());
+    says_hello(&client, "app").await;
+    // The control: of the registry itself that is an answer.
+    pull(&client, &mirror.address).await.problem(422, "invalid_request");
+}
+
+#[tokio::test]
 async fn what_was_pulled_goes_for_room_when_nothing_uses_it_and_nothing_else_does() {
     let folder = service::folder().unwrap();
     let liar = Liar::start(&layout(folder.path()), Manner::Honest).await;

@@ -153,14 +153,14 @@ impl From<anyhow::Error> for Fault {
 }
 
 impl ImportError {
-    /// Whether it is a registry that lacks the image, does not give it, or fails.
     /// Whether the same may work later, without more room than there was.
     const fn may_pass(&self) -> bool {
         matches!(self, Self::RegistryFailed(_) | Self::KeeperUnavailable | Self::Store(_) | Self::Internal(_))
     }
 
-    const fn is_registrys(&self) -> bool {
-        matches!(self, Self::NotAtRegistry(_) | Self::RegistryDenied(_) | Self::RegistryFailed(_))
+    /// Whether it is who was asked that lacks the image, does not give it, fails, or answers what is none.
+    const fn is_of_who_was_asked(&self) -> bool {
+        matches!(self, Self::Invalid(_) | Self::NotAtRegistry(_) | Self::RegistryDenied(_) | Self::RegistryFailed(_))
     }
 }
 

@@ -59,6 +59,8 @@ pub(crate) enum Manner {
         basic: &'static str,
         storage: String,
     },
+    /// Like all else, with a page for people.
+    Page,
     /// Like all else, only for who fetches a token from there.
     SendsForToken(&'static str),
 }
@@ -162,6 +164,9 @@ async fn serve(mut stream: TcpStream, content: &Content) -> std::io::Result<()> 
     if let Manner::SendsForToken(realm) = &content.manner {
         return head(stream, &format!("401 Unauthorized\r\nwww-authenticate: Bearer realm=\"{realm}\"")).await;
     }
+    if matches!(content.manner, Manner::Page) {
+        return whole(stream, "text/html", b"<html>nothing of yours is here</html>").await;
+    }
     if path.contains("/manifests/") {
         return whole(stream, &content.manifest_type, &content.manifest).await;
     }
@@ -198,7 +203,7 @@ async fn serve(mut stream: TcpStream, content: &Content) -> std::io::Result<()> 
             whole(stream, "application/octet-stream", &blob).await
         }
         Manner::StartsOver => whole(stream, "application/octet-stream", &blob).await,
-        Manner::Honest | Manner::Answers(..) | Manner::Stalls | Manner::Resets | Manner::SendsForToken(_) => {
+        Manner::Honest | Manner::Answers(..) | Manner::Stalls | Manner::Resets | Manner::SendsForToken(_) | Manner::Page => {
             rest(stream, &asked, &blob).await
         }
     }

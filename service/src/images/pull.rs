@@ -270,7 +270,9 @@ impl Images {
         if let Some(mirror) = self.registries.mirror_of(&pull.source) {
             let fetched = self.fetch_from(&self.registries.begin_at_mirror(&mirror).await, pull, teller).await;
             match &fetched {
-                Err(error) if error.is_registrys() => tracing::debug!(%error, "a mirror does not bring an image: its registry is asked"),
+                Err(error) if error.is_of_who_was_asked() => {
+                    tracing::debug!(%error, "a mirror does not bring an image: its registry is asked")
+                }
                 Ok(_) | Err(_) => return fetched,
             }
         }
