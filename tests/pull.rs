@@ -440,6 +440,17 @@ async fn a_layer_that_can_only_begin_again_does_so() {
 }
 
 #[tokio::test]
+async fn a_layer_that_is_refused_from_the_middle_on_is_begun_again() {
+    let (_service, client, liar, answer) = pulled_from(Manner::RefusesRanges).await;
+
+    answer.expect(201);
+    let asked = liar.asked_for_layer();
+    let ranges: Vec<_> = asked.iter().map(|asked| asked.header("range")).collect();
+    assert!(matches!(ranges[..], ["", middle, ""] if middle.starts_with("bytes=")), "{ranges:?}");
+    says_hello(&client, "app").await;
+}
+
+#[tokio::test]
 async fn content_of_another_digest_is_refused_and_leaves_nothing() {
     let (service, client, _liar, answer) = pulled_from(Manner::OtherContent).await;
 

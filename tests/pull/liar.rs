@@ -44,6 +44,8 @@ pub(crate) enum Manner {
     Resets,
     /// The first time with half of it and a reset; then, whatever is asked for, with all of it.
     StartsOver,
+    /// The first time with half of it and a reset; then with all of it, but from no middle on.
+    RefusesRanges,
     /// With as many other bytes.
     OtherContent,
     /// With less, and a head that says so.
@@ -182,12 +184,13 @@ async fn serve(mut stream: TcpStream, content: &Content) -> std::io::Result<()> 
             tokio::time::sleep(Duration::from_secs(600)).await;
             Ok(())
         }
-        Manner::Resets | Manner::StartsOver if number == 1 => {
+        Manner::Resets | Manner::StartsOver | Manner::RefusesRanges if number == 1 => {
             half(&mut stream, &blob).await?;
             // What is on its way is to arrive: a reset overtakes it.
             tokio::time::sleep(Duration::from_millis(300)).await;
             stream.set_zero_linger()
         }
+        Manner::RefusesRanges if !asked.header("range").is_empty() => head(stream, "416 Range Not Satisfiable").await,
         Manner::OtherContent => whole(stream, "application/octet-stream", &vec![7; blob.len()]).await,
         Manner::Shorter => whole(stream, "application/octet-stream", &blob[..blob.len() - 1]).await,
         Manner::Endless => {
@@ -202,7 +205,7 @@ async fn serve(mut stream: TcpStream, content: &Content) -> std::io::Result<()> 
             told.notified().await;
             whole(stream, "application/octet-stream", &blob).await
         }
-        Manner::StartsOver => whole(stream, "application/octet-stream", &blob).await,
+        Manner::StartsOver | Manner::RefusesRanges => whole(stream, "application/octet-stream", &blob).await,
         Manner::Honest | Manner::Answers(..) | Manner::Stalls | Manner::Resets | Manner::SendsForToken(_) | Manner::Page => {
             rest(stream, &asked, &blob).await
         }

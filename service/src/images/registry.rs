@@ -269,7 +269,14 @@ impl Session<'_> {
     }
 
     async fn rest_of_blob(&self, path: &str, part: &mut Part, tell: &mut impl FnMut(u64)) -> Result<(), Trouble> {
-        let mut response = self.get(path, ANYTHING, part.done()).await?;
+        let mut answer = self.get(path, ANYTHING, part.done()).await;
+        // What is here may be of another answer than what is there now.
+        if matches!(answer, Err(Trouble::OutOfRange)) {
+            part.begin_again()?;
+            tell(0);
+            answer = self.get(path, ANYTHING, 0).await;
+        }
+        let mut response = answer?;
         if !goes_on(&response, part.done()) {
             part.begin_again()?;
             tell(0);
@@ -353,8 +360,7 @@ impl Session<'_> {
                     return Err(Trouble::Denied(format!("answered {}", response.status().as_u16())));
                 }
                 StatusCode::NOT_FOUND => return Err(Trouble::NotFound),
-                // What was there of it is not there any more: from its beginning on it may be.
-                StatusCode::RANGE_NOT_SATISFIABLE if from > 0 => return Err(Trouble::passing("does not go on in the middle".to_owned())),
+                StatusCode::RANGE_NOT_SATISFIABLE if from > 0 => return Err(Trouble::OutOfRange),
                 status => return Err(Trouble::of_status(status, retry_after(response.headers()))),
             }
         }
@@ -385,6 +391,7 @@ impl Session<'_> {
                 None => why,
             },
             Trouble::Lasting(why) => why,
+            Trouble::OutOfRange => "does not go on in the middle".to_owned(),
             Trouble::Denied(why) => return Err(ImportError::RegistryDenied(self.said(&why))),
             Trouble::Refused(why) => return Err(ImportError::Invalid(format!("{}: {why}", self.source.registry()))),
             Trouble::NotFound => {

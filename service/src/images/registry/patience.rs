@@ -31,6 +31,8 @@ pub(super) enum Trouble {
     /// We do not go there.
     Refused(String),
     NotFound,
+    /// It does not give it from the middle on; from its beginning on it may.
+    OutOfRange,
     /// This machine's fault.
     Host(anyhow::Error),
 }
