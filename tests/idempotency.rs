@@ -199,14 +199,17 @@ async fn a_refusal_that_stays_one_is_told_again_word_by_word() {
 }
 
 #[tokio::test]
-async fn an_image_that_came_since_can_be_run_with_the_same_key() {
+async fn an_image_that_came_since_can_be_run_and_tagged_with_the_same_key() {
     let client = shared().client();
     let (asked, request) = (key(), json!({ "image": "mine", "command": ["true"] }));
+    let (named, name) = (key(), json!({ "reference": "mine", "name": "again" }));
     post(&client, RUNS, &asked, &request).await.problem(404, "image_not_found");
+    post(&client, "/v1/images/tag", &named, &name).await.problem(404, "image_not_found");
 
     import(&client, "mine", &key(), std::fs::read(image::archive("busybox").unwrap()).unwrap()).await.expect(201);
 
     assert_exit(&post(&client, RUNS, &asked, &request).await.expect(200), 0);
+    post(&client, "/v1/images/tag", &named, &name).await.expect(201);
 }
 
 #[tokio::test]

@@ -696,6 +696,24 @@ async fn a_pull_with_a_key_has_one_effect_and_one_answer() {
 }
 
 #[tokio::test]
+async fn a_pull_that_found_nothing_finds_what_was_pushed_since_under_the_same_key() {
+    let (service, registry) = (service(), Registry::start(Manners::default()).unwrap());
+    let client = service.client();
+    let ask = async || {
+        let request = client.request(Method::POST, PULL).header("idempotency-key", "one");
+        let request = request.json(&json!({ "reference": format!("{}/app:1", registry.address), "name": "app" }));
+        client.send(request, "POST", PULL).await
+    };
+
+    ask().await.problem(404, "image_not_found");
+    registry.push_archive(&busybox(), "app:1").unwrap();
+    let (second, third) = (ask().await, ask().await);
+
+    assert_eq!((second.header("idempotency-replayed"), third.header("idempotency-replayed")), ("", "true"));
+    assert_eq!(second.expect(201), third.expect(201));
+}
+
+#[tokio::test]
 async fn a_run_has_its_image_pulled_where_it_asks_for_that() {
     let folder = service::folder().unwrap();
     let (service, liar) = (service(), Liar::start(&layout(folder.path()), Manner::Honest).await);

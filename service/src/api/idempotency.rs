@@ -208,6 +208,14 @@ impl Route {
         self.0.as_str() == BATCH
     }
 
+    /// Whether what it does not find is an image, which may be brought to where it was looked for: here, or to a registry.
+    fn looks_for_image(&self) -> bool {
+        matches!(
+            self.0.as_str(),
+            "/v1/runs" | "/v1/sandboxes" | "/v1/images/pull" | "/v1/images/push" | "/v1/images/tag" | "/v1/images/verify"
+        )
+    }
+
     /// Whether it makes sandboxes or execs, of which its answers can be told again.
     fn makes_sandboxes(&self) -> bool {
         matches!(self.0.as_str(), "/v1/runs" | "/v1/sandboxes" | EXECS)
@@ -411,8 +419,7 @@ impl Keying {
             made: None,
         };
         let kept_bytes = kept.body.as_ref().map_or(0, Vec::len);
-        // An image that is not here may be imported.
-        let is_passing = self.route.makes_sandboxes() && self.route.0.as_str() != EXECS && parts.status == StatusCode::NOT_FOUND;
+        let is_passing = self.route.looks_for_image() && parts.status == StatusCode::NOT_FOUND;
         let is_kept = !is_retryable && !is_passing && is_kept(parts.status) && kept_bytes <= KEPT_BYTES_MAX;
         let mut response = Response::from_parts(parts, Body::from(body));
         observe::mark_as_told(&mut response);
