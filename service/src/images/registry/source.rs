@@ -60,7 +60,8 @@ impl std::str::FromStr for Mirror {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (of, host) = text.split_once('=').ok_or_else(|| format!("{text:?} is not REGISTRY=MIRROR"))?;
-        Ok(Self { of: of.parse()?, registry: host.to_ascii_lowercase(), url: url_of(host)? })
+        let url = url_of(host)?;
+        Ok(Self { of: of.parse()?, registry: name_of(&url), url })
     }
 }
 
@@ -162,10 +163,18 @@ fn is_registry(text: &str) -> bool {
 
 /// What people know it by, and the host that is asked.
 fn registry_of(name: &str) -> Result<(String, Url), String> {
-    if [USUAL_REGISTRY, "index.docker.io", USUAL_HOST].contains(&name) {
+    let url = url_of(name)?;
+    let name = name_of(&url);
+    if [USUAL_REGISTRY, "index.docker.io", USUAL_HOST].contains(&name.as_str()) {
         return Ok((USUAL_REGISTRY.to_owned(), url_of(USUAL_HOST)?));
     }
-    Ok((name.to_ascii_lowercase(), url_of(name)?))
+    Ok((name, url))
+}
+
+/// The one name of it, however it was spelled: the host, and the port unless that is the usual one.
+fn name_of(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
 }
 
 /// Whether this host is this machine itself, by its very name: nobody can listen on the way.
@@ -185,7 +194,14 @@ fn url_of(host: &str) -> Result<Url, String> {
     if !host.bytes().all(|b| b.is_ascii_alphanumeric() || b"._:-[]".contains(&b)) {
         return Err(refused());
     }
-    let url: Url = format!("https://{host}/").parse().map_err(|_| refused())?;
+    let mut url: Url = format!("https://{host}/").parse().map_err(|_| refused())?;
+    // With the dot of the root of all names behind it, it is the same host (RFC 1034, 3.1).
+    if let Some(bare) = url.host_str().and_then(|host| host.strip_suffix('.')).map(str::to_owned) {
+        if bare.ends_with('.') {
+            return Err(refused());
+        }
+        url.set_host(Some(&bare)).map_err(|_| refused())?;
+    }
     if !is_port_fit(&url) {
         return Err("a registry's port is 80, 443, or 1024 and more".to_owned());
     }
@@ -271,8 +287,16 @@ mod tests {
     fn a_registry_is_named_as_images_at_it_name_it() {
         let name = |text: &str| RegistryName::parse(text).map(|name| name.as_str().to_owned());
         assert_eq!(name("Registry.Example:5000").as_deref(), Ok("registry.example:5000"));
-        assert_eq!(name(USUAL_HOST).as_deref(), Ok(Source::parse("python").unwrap().registry()));
-        for bad in ["", "python", "a.example/b", "a.example:22", "me@a.example", "https://a.example", "a b.example"] {
+        for same in [USUAL_HOST, "Docker.io", "docker.io:443", "index.docker.io.", "REGISTRY-1.docker.io"] {
+            assert_eq!(name(same).as_deref(), Ok(Source::parse("python").unwrap().registry()), "{same}");
+            assert_eq!(Source::parse(&format!("{same}/python")).unwrap(), Source::parse("python").unwrap(), "{same}");
+        }
+        for same in ["Registry.example", "registry.example:443", "registry.example.", "registry.example:", "registry.example.:443"] {
+            assert_eq!(name(same).as_deref(), Ok("registry.example"), "{same}");
+            assert_eq!(taken_apart(&format!("{same}/a")).0, "https://registry.example/", "{same}");
+        }
+        assert_eq!(name("0x7f.1:5000").as_deref(), Ok("127.0.0.1:5000"));
+        for bad in ["", "python", "a.example/b", "a.example:22", "me@a.example", "https://a.example", "a b.example", ".", "a.example.."] {
             assert!(name(bad).is_err(), "{bad}");
         }
     }
