@@ -73,6 +73,8 @@ const UNPACKED_BYTES_FREE: u64 = 64 << 20;
 const UNPACKED_RATIO_MAX: u64 = 200;
 const UNPACKED_ENTRIES_MAX: u64 = 1_000_000;
 const UNPACK_MS: u64 = 600_000;
+/// What is told at the most of why something is refused: that may quote what a stranger wrote.
+const TOLD_CHARACTERS_MAX: usize = 500;
 /// Between the first two looks for what is left of images; each further pause is twice as long.
 const SWEEP_AGAIN: Duration = Duration::from_secs(1);
 
@@ -167,13 +169,18 @@ impl ImportError {
 impl From<Fault> for ImportError {
     fn from(fault: Fault) -> Self {
         match fault {
-            Fault::Invalid(why) => Self::Invalid(why),
+            Fault::Invalid(why) => Self::invalid(&why),
             Fault::Host(error) => Self::of_host(error),
         }
     }
 }
 
 impl ImportError {
+    /// The fault of what a stranger sent, of whose words this tells no more than a person reads.
+    fn invalid(why: &str) -> Self {
+        Self::Invalid(for_people(why))
+    }
+
     /// What this machine could not do. A full disk may have room again.
     fn of_host(error: anyhow::Error) -> Self {
         let is_full = |cause: &io::Error| matches!(cause.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
@@ -190,7 +197,7 @@ impl From<CallError> for ImportError {
         match error {
             CallError::Lost => Self::KeeperUnavailable,
             CallError::Failed(failure) => match failure.kind {
-                FailureKind::Refused => Self::Invalid(format!("the image cannot be unpacked: {failure}")),
+                FailureKind::Refused => Self::invalid(&format!("the image cannot be unpacked: {failure}")),
                 FailureKind::Busy => Self::Busy(failure.message),
                 FailureKind::Gone | FailureKind::Host => Self::Internal(failure.into()),
             },
@@ -525,6 +532,23 @@ fn keep(blobs: &Blobs, archive: &Archive, found: &Found) -> Result<Vec<OwnedFd>,
     Ok(layers)
 }
 
+/// What somebody may see in an answer or in the log: on one line, and not all of what is long.
+fn for_people(text: &str) -> String {
+    let mut told = String::new();
+    for (place, character) in text.chars().enumerate() {
+        match character {
+            _ if place == TOLD_CHARACTERS_MAX => {
+                told.push('…');
+                break;
+            }
+            // What is quoted is escaped once already.
+            '"' | '\'' | '\\' => told.push(character),
+            _ => told.extend(character.escape_debug()),
+        }
+    }
+    told
+}
+
 /// An image's root is called by its manifest's digest.
 fn root_of(manifest: &Sha256Digest) -> ImageId {
     manifest.digest().parse().expect("both are 64 lower-case hex digits")
@@ -544,6 +568,15 @@ pub(crate) fn configuration_in(archive: File, reference: &str) -> anyhow::Result
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_stranger_wrote_is_told_on_one_line_and_not_without_end() {
+        let told = |why: &str| ImportError::from(Fault::Invalid(why.to_owned())).to_string();
+
+        assert_eq!(told("no single one is called \"größer\""), "no single one is called \"größer\"");
+        assert_eq!(told("an\nERROR \u{1b}[2J\u{202e}"), "an\\nERROR \\u{1b}[2J\\u{202e}");
+        assert_eq!(told(&"x".repeat(4 << 20)), format!("{}…", "x".repeat(TOLD_CHARACTERS_MAX)));
+    }
 
     #[test]
     fn a_disk_that_is_full_is_no_fault_of_the_services() {

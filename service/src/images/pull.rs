@@ -305,7 +305,7 @@ impl Images {
             let digest = digest_of(layer)?;
             total_bytes = total_bytes.saturating_add(layer.size());
             if total_bytes > ARCHIVE_BYTES_MAX {
-                return Err(ImportError::Invalid(format!("the layers of the image have more than {ARCHIVE_BYTES_MAX} bytes")));
+                return Err(invalid(&format!("the layers of the image have more than {ARCHIVE_BYTES_MAX} bytes")));
             }
             if known.insert(digest.clone()) {
                 layers.push((digest, layer.size()));
@@ -378,12 +378,12 @@ async fn manifest(session: &Session<'_>) -> Result<(Fetched, ImageManifest), Imp
             Kind::Index => {
                 let index: ImageIndex = parse("the index", &fetched.bytes)?;
                 let chosen =
-                    for_this_machine(&index).ok_or_else(|| invalid(format!("the registry has no image of it for {}", platform())))?;
+                    for_this_machine(&index).ok_or_else(|| invalid(&format!("the registry has no image of it for {}", platform())))?;
                 fetched = session.manifest_of(&digest_of(chosen)?).await?;
             }
         }
     }
-    Err(invalid(format!("its indexes are nested more than {DEPTH_MAX} deep")))
+    Err(invalid(&format!("its indexes are nested more than {DEPTH_MAX} deep")))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -396,7 +396,7 @@ enum Kind {
 fn kind_of(fetched: &Fetched) -> Result<Kind, ImportError> {
     let document: Value = parse("the manifest", &fetched.bytes)?;
     if document["schemaVersion"] != 2 {
-        return Err(invalid(format!("the manifest: schemaVersion {} is not supported; 2 is", document["schemaVersion"])));
+        return Err(invalid(&format!("the manifest: schemaVersion {} is not supported; 2 is", document["schemaVersion"])));
     }
     let has = |member: &str| document.get(member).is_some();
     let (is_manifest, is_index) = (has("layers") || has("config"), has("manifests"));
@@ -406,7 +406,7 @@ fn kind_of(fetched: &Fetched) -> Result<Kind, ImportError> {
     match (is_manifest, is_index) {
         (true, false) if !says_index => Ok(Kind::Manifest),
         (false, true) if !says_manifest => Ok(Kind::Index),
-        _ => Err(invalid("what the registry has there is neither a manifest nor an index of images".to_owned())),
+        _ => Err(invalid("what the registry has there is neither a manifest nor an index of images")),
     }
 }
 
@@ -441,23 +441,23 @@ fn path_of(digest: &Sha256Digest) -> String {
 
 fn digest_of(descriptor: &Descriptor) -> Result<Sha256Digest, ImportError> {
     let digest = descriptor.as_digest_sha256().and_then(|digest| digest.parse().ok());
-    digest.ok_or_else(|| invalid(format!("the digest {} is not of the kind sha256", descriptor.digest())))
+    digest.ok_or_else(|| invalid(&format!("the digest {} is not of the kind sha256", descriptor.digest())))
 }
 
 /// Of what is held in memory.
 fn small_digest(descriptor: &Descriptor) -> Result<Sha256Digest, ImportError> {
     if descriptor.size() > DOCUMENT_BYTES_MAX {
-        return Err(invalid(format!("the image's configuration has {} bytes; at most {DOCUMENT_BYTES_MAX}", descriptor.size())));
+        return Err(invalid(&format!("the image's configuration has {} bytes; at most {DOCUMENT_BYTES_MAX}", descriptor.size())));
     }
     digest_of(descriptor)
 }
 
 fn parse<T: serde::de::DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, ImportError> {
-    serde_json::from_slice(bytes).map_err(|error| invalid(format!("{what}: {error}")))
+    serde_json::from_slice(bytes).map_err(|error| invalid(&format!("{what}: {error}")))
 }
 
-const fn invalid(why: String) -> ImportError {
-    ImportError::Invalid(why)
+fn invalid(why: &str) -> ImportError {
+    ImportError::invalid(why)
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ use source::{Version, is_loopback, is_port_fit};
 use tokio_util::bytes::Bytes;
 pub(super) use upload::Sent;
 
-use super::{ImportError, blob::digest_of, part::Part};
+use super::{ImportError, blob::digest_of, for_people, part::Part};
 use crate::outbound::{NotPublic, Targets};
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -393,7 +393,7 @@ impl Session<'_> {
             Trouble::Lasting(why) => why,
             Trouble::OutOfRange => "does not go on in the middle".to_owned(),
             Trouble::Denied(why) => return Err(ImportError::RegistryDenied(self.said(&why))),
-            Trouble::Refused(why) => return Err(ImportError::Invalid(format!("{}: {why}", self.source.registry()))),
+            Trouble::Refused(why) => return Err(ImportError::invalid(&format!("{}: {why}", self.source.registry()))),
             Trouble::NotFound => {
                 return Err(ImportError::NotAtRegistry(format!("{} at {}", self.source.repository(), self.source.registry())));
             }
@@ -407,7 +407,8 @@ impl Session<'_> {
     }
 
     fn said(&self, why: &str) -> String {
-        format!("the registry {} {why}", self.source.registry())
+        // A certificate, for one, may have said it.
+        format!("the registry {} {}", self.source.registry(), for_people(why))
     }
 }
 
