@@ -503,6 +503,17 @@ async fn a_token_is_fetched_with_the_credentials_and_told_to_nobody_else() {
     says_hello(&client, "app").await;
 }
 
+#[tokio::test]
+async fn what_a_registry_denies_to_whom_it_gave_a_token_may_not_be_there() {
+    let (_service, client, liar, answer) = pulled_from(Manner::KnowsNobody).await;
+
+    let problem = answer.problem(403, "registry_denied");
+
+    assert!(problem["detail"].as_str().unwrap().contains("has no app, or not for these credentials"), "{problem:#}");
+    assert_eq!(liar.asked().iter().filter(|asked| asked.header("authorization") == "Bearer right").count(), 1, "{:#?}", liar.asked());
+    client.get("/v1/images/app").await.problem(404, "image_not_found");
+}
+
 /// Where a storage has the largest layer.
 fn storage_path(layout: &Path) -> String {
     let largest = fs::read_dir(layout.join("blobs/sha256")).unwrap().flatten().max_by_key(|blob| blob.metadata().unwrap().len()).unwrap();

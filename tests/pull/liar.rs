@@ -61,6 +61,8 @@ pub(crate) enum Manner {
         basic: &'static str,
         storage: String,
     },
+    /// Like all else with 401, also to who has fetched a token from it.
+    KnowsNobody,
     /// Like all else, with a page for people.
     Page,
     /// Like all else, only for who fetches a token from there.
@@ -166,6 +168,13 @@ async fn serve(mut stream: TcpStream, content: &Content) -> std::io::Result<()> 
     if let Manner::SendsForToken(realm) = &content.manner {
         return head(stream, &format!("401 Unauthorized\r\nwww-authenticate: Bearer realm=\"{realm}\"")).await;
     }
+    if matches!(content.manner, Manner::KnowsNobody) {
+        if path.starts_with("/token") {
+            return whole(stream, "application/json", br#"{"token":"right"}"#).await;
+        }
+        let challenge = format!("401 Unauthorized\r\nwww-authenticate: Bearer realm=\"http://{}/token\"", content.address);
+        return head(stream, &challenge).await;
+    }
     if matches!(content.manner, Manner::Page) {
         return whole(stream, "text/html", b"<html>nothing of yours is here</html>").await;
     }
@@ -206,9 +215,13 @@ async fn serve(mut stream: TcpStream, content: &Content) -> std::io::Result<()> 
             whole(stream, "application/octet-stream", &blob).await
         }
         Manner::StartsOver | Manner::RefusesRanges => whole(stream, "application/octet-stream", &blob).await,
-        Manner::Honest | Manner::Answers(..) | Manner::Stalls | Manner::Resets | Manner::SendsForToken(_) | Manner::Page => {
-            rest(stream, &asked, &blob).await
-        }
+        Manner::Honest
+        | Manner::Answers(..)
+        | Manner::Stalls
+        | Manner::Resets
+        | Manner::SendsForToken(_)
+        | Manner::KnowsNobody
+        | Manner::Page => rest(stream, &asked, &blob).await,
     }
 }
 

@@ -356,8 +356,13 @@ impl Session<'_> {
                 StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if !is_own => {
                     return Err(Trouble::passing("sent us to where we were refused".to_owned()));
                 }
-                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                    return Err(Trouble::Denied(format!("answered {}", response.status().as_u16())));
+                // Some answer so where there is no such repository, too, Docker's own for one.
+                status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => {
+                    let repository = self.source.repository();
+                    return Err(Trouble::Denied(format!(
+                        "has no {repository}, or not for these credentials: it answered {}",
+                        status.as_u16()
+                    )));
                 }
                 StatusCode::NOT_FOUND => return Err(Trouble::NotFound),
                 StatusCode::RANGE_NOT_SATISFIABLE if from > 0 => return Err(Trouble::OutOfRange),
