@@ -34,8 +34,9 @@ use crate::{
     store::{Image, Origin},
 };
 
-/// Pulls that go on at one time, of this node and of a tenant. Each may fill as much disk as an archive may have, for as long as its registry takes.
+/// Pulls that go on at one time, of this node, of all tenants and of one: operators have room left, whatever registries tenants pull from. Each may fill as much disk as an archive may have, for as long as its registry takes.
 const PULLS_MAX: usize = 8;
+const PULLS_OF_TENANTS_MAX: usize = 6;
 const PULLS_OF_TENANT_MAX: usize = 4;
 /// Layers of one image that are fetched at one time.
 const LAYERS_AT_ONCE: usize = 4;
@@ -187,14 +188,8 @@ impl Images {
         if let Some(pulling) = pulls.get(&pull) {
             return Ok(pulling.clone());
         }
-        if pulls.len() >= PULLS_MAX {
-            return Err(ImportError::Busy(format!("{PULLS_MAX} images are being pulled, which is all that this node takes at one time")));
-        }
-        if pulls.keys().filter(|other| other.tenant == pull.tenant).count() >= PULLS_OF_TENANT_MAX {
-            return Err(ImportError::Busy(format!(
-                "{PULLS_OF_TENANT_MAX} images are being pulled, which is all that one tenant can at one time"
-            )));
-        }
+        let pullers: Vec<_> = pulls.keys().map(|other| other.tenant.as_ref()).collect();
+        check_place(pull.tenant.as_ref(), &pullers).map_err(ImportError::Busy)?;
         let (teller, progress) = watch::channel(Progress::default());
         let pulling = Pulling::of(progress);
         pulls.insert(pull.clone(), pulling.clone());
@@ -366,6 +361,21 @@ impl Images {
     }
 }
 
+/// Whether this tenant, or `None`, an operator, can pull beside those who do. The error says why not.
+fn check_place(tenant: Option<&TenantId>, pullers: &[Option<&TenantId>]) -> Result<(), String> {
+    let full = |max: usize, whose: &str| Err(format!("{max} images are being pulled, which is all that {whose} at one time"));
+    if pullers.len() >= PULLS_MAX {
+        return full(PULLS_MAX, "this node takes");
+    }
+    if tenant.is_some() && pullers.iter().flatten().count() >= PULLS_OF_TENANTS_MAX {
+        return full(PULLS_OF_TENANTS_MAX, "this node takes of tenants");
+    }
+    if pullers.iter().filter(|other| **other == tenant).count() >= PULLS_OF_TENANT_MAX {
+        return full(PULLS_OF_TENANT_MAX, "one tenant can");
+    }
+    Ok(())
+}
+
 /// The manifest that is for this machine, by way of indexes if need be.
 async fn manifest(session: &Session<'_>) -> Result<(Fetched, ImageManifest), ImportError> {
     let mut fetched = session.manifest().await?;
@@ -467,6 +477,21 @@ mod tests {
     fn fetched(document: &Value, content_type: &str) -> Fetched {
         let bytes = document.to_string().into_bytes();
         Fetched { digest: crate::images::blob::digest_of(&bytes), bytes, content_type: content_type.to_owned() }
+    }
+
+    #[test]
+    fn tenants_leave_a_place_for_operators() {
+        let tenants = ["a", "b", "c"].map(|name| TenantId::proven(name.to_owned()));
+        let [a, b, c] = tenants.each_ref().map(Some);
+        let of_tenants = [a, a, a, b, b, b];
+
+        assert_eq!(check_place(a, &[a, a, a]), Ok(()));
+        assert!(check_place(a, &[a, a, a, a]).unwrap_err().contains("one tenant"));
+        assert_eq!(check_place(b, &[a, a, a, a]), Ok(()));
+        assert!(check_place(c, &of_tenants).unwrap_err().contains("of tenants"));
+        assert_eq!(check_place(None, &of_tenants), Ok(()));
+        assert!(check_place(None, &[a, a, a, b, b, b, None, None]).unwrap_err().contains("this node takes"));
+        assert_eq!(check_place(c, &[a, a, a, b, b, None, None]), Ok(()));
     }
 
     #[test]

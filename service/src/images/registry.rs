@@ -14,7 +14,7 @@ use anyhow::Context as _;
 use futures_util::TryFutureExt as _;
 use ipnet::IpNet;
 use oci_spec::image::Sha256Digest;
-use patience::{ATTEMPTS_MAX, MIRROR_ATTEMPTS_MAX, Patience, Trouble, retry_after};
+use patience::{ATTEMPTS_MAX, MIRROR_ATTEMPTS_MAX, Pace, Patience, Trouble, retry_after};
 use reqwest::{
     Certificate, Client, Method, Response, StatusCode, Url,
     header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, HeaderValue, LOCATION, RANGE},
@@ -23,6 +23,7 @@ use reqwest::{
 pub(super) use source::Source;
 pub use source::{HostRule, Mirror, RegistryName, Source as ImageSource};
 use source::{Version, is_loopback, is_port_fit};
+use tokio::time::Instant;
 use tokio_util::bytes::Bytes;
 pub(super) use upload::Sent;
 
@@ -227,8 +228,8 @@ impl Session<'_> {
     async fn whole(&self, mut response: Response) -> Result<Fetched, Trouble> {
         let content_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
         let content_type = content_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-        let mut bytes = Vec::new();
-        while let Some(chunk) = self.chunk(&mut response).await? {
+        let (mut bytes, mut pace) = (Vec::new(), Pace::new(self.registries.stall));
+        while let Some(chunk) = self.chunk(&mut response, &mut pace).await? {
             bytes.extend_from_slice(&chunk);
             if bytes.len() as u64 > DOCUMENT_BYTES_MAX {
                 return Err(Trouble::lasting(format!("sent a document of more than {DOCUMENT_BYTES_MAX} bytes")));
@@ -284,9 +285,9 @@ impl Session<'_> {
         if response.content_length().is_some_and(|bytes| bytes != part.left()) {
             return Err(Trouble::lasting(wrong_size(part)));
         }
-        let mut held = Vec::new();
+        let (mut held, mut pace) = (Vec::new(), Pace::new(self.registries.stall));
         let ended = loop {
-            match self.chunk(&mut response).await {
+            match self.chunk(&mut response, &mut pace).await {
                 Ok(Some(chunk)) => held.extend_from_slice(&chunk),
                 Ok(None) => break Ok(()),
                 Err(trouble) => break Err(trouble),
@@ -306,10 +307,15 @@ impl Session<'_> {
         if part.left() > 0 { Err(Trouble::passing(format!("broke off {} bytes before the end", part.left()))) } else { Ok(()) }
     }
 
-    async fn chunk(&self, response: &mut Response) -> Result<Option<Bytes>, Trouble> {
-        match tokio::time::timeout(self.registries.stall, response.chunk()).await {
-            Ok(chunk) => chunk.map_err(|error| reason(&error)),
-            Err(_stalled) => Err(self.stalled()),
+    async fn chunk(&self, response: &mut Response, pace: &mut Pace) -> Result<Option<Bytes>, Trouble> {
+        let asked_at = Instant::now();
+        let Ok(chunk) = tokio::time::timeout(self.registries.stall, response.chunk()).await else { return Err(self.stalled()) };
+        let chunk = chunk.map_err(|error| reason(&error))?;
+        match &chunk {
+            Some(bytes) if !pace.suffices(bytes.len(), asked_at.elapsed()) => {
+                Err(Trouble::passing("brings too little by little".to_owned()))
+            }
+            Some(_) | None => Ok(chunk),
         }
     }
 

@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::{
     Credentials, Session,
-    patience::{Trouble, retry_after},
+    patience::{Pace, Trouble, retry_after},
 };
 
 const TOKEN_BYTES_MAX: usize = 256 * 1024;
@@ -67,8 +67,8 @@ impl Session<'_> {
             }
             status => return Err(Trouble::of_status(status, retry_after(response.headers()))),
         }
-        let mut bytes = Vec::new();
-        while let Some(chunk) = self.chunk(&mut response).await? {
+        let (mut bytes, mut pace) = (Vec::new(), Pace::new(self.registries.stall));
+        while let Some(chunk) = self.chunk(&mut response, &mut pace).await? {
             bytes.extend_from_slice(&chunk);
             if bytes.len() > TOKEN_BYTES_MAX {
                 return Err(Trouble::lasting(format!("sent a token of more than {TOKEN_BYTES_MAX} bytes")));

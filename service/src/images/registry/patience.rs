@@ -16,6 +16,10 @@ const FIRST_PAUSE: Duration = Duration::from_millis(500);
 /// A registry may ask for a longer pause, but not for any.
 const PAUSE_MAX: Duration = Duration::from_secs(60);
 
+/// What has to come of an answer within so much waiting for it, or it has broken off: who sends little by little holds up those who wait for a place.
+const PACE_BYTES: u64 = 1 << 20;
+const PACE_WAIT: Duration = Duration::from_secs(60);
+
 /// Why something did not come.
 #[derive(Debug)]
 pub(super) enum Trouble {
@@ -35,6 +39,14 @@ pub(super) enum Trouble {
     OutOfRange,
     /// This machine's fault.
     Host(anyhow::Error),
+}
+
+/// How quickly an answer comes.
+#[derive(Debug)]
+pub(super) struct Pace {
+    patience: Duration,
+    waited: Duration,
+    bytes: u64,
 }
 
 /// What is left of it.
@@ -60,6 +72,24 @@ impl Trouble {
         let may_pass = status.is_server_error()
             || [StatusCode::REQUEST_TIMEOUT, StatusCode::TOO_EARLY, StatusCode::TOO_MANY_REQUESTS].contains(&status);
         if may_pass { Self::Passing { why, after } } else { Self::Lasting(why) }
+    }
+}
+
+impl Pace {
+    /// Of who may bring nothing for this long.
+    pub(super) fn new(stall: Duration) -> Self {
+        Self { patience: PACE_WAIT.max(2 * stall), waited: Duration::ZERO, bytes: 0 }
+    }
+
+    /// Whether it comes quickly enough: so many bytes did after so much waiting.
+    pub(super) fn suffices(&mut self, bytes: usize, waited: Duration) -> bool {
+        self.bytes += bytes as u64;
+        self.waited += waited;
+        if self.waited < self.patience {
+            return true;
+        }
+        self.waited = Duration::ZERO;
+        std::mem::take(&mut self.bytes) >= PACE_BYTES
     }
 }
 
@@ -106,6 +136,19 @@ mod tests {
         let pauses: Vec<_> = std::iter::from_fn(|| patience.pause(None)).collect();
         assert_eq!(pauses.len(), ATTEMPTS_MAX as usize - 1);
         assert!(pauses.windows(2).all(|pair| pair[0] < pair[1]) && pauses[0] >= FIRST_PAUSE * 3 / 4, "{pauses:?}");
+    }
+
+    #[test]
+    fn who_sends_little_by_little_is_seen_within_a_minute_of_waiting() {
+        let second = Duration::from_secs(1);
+        let mut pace = Pace::new(second);
+        // A good beginning is none for ever.
+        assert!((0..90).all(|_| pace.suffices(1 << 20, second)));
+        let borne = (0..1000).take_while(|_| pace.suffices(1 << 10, second)).count();
+        assert!((60..120).contains(&borne), "{borne}");
+        assert!((0..600).all(|_| pace.suffices(18 << 10, second)));
+        // Where an operator bears longer silence, that is none.
+        assert!((0..10).all(|_| Pace::new(100 * second).suffices(1, 99 * second)));
     }
 
     #[test]
