@@ -17,7 +17,7 @@ use mayfly_tests::{
     Answer, Client, Service, image,
     outcome::{assert_exit, stdout},
     registry::{Manners, PASSWORD, Registry, USER},
-    service::{self, finish, mayfly, shared},
+    service::{self, finish, mayfly},
     token,
 };
 use reqwest::{Method, header::CONTENT_TYPE};
@@ -545,8 +545,8 @@ async fn a_private_registry_is_asked_only_where_the_operator_says_so() {
     let folder = service::folder().unwrap();
     let liar = Liar::start(&layout(folder.path()), Manner::Honest).await;
     let port = liar.address.rsplit(':').next().unwrap();
-    // What the shared service was told is nothing.
-    let (shared, client) = (shared(), shared().client());
+    let nothing_said = Service::start_with(&[]).unwrap();
+    let client = nothing_said.client();
     let names = [
         liar.address.clone(),
         format!("localhost:{port}"),
@@ -561,7 +561,7 @@ async fn a_private_registry_is_asked_only_where_the_operator_says_so() {
         assert!(problem["detail"].as_str().unwrap().contains("public"), "{name}: {problem:#}");
     }
     assert!(liar.asked().is_empty(), "{:#?}", liar.asked());
-    drop(shared);
+    drop(nothing_said);
 
     // The control.
     let service = service();

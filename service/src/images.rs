@@ -532,15 +532,15 @@ fn keep(blobs: &Blobs, archive: &Archive, found: &Found) -> Result<Vec<OwnedFd>,
     Ok(layers)
 }
 
-/// What somebody may see in an answer or in the log: on one line, and not all of what is long.
+/// What somebody may see in an answer or in the log: on one line, and of what is long the beginning, and the end, where the cause stands.
 fn for_people(text: &str) -> String {
+    let half = TOLD_CHARACTERS_MAX / 2;
+    let left_out = if text.chars().nth(TOLD_CHARACTERS_MAX).is_none() { 0..0 } else { half..text.chars().count() - half };
     let mut told = String::new();
     for (place, character) in text.chars().enumerate() {
         match character {
-            _ if place == TOLD_CHARACTERS_MAX => {
-                told.push('…');
-                break;
-            }
+            _ if place == half && !left_out.is_empty() => told.push('…'),
+            _ if left_out.contains(&place) => {}
             // What is quoted is escaped once already.
             '"' | '\'' | '\\' => told.push(character),
             _ => told.extend(character.escape_debug()),
@@ -575,7 +575,7 @@ mod tests {
 
         assert_eq!(told("no single one is called \"größer\""), "no single one is called \"größer\"");
         assert_eq!(told("an\nERROR \u{1b}[2J\u{202e}"), "an\\nERROR \\u{1b}[2J\\u{202e}");
-        assert_eq!(told(&"x".repeat(4 << 20)), format!("{}…", "x".repeat(TOLD_CHARACTERS_MAX)));
+        assert_eq!(told(&"x".repeat(4 << 20)), format!("{0}…{0}", "x".repeat(TOLD_CHARACTERS_MAX / 2)));
     }
 
     #[test]

@@ -130,7 +130,7 @@ mod tests {
         assert!(store.set_registry_login(&acme, &login("a.example"), &act()).await.unwrap());
         assert!(store.set_registry_login(&acme, &second, &act()).await.unwrap());
 
-        assert_eq!(store.list_registry_logins(&acme).await.unwrap(), [second.clone()]);
+        assert_eq!(store.list_registry_logins(&acme).await.unwrap(), std::slice::from_ref(&second));
         assert_eq!(store.find_registry_login(&acme, "a.example").await.unwrap(), Some(second));
         assert_eq!(store.find_registry_login(&other, "a.example").await.unwrap(), None);
         assert!(!store.remove_registry_login(&other, "a.example", &act()).await.unwrap());

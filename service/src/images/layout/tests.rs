@@ -502,7 +502,7 @@ fn whatever_is_changed_of_an_image_it_is_taken_or_refused() {
         let mut bytes = packer.bytes();
         for _ in 0..if which == 3 { 1 + random.below(20) } else { 0 } {
             let at = random.below(bytes.len());
-            bytes[at] = b"\0017.x{\"\xff"[random.below(8)];
+            bytes[at] = b"\x00017.x{\"\xff"[random.below(8)];
         }
         match find_in(&bytes, "python") {
             Ok(_) => taken += 1,
