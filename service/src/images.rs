@@ -62,6 +62,9 @@ use registry::Registries;
 pub use registry::{Credentials, HostRule, ImageSource, Mirror, RegistryName, Settings as RegistrySettings};
 pub use seal::SealingKey;
 
+/// Archives that come in at one time, to this node and from a tenant. Each may fill as much disk as an archive may have.
+const UPLOADS_MAX: usize = 8;
+const UPLOADS_OF_TENANT_MAX: usize = 4;
 /// Archives that are read at one time. The keeper unpacks one after the other anyway.
 const IMPORTS_MAX: usize = 2;
 /// An upload that brings nothing for so long was given up.
@@ -91,7 +94,7 @@ pub struct Images {
     places: Arc<Places>,
     importing: Semaphore,
     exporting: Arc<Semaphore>,
-    verifying: Semaphore,
+    verifying: Arc<Places>,
     registries: Registries,
     sealing: SealingKey,
     collecting: Collecting,
@@ -250,10 +253,10 @@ impl Images {
             quotas,
             uploads,
             blobs: Arc::new(Blobs::open(&blobs).with_context(|| blobs.display().to_string())?),
-            places: Arc::default(),
+            places: Places::new("uploads", UPLOADS_MAX, UPLOADS_OF_TENANT_MAX),
             importing: Semaphore::new(IMPORTS_MAX),
             exporting: Arc::new(Semaphore::new(export::EXPORTS_MAX)),
-            verifying: Semaphore::new(inspect::VERIFIED_AT_ONCE),
+            verifying: Places::new("verifications", inspect::VERIFIED_AT_ONCE, inspect::VERIFIED_OF_TENANT_AT_ONCE),
             registries: Registries::new(&registries)?,
             sealing,
             collecting,

@@ -4,6 +4,7 @@ use std::{
     collections::HashSet,
     fs::{self, File},
     io::{self, Read, Write},
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -113,11 +114,13 @@ impl Blobs {
         self.references(manifest).is_ok_and(|all| all.iter().all(|digest| self.path(digest).exists()))
     }
 
-    /// Takes away what is not what it was, if it is there.
-    pub(super) fn put_away(&self, digest: &Sha256Digest) -> io::Result<()> {
-        match fs::remove_file(self.path(digest)) {
+    /// Takes away what is not what it was, if that is still the file that was read. Nobody may keep it anew meanwhile.
+    pub(super) fn put_away(&self, digest: &Sha256Digest, read: &File) -> io::Result<()> {
+        let (path, read) = (self.path(digest), read.metadata()?);
+        match fs::metadata(&path) {
+            Ok(there) if (there.dev(), there.ino()) == (read.dev(), read.ino()) => fs::remove_file(&path),
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            Ok(()) | Err(_) => Ok(()),
+            Ok(_) | Err(_) => Ok(()),
         }
     }
 
@@ -141,6 +144,11 @@ impl Blobs {
     fn path(&self, digest: &Sha256Digest) -> PathBuf {
         self.folder.join(digest.digest())
     }
+}
+
+/// Whether it failed for want of a file.
+pub(super) fn is_missing(error: &anyhow::Error) -> bool {
+    error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()).any(|cause| cause.kind() == io::ErrorKind::NotFound)
 }
 
 /// Reads to the end, shows each part to `see`, and says digest and length of it all.

@@ -1,19 +1,20 @@
 //! What images are made of, and whether it is still what it was.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, fs::File, sync::Arc};
 
 use anyhow::Context as _;
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest, Sha256Digest};
 
 use super::{
     Fault, Images, ImportError,
-    blob::{Blobs, hash},
+    blob::{Blobs, hash, is_missing},
     digest_of_root,
 };
-use crate::store::Image;
+use crate::{sandbox::TenantId, store::Image};
 
-/// Images that are looked through at one time: each is as much work as its bytes.
+/// Images that are looked through at one time, of this node and of a tenant: each is as much work as its bytes.
 pub(super) const VERIFIED_AT_ONCE: usize = 2;
+pub(super) const VERIFIED_OF_TENANT_AT_ONCE: usize = 1;
 
 /// How an image was built, the first step first.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,14 +90,28 @@ impl Images {
         read.await.map_err(|panic| ImportError::Internal(panic.into()))?.map_err(ImportError::Internal)
     }
 
-    /// Reads all that the image is made of and holds it against its digests. What is damaged is put away, so that whoever imports or pulls the image again has it as it was.
-    pub async fn verify(&self, image: &Image) -> Result<Verified, ImportError> {
-        let full =
-            |_| ImportError::Busy(format!("{VERIFIED_AT_ONCE} images are being verified, which is all that this node does at one time"));
-        let _place = self.verifying.try_acquire().map_err(full)?;
+    /// Reads all that the image is made of, for this tenant, and holds it against its digests. What has other bytes is put away, so that whoever imports or pulls the image again has it as it was.
+    /// What was begun is finished.
+    pub async fn verify(self: &Arc<Self>, image: Image, tenant: &TenantId) -> Result<Verified, ImportError> {
+        let place = self.verifying.take(Some(tenant)).map_err(ImportError::Busy)?;
+        let images = Arc::clone(self);
+        // Nothing ends what reads the files, so nothing but its end frees the place.
+        let work = place.hold(async move { images.verify_now(&image).await });
+        work.await.unwrap_or_else(|panic| Err(ImportError::Internal(panic.into())))
+    }
+
+    async fn verify_now(&self, image: &Image) -> Result<Verified, ImportError> {
         let (blobs, manifest) = (Arc::clone(&self.blobs), digest_of_root(&image.root));
         let read = tokio::task::spawn_blocking(move || verify(&blobs, &manifest));
-        let mut verified = read.await.map_err(|panic| ImportError::Internal(panic.into()))?.map_err(ImportError::Internal)?;
+        let (mut verified, changed) = read.await.map_err(|panic| ImportError::Internal(panic.into()))?.map_err(ImportError::Internal)?;
+        if !changed.is_empty() {
+            // Nobody keeps it anew meanwhile.
+            let _taking = self.content.write().await;
+            let blobs = Arc::clone(&self.blobs);
+            let put_away = move || changed.iter().try_for_each(|(digest, read)| blobs.put_away(digest, read));
+            let put_away = tokio::task::spawn_blocking(put_away).await.map_err(|panic| ImportError::Internal(panic.into()))?;
+            put_away.context("putting away what is damaged").map_err(ImportError::Internal)?;
+        }
         verified.is_unpacked = self.keeper.images().await?.contains(&image.root);
         for Damage { digest, part, kind } in &verified.damaged {
             tracing::warn!(image.digest = image.digest, blob = digest, ?part, ?kind, "a part of an image is damaged");
@@ -129,10 +144,13 @@ fn history(manifest: &ImageManifest, config: &ImageConfiguration) -> History {
     History { steps, author: config.author().clone(), created: config.created().clone() }
 }
 
-fn verify(blobs: &Blobs, manifest: &Sha256Digest) -> anyhow::Result<Verified> {
-    let mut verified = Verified::default();
-    if !check(blobs, manifest, Part::Manifest, &mut verified)? {
-        return Ok(verified);
+/// Files that have other bytes than their digests say: those that were read, open still.
+type Changed = Vec<(Sha256Digest, File)>;
+
+fn verify(blobs: &Blobs, manifest: &Sha256Digest) -> anyhow::Result<(Verified, Changed)> {
+    let (mut verified, mut changed) = (Verified::default(), Vec::new());
+    if !check(blobs, manifest, Part::Manifest, &mut verified, &mut changed)? {
+        return Ok((verified, changed));
     }
     let parsed = blobs.manifest(manifest)?;
     let mut seen = HashSet::new();
@@ -141,28 +159,31 @@ fn verify(blobs: &Blobs, manifest: &Sha256Digest) -> anyhow::Result<Verified> {
         let digest: Option<Sha256Digest> = descriptor.as_digest_sha256().and_then(|digest| digest.parse().ok());
         let digest = digest.with_context(|| format!("the digest {} was kept", descriptor.digest()))?;
         if seen.insert(digest.clone()) {
-            check(blobs, &digest, part, &mut verified)?;
+            check(blobs, &digest, part, &mut verified, &mut changed)?;
         }
     }
-    Ok(verified)
+    Ok((verified, changed))
 }
 
-/// Whether this part is what it was. If not, that is noted, and it is put away.
-fn check(blobs: &Blobs, digest: &Sha256Digest, part: Part, verified: &mut Verified) -> anyhow::Result<bool> {
+/// Whether this part is what it was. If not, that is noted.
+fn check(blobs: &Blobs, digest: &Sha256Digest, part: Part, verified: &mut Verified, changed: &mut Changed) -> anyhow::Result<bool> {
     let kind = match blobs.open_blob(digest) {
-        Err(_) => DamageKind::Missing,
-        Ok(file) => match hash(file, |_| Ok(())) {
+        Err(error) if is_missing(&error) => DamageKind::Missing,
+        // As for want of descriptors: that says nothing of the file.
+        Err(error) => return Err(error),
+        Ok(file) => match hash(&file, |_| Ok(())) {
             Ok((found, bytes)) => {
                 verified.bytes += bytes;
                 if found == *digest {
                     return Ok(true);
                 }
+                changed.push((digest.clone(), file));
                 DamageKind::Changed
             }
+            // It may be sound, and another time the disk may give it out.
             Err(Fault::Host(_) | Fault::Invalid(_)) => DamageKind::Unreadable,
         },
     };
-    blobs.put_away(digest)?;
     verified.damaged.push(Damage { digest: format!("sha256:{digest}"), part, kind });
     Ok(false)
 }
@@ -187,26 +208,72 @@ mod tests {
         json!({ "schemaVersion": 2, "config": config, "layers": layers.iter().map(layer).collect::<Vec<_>>() })
     }
 
+    fn damage(digest: &Sha256Digest, kind: DamageKind) -> Damage {
+        Damage { digest: format!("sha256:{digest}"), part: Part::Layer, kind }
+    }
+
     #[test]
     fn what_is_damaged_is_found_told_and_put_away() {
         let folder = tempfile::tempdir().unwrap();
         let blobs = Blobs::open(folder.path()).unwrap();
         let [config, sound, changed, lost] = [&b"config"[..], b"sound", b"changed", b"lost"].map(|content| keep(&blobs, content));
         let manifest = keep(&blobs, manifest_of(&config, &[&sound, &changed, &lost, &sound]).to_string().as_bytes());
-        assert_eq!(verify(&blobs, &manifest).unwrap().damaged, []);
+        assert_eq!(verify(&blobs, &manifest).unwrap().0.damaged, []);
         fs::write(folder.path().join("sha256").join(changed.digest()), "ch4nged").unwrap();
         fs::remove_file(folder.path().join("sha256").join(lost.digest())).unwrap();
 
-        let verified = verify(&blobs, &manifest).unwrap();
+        let (verified, away) = verify(&blobs, &manifest).unwrap();
+        for (digest, read) in &away {
+            blobs.put_away(digest, read).unwrap();
+        }
 
-        let damage = |digest: &Sha256Digest, kind| Damage { digest: format!("sha256:{digest}"), part: Part::Layer, kind };
         assert_eq!(verified.damaged, [damage(&changed, DamageKind::Changed), damage(&lost, DamageKind::Missing)]);
         // With it out of the way, the same bytes are kept again.
         for content in [&b"changed"[..], b"lost"] {
             keep(&blobs, content);
         }
-        assert_eq!(verify(&blobs, &manifest).unwrap().damaged, []);
-        assert_eq!(verify(&blobs, &digest_of(b"none")).unwrap().damaged[0].part, Part::Manifest);
+        assert_eq!(verify(&blobs, &manifest).unwrap().0.damaged, []);
+        assert_eq!(verify(&blobs, &digest_of(b"none")).unwrap().0.damaged[0].part, Part::Manifest);
+    }
+
+    #[test]
+    fn what_the_disk_does_not_give_out_is_told_and_left_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::open(folder.path()).unwrap();
+        let [config, layer] = [&b"config"[..], b"layer"].map(|content| keep(&blobs, content));
+        let manifest = keep(&blobs, manifest_of(&config, &[&layer]).to_string().as_bytes());
+        let path = folder.path().join("sha256").join(layer.digest());
+        fs::remove_file(&path).unwrap();
+
+        // A folder can be opened and not be read.
+        fs::create_dir(&path).unwrap();
+        let (verified, away) = verify(&blobs, &manifest).unwrap();
+        fs::remove_dir(&path).unwrap();
+        // What cannot be opened is there all the same.
+        std::os::unix::fs::symlink(&path, &path).unwrap();
+        let refused = verify(&blobs, &manifest);
+
+        assert_eq!((verified.damaged, away.len()), (vec![damage(&layer, DamageKind::Unreadable)], 0));
+        assert!(refused.is_err() && path.is_symlink());
+    }
+
+    #[test]
+    fn what_was_kept_anew_since_it_was_read_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Blobs::open(folder.path()).unwrap();
+        let [config, layer] = [&b"config"[..], b"layer"].map(|content| keep(&blobs, content));
+        let manifest = keep(&blobs, manifest_of(&config, &[&layer]).to_string().as_bytes());
+        let path = folder.path().join("sha256").join(layer.digest());
+        fs::write(&path, "l4yer").unwrap();
+        let [(_, first), (_, second)] = [(); 2].map(|()| verify(&blobs, &manifest).unwrap());
+
+        blobs.put_away(&first[0].0, &first[0].1).unwrap();
+        let is_away = !path.exists();
+        keep(&blobs, b"layer");
+        blobs.put_away(&second[0].0, &second[0].1).unwrap();
+
+        assert!(is_away);
+        assert_eq!(verify(&blobs, &manifest).unwrap().0.damaged, []);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Room for what comes in: so many archives at one time on this node, and so many of one tenant's.
+//! Room for what is much work: so much of a kind at one time on this node, and so much of it for one tenant, who may be as slow as they like: the others have room left.
 
 use std::{
     collections::HashMap,
@@ -9,14 +9,16 @@ use tracing::Instrument as _;
 
 use crate::sandbox::TenantId;
 
-/// What this node takes at one time. Each may fill as much disk as an archive may have.
-const PLACES_MAX: usize = 8;
-/// What it takes of one tenant, who may be as slow as they like: the others have room left.
-const PLACES_OF_TENANT_MAX: usize = 4;
-
-/// Who has one. `None`: an operator, for all.
-#[derive(Debug, Default)]
-pub(super) struct Places(Mutex<HashMap<Option<TenantId>, usize>>);
+/// The places for one kind of work.
+#[derive(Debug)]
+pub(super) struct Places {
+    /// What they are for, as several of it are called.
+    what: &'static str,
+    max: usize,
+    of_tenant_max: usize,
+    /// Who has one. `None`: an operator, for all.
+    taken: Mutex<HashMap<Option<TenantId>, usize>>,
+}
 
 /// One of them, until this is dropped.
 #[derive(Debug)]
@@ -26,18 +28,21 @@ pub(super) struct Place {
 }
 
 impl Places {
+    pub(super) fn new(what: &'static str, max: usize, of_tenant_max: usize) -> Arc<Self> {
+        Arc::new(Self { what, max, of_tenant_max, taken: Mutex::default() })
+    }
+
     /// Takes one, or says why there is none.
     pub(super) fn take(self: &Arc<Self>, tenant: Option<&TenantId>) -> Result<Place, String> {
-        let mut taken = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if taken.values().sum::<usize>() >= PLACES_MAX {
-            return Err(format!("{PLACES_MAX} uploads are in progress, which is all that this node takes at one time"));
+        let Self { what, max, of_tenant_max, .. } = **self;
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        if taken.values().sum::<usize>() >= max {
+            return Err(format!("{max} {what} are in progress, which is all that this node takes at one time"));
         }
         let tenant = tenant.cloned();
         let own = taken.entry(tenant.clone()).or_default();
-        if tenant.is_some() && *own >= PLACES_OF_TENANT_MAX {
-            return Err(format!(
-                "{PLACES_OF_TENANT_MAX} uploads of this tenant are in progress, which is all that this node takes at one time"
-            ));
+        if tenant.is_some() && *own >= of_tenant_max {
+            return Err(format!("{of_tenant_max} {what} of this tenant are in progress, which is all that this node takes at one time"));
         }
         *own += 1;
         Ok(Place { places: Arc::clone(self), tenant })
@@ -46,7 +51,7 @@ impl Places {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut taken = self.places.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut taken = self.places.taken.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(own) = taken.get_mut(&self.tenant) {
             *own -= 1;
             if *own == 0 {
@@ -57,7 +62,7 @@ impl Drop for Place {
 }
 
 impl Place {
-    /// Does this to its end, whoever waits for it, and keeps the place as long: what was sent has its disk until then. Fails where it panics.
+    /// Does this to its end, whoever waits for it, and keeps the place as long. Fails where it panics.
     pub(super) async fn hold<T: Send + 'static>(self, work: impl Future<Output = T> + Send + 'static) -> Result<T, tokio::task::JoinError> {
         let held = async move {
             let _place = self;
@@ -75,13 +80,20 @@ mod tests {
 
     use super::*;
 
+    const PLACES_MAX: usize = 8;
+    const PLACES_OF_TENANT_MAX: usize = 4;
+
+    fn places() -> Arc<Places> {
+        Places::new("uploads", PLACES_MAX, PLACES_OF_TENANT_MAX)
+    }
+
     fn tenant(name: &str) -> TenantId {
         TenantId::proven(name.to_owned())
     }
 
     #[test]
     fn no_tenant_takes_what_the_others_need() {
-        let places = Arc::new(Places::default());
+        let places = places();
         let (one, other) = (tenant("one"), tenant("other"));
         let of_one: Vec<_> = (0..PLACES_OF_TENANT_MAX).map(|_| places.take(Some(&one)).unwrap()).collect();
 
@@ -91,12 +103,12 @@ mod tests {
         drop(of_one);
         assert!(places.take(Some(&one)).is_ok());
         drop(of_other);
-        assert!(places.0.lock().unwrap().is_empty(), "nobody is remembered who has none");
+        assert!(places.taken.lock().unwrap().is_empty(), "nobody is remembered who has none");
     }
 
     #[test]
     fn the_node_takes_no_more_than_it_has_room_for_whoever_they_are() {
-        let places = Arc::new(Places::default());
+        let places = places();
         let all: Vec<_> = (0..PLACES_MAX).map(|_| places.take(None).unwrap()).collect();
 
         assert!(places.take(None).unwrap_err().contains("this node"));
@@ -108,7 +120,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_place_is_held_as_long_as_the_work_goes_on_whoever_waits_for_it() {
-        let places = Arc::new(Places::default());
+        let places = places();
         let all: Vec<_> = (1..PLACES_MAX).map(|_| places.take(None).unwrap()).collect();
         let (begun, has_begun) = oneshot::channel();
         let (end, may_end) = oneshot::channel::<()>();

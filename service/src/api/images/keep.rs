@@ -219,7 +219,7 @@ enum ImagePartView {
     Layer,
 }
 
-/// `changed`: it has other bytes than its digest says; `unreadable`: the disk does not give it out.
+/// `changed`: it has other bytes than its digest says; `unreadable`: the disk does not give it out, and it is left there.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 #[schema(as = ImageDamageKind)]
@@ -231,7 +231,7 @@ enum DamageKindView {
 
 /// Look whether an image is what it was
 ///
-/// Everything that it is made of is read and held against its digest. What is damaged is told and put away, so that another import or pull of the image brings it as it was; sandboxes that are made of the image's root go on
+/// Everything that it is made of is read and held against its digest. What is damaged is told; what has other bytes is put away, too, so that another import or pull of the image brings it as it was. Sandboxes that are made of the image's root go on
 /// being made. The `digest` stays the same.
 #[utoipa::path(
     post,
@@ -247,7 +247,7 @@ pub(super) async fn verify(State(app): State<Arc<App>>, caller: Caller, body: Bo
     let VerifyRequest { reference } = json::read(body).await?;
     let reference = ImageReference::parse("reference", reference)?.as_str().to_owned();
     let image = app.store.find_image(&caller.tenant, &reference).await?.ok_or(ApiError::ImageNotFound(reference))?;
-    let Verified { bytes, damaged, is_unpacked } = app.images.verify(&image).await?;
+    let Verified { bytes, damaged, is_unpacked } = app.images.verify(image.clone(), &caller.tenant).await?;
     let Image { reference, digest, .. } = image;
     let sound = damaged.is_empty() && is_unpacked;
     let damaged = damaged.into_iter().map(|damage| DamageView {
