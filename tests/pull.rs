@@ -622,7 +622,9 @@ async fn a_mirror_that_answers_what_is_no_image_is_passed_over() {
 #[tokio::test]
 async fn what_was_pulled_goes_for_room_when_nothing_uses_it_and_nothing_else_does() {
     let folder = service::folder().unwrap();
-    let liar = Liar::start(&layout(folder.path()), Manner::Honest).await;
+    // What an imported image is, too, stays for that.
+    image::variant(&busybox(), &folder.path().join("used"), &["--config.env", "WHICH=used"]).unwrap();
+    let liar = Liar::start(&folder.path().join("used"), Manner::Honest).await;
     // To this service the disk is always full.
     let full = ["--image-gc-high-water", "0", "--image-gc-idle-hours", "0"];
     let service = Service::start_with(&[&OWN[..], &full].concat()).unwrap();

@@ -378,7 +378,7 @@ impl Images {
     /// Takes a reference away, the tenant's own or — `None` — the shared one, and its content when nothing else needs it. Answers what it
     /// named.
     pub async fn remove(&self, tenant: Option<&TenantId>, reference: &str, actor: &Owner) -> Result<Option<Image>, ImportError> {
-        let removed = self.store.remove_image(tenant, reference, None, &self.act_of(actor)).await?;
+        let removed = self.store.remove_image(tenant, reference, &self.act_of(actor)).await?;
         if let Some(image) = &removed {
             fail_point::reached("service.image.unnamed");
             self.unlink(image.root.clone(), HashSet::new()).await;
@@ -441,29 +441,24 @@ impl Images {
         self.keeper.unpack(root.clone(), layers, limits).await?;
         fail_point::reached("service.import.unpacked");
 
-        let before = self.named(tenant.as_ref(), reference.as_str()).await?;
         let image = NewImage {
             tenant,
             reference: reference.as_str().to_owned(),
             digest: format!("sha256:{}", found.manifest.digest),
-            root: root.clone(),
+            root,
             config: layout::for_row(&found.configuration),
             size_bytes,
             created_at: self.clock.now(),
             origin,
         };
-        let image = match self.store.record_image(&image, &self.quotas, &self.act_of(&actor)).await? {
-            Recorded::Yes(image) => *image,
+        let (image, replaced) = match self.store.record_image(&image, &self.quotas, &self.act_of(&actor)).await? {
+            Recorded::Yes { image, replaced } => (*image, replaced),
             Recorded::Exceeded(exceeded) => return Err(ImportError::QuotaExceeded(Box::new(exceeded))),
+            Recorded::Gone => return Err(ImportError::Internal(anyhow::anyhow!("what comes in needs no name before"))),
         };
         fail_point::reached("service.import.recorded");
         tracing::info!(image.reference = image.reference, image.digest = image.digest, "an image was imported");
-        Ok((image, before.filter(|before| *before != root)))
-    }
-
-    /// The root that a reference of exactly this owner names.
-    async fn named(&self, tenant: Option<&TenantId>, reference: &str) -> Result<Option<ImageId>, ImportError> {
-        Ok(self.named_image(tenant, reference).await?.map(|image| image.root))
+        Ok((image, replaced))
     }
 
     /// The image that a reference of exactly this owner names.

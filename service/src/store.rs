@@ -28,7 +28,7 @@ pub use ears::Ears;
 pub use events::{Act, EventFilter, Followed as FollowedEvents, News, Position, Told};
 pub use execs::{ExecAdmitted, ExecEnded};
 pub use idempotency::{Fingerprint, HeldKey, Kept, KeyName, KeyState, Left, Taking};
-pub use images::{IdleImage, Image, NewImage, Origin, Recorded};
+pub use images::{Image, NewImage, Origin, Recorded};
 pub use life::{Changing, StartedAgain};
 pub use nodes::{Abandoned, Capacity as NodeCapacity, Hold, Lease, Node, NodeId, Orders, Renewed, Renewer};
 use pool::Pool;

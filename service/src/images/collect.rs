@@ -3,10 +3,11 @@
 use std::{collections::HashSet, time::Duration};
 
 use serde_json::json;
+use time::OffsetDateTime;
 use tokio::time::Instant;
 
 use super::Images;
-use crate::store::{Act, IdleImage};
+use crate::{sandbox::ImageId, store::Act};
 
 /// Between two looks at the disk, and after one at which it was short and nothing could go.
 const LOOK: Duration = Duration::from_secs(5);
@@ -15,10 +16,10 @@ const LOOK_AGAIN: Duration = Duration::from_secs(30);
 const LEFTOVER: Duration = Duration::from_secs(30);
 /// What is deleted is room only a moment later.
 const SETTLE: Duration = Duration::from_secs(2);
-/// Candidates of one look: those whose content is at other nodes are of no use to this one.
-const CANDIDATES: u32 = 100;
+/// Between two looks for what nothing needs any more here, however it came to that: another node may have given it up, which deletes only what is there.
+const SWEEP: Duration = Duration::from_secs(3600);
 /// What goes before it is looked again which are of use by now.
-const AT_ONCE: usize = 10;
+const AT_ONCE: u32 = 10;
 
 /// When images go that were pulled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,20 +64,23 @@ impl Images {
 
     async fn try_to_collect(&self) -> anyhow::Result<Found> {
         while self.is_full()? {
-            let idle = self.idle_here().await?;
+            let before = self.clock.now() - self.collecting.idle;
+            let idle = self.idle_here(before).await?;
             if idle.is_empty() {
                 return Ok(Found::Nothing);
             }
-            for IdleImage { tenant, image } in idle {
+            for root in idle {
                 if !self.is_full()? {
                     break;
                 }
                 let act = Act { actor: None, at: self.clock.now(), data: json!({ "reason": "unused" }) };
-                let removed = self.store.remove_image(tenant.as_ref(), &image.reference, Some(&image.digest), &act).await?;
-                if removed.is_some() {
-                    tracing::info!(image.reference = image.reference, image.digest = image.digest, "an unused image was given up for room");
+                let gone = self.store.give_up_root(&root, before, &act).await?;
+                for reference in &gone {
+                    tracing::info!(image.reference = reference, image.root = %root, "an unused image was given up for room");
                     self.metrics.image_collected();
-                    self.unlink(image.root, HashSet::new()).await;
+                }
+                if !gone.is_empty() {
+                    self.unlink(root, HashSet::new()).await;
                 }
                 tokio::time::sleep(SETTLE).await;
             }
@@ -85,11 +89,8 @@ impl Images {
     }
 
     /// Some that this node has, the one first that was of no use for the longest. To look for them is a look at every sandbox that is remembered.
-    async fn idle_here(&self) -> anyhow::Result<Vec<IdleImage>> {
-        let before = self.clock.now() - self.collecting.idle;
-        let here = self.keeper.images().await?;
-        let idle = self.store.idle_images(before, CANDIDATES).await?;
-        Ok(idle.into_iter().filter(|idle| here.contains(&idle.image.root)).take(AT_ONCE).collect())
+    async fn idle_here(&self, before: OffsetDateTime) -> anyhow::Result<Vec<ImageId>> {
+        Ok(self.store.idle_roots(&self.keeper.images().await?, before, AT_ONCE).await?)
     }
 
     fn is_full(&self) -> anyhow::Result<bool> {

@@ -29,30 +29,27 @@ impl Images {
         tenant: Option<TenantId>,
         actor: &Owner,
     ) -> Result<Option<Image>, ImportError> {
-        // Who takes content away waits for this, and then sees the new name.
-        let adding = self.content.read().await;
         let Some(image) = self.store.find_image(&actor.tenant, reference).await? else { return Ok(None) };
-        let before = self.named(tenant.as_ref(), name.as_str()).await?;
         let new = NewImage {
             tenant,
             reference: name.as_str().to_owned(),
             digest: image.digest,
-            root: image.root.clone(),
+            root: image.root,
             config: image.config,
             size_bytes: image.size_bytes,
             created_at: self.clock.now(),
             origin: Origin::Image(image.reference),
         };
         let recorded = self.store.record_image(&new, &self.quotas, &self.act_of(actor)).await?;
-        drop(adding);
         match recorded {
             Recorded::Exceeded(exceeded) => Err(ImportError::QuotaExceeded(Box::new(exceeded))),
-            Recorded::Yes(tagged) => {
-                if let Some(root) = before.filter(|before| *before != image.root) {
+            Recorded::Yes { image: tagged, replaced } => {
+                if let Some(root) = replaced {
                     self.unlink(root, HashSet::new()).await;
                 }
                 Ok(Some(*tagged))
             }
+            Recorded::Gone => Ok(None),
         }
     }
 }

@@ -73,12 +73,17 @@ impl Store {
         let has_input = input.files.is_some() || input.stdin.is_some();
         let row = sqlx::query!(
             r#"with image as (
-                select digest from images
+                select id, digest, pulled_from is not null as is_pulled from images
                 where reference = $7 and coalesce(tenant, '') in ($2, '')
                 order by tenant nulls last
                 limit 1
             ), tenant as (
                 select * from tenants where id = $2 for no key update
+            ), held_image as (
+                -- after the tenant, always. Only what was pulled is given up while nobody looks; whoever does that waits for this, and then sees the sandbox.
+                -- It costs a lock of a row more, and makes admissions wait for nobody else than that.
+                select id from images
+                where id = (select id from image where is_pulled) and exists (select 1 from tenant) for key share
             ), principal as (
                 -- after the tenant, always
                 select * from principals where tenant = $2 and name = $3 and exists (select 1 from tenant) for no key update
@@ -159,6 +164,7 @@ impl Store {
                     $38, $39, $40, $41, $43, $44, $45
                 from principal, image
                 where image.digest = $8
+                    and (not image.is_pulled or exists (select 1 from held_image))
                     and (select count(*) from volume) = cardinality($42)
                     and ($35::text is null or exists (select 1 from held))
                     and not exists (select 1 from used where suspended_at is not null)
@@ -207,7 +213,7 @@ impl Store {
                     when $35::text is not null and not exists (select 1 from held) then 'key'
                     when exists (select 1 from used where suspended_at is not null) then 'suspended'
                     when exists (select 1 from added) then 'added'
-                    when not exists (select 1 from image where digest = $8) then 'image'
+                    when not exists (select 1 from image where digest = $8 and (not is_pulled or exists (select 1 from held_image))) then 'image'
                     when (select count(*) from volume) <> cardinality($42) then 'volume'
                     when exists (select 1 from first) then 'exceeded'
                     when $5 = 'queued' then 'full'

@@ -75,19 +75,17 @@ pub struct Image {
     pub pulled_from: Option<String>,
 }
 
-/// An image that can be given up: it was pulled, and no sandbox needs it.
-#[derive(Debug, Clone)]
-pub struct IdleImage {
-    /// `None`: it is for all.
-    pub tenant: Option<TenantId>,
-    pub image: Image,
-}
-
 /// What became of an image that was to be recorded.
 #[derive(Debug, Clone)]
 pub enum Recorded {
-    Yes(Box<Image>),
+    Yes {
+        image: Box<Image>,
+        /// The root that the reference named before, if that was another.
+        replaced: Option<ImageId>,
+    },
     Exceeded(Exceeded),
+    /// No reference names any more what was to get another name.
+    Gone,
 }
 
 struct Row {
@@ -117,7 +115,7 @@ impl Row {
 }
 
 impl Store {
-    /// Makes the reference name this image from now on, for its tenant or for all, unless its tenant has no room for it.
+    /// Makes the reference name this image from now on, for its tenant or for all, unless its tenant has no room for it. What has a name already is not given up until it has this one, too.
     pub async fn record_image(&self, image: &NewImage, defaults: &Quotas, act: &Act<'_>) -> Result<Recorded, StoreError> {
         let mut transaction = self.pool.begin().await?;
         if let Some(tenant) = &image.tenant {
@@ -153,6 +151,21 @@ impl Store {
             }
             sqlx::query!("update tenants set image_bytes = $2 where id = $1", tenant.as_str(), after).execute(&mut *transaction).await?;
         }
+        let root = image.root.to_string();
+        if matches!(image.origin, Origin::Image(_)) {
+            // Whoever takes one of them away waits for this.
+            let named = sqlx::query_scalar!("select id from images where root = $1 order by id for share", root);
+            if named.fetch_all(&mut *transaction).await?.is_empty() {
+                return Ok(Recorded::Gone);
+            }
+        }
+        let replaced = sqlx::query_scalar!(
+            "select root from images where coalesce(tenant, '') = coalesce($1, '') and reference = $2 for no key update",
+            image.tenant.as_ref().map(TenantId::as_str),
+            image.reference,
+        )
+        .fetch_optional(&mut *transaction)
+        .await?;
         let row = sqlx::query_as!(
             Row,
             r#"insert into images (id, tenant, reference, digest, root, config, size_bytes, created_at, pulled_from)
@@ -165,7 +178,7 @@ impl Store {
             image.tenant.as_ref().map(TenantId::as_str),
             image.reference,
             image.digest,
-            image.root.to_string(),
+            root,
             Json(&image.config) as _,
             bigint(image.size_bytes),
             image.created_at,
@@ -181,7 +194,8 @@ impl Store {
         let object = format!("image/{}", image.reference);
         super::events::tell(&mut transaction, image.tenant.as_ref(), kind, Some(&object), &act).await?;
         transaction.commit().await?;
-        row.read().map(|image| Recorded::Yes(Box::new(image)))
+        let replaced = replaced.filter(|replaced| *replaced != root).map(ImageId::try_from).transpose().map_err(damaged)?;
+        row.read().map(|image| Recorded::Yes { image: Box::new(image), replaced })
     }
 
     /// How many bytes an image of the tenant's may have that is to take this reference, as things are now: for whoever wants to know before there is one. `None`: as
@@ -243,25 +257,23 @@ impl Store {
         roots.fetch_all(&self.pool).await?.into_iter().map(|root| root.try_into().map_err(damaged)).collect()
     }
 
-    /// Takes the reference away, the tenant's own or — `None` — the shared one, if it names the image of this digest, or whichever. Answers what it named.
-    pub async fn remove_image(
-        &self,
-        tenant: Option<&TenantId>,
-        reference: &str,
-        digest: Option<&str>,
-        act: &Act<'_>,
-    ) -> Result<Option<Image>, StoreError> {
+    /// Takes the reference away, the tenant's own or — `None` — the shared one. Answers what it named.
+    pub async fn remove_image(&self, tenant: Option<&TenantId>, reference: &str, act: &Act<'_>) -> Result<Option<Image>, StoreError> {
         let (actor_tenant, actor) = act.names();
         sqlx::query_as!(
             Row,
-            r#"with gone as (
-                delete from images where coalesce(tenant, '') = coalesce($1, '') and reference = $2 and ($6::text is null or digest = $6)
+            r#"with owner as (
+                -- before the image, always: whoever makes a sandbox has that lock first, too
+                select id from tenants where id = $1 for no key update
+            ), gone as (
+                delete from images
+                where coalesce(tenant, '') = coalesce($1, '') and reference = $2 and (select count(*) from owner) >= 0
                 returning tenant, reference, digest, root, config, size_bytes, created_at, pulled_from
             ), counted as (
                 update tenants set image_bytes = image_bytes - gone.size_bytes from gone where tenants.id = gone.tenant
             ), told as (
                 insert into events (tenant, kind, object, at, data, actor_tenant, actor)
-                select tenant, 'image.removed', 'image/' || reference, $3, jsonb_build_object('digest', digest) || $7, $4, $5 from gone
+                select tenant, 'image.removed', 'image/' || reference, $3, jsonb_build_object('digest', digest) || $6, $4, $5 from gone
             )
             select tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at, pulled_from from gone"#,
             tenant.map(TenantId::as_str),
@@ -269,7 +281,6 @@ impl Store {
             act.at,
             actor_tenant as _,
             actor as _,
-            digest,
             act.data,
         )
         .fetch_optional(&self.pool)
@@ -279,27 +290,96 @@ impl Store {
         .transpose()
     }
 
-    /// Images that were pulled, which no sandbox needs that has yet to end or keeps its layer, and of which none was made since this time: the one first of which none was made for the longest.
-    pub async fn idle_images(&self, before: OffsetDateTime, limit: u32) -> Result<Vec<IdleImage>, StoreError> {
-        let rows = sqlx::query_as!(
+    /// Notes that what the reference names was pulled again, if that is this root still. `None`: it is not.
+    pub async fn touch_image(
+        &self,
+        tenant: Option<&TenantId>,
+        reference: &str,
+        root: &ImageId,
+        at: OffsetDateTime,
+    ) -> Result<Option<Image>, StoreError> {
+        sqlx::query_as!(
             Row,
+            r#"update images set created_at = greatest(created_at, $4)
+            where coalesce(tenant, '') = coalesce($1, '') and reference = $2 and root = $3
+            returning tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at, pulled_from"#,
+            tenant.map(TenantId::as_str),
+            reference,
+            root.to_string(),
+            at,
+        )
+        .fetch_optional(&self.pool)
+        .await?
+        .map(Row::read)
+        .transpose()
+    }
+
+    /// Those of these roots which all references that name them had from a registry, which no sandbox needs that has yet to end or keeps its layer, and of which none was made since this time: the one
+    /// first of which none was made for the longest.
+    pub async fn idle_roots(&self, of: &[ImageId], before: OffsetDateTime, limit: u32) -> Result<Vec<ImageId>, StoreError> {
+        let of: Vec<_> = of.iter().map(ImageId::to_string).collect();
+        let roots = sqlx::query_scalar!(
             r#"with used as (
                 select image_root, max(created_at) as at,
                     bool_or(keep_layer or state in ('queued', 'starting', 'running', 'paused')) as is_needed
                 from sandboxes group by image_root
+            ), named as (
+                select root, max(created_at) as at from images where root = any($1) group by root having bool_and(pulled_from is not null)
             )
-            select tenant, reference, digest, root, config as "config: Json<ImageConfiguration>", size_bytes, created_at, pulled_from
-            from images left join used on used.image_root = images.root
-            where pulled_from is not null and greatest(created_at, used.at) < $1 and not coalesce(used.is_needed, false)
-            order by greatest(created_at, used.at), reference
-            limit $2"#,
+            select root as "root!" from named left join used on used.image_root = named.root
+            where greatest(named.at, used.at) < $2 and not coalesce(used.is_needed, false)
+            order by greatest(named.at, used.at), root
+            limit $3"#,
+            &of,
             before,
             i64::from(limit),
         )
         .fetch_all(&self.pool)
         .await?;
-        let read = |row: Row| Ok(IdleImage { tenant: row.tenant.clone().map(TenantId::proven), image: row.read()? });
-        rows.into_iter().map(read).collect()
+        roots.into_iter().map(|root| root.try_into().map_err(damaged)).collect()
+    }
+
+    /// Takes all references away that name this root, if it is still one of [`Store::idle_roots`]. Answers them.
+    pub async fn give_up_root(&self, root: &ImageId, before: OffsetDateTime, act: &Act<'_>) -> Result<Vec<String>, StoreError> {
+        let root = root.to_string();
+        let mut transaction = self.pool.begin().await?;
+        // Tenants before images, always. Who makes a sandbox of it is waited for, and seen by what comes then.
+        sqlx::query_scalar!(
+            "select id from tenants where id in (select tenant from images where root = $1) order by id for no key update",
+            root
+        )
+        .fetch_all(&mut *transaction)
+        .await?;
+        sqlx::query_scalar!("select id from images where root = $1 order by id for update", root).fetch_all(&mut *transaction).await?;
+        let gone = sqlx::query_scalar!(
+            r#"with gone as (
+                delete from images
+                where root = $1
+                    and not exists (select 1 from images i where i.root = $1 and (i.pulled_from is null or i.created_at >= $2))
+                    and not exists (
+                        select 1 from sandboxes s
+                        where s.image_root = $1
+                            and (s.created_at >= $2 or s.keep_layer or s.state in ('queued', 'starting', 'running', 'paused'))
+                    )
+                returning tenant, reference, digest, size_bytes
+            ), freed as (
+                select tenant, sum(size_bytes)::bigint as bytes from gone group by tenant
+            ), counted as (
+                update tenants set image_bytes = image_bytes - freed.bytes from freed where tenants.id = freed.tenant
+            ), told as (
+                insert into events (tenant, kind, object, at, data)
+                select tenant, 'image.removed', 'image/' || reference, $3, jsonb_build_object('digest', digest) || $4 from gone
+            )
+            select reference as "reference!" from gone"#,
+            root,
+            before,
+            act.at,
+            act.data,
+        )
+        .fetch_all(&mut *transaction)
+        .await?;
+        transaction.commit().await.inspect(|()| self.told())?;
+        Ok(gone)
     }
 
     /// Whether a reference still needs this unpacked root, or a sandbox that has yet to end or keeps its layer, which stands over it.
@@ -364,15 +444,15 @@ mod tests {
         let quotas: Quotas = serde_json::from_value(json!({"image_bytes": 10})).unwrap();
         let sized = |digit, reference, size_bytes| NewImage { size_bytes, ..image(Some("acme"), reference, digit) };
         let first = store.record_image(&sized('a', "one", 6), &quotas, &act()).await.unwrap();
-        assert!(matches!(first, Recorded::Yes(_)));
+        assert!(matches!(first, Recorded::Yes { .. }));
         let second = store.record_image(&sized('b', "two", 5), &quotas, &act()).await.unwrap();
         let Recorded::Exceeded(exceeded) = second else { panic!("{second:?}") };
         assert_eq!((exceeded.quota.as_str(), exceeded.limit, exceeded.used), ("image_bytes", json!(10), json!(6)));
         // One that takes the first one's place needs only what it is larger.
-        assert!(matches!(store.record_image(&sized('b', "one", 10), &quotas, &act()).await.unwrap(), Recorded::Yes(_)));
+        assert!(matches!(store.record_image(&sized('b', "one", 10), &quotas, &act()).await.unwrap(), Recorded::Yes { .. }));
         let bytes = async || sqlx::query_scalar!("select image_bytes from tenants where id = 'acme'").fetch_one(&pool).await.unwrap();
         assert_eq!(bytes().await, 10);
-        store.remove_image(Some(&TenantId::proven("acme".into())), "one", None, &act()).await.unwrap().unwrap();
+        store.remove_image(Some(&TenantId::proven("acme".into())), "one", &act()).await.unwrap().unwrap();
         assert_eq!(bytes().await, 0);
         let kinds = sqlx::query_scalar!("select kind from events order by id").fetch_all(&pool).await.unwrap();
         assert_eq!(kinds, ["image.imported", "image.imported", "image.removed"]);
@@ -414,7 +494,7 @@ mod tests {
         let room = async |reference| store.image_room(&acme, reference, &quotas).await.unwrap().unwrap();
         assert_eq!(room("one").await.0, 10);
         let image = NewImage { size_bytes: 6, ..image(Some("acme"), "one", 'a') };
-        assert!(matches!(store.record_image(&image, &quotas, &act()).await.unwrap(), Recorded::Yes(_)));
+        assert!(matches!(store.record_image(&image, &quotas, &act()).await.unwrap(), Recorded::Yes { .. }));
         let (bytes, exceeded) = room("two").await;
         assert_eq!((bytes, exceeded.used), (4, json!(6)));
         assert_eq!(room("one").await.0, 10);
@@ -431,41 +511,118 @@ mod tests {
         assert_eq!(told.data["sandbox"], sandbox.to_string());
     }
 
+    fn at(second: i64) -> OffsetDateTime {
+        OffsetDateTime::UNIX_EPOCH + time::Duration::seconds(second)
+    }
+
+    fn pulled(reference: &str, digit: char, second: i64) -> NewImage {
+        let origin = Origin::Registry(format!("registry.example/{reference}"));
+        NewImage { origin, created_at: at(second), ..image(Some("acme"), reference, digit) }
+    }
+
+    fn root(digit: char) -> ImageId {
+        digit.to_string().repeat(64).try_into().unwrap()
+    }
+
+    fn names(images: &[Image]) -> Vec<&str> {
+        images.iter().map(|image| image.reference.as_str()).collect()
+    }
+
     #[sqlx::test(migrations = "../migrations")]
-    async fn only_what_was_pulled_and_is_not_used_is_idle(pool: sqlx::PgPool) {
+    async fn only_roots_that_were_pulled_by_all_who_name_them_and_are_not_used_are_idle(pool: sqlx::PgPool) {
         let store = Store { pool: pool.into() };
-        let at = |second| OffsetDateTime::UNIX_EPOCH + time::Duration::seconds(second);
-        let pulled = |reference: &str, digit, second| {
-            let origin = Origin::Registry(format!("registry.example/{reference}"));
-            NewImage { origin, created_at: at(second), ..image(Some("acme"), reference, digit) }
-        };
         record(&store, &image(Some("acme"), "imported", 'a')).await.unwrap();
         record(&store, &pulled("newer", 'b', 5)).await.unwrap();
         record(&store, &pulled("older", 'c', 3)).await.unwrap();
         record(&store, &pulled("too-new", 'd', 9)).await.unwrap();
-        let tagged = NewImage { origin: Origin::Image("newer".to_owned()), ..image(Some("acme"), "tagged", 'b') };
-        record(&store, &tagged).await.unwrap();
+        record(&store, &pulled("elsewhere", 'e', 3)).await.unwrap();
+        record(&store, &pulled("once", 'f', 3)).await.unwrap();
+        record(&store, &pulled("anew", 'f', 9)).await.unwrap();
+        record(&store, &pulled("same-as-imported", 'a', 3)).await.unwrap();
+        let here: Vec<_> = ['a', 'b', 'c', 'd', 'f'].into_iter().map(root).collect();
 
-        let idle = store.idle_images(at(9), 10).await.unwrap();
+        let idle = store.idle_roots(&here, at(9), 10).await.unwrap();
 
-        let names: Vec<_> = idle.iter().map(|idle| idle.image.reference.as_str()).collect();
-        assert_eq!(names, ["older", "newer"]);
-        assert_eq!(idle[0].tenant, Some(TenantId::proven("acme".into())));
-        assert_eq!(idle[0].image.pulled_from.as_deref(), Some("registry.example/older"));
+        assert_eq!(idle, [root('c'), root('b')]);
+        assert_eq!(store.idle_roots(&here, at(9), 1).await.unwrap(), [root('c')]);
     }
 
     #[sqlx::test(migrations = "../migrations")]
-    async fn an_image_that_took_a_names_place_is_not_removed_for_the_one_before(pool: sqlx::PgPool) {
+    async fn a_root_is_given_up_with_all_its_names_or_not_at_all(pool: sqlx::PgPool) {
         let store = Store { pool: pool.clone().into() };
-        record(&store, &image(None, "python", 'b')).await.unwrap();
-        let act = Act { data: json!({ "reason": "idle" }), ..act() };
-        let digest = |digit: char| format!("sha256:{}", digit.to_string().repeat(64));
+        let acme = TenantId::proven("acme".into());
+        let act = Act { data: json!({ "reason": "unused" }), ..act() };
+        for (reference, digit, second) in [("one", 'b', 3), ("two", 'b', 5), ("stays", 'c', 3)] {
+            record(&store, &pulled(reference, digit, second)).await.unwrap();
+        }
+        record(&store, &NewImage { tenant: None, ..pulled("for-all", 'b', 4) }).await.unwrap();
+        let tagged = NewImage { origin: Origin::Image("stays".to_owned()), ..image(Some("acme"), "tagged", 'c') };
+        record(&store, &tagged).await.unwrap();
 
-        assert!(store.remove_image(None, "python", Some(&digest('a')), &act).await.unwrap().is_none());
-        assert!(store.remove_image(None, "python", Some(&digest('b')), &act).await.unwrap().is_some());
+        // One of them was pulled again since somebody looked.
+        let none = store.give_up_root(&root('b'), at(5), &act).await.unwrap();
+        let needed = store.give_up_root(&root('c'), at(9), &act).await.unwrap();
+        let mut gone = store.give_up_root(&root('b'), at(6), &act).await.unwrap();
 
-        let told = sqlx::query_scalar!("select data from events where kind = 'image.removed'").fetch_one(&pool).await.unwrap();
-        assert_eq!((&told["reason"], &told["digest"]), (&json!("idle"), &json!(digest('b'))));
+        gone.sort_unstable();
+        assert_eq!((none.as_slice(), needed.as_slice()), (&[][..], &[][..]));
+        assert_eq!(gone, ["for-all", "one", "two"]);
+        assert_eq!(names(&store.list_images(&acme).await.unwrap()), ["stays", "tagged"]);
+        let bytes = sqlx::query_scalar!("select image_bytes from tenants where id = 'acme'").fetch_one(&pool).await.unwrap();
+        assert_eq!(bytes, 2);
+        let told = sqlx::query_scalar!("select data from events where kind = 'image.removed'").fetch_all(&pool).await.unwrap();
+        assert!(told.len() == 3 && told.iter().all(|data| data["reason"] == "unused" && data["digest"].is_string()), "{told:?}");
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn an_image_that_is_pulled_again_is_as_if_it_were_new(pool: sqlx::PgPool) {
+        let store = Store { pool: pool.into() };
+        let acme = TenantId::proven("acme".into());
+        record(&store, &pulled("app", 'b', 3)).await.unwrap();
+
+        let touched = store.touch_image(Some(&acme), "app", &root('b'), at(8)).await.unwrap().unwrap();
+
+        assert_eq!((touched.created_at, touched.pulled_from.as_deref()), (at(8), Some("registry.example/app")));
+        assert_eq!(store.idle_roots(&[root('b')], at(8), 1).await.unwrap(), []);
+        assert!(store.touch_image(Some(&acme), "app", &root('c'), at(9)).await.unwrap().is_none());
+        assert!(store.touch_image(None, "app", &root('b'), at(9)).await.unwrap().is_none());
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn what_lost_its_names_gets_no_other(pool: sqlx::PgPool) {
+        let store = Store { pool: pool.into() };
+        let tagged = NewImage { origin: Origin::Image("first".to_owned()), ..image(Some("acme"), "second", 'a') };
+        record(&store, &image(Some("acme"), "first", 'a')).await.unwrap();
+
+        let named = record(&store, &tagged).await.unwrap();
+        for name in ["first", "second"] {
+            store.remove_image(tagged.tenant.as_ref(), name, &act()).await.unwrap().unwrap();
+        }
+        let too_late = record(&store, &tagged).await.unwrap();
+
+        assert!(matches!(named, Recorded::Yes { .. }) && matches!(too_late, Recorded::Gone), "{named:?} {too_late:?}");
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn what_a_name_named_before_is_told_once_to_whoever_replaced_it(pool: sqlx::PgPool) {
+        let store = Store { pool: pool.into() };
+        for tenant in [None, Some("acme")] {
+            let replaced = async |digit| {
+                let recorded = record(&store, &image(tenant, "app", digit)).await.unwrap();
+                let Recorded::Yes { replaced, .. } = recorded else { panic!("{recorded:?}") };
+                replaced
+            };
+
+            assert_eq!((replaced('a').await, replaced('a').await), (None, None));
+            let (one, other) = tokio::join!(replaced('b'), replaced('c'));
+
+            // The one replaces the first, and the other the one.
+            let mut told = [one, other].map(|root| root.unwrap().to_string());
+            told.sort_unstable();
+            let now = store.find_image(&TenantId::proven("acme".into()), "app").await.unwrap().unwrap().root;
+            let between = if now == root('b') { root('c') } else { root('b') };
+            assert_eq!(told, [root('a').to_string(), between.to_string()]);
+        }
     }
 
     #[sqlx::test(migrations = "../migrations")]
@@ -487,7 +644,7 @@ mod tests {
         let other = TenantId::proven("other".into());
         assert!(store.find_image(&other, "secret").await.unwrap().is_none());
         assert!(store.list_images(&other).await.unwrap().is_empty());
-        assert!(store.remove_image(Some(&other), "secret", None, &act()).await.unwrap().is_none());
+        assert!(store.remove_image(Some(&other), "secret", &act()).await.unwrap().is_none());
     }
 
     #[sqlx::test(migrations = "../migrations")]

@@ -313,7 +313,7 @@ mod tests {
     #[sqlx::test(migrations = "../migrations")]
     async fn no_sandbox_is_made_of_an_image_that_was_removed(pool: PgPool) {
         let (store, lease) = store_with_node(pool).await;
-        store.remove_image(None, "python", None, &act()).await.unwrap().unwrap();
+        store.remove_image(None, "python", &act()).await.unwrap().unwrap();
         assert!(!admit(&store, &sandbox("acme", Kind::Run, None), lease).await);
         assert!(!enqueue(&store, &queued("acme")).await);
         assert_eq!(store.queue_depth().await.unwrap(), 0);

@@ -394,3 +394,45 @@ async fn a_node_finds_what_a_suspension_is_to_end(pool: PgPool) {
     expected.sort();
     assert_eq!(found().await, expected);
 }
+
+#[sqlx::test(migrations = "../migrations")]
+async fn of_a_pulled_image_nothing_is_made_that_is_being_given_up(pool: PgPool) {
+    let sandbox = of("acme", "alice");
+    let (store, lease) = ready(pool.clone(), std::slice::from_ref(&sandbox)).await;
+    sqlx::query("update images set pulled_from = 'registry.example/python'").execute(&pool).await.unwrap();
+    let mut taking = pool.begin().await.unwrap();
+    sqlx::query("select 1 from images for update").execute(&mut *taking).await.unwrap();
+
+    let asked = sandbox.clone();
+    let asking = tokio::spawn(async move { ask(&store, &asked, lease, &Input::default(), &quotas(json!({}), json!({}))).await });
+    let waits = async {
+        let waiting = "select exists (select 1 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock')";
+        while !sqlx::query_scalar::<_, bool>(waiting).fetch_one(&pool).await.unwrap() {
+            assert!(!asking.is_finished(), "it does not wait for it");
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), waits).await.unwrap();
+    sqlx::query("delete from images").execute(&mut *taking).await.unwrap();
+    taking.commit().await.unwrap();
+
+    assert!(matches!(asking.await.unwrap(), Admitted::ImageMoved));
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn an_image_of_which_something_was_just_made_is_not_given_up(pool: PgPool) {
+    let sandbox = of("acme", "alice");
+    let (store, lease) = ready(pool.clone(), std::slice::from_ref(&sandbox)).await;
+    sqlx::query("update images set pulled_from = 'registry.example/python'").execute(&pool).await.unwrap();
+    let give_up = async || {
+        let later = sandbox.created_at + Duration::from_secs(1);
+        store.give_up_root(&sandbox.image.root, later, &act()).await.unwrap()
+    };
+
+    assert!(matches!(ask(&store, &sandbox, lease, &Input::default(), &quotas(json!({}), json!({}))).await, Admitted::Yes { .. }));
+    let needed = give_up().await;
+    finish(&store, &sandbox, &done(&sandbox)).await;
+    let idle = give_up().await;
+
+    assert!(needed.is_empty());
+    assert_eq!(idle, ["python"]);
+}

@@ -298,7 +298,7 @@ async fn what_keeps_its_layer_needs_its_image_until_that_is_given_up(pool: PgPoo
     let hold = running(&store, lease, &sandbox).await;
     end(&store, &sandbox, hold).await;
 
-    store.remove_image(None, "python", None, &act()).await.unwrap().unwrap();
+    store.remove_image(None, "python", &act()).await.unwrap().unwrap();
 
     assert!(store.needs_root(&sandbox.image.root).await.unwrap());
     store.give_up_layers(&[sandbox.id]).await.unwrap();
