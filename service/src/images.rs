@@ -289,6 +289,10 @@ impl Images {
     }
 
     async fn try_to_sweep(&self) -> anyhow::Result<()> {
+        // What comes in has no name until the end, and would be waited for.
+        if self.content.try_write().is_err() {
+            return Ok(());
+        }
         for root in self.keeper.images().await? {
             if !self.store.needs_root(&root).await? {
                 self.unlink(root, HashSet::new()).await;

@@ -41,8 +41,14 @@ enum Found {
 impl Images {
     /// Sees to it, to what lost its name, and to what is left of pulls, for as long as the service lives. What fails is logged.
     pub async fn collect(&self) {
-        let mut looked_at = Instant::now();
+        let (mut looked_at, mut swept_at) = (Instant::now(), Instant::now());
         loop {
+            if swept_at.elapsed() >= SWEEP {
+                if let Err(error) = self.try_to_sweep().await {
+                    tracing::warn!(error = format!("{error:#}"), "looking for what is left of images failed; it is tried again");
+                }
+                swept_at = Instant::now();
+            }
             if looked_at.elapsed() >= LEFTOVER {
                 self.unlink_leftover().await;
                 looked_at = Instant::now();
@@ -63,6 +69,10 @@ impl Images {
     }
 
     async fn try_to_collect(&self) -> anyhow::Result<Found> {
+        if self.is_full()? {
+            // What nothing needs goes before what somebody may.
+            self.try_to_sweep().await?;
+        }
         while self.is_full()? {
             let before = self.clock.now() - self.collecting.idle;
             let idle = self.idle_here(before).await?;
