@@ -13,12 +13,16 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::{Images, ImportError, blob::Blobs, digest_of_root, manifest_type, spool};
-use crate::store::Image;
+use crate::{sandbox::TenantId, store::Image};
 
-/// Archives that this node sends at one time. Each holds as many files open as its image has layers.
+/// Archives that go out at one time, of this node and of a tenant. Each holds as many files open as its image has layers.
 pub(super) const EXPORTS_MAX: usize = 8;
+pub(super) const EXPORTS_OF_TENANT_MAX: usize = 4;
 /// A reader that takes nothing for so long has given up.
 const IDLE: Duration = Duration::from_secs(60);
+/// And one that takes less than this on the whole, after a while of any pace, holds a place that others need.
+const BYTES_PER_S_MIN: u64 = 1 << 20;
+const ANY_PACE: Duration = Duration::from_secs(600);
 const CHUNK_BYTES: usize = 1 << 18;
 
 /// An archive on its way out.
@@ -46,9 +50,8 @@ enum Piece {
 
 impl Images {
     /// Begins to send the image. What it is made of may lose its name meanwhile: it is sent all the same.
-    pub async fn export(&self, image: &Image) -> Result<Export, ImportError> {
-        let full = |_| ImportError::Busy(format!("{EXPORTS_MAX} images are being exported, which is all that this node does at one time"));
-        let place = Arc::clone(&self.exporting).try_acquire_owned().map_err(full)?;
+    pub async fn export(&self, image: &Image, tenant: &TenantId) -> Result<Export, ImportError> {
+        let place = self.exporting.take(Some(tenant)).map_err(ImportError::Busy)?;
         let (blobs, manifest, reference) = (Arc::clone(&self.blobs), digest_of_root(&image.root), image.reference.clone());
         let adding = self.content.read().await;
         let opened = tokio::task::spawn_blocking(move || pieces(&blobs, &manifest, &reference)).await;
@@ -58,7 +61,7 @@ impl Images {
         let (sender, receiver) = mpsc::channel(2);
         tokio::spawn(async move {
             // Whoever waited for it sees that it is not whole.
-            if let Err(error) = send(pieces, &sender).await {
+            if let Err(error) = send_within(time_for(bytes), pieces, &sender).await {
                 tracing::warn!(%error, "an export broke off");
                 drop(tokio::time::timeout(IDLE, sender.send(Err(error))).await);
             }
@@ -168,6 +171,16 @@ fn tagged(reference: &str) -> Option<String> {
     (name.chars().all(is_fit) && is_tag).then(|| format!("{name}:{tag}"))
 }
 
+/// How long so many bytes may take.
+fn time_for(bytes: u64) -> Duration {
+    ANY_PACE + Duration::from_secs(bytes / BYTES_PER_S_MIN)
+}
+
+async fn send_within(time: Duration, pieces: Vec<Piece>, to: &mpsc::Sender<io::Result<Vec<u8>>>) -> io::Result<()> {
+    let slow = |_| Err(io::Error::new(io::ErrorKind::TimedOut, format!("its reader did not take it within {} s", time.as_secs())));
+    tokio::time::timeout(time, send(pieces, to)).await.unwrap_or_else(slow)
+}
+
 async fn send(pieces: Vec<Piece>, to: &mpsc::Sender<io::Result<Vec<u8>>>) -> io::Result<()> {
     for piece in pieces {
         match piece {
@@ -204,7 +217,7 @@ mod tests {
 
     use super::{
         super::{
-            archive::Archive,
+            archive::{ARCHIVE_BYTES_MAX, Archive},
             blob::digest_of,
             layout::{self, platform},
         },
@@ -250,6 +263,25 @@ mod tests {
         let saved: Value = serde_json::from_slice(&saved).unwrap();
         assert_eq!((&saved[0]["RepoTags"], saved[0]["Layers"].as_array().unwrap().len()), (&json!(["team/app:latest"]), 3));
         assert!(archive.section(saved[0]["Layers"][1].as_str().unwrap()).is_ok());
+    }
+
+    #[tokio::test]
+    async fn who_takes_a_little_now_and_then_is_not_sent_it_for_ever() {
+        let (sender, mut receiver) = mpsc::channel::<io::Result<Vec<u8>>>(1);
+        let pieces = (0..1_000_000).map(|_| Piece::Bytes(vec![0])).collect();
+        let slow = tokio::spawn(async move {
+            while receiver.recv().await.is_some_and(|piece| piece.is_ok()) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        });
+
+        let error = send_within(Duration::from_millis(200), pieces, &sender).await.unwrap_err();
+
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(sender);
+        slow.await.unwrap();
+        // Hours, and not weeks, for the largest.
+        assert!(time_for(0) > IDLE && time_for(ARCHIVE_BYTES_MAX) < Duration::from_secs(3 * 3600));
     }
 
     #[test]

@@ -168,7 +168,7 @@ impl From<Step> for StepView {
 pub(super) async fn export(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path<String>) -> Result<Response, ApiError> {
     caller.require(Scope::ImagesRead)?;
     let image = wanted(&app, &caller, reference).await?;
-    let export = app.images.export(&image).await?;
+    let export = app.images.export(&image, &caller.tenant).await?;
     let head = [(header::CONTENT_TYPE, "application/x-tar".to_owned()), (header::CONTENT_LENGTH, export.bytes.to_string())];
     let pieces = futures_util::stream::unfold(export, async |mut export: Export| Some((export.next().await?, export)));
     Ok((head, Body::from_stream(pieces)).into_response())
