@@ -134,6 +134,9 @@ pub enum ImportError {
     /// The registry cannot be reached, breaks off, or does not send what it promised.
     #[error("{0}")]
     RegistryFailed(String),
+    /// Content of an image that has a name.
+    #[error("a part of this image is missing on this node: import or pull it again")]
+    PartMissing,
     #[error("the keeper of this node is not available")]
     KeeperUnavailable,
     #[error(transparent)]
@@ -182,6 +185,15 @@ impl ImportError {
     /// The fault of what a stranger sent, of whose words this tells no more than a person reads.
     fn invalid(why: &str) -> Self {
         Self::Invalid(for_people(why))
+    }
+
+    /// What an image is made of could not be read.
+    fn of_content(error: anyhow::Error) -> Self {
+        if blob::is_missing(&error) {
+            tracing::info!(error = format!("{error:#}"), "a part of an image is missing");
+            return Self::PartMissing;
+        }
+        Self::Internal(error)
     }
 
     /// What this machine could not do. A full disk may have room again.

@@ -61,7 +61,7 @@ pub(super) async fn commit(State(app): State<Arc<App>>, caller: Caller, Path(id)
     };
     let actor = caller.owner();
     let commit = async {
-        let reading = app.images.read_tree(tree, id, &sandbox.image.root, &asked, &actor);
+        let reading = app.images.read_tree(tree, &sandbox.image.root, &asked, &actor);
         let read = app.engine.while_disk_lasts(reading).await??;
         Ok::<_, ApiError>(app.images.commit(read, id, asked, caller.owner()).await?)
     };

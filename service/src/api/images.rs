@@ -301,6 +301,7 @@ impl From<ImportError> for ApiError {
             | ImportError::NotAtRegistry(_)
             | ImportError::RegistryDenied(_)
             | ImportError::RegistryFailed(_)
+            | ImportError::PartMissing
             | ImportError::KeeperUnavailable => (&error).into(),
         }
     }

@@ -28,23 +28,12 @@ pub struct Read {
 }
 
 impl Images {
-    /// Reads all files of `sandbox`, which is made of the image `base`: what `tree` gives.
-    pub async fn read_tree(
-        &self,
-        tree: Tree,
-        sandbox: SandboxId,
-        base: &ImageId,
-        asked: &Commit,
-        actor: &Owner,
-    ) -> Result<Read, ImportError> {
+    /// Reads all files of a sandbox that is made of the image `base`: what `tree` gives.
+    pub async fn read_tree(&self, tree: Tree, base: &ImageId, asked: &Commit, actor: &Owner) -> Result<Read, ImportError> {
         let place = self.places.take(Some(&actor.tenant)).map_err(ImportError::Busy)?;
         let (blobs, manifest) = (Arc::clone(&self.blobs), digest_of_root(base));
         let base = tokio::task::spawn_blocking(move || blobs.configuration(&manifest)).await;
-        let base = base.map_err(|panic| ImportError::Internal(panic.into()))?.map_err(|error| {
-            // The one is there as long as the other; somebody removes both.
-            tracing::info!(error = format!("{error:#}"), sandbox.id = %sandbox, "the image of a sandbox that is to be committed is gone");
-            ImportError::Busy("the image that the sandbox was made of is going away, with the sandbox".to_owned())
-        })?;
+        let base = base.map_err(|panic| ImportError::Internal(panic.into()))?.map_err(ImportError::of_content)?;
         let configuration = asked.over(base);
         // Before all the reading.
         layout::check_fits(&configuration)?;

@@ -87,7 +87,7 @@ impl Images {
             let parsed = blobs.manifest(&manifest)?;
             anyhow::Ok(history(&parsed, &blobs.configuration(&manifest)?))
         });
-        read.await.map_err(|panic| ImportError::Internal(panic.into()))?.map_err(ImportError::Internal)
+        read.await.map_err(|panic| ImportError::Internal(panic.into()))?.map_err(ImportError::of_content)
     }
 
     /// Reads all that the image is made of, for this tenant, and holds it against its digests. What has other bytes is put away, so that whoever imports or pulls the image again has it as it was.
@@ -103,7 +103,7 @@ impl Images {
     async fn verify_now(&self, image: &Image) -> Result<Verified, ImportError> {
         let (blobs, manifest) = (Arc::clone(&self.blobs), digest_of_root(&image.root));
         let read = tokio::task::spawn_blocking(move || verify(&blobs, &manifest));
-        let (mut verified, changed) = read.await.map_err(|panic| ImportError::Internal(panic.into()))?.map_err(ImportError::Internal)?;
+        let (mut verified, changed) = read.await.map_err(|panic| ImportError::Internal(panic.into()))?.map_err(ImportError::of_content)?;
         if !changed.is_empty() {
             // Nobody keeps it anew meanwhile.
             let _taking = self.content.write().await;

@@ -122,7 +122,7 @@ struct LayerView {
     tag = "images",
     security(("bearer" = ["images:read"])),
     params(parameter::Reference),
-    responses((status = 200, description = "The steps.", body = HistoryView), refusal::ImageNotFound),
+    responses((status = 200, description = "The steps.", body = HistoryView), refusal::ImageNotFound, refusal::Conflict),
 )]
 pub(super) async fn history(
     State(app): State<Arc<App>>,
@@ -163,6 +163,7 @@ impl From<Step> for StepView {
     responses(
         (status = 200, description = "The archive; it breaks off if something goes wrong.", content((serde_json::Value = "application/x-tar"))),
         refusal::ImageNotFound,
+        refusal::Conflict,
     ),
 )]
 pub(super) async fn export(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path<String>) -> Result<Response, ApiError> {
@@ -240,7 +241,7 @@ enum DamageKindView {
     tag = "images",
     security(("bearer" = ["images:write"])),
     request_body(content = VerifyRequest, example = json!({ "reference": "busybox" })),
-    responses((status = 200, description = "What was found.", body = VerifiedView), refusal::ImageNotFound),
+    responses((status = 200, description = "What was found.", body = VerifiedView), refusal::ImageNotFound, refusal::Conflict),
 )]
 pub(super) async fn verify(State(app): State<Arc<App>>, caller: Caller, body: Body) -> Result<Json<VerifiedView>, ApiError> {
     caller.require(Scope::ImagesWrite)?;

@@ -324,6 +324,7 @@ impl From<&ImportError> for ApiError {
             ImportError::NotAtRegistry(what) => Self::ImageNotFound(what.clone()),
             ImportError::RegistryDenied(why) => Self::RegistryDenied(why.clone()),
             ImportError::RegistryFailed(why) => Self::RegistryFailed(why.clone()),
+            ImportError::PartMissing => Self::Conflict(error.to_string()),
             ImportError::KeeperUnavailable => Self::KeeperUnavailable,
             ImportError::Store(error) if error.is_unavailable() => Self::DatabaseUnavailable,
             ImportError::Tree(_) | ImportError::Store(_) | ImportError::Internal(_) => Self::Internal(anyhow::anyhow!("{error:#}")),

@@ -57,6 +57,7 @@ pub(in crate::api) struct PushRequest {
     responses(
         (status = 200, description = "The registry has it; or how it goes on, and the end of it.", content((ImageView = "application/json"), (PullFrame = "application/x-ndjson"), (String = "text/event-stream"))),
         refusal::OfRegistries,
+        refusal::Conflict,
         refusal::OnNode,
     ),
 )]
