@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeSet,
     fs,
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     process::Command,
     sync::{
@@ -20,10 +21,15 @@ use mayfly_tests::{
     service::{self, finish, import, mayfly, shared},
     token,
 };
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
+    time::Instant,
 };
 
 const SOON: Duration = Duration::from_secs(60);
@@ -203,6 +209,127 @@ async fn a_damaged_layer_is_found_and_another_import_mends_it() {
     assert!(!status.success() && said.contains(&format!("layer {digest} is missing")), "{said}");
     assert_eq!(mended["sound"], true);
     says_hello(&service.client(), "busybox").await;
+}
+
+/// Where the content of this digest is kept.
+fn blob(service: &Service, digest: &Value) -> PathBuf {
+    service.place().data_dir.join("blobs").join(digest.as_str().unwrap().replace(':', "/"))
+}
+
+/// Of the only layer of busybox's.
+async fn layer_of(client: &Client, image: &str) -> Value {
+    let history = client.get(&format!("/v1/image-history/{image}")).await.expect(200);
+    history["steps"].as_array().unwrap().iter().map(|step| &step["layer"]["digest"]).find(|digest| digest.is_string()).unwrap().clone()
+}
+
+/// Opens a named pipe for writing once somebody has it open, or waits, for reading.
+async fn pipe_to_a_reader(path: &Path) -> fs::File {
+    let deadline = Instant::now() + SOON;
+    loop {
+        // Without a reader that is refused (fifo(7)).
+        match fs::OpenOptions::new().write(true).custom_flags(nix::libc::O_NONBLOCK).open(path) {
+            Ok(pipe) => return pipe,
+            Err(error) => assert!(Instant::now() < deadline, "nobody reads it: {error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_verification_that_nobody_waits_for_takes_its_tenants_place_until_it_ends() {
+    const VERIFY: &str = "/v1/images/verify";
+    let service = service();
+    let client = service.client();
+    let (name, _) = own_image(&client).await;
+    let asked = json!({ "reference": name });
+    let layer = blob(&service, &layer_of(&client, &name).await);
+    // Whoever reads it waits for who writes it.
+    fs::remove_file(&layer).unwrap();
+    nix::unistd::mkfifo(&layer, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let waiting = tokio::spawn(client.request(reqwest::Method::POST, VERIFY).json(&asked).send());
+    let pipe = pipe_to_a_reader(&layer).await;
+
+    waiting.abort();
+    assert!(waiting.await.unwrap_err().is_cancelled());
+    for _ in 0..50 {
+        let refused = client.post(VERIFY, &asked).await.problem(503, "no_capacity");
+        assert!(refused["detail"].as_str().unwrap().contains("of this tenant"), "{refused:#}");
+    }
+
+    // Now it has read it, to its end.
+    drop(pipe);
+    let deadline = Instant::now() + SOON;
+    let next = loop {
+        let answer = client.post(VERIFY, &asked).await;
+        if answer.status == 200 {
+            break answer.body;
+        }
+        assert!(Instant::now() < deadline, "{}", answer.text);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert_eq!(next["damaged"][0]["kind"], "missing", "{next:#}");
+    assert!(!layer.exists());
+}
+
+#[tokio::test]
+async fn what_lost_a_part_is_told_as_that_until_another_import_brings_it() {
+    let (service, folder) = (service(), service::folder().unwrap());
+    let client = service.client();
+    let image = client.get("/v1/images/busybox").await.expect(200);
+    let (archive, history) = ("/v1/image-archives/busybox", "/v1/image-history/busybox");
+    let push = json!({ "reference": "busybox", "to": "127.0.0.1:1025/app:1" });
+
+    fs::remove_file(blob(&service, &layer_of(&client, "busybox").await)).unwrap();
+    let exported = client.get(archive).await.problem(409, "conflict");
+    let pushed = client.post(PUSH, &push).await.problem(409, "conflict");
+    client.get(history).await.expect(200);
+    fs::remove_file(blob(&service, &image["digest"])).unwrap();
+    let read = client.get(history).await.problem(409, "conflict");
+    service.import("busybox").unwrap();
+
+    for told in [exported, pushed, read] {
+        assert!(told["detail"].as_str().unwrap().contains("import or pull it again") && told["retryable"] == false, "{told:#}");
+    }
+    client.get(history).await.expect(200);
+    export(&client, "busybox", &folder.path().join("out.tar")).await;
+}
+
+#[tokio::test]
+async fn a_removal_that_waits_for_an_import_holds_up_no_export_and_no_tag() {
+    let (service, folder) = (service(), service::folder().unwrap());
+    let client = service.client();
+    let (removed, _) = own_image(&client).await;
+    let (layout, out) = (folder.path().join("other"), folder.path().join("out.tar"));
+    image::variant(&image::archive("busybox").unwrap(), &layout, &["--config.env", "WHICH=other"]).unwrap();
+    let blobs = service.place().data_dir.join("blobs/sha256");
+    let count = || fs::read_dir(&blobs).unwrap().filter(|entry| entry.as_ref().unwrap().file_name().len() == 64).count();
+    let (before, deadline) = (count(), Instant::now() + SOON);
+    let keeper = Pid::from_raw(service.place().keeper_pid().cast_signed());
+
+    // What is to be unpacked is not, for a while.
+    kill(keeper, Signal::SIGSTOP).unwrap();
+    let place = service.place().clone();
+    let importing = tokio::task::spawn_blocking(move || import(&place, &layout, "other"));
+    while count() == before {
+        assert!(Instant::now() < deadline && !importing.is_finished(), "{}", service.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let (remover, path) = (client.clone(), format!("/v1/images/{removed}"));
+    let removing = tokio::spawn(async move { remover.delete(&path).await.status });
+    while client.get(&format!("/v1/images/{removed}")).await.status != 404 {
+        assert!(Instant::now() < deadline, "{}", service.log());
+    }
+    for tag in 0..20 {
+        tokio::time::timeout(SOON, export(&client, "busybox", &out)).await.unwrap();
+        let tagged = json!({ "reference": "busybox", "name": format!("tagged:{tag}") });
+        tokio::time::timeout(SOON, client.post("/v1/images/tag", &tagged)).await.unwrap().expect(201);
+    }
+    let is_over = (importing.is_finished(), removing.is_finished());
+    kill(keeper, Signal::SIGCONT).unwrap();
+
+    assert_eq!(is_over, (false, false));
+    importing.await.unwrap().unwrap();
+    assert_eq!(removing.await.unwrap(), 204);
 }
 
 /// A command of the operator's.

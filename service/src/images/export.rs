@@ -53,10 +53,9 @@ impl Images {
     pub async fn export(&self, image: &Image, tenant: &TenantId) -> Result<Export, ImportError> {
         let place = self.exporting.take(Some(tenant)).map_err(ImportError::Busy)?;
         let (blobs, manifest, reference) = (Arc::clone(&self.blobs), digest_of_root(&image.root), image.reference.clone());
-        let adding = self.content.read().await;
+        // What is open is sent, whoever takes it away.
         let opened = tokio::task::spawn_blocking(move || pieces(&blobs, &manifest, &reference)).await;
-        drop(adding);
-        let pieces = opened.map_err(|panic| ImportError::Internal(panic.into()))?.map_err(ImportError::Internal)?;
+        let pieces = opened.map_err(|panic| ImportError::Internal(panic.into()))?.map_err(ImportError::of_content)?;
         let bytes = pieces.iter().map(Piece::bytes).sum();
         let (sender, receiver) = mpsc::channel(2);
         tokio::spawn(async move {

@@ -72,10 +72,9 @@ impl Images {
         let tag =
             push.target.tag().ok_or_else(|| ImportError::Invalid("an image is pushed to a tag, not to a digest".to_owned()))?.to_owned();
         let (blobs, digest) = (Arc::clone(&self.blobs), digest_of_root(&image.root));
-        let adding = self.content.read().await;
+        // What is open is read, whoever takes it away.
         let opened = tokio::task::spawn_blocking(move || open(&blobs, &digest)).await;
-        drop(adding);
-        let whole = opened.map_err(|panic| ImportError::Internal(panic.into()))?.map_err(ImportError::Internal)?;
+        let whole = opened.map_err(|panic| ImportError::Internal(panic.into()))?.map_err(ImportError::of_content)?;
         let (teller, progress) = watch::channel(Progress::default());
         tokio::spawn(async move {
             let late = |_| ImportError::RegistryFailed(format!("the registry did not take the image within {} s", DEADLINE.as_secs()));
