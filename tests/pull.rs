@@ -663,6 +663,59 @@ async fn what_was_pulled_goes_for_room_when_nothing_uses_it_and_nothing_else_doe
 }
 
 #[tokio::test]
+async fn a_pulled_image_that_an_imported_one_holds_on_to_does_not_go_for_room() {
+    let folder = service::folder().unwrap();
+    let liar = Liar::start(&layout(folder.path()), Manner::Honest).await;
+    let full = ["--image-gc-high-water", "0", "--image-gc-idle-hours", "0"];
+    let service = Service::start_with(&[&OWN[..], &full].concat()).unwrap();
+    service.import("busybox").unwrap();
+    let client = service.client();
+    let pulled = pull(&client, &liar.address).await.expect(201);
+    let imported = client.get("/v1/images/busybox").await.expect(200);
+
+    // Somebody looks, and finds another one.
+    let other = folder.path().join("other");
+    image::variant(&busybox(), &other, &["--config.env", "WHICH=other"]).unwrap();
+    let second = Liar::start(&other, Manner::Honest).await;
+    client.post(PULL, &json!({ "reference": format!("{}/app:1", second.address), "name": "idle" })).await.expect(201);
+    let deadline = Instant::now() + 3 * SOON;
+    while client.get("/v1/images/idle").await.status != 404 {
+        assert!(Instant::now() < deadline, "it stays: {}", service.log());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+
+    assert_eq!(pulled["digest"], imported["digest"]);
+    assert_eq!(client.get("/v1/images/app").await.expect(200), pulled);
+}
+
+#[tokio::test]
+async fn what_a_node_has_no_files_of_is_pulled_there_again() {
+    let folder = service::folder().unwrap();
+    let (service, liar) = (service(), Liar::start(&layout(folder.path()), Manner::Honest).await);
+    let client = service.client();
+    let image = format!("{}/app:1", liar.address);
+    let request = json!({ "reference": image });
+    let first = client.post(PULL, &request).await.expect(201);
+    let root = service.place().data_dir.join("images").join(first["digest"].as_str().unwrap().trim_start_matches("sha256:"));
+    // As on a node that did not pull it.
+    let lose = |to: &str| fs::rename(&root, root.with_file_name(to)).unwrap();
+
+    lose("trash-one");
+    let run = client.run(&json!({ "image": image, "command": ["echo", "pulled"], "pull": "missing" })).await;
+    let after_run = root.exists();
+    lose("trash-two");
+    let second = client.post(PULL, &request).await.expect(201);
+    let after_pull = root.exists();
+    let third = client.post(PULL, &request).await.expect(201);
+
+    assert_eq!((stdout(&run), after_run, after_pull), ("pulled\n", true, true), "{run:#}");
+    assert_eq!((&second["digest"], &third["digest"]), (&first["digest"], &first["digest"]));
+    // Of what is here it is known that somebody wants it.
+    assert_ne!(third["created_at"], second["created_at"]);
+    says_hello(&client, &image).await;
+}
+
+#[tokio::test]
 async fn a_disk_that_is_short_takes_no_pulled_image_but_an_operators() {
     let folder = service::folder().unwrap();
     let liar = Liar::start(&layout(folder.path()), Manner::Honest).await;

@@ -30,7 +30,7 @@ use super::{
 };
 use crate::{
     metrics::Direction,
-    sandbox::{ImageReference, Owner, TenantId},
+    sandbox::{ImageId, ImageReference, Owner, TenantId},
     store::{Image, Origin},
 };
 
@@ -205,6 +205,15 @@ impl Images {
         Ok(pulling)
     }
 
+    /// Whether the image is here and was pulled from there, but this node has nothing to make sandboxes of.
+    pub async fn is_elsewhere(&self, image: &Image, source: &ImageSource) -> Result<bool, ImportError> {
+        Ok(image.pulled_from.as_ref() == Some(&source.name()) && !self.has_root(&image.root).await?)
+    }
+
+    async fn has_root(&self, root: &ImageId) -> Result<bool, ImportError> {
+        Ok(self.keeper.images().await?.contains(root))
+    }
+
     async fn pull_now(
         &self,
         pull: &Pull,
@@ -279,7 +288,11 @@ impl Images {
         let (fetched, manifest) = manifest(session).await?;
         let here = self.named_image(pull.tenant.as_ref(), pull.reference.as_str()).await?;
         // What a look at it found damaged is fetched again.
-        if let Some(image) = here.filter(|image| image.root == root_of(&fetched.digest) && self.blobs.has_all(&fetched.digest)) {
+        if let Some(image) = here.filter(|image| image.root == root_of(&fetched.digest) && self.blobs.has_all(&fetched.digest))
+            && self.has_root(&image.root).await?
+            // It is used from now on: it does not go for room.
+            && let Some(image) = self.store.touch_image(pull.tenant.as_ref(), &image.reference, &image.root, self.clock.now()).await?
+        {
             return Ok(Brought::Nothing(Box::new(image)));
         }
         let config_digest = small_digest(manifest.config())?;

@@ -221,7 +221,14 @@ pub(in crate::api) async fn pull(
 pub(in crate::api) async fn pull_for(app: &App, caller: &Caller, asked: &NewSandbox) -> Result<(), ApiError> {
     let is_wanted = match asked.pull {
         PullPolicy::Never => false,
-        PullPolicy::Missing => app.store.find_image(&caller.tenant, asked.image.as_str()).await?.is_none(),
+        PullPolicy::Missing => match app.store.find_image(&caller.tenant, asked.image.as_str()).await? {
+            None => true,
+            // Another node may have pulled it. What came otherwise is no registry's to replace.
+            Some(image) => match ImageSource::parse(asked.image.as_str()) {
+                Ok(source) => app.images.is_elsewhere(&image, &source).await?,
+                Err(_) => false,
+            },
+        },
         PullPolicy::Always => true,
     };
     if !is_wanted {
