@@ -478,9 +478,9 @@ mod tests {
         assert_eq!((exceeded.quota.as_str(), exceeded.limit, exceeded.used), ("images", json!(1000), json!(1000)));
         // A name that there is may name another image, and others' names are theirs.
         let moved = image(Some("acme"), "first", 'b');
-        assert!(matches!(record(&store, &moved).await.unwrap(), Recorded::Yes(_)));
-        assert!(matches!(record(&store, &other).await.unwrap(), Recorded::Yes(_)));
-        assert!(matches!(record(&store, &image(None, "shared", 'c')).await.unwrap(), Recorded::Yes(_)));
+        assert!(matches!(record(&store, &moved).await.unwrap(), Recorded::Yes { .. }));
+        assert!(matches!(record(&store, &other).await.unwrap(), Recorded::Yes { .. }));
+        assert!(matches!(record(&store, &image(None, "shared", 'c')).await.unwrap(), Recorded::Yes { .. }));
         let mut roots = store.image_roots(&TenantId::proven("acme".into())).await.unwrap();
         roots.sort_by_key(ToString::to_string);
         assert_eq!(roots, ['a', 'b', 'c'].map(|digit| ImageId::try_from(digit.to_string().repeat(64)).unwrap()));
