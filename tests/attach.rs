@@ -189,6 +189,23 @@ async fn input_before_which_some_is_missing_does_not_go_in() {
 }
 
 #[tokio::test]
+async fn an_end_before_which_input_is_missing_is_none() {
+    let sandbox = Sandbox::new().await;
+    let exec = sandbox.shell("cat").await;
+    let mut socket = sandbox.attach(&exec).await;
+
+    socket.send(&json!({ "stdin_at": 3 })).await.unwrap();
+    socket.send(&json!({ "stdin_end": true })).await.unwrap();
+    socket.send(&json!({ "stdin_at": 0 })).await.unwrap();
+    socket.send(&json!({ "stdin": "all" })).await.unwrap();
+    socket.send(&json!({ "stdin_end": true })).await.unwrap();
+    let seen = socket.collect_attached().await;
+
+    assert_eq!((seen.log.stdout_text().as_str(), seen.codes()), ("all", vec!["stdin_gap"]));
+    sandbox.end().await;
+}
+
+#[tokio::test]
 async fn a_program_that_does_not_read_stops_its_writer_and_nobody_else() {
     let sandbox = Sandbox::new().await;
     let exec = sandbox.shell("echo on; while ! [ -e /tmp/go ]; do sleep 0.05; done; echo reading; wc -c").await;

@@ -244,8 +244,8 @@ impl Listener {
                 Ok(())
             }
             Asked::End => {
-                self.has_ended = !self.subject.is_terminal;
-                let ended = self.input.end(self.subject.is_terminal).await;
+                let ended = self.input.end(self.at, self.subject.is_terminal).await;
+                self.has_ended = !self.subject.is_terminal && matches!(ended, Ok(()) | Err(InputFault::Closed));
                 self.note(ended).await;
                 Ok(())
             }

@@ -119,14 +119,19 @@ impl OpenInput {
     }
 
     /// End of file, once what was written is read. At a terminal it is what its user types, and more may follow.
-    pub async fn end(&self, is_terminal: bool) -> Result<(), InputFault> {
+    ///
+    /// `at` is where the input ends: before all of that was taken it has no end, and goes on.
+    pub async fn end(&self, at: Option<u64>, is_terminal: bool) -> Result<(), InputFault> {
         let mut way = self.way.lock().await;
-        if !is_terminal {
-            // It is read only when everybody has let go.
+        if at.is_some_and(|at| at > *self.written.borrow()) {
+            return Err(InputFault::Gap);
+        }
+        let ended = self.keeper.end_input(self.id).await.map_err(|error| fault(&error));
+        // It is read only when everybody has let go. While the keeper is away nothing has ended.
+        if !is_terminal && ended != Err(InputFault::KeeperUnavailable) {
             *way = Way::Closed;
         }
-        drop(way);
-        self.keeper.end_input(self.id).await.map_err(|error| fault(&error))
+        ended
     }
 
     async fn open(&self) -> Result<Way, InputFault> {
