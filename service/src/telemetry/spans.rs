@@ -196,13 +196,13 @@ async fn send(
             }
             let count = batch.len() as u64;
             let sent = exporter.export(batch).await;
-            metrics.spans(if sent.is_ok() { "sent" } else { "failed" }, count);
             match (&sent, is_failing) {
                 (Err(error), false) => tracing::warn!(%error, "the collector takes no spans; those of now are lost"),
                 (Ok(()), true) => tracing::info!("the collector takes spans again"),
                 (Err(_), true) | (Ok(()), false) => {}
             }
             is_failing = sent.is_err();
+            metrics.spans(if sent.is_ok() { "sent" } else { "failed" }, count);
         }
         if is_last {
             return;
