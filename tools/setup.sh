@@ -87,15 +87,16 @@ install_packages() {
         sed -i -E 's/^#?create_main_cluster.*/create_main_cluster = false/' /etc/postgresql-common/createcluster.conf
     fi
     apt-get install -y -q --no-install-recommends "${packages[@]}" >&2
-    # Nor this one: the tests start their own.
-    if [[ " ${packages[*]} " == *" prometheus "* ]]; then
+    # Nor these: the tests start their own. One that was not started is what we want.
+    local daemon
+    for daemon in prometheus docker-registry; do
+        [[ " ${packages[*]} " == *" $daemon "* ]] || continue
         if [[ -d /run/systemd/system ]]; then
-            systemctl disable --quiet --now prometheus
+            systemctl disable --quiet --now "$daemon" || true
         else
-            # One that was not started is what we want.
-            service prometheus stop >&2 || true
+            service "$daemon" stop >&2 || true
         fi
-    fi
+    done
 }
 
 service_user() {
@@ -139,7 +140,7 @@ from_npm() {
     rm -rf "$folder"
     mkdir -p "$folder"
     for file in "${pinned[@]}"; do cp "tests/docs/$file" "$folder/"; done
-    npm ci --prefix "$folder" --ignore-scripts --no-audit --no-fund --silent >&2
+    npm ci --prefix "$folder" --ignore-scripts --no-audit --no-fund --loglevel=error >&2
     cp tests/docs/package-lock.json "$folder/installed.json"
 }
 
