@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeSet,
     fs,
-    os::unix::fs::OpenOptionsExt as _,
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     process::Command,
     sync::{
@@ -181,7 +181,7 @@ async fn how_an_image_was_built_is_told_to_who_may_use_it() {
         other.get(&path).await.problem(404, "image_not_found");
     }
     other.post("/v1/images/verify", &json!({ "reference": name })).await.problem(404, "image_not_found");
-    other.post(PUSH, &json!({ "reference": name, "to": "registry.example/a" })).await.problem(404, "image_not_found");
+    other.post(PUSH, &json!({ "reference": name, "to": "nowhere.example/a" })).await.problem(404, "image_not_found");
 }
 
 #[tokio::test]
@@ -246,6 +246,7 @@ async fn a_verification_that_nobody_waits_for_takes_its_tenants_place_until_it_e
     // Whoever reads it waits for who writes it.
     fs::remove_file(&layer).unwrap();
     nix::unistd::mkfifo(&layer, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    fs::set_permissions(&layer, fs::Permissions::from_mode(0o644)).unwrap();
     let waiting = tokio::spawn(client.request(reqwest::Method::POST, VERIFY).json(&asked).send());
     let pipe = pipe_to_a_reader(&layer).await;
 

@@ -207,7 +207,15 @@ impl Images {
 
     /// Whether the image is here and was pulled from there, but this node has nothing to make sandboxes of.
     pub async fn is_elsewhere(&self, image: &Image, source: &ImageSource) -> Result<bool, ImportError> {
-        Ok(image.pulled_from.as_ref() == Some(&source.name()) && !self.has_root(&image.root).await?)
+        if image.pulled_from.as_ref() != Some(&source.name()) {
+            return Ok(false);
+        }
+        match self.has_root(&image.root).await {
+            Ok(is_here) => Ok(!is_here),
+            // One that is upgraded is back in a moment, which whoever starts the sandbox waits for.
+            Err(ImportError::KeeperUnavailable) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     async fn has_root(&self, root: &ImageId) -> Result<bool, ImportError> {

@@ -152,20 +152,23 @@ impl Store {
             sqlx::query!("update tenants set image_bytes = $2 where id = $1", tenant.as_str(), after).execute(&mut *transaction).await?;
         }
         let root = image.root.to_string();
-        if matches!(image.origin, Origin::Image(_)) {
-            // Whoever takes one of them away waits for this.
-            let named = sqlx::query_scalar!("select id from images where root = $1 order by id for share", root);
-            if named.fetch_all(&mut *transaction).await?.is_empty() {
-                return Ok(Recorded::Gone);
-            }
-        }
-        let replaced = sqlx::query_scalar!(
-            "select root from images where coalesce(tenant, '') = coalesce($1, '') and reference = $2 for no key update",
+        let is_named_anew = matches!(image.origin, Origin::Image(_));
+        // All at once, in one order: whoever takes one of them away, or gives one another name, waits for this.
+        let held = sqlx::query!(
+            r#"select root, coalesce(tenant, '') = coalesce($1, '') and reference = $2 as "is_replaced!" from images
+            where coalesce(tenant, '') = coalesce($1, '') and reference = $2 or root = $3 and $4
+            order by id for no key update"#,
             image.tenant.as_ref().map(TenantId::as_str),
             image.reference,
+            root,
+            is_named_anew,
         )
-        .fetch_optional(&mut *transaction)
+        .fetch_all(&mut *transaction)
         .await?;
+        if is_named_anew && held.iter().all(|held| held.root != root) {
+            return Ok(Recorded::Gone);
+        }
+        let replaced = held.into_iter().find(|held| held.is_replaced).map(|held| held.root);
         let row = sqlx::query_as!(
             Row,
             r#"insert into images (id, tenant, reference, digest, root, config, size_bytes, created_at, pulled_from)
@@ -319,16 +322,22 @@ impl Store {
     pub async fn idle_roots(&self, of: &[ImageId], before: OffsetDateTime, limit: u32) -> Result<Vec<ImageId>, StoreError> {
         let of: Vec<_> = of.iter().map(ImageId::to_string).collect();
         let roots = sqlx::query_scalar!(
-            r#"with used as (
-                select image_root, max(created_at) as at,
-                    bool_or(keep_layer or state in ('queued', 'starting', 'running', 'paused')) as is_needed
-                from sandboxes group by image_root
-            ), named as (
+            r#"with named as (
                 select root, max(created_at) as at from images where root = any($1) group by root having bool_and(pulled_from is not null)
+            ), used as (
+                select root, greatest(at, (
+                    select s.created_at from sandboxes s
+                    where hashtextextended(s.image_root, 0) = hashtextextended(root, 0) and s.image_root = root
+                    order by s.created_at desc limit 1
+                )) as at
+                from named
             )
-            select root as "root!" from named left join used on used.image_root = named.root
-            where greatest(named.at, used.at) < $2 and not coalesce(used.is_needed, false)
-            order by greatest(named.at, used.at), root
+            select root as "root!" from used
+            where at < $2
+                and not exists (select 1 from sandboxes s where s.image_root = root and s.keep_layer)
+                and not exists (select 1 from sandboxes s where s.image_root = root and s.state = 'queued')
+                and not exists (select 1 from sandboxes s where s.image_root = root and s.state in ('starting', 'running', 'paused'))
+            order by at, root
             limit $3"#,
             &of,
             before,
@@ -358,9 +367,11 @@ impl Store {
                     and not exists (select 1 from images i where i.root = $1 and (i.pulled_from is null or i.created_at >= $2))
                     and not exists (
                         select 1 from sandboxes s
-                        where s.image_root = $1
-                            and (s.created_at >= $2 or s.keep_layer or s.state in ('queued', 'starting', 'running', 'paused'))
+                        where hashtextextended(s.image_root, 0) = hashtextextended($1, 0) and s.image_root = $1 and s.created_at >= $2
                     )
+                    and not exists (select 1 from sandboxes s where s.image_root = $1 and s.keep_layer)
+                    and not exists (select 1 from sandboxes s where s.image_root = $1 and s.state = 'queued')
+                    and not exists (select 1 from sandboxes s where s.image_root = $1 and s.state in ('starting', 'running', 'paused'))
                 returning tenant, reference, digest, size_bytes
             ), freed as (
                 select tenant, sum(size_bytes)::bigint as bytes from gone group by tenant
@@ -601,6 +612,24 @@ mod tests {
         let too_late = record(&store, &tagged).await.unwrap();
 
         assert!(matches!(named, Recorded::Yes { .. }) && matches!(too_late, Recorded::Gone), "{named:?} {too_late:?}");
+    }
+
+    #[sqlx::test(migrations = "../migrations")]
+    async fn names_that_are_given_at_one_time_wait_for_each_other(pool: sqlx::PgPool) {
+        let store = Store { pool: pool.into() };
+        for (name, digit) in [("first", 'a'), ("second", 'b'), ("third", 'a')] {
+            record(&store, &image(None, name, digit)).await.unwrap();
+        }
+        let tagged = |name, digit| NewImage { origin: Origin::Image("first".to_owned()), ..image(None, name, digit) };
+        let (one, other) = (tagged("first", 'b'), tagged("second", 'a'));
+        let again = tagged("third", 'a');
+
+        for _ in 0..20 {
+            let all = tokio::join!(record(&store, &one), record(&store, &other), record(&store, &again), record(&store, &again));
+            for recorded in [all.0, all.1, all.2, all.3] {
+                assert!(matches!(recorded, Ok(Recorded::Yes { .. } | Recorded::Gone)), "{recorded:?}");
+            }
+        }
     }
 
     #[sqlx::test(migrations = "../migrations")]
