@@ -5,8 +5,9 @@ use std::collections::BTreeSet;
 use mayfly_tests::sdk::Sdk;
 
 /// Bodies that are bytes, and the document itself, which is YAML: of them the generator makes nothing. All else is JSON.
-const STREAMS: [&str; 5] = [
+const STREAMS: [&str; 6] = [
     "GET /openapi.yaml",
+    "GET /v1/image-archives/{reference}",
     "GET /v1/sandboxes/{id}/archive",
     "POST /v1/images/import",
     "PUT /v1/sandboxes/{id}/archive",

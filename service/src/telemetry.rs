@@ -15,9 +15,14 @@ use opentelemetry::{
 use opentelemetry_sdk::{propagation::TraceContextPropagator, trace::SdkTracerProvider};
 pub(crate) use spans::{Collected, Exporter};
 use time::OffsetDateTime;
-use tracing::{Level, Span};
+use tracing::{Level, Metadata, Span};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
-use tracing_subscriber::{EnvFilter, Layer as _, Registry, filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+use tracing_subscriber::{
+    EnvFilter, Layer as _, Registry,
+    filter::dynamic_filter_fn,
+    layer::{self, SubscriberExt as _},
+    util::SubscriberInitExt as _,
+};
 
 use crate::config::{LogFormat, TraceSettings};
 
@@ -65,8 +70,14 @@ where
         .with_target(false)
         .with_level(false)
         .with_tracked_inactivity(false)
-        .with_filter(Targets::new().with_target(TRACE, Level::DEBUG));
+        .with_filter(dynamic_filter_fn(is_for_collector).with_max_level_hint(Level::DEBUG));
     (layer, collected)
+}
+
+/// Looked at for each span: what is decided once and for all is not asked again, and another's question whether a line would be logged, of which no line comes, would answer for the next span of
+/// that thread (tracing-subscriber keeps the answers of its layers there).
+fn is_for_collector<S>(metadata: &Metadata<'_>, _context: &layer::Context<'_, S>) -> bool {
+    metadata.target() == TRACE && *metadata.level() <= Level::DEBUG
 }
 
 /// Has this span, which was not entered yet, belong to the trace that a caller's `traceparent` names (W3C Trace Context), and say which trace that is, or which it begins.
