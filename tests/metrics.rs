@@ -287,7 +287,7 @@ fn every_alert_fires_for_its_cause_and_not_without_it() {
     for alert in alerts() {
         let of_it: Vec<_> = tested.iter().filter(|test| test["alertname"] == alert["alert"]).collect();
         let fires = |test: &&&Value| !test["exp_alerts"].as_array().unwrap().is_empty();
-        assert!(of_it.iter().any(|test| fires(test)) && !of_it.iter().all(|test| fires(test)), "{}", alert["alert"]);
+        assert!(of_it.iter().any(&fires) && !of_it.iter().all(fires), "{}", alert["alert"]);
     }
 }
 

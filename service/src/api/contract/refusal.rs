@@ -156,7 +156,7 @@ groups! {
     /// Of what makes a sandbox or a run.
     OfCreation = [NotFound, ImageNotFound, VolumeNotFound, VolumeElsewhere, RateLimited, QuotaExceeded, OnNode];
     /// Of what asks a registry.
-    OfRegistries = [ImageNotFound, RegistryDenied, RegistryFailed];
+    OfRegistries = [ImageNotFound, RegistryDenied, RegistryFailed, Conflict];
     /// Of whatever looks at the files in a sandbox.
     OfFiles = [OfLife, FileDenied, FileNotFound, FileUnfit, PayloadTooLarge];
     /// Of whatever changes the files in a sandbox.

@@ -164,6 +164,7 @@ impl From<Step> for StepView {
         (status = 200, description = "The archive; it breaks off if something goes wrong.", content((serde_json::Value = "application/x-tar"))),
         refusal::ImageNotFound,
         refusal::Conflict,
+        refusal::NoCapacity,
     ),
 )]
 pub(super) async fn export(State(app): State<Arc<App>>, caller: Caller, Path(reference): Path<String>) -> Result<Response, ApiError> {
@@ -241,7 +242,7 @@ enum DamageKindView {
     tag = "images",
     security(("bearer" = ["images:write"])),
     request_body(content = VerifyRequest, example = json!({ "reference": "busybox" })),
-    responses((status = 200, description = "What was found.", body = VerifiedView), refusal::ImageNotFound, refusal::Conflict),
+    responses((status = 200, description = "What was found.", body = VerifiedView), refusal::ImageNotFound, refusal::Conflict, refusal::OnNode),
 )]
 pub(super) async fn verify(State(app): State<Arc<App>>, caller: Caller, body: Body) -> Result<Json<VerifiedView>, ApiError> {
     caller.require(Scope::ImagesWrite)?;
