@@ -109,11 +109,10 @@ async fn serve(stream: TcpStream, kept: Arc<Mutex<Vec<ExportTraceServiceRequest>
 
 fn text(attributes: &[KeyValue], key: &str) -> Option<String> {
     let value = attributes.iter().find(|attribute| attribute.key == key)?.value.clone()?.value?;
-    match value {
-        AnyValue::StringValue(text) => Some(text),
-        AnyValue::IntValue(number) => Some(number.to_string()),
-        other => Some(format!("{other:?}")),
+    if let AnyValue::StringValue(text) = value {
+        return Some(text);
     }
+    if let AnyValue::IntValue(number) = value { Some(number.to_string()) } else { Some(format!("{value:?}")) }
 }
 
 fn hex(bytes: &[u8]) -> String {
