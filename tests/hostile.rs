@@ -211,6 +211,17 @@ const TELL: &str = "{ find . ! -type d | sort | while IFS= read -r name; do stat
     find . -type f | sort | while IFS= read -r name; do md5sum \"$name\"; done
     find . -type l | sort | while IFS= read -r name; do readlink \"$name\"; done; } | cat -v";
 
+/// Those of all that is below this folder, but what the host itself may put on every file.
+fn extended_attributes(folder: &Path) -> String {
+    let tell = "import os\nfor at, folders, files in os.walk('.'):
+        for path in sorted([at] + [os.path.join(at, name) for name in files if not os.path.islink(os.path.join(at, name))]):
+            for name in sorted(os.listxattr(path)):
+                if name != 'security.selinux': print(ascii(path), name, os.getxattr(path, name))";
+    let output = Command::new("sh").args(["-c", "python3 -c \"$1\" | sort", "sh", tell]).current_dir(folder).output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
 #[tokio::test]
 async fn what_is_unpacked_is_what_umoci_unpacks() {
     let (service, folder) = (shared(), service::folder().unwrap());
@@ -220,13 +231,17 @@ async fn what_is_unpacked_is_what_umoci_unpacks() {
         mkdir -p $1/data/deep/deeper $1/data/opaque $1/data/replaced; cd $1/data
         echo one > file; chown 1000:1001 file; chmod 4755 file; ln file same; ln file deep/same; ln -s ../file deep/link; ln -s /etc/passwd absolute
         echo gone > gone; echo below > opaque/below; echo below > replaced/below; mkfifo pipe; chmod 622 pipe; truncate -s 1M sparse
+        python3 -c 'import os; os.setxattr(\"file\", \"user.note\", b\"of a file\"); os.setxattr(\"deep\", \"user.note\", b\"of a folder\")'
         chmod 1770 deep; chown 5:6 deep/deeper; touch -d '2020-01-02 03:04:05' file deep; echo x > \"$(printf 'odd name\\377')\"
         mkdir -p $2/data/opaque; cd $2/data; : > .wh.gone; : > opaque/.wh..wh..opq; echo above > opaque/above; echo a file now > replaced
         touch -d '2021-01-02 03:04:05' opaque replaced .";
     image::run(Command::new("sh").args(["-c", script, "sh"]).args([&first, &second])).unwrap();
     for content in [&first, &second] {
         let tar = content.with_extension("tar");
-        image::run(Command::new("tar").arg("-C").arg(content).arg("-cf").arg(&tar).arg("data")).unwrap();
+        image::run(
+            Command::new("tar").args(["--xattrs", "--xattrs-include=user.*"]).arg("-C").arg(content).arg("-cf").arg(&tar).arg("data"),
+        )
+        .unwrap();
         let image = format!("{}:latest", layout.display());
         image::run(Command::new("umoci").args(["raw", "add-layer", "--image", &image]).arg(&tar)).unwrap();
     }
@@ -242,4 +257,9 @@ async fn what_is_unpacked_is_what_umoci_unpacks() {
     let theirs = String::from_utf8_lossy(&theirs.stdout).into_owned();
     assert!(theirs.contains("./file regular file 4755 1000:1001 3") && !theirs.contains("gone") && !theirs.contains("below"), "{theirs}");
     assert_eq!(stdout(&ours), theirs);
+    // What BusyBox cannot read, where it lies.
+    let unpacked = service.place.data_dir.join("images").join(ours["image"]["digest"].as_str().unwrap().trim_start_matches("sha256:"));
+    let (ours, theirs) = (extended_attributes(&unpacked.join("data")), extended_attributes(&root.join("data")));
+    assert!(theirs.contains("of a file") && theirs.contains("of a folder"), "{theirs}");
+    assert_eq!(ours, theirs);
 }
