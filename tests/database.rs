@@ -216,6 +216,27 @@ async fn connections_give_up_a_statement_that_takes_too_long() {
     lock.wait().unwrap();
 }
 
+/// As a crash of Postgres leaves it that comes before the flush: what was admitted, and nobody was told of, has never been.
+#[tokio::test]
+async fn a_run_that_a_crash_of_postgres_took_is_neither_told_as_ended_nor_waited_for_without_end() {
+    let postgres = Database::start();
+    let service = service_with(&postgres);
+    let client = Client::of(service.place(), "survivor");
+    assert_exit(&client.shell("exit 3").await, 3);
+    let (run, asked_at) = (shell("sleep 1"), Instant::now());
+    let asked = client.post("/v1/runs", &run);
+    let lost = async {
+        while postgres.ask("delete from sandboxes where state in ('starting', 'running') returning id").is_empty() {
+            assert!(asked_at.elapsed() < NOTICED);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let (answer, ()) = tokio::join!(asked, lost);
+    assert_eq!(answer.problem(409, "outcome_unknown")["retryable"], false);
+    assert!(asked_at.elapsed() < NOTICED);
+    assert_exit(&client.shell("exit 4").await, 4);
+}
+
 fn postmaster(service: &Service) -> u32 {
     let lock = fs::read_to_string(service.place().data_dir.join("postgres/data/postmaster.pid")).unwrap();
     lock.lines().next().unwrap().trim().parse().unwrap()

@@ -37,7 +37,7 @@ use std::{
     time::Duration,
 };
 
-pub use crate::sandbox::Owner;
+pub use crate::{sandbox::Owner, store::Promise};
 use anyhow::Context as _;
 use capacity::{Capacity, Room};
 pub use exec::{ExecFinished, ExecProgress, FollowedExec};
@@ -265,20 +265,51 @@ impl Engine {
     }
 
     /// Makes a sandbox and starts it, now or when there is room. What was promised by the answer is in Postgres; a caller who goes away
-    /// changes nothing. With a key it is made only if that is still held, and is tied to it from then on.
-    pub async fn create(self: &Arc<Self>, owner: Owner, asked: NewSandbox, key: Option<HeldKey>) -> Result<Followed, EngineError> {
+    /// changes nothing. With a key it is made only if that is still held, and is tied to it from then on. What is promised later is told of only with its stored end, or behind
+    /// [`Engine::keep`].
+    pub async fn create(
+        self: &Arc<Self>,
+        owner: Owner,
+        asked: NewSandbox,
+        key: Option<HeldKey>,
+        promise: Promise,
+    ) -> Result<Followed, EngineError> {
         let engine = Arc::clone(self);
         // In a task of its own: a request that is given up between commit and launch would leave a sandbox that nobody starts.
-        let created = tokio::spawn(async move { engine.admit(owner, asked, key).await }.in_current_span());
+        let created = tokio::spawn(async move { engine.admit(owner, asked, key, promise).await }.in_current_span());
         match created.await {
             Ok(created) => created,
             Err(panic) => Err(EngineError::Store(StoreError::Other(panic.into()))),
         }
     }
 
+    /// Returns when this one can be told of. A crash of the database may have lost what was to be promised later: then nobody can say how far it came.
+    pub async fn keep(&self, followed: &Followed) -> Result<(), EngineError> {
+        /// How long a database that is away is waited for.
+        const PATIENCE: Duration = Duration::from_secs(5);
+        const PAUSE: Duration = Duration::from_millis(100);
+        if followed.is_kept() {
+            return Ok(());
+        }
+        let asked = async {
+            loop {
+                match self.store.keep(followed.id()).await {
+                    Ok(is_kept) => return is_kept,
+                    Err(error) => tracing::debug!(sandbox.id = %followed.id(), %error, "whether it is kept is asked again"),
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+        };
+        if tokio::time::timeout(PATIENCE, asked).await == Ok(true) {
+            return Ok(());
+        }
+        tracing::error!(sandbox.id = %followed.id(), "a run that was begun is lost, or may be");
+        Err(EngineError::OutcomeUnknown)
+    }
+
     /// [`Engine::create`], and then the sandbox as it is when it runs, has failed to, or has kept its creator waiting for long enough.
     pub async fn create_and_start(self: &Arc<Self>, owner: Owner, asked: NewSandbox, key: Option<HeldKey>) -> Result<Sandbox, EngineError> {
-        let mut followed = self.create(owner, asked, key).await?;
+        let mut followed = self.create(owner, asked, key, Promise::Now).await?;
         let started = followed.until(|progress| !matches!(progress, Progress::Starting));
         // Too late is an answer too: the state says so.
         drop(tokio::time::timeout(START_PATIENCE, started).await);

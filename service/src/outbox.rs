@@ -124,7 +124,9 @@ impl Outbox {
                     if news.is_held_up {
                         pause = POLL_HELD_UP;
                     }
-                    seen = Some(news.horizon);
+                    // A crash of Postgres took back what nobody was told of, and its numbers come again.
+                    let has_gone_back = seen.is_some_and(|seen| news.horizon < seen);
+                    seen = (!has_gone_back).then_some(news.horizon);
                     if news.are_tenants_cut || !news.tenants.is_empty() {
                         // Nobody may be left to hear it.
                         drop(self.news.send(Arc::new(news)));

@@ -22,7 +22,7 @@ mod webhooks;
 
 use std::{sync::Arc, time::Duration};
 
-pub use admission::{Admission, Admitted};
+pub use admission::{Admission, Admitted, Promise};
 pub use deliveries::{Attempt, Busy, Claimed, Delivery, DeliveryFilter, DeliveryState, Redelivery};
 pub use ears::Ears;
 pub use events::{Act, EventFilter, Followed as FollowedEvents, News, Position, Told};

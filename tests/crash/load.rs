@@ -207,6 +207,8 @@ impl Worker {
                 self.accepted.fetch_add(1, Ordering::SeqCst);
                 return true;
             }
+            // It may have been made, and may have run: that is no refusal, but as little as a lost answer.
+            Some(answer) if answer.body["code"] == "outcome_unknown" => {}
             Some(answer) => known.refused = Some(answer.text),
             None => {}
         }

@@ -26,7 +26,7 @@ use super::{
     view::RunView,
 };
 use crate::{
-    engine::{Finished, Followed, Progress, Shown},
+    engine::{Finished, Followed, Progress, Promise, Shown},
     sandbox::{Kind, RunRequest, Sandbox, SandboxId, TenantId},
     token::Scope,
 };
@@ -82,6 +82,7 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
         (status = 200, description = "The run ended.", body = RunView),
         (status = 202, description = "The run goes on, or waits for room; or has ended, and its output is to be asked for.", body = RunView, headers(("Location" = String, description = "Where the run is found."))),
         refusal::OfCreation,
+        refusal::OutcomeUnknown,
         refusal::OfRegistries,
     ),
 )]
@@ -98,11 +99,17 @@ pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator
     pull_for(&app, &caller, &asked).await?;
     let patience = times.patience(wait_ms);
     let tenant = caller.tenant.clone();
-    let mut run = app.engine.create(caller.owner(), asked, keyed.key).await?;
+    // Whoever waits for the end, and could not ask again for the same, hears of nothing before. What it leaves in a volume is not to be by nobody.
+    let is_later = keyed.key.is_none() && !patience.is_zero() && asked.volumes.is_empty();
+    let promise = if is_later { Promise::Later } else { Promise::Now };
+    let mut run = app.engine.create(caller.owner(), asked, keyed.key, promise).await?;
     observe::note_sandbox(run.id());
     let told = match wait(&app, &mut run, patience).await {
         Some(finished) => Told::Ended(finished),
-        None => Told::GoesOn(run.sandbox()),
+        None => {
+            app.engine.keep(&run).await?;
+            Told::GoesOn(run.sandbox())
+        }
     };
     answer(&app, &tenant, told, times).await
 }

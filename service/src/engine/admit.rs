@@ -15,7 +15,7 @@ use crate::{
         Compile, ImageUsed, Invalid, Kind, Limits, NewCase, NewSandbox, Program, Quotas, Sandbox, SandboxId, State, TenantId, WhenFull,
         asked, asked_of_steps, defaults_within,
     },
-    store::{Admission, Admitted, HeldKey, Image, Input, Lease, NodeId, Standing, StoreError},
+    store::{Admission, Admitted, HeldKey, Image, Input, Lease, NodeId, Promise, Standing, StoreError},
 };
 
 /// How long a request waits for a keeper that is away.
@@ -84,14 +84,20 @@ enum Obstacle {
 }
 
 impl Engine {
-    pub(super) async fn admit(self: Arc<Self>, owner: Owner, mut asked: NewSandbox, key: Option<HeldKey>) -> Result<Followed, EngineError> {
+    pub(super) async fn admit(
+        self: Arc<Self>,
+        owner: Owner,
+        mut asked: NewSandbox,
+        key: Option<HeldKey>,
+        promise: Promise,
+    ) -> Result<Followed, EngineError> {
         /// Each obstacle may be met once, and once more if others move images at the same time.
         const ATTEMPTS: u32 = 6;
         let cases = std::mem::take(&mut asked.cases);
         let input = input::encode(&std::mem::take(&mut asked.files), asked.stdin.take());
         let mut input = Some(input);
         for _ in 0..ATTEMPTS {
-            match self.try_to_admit(&owner, &asked, key.as_ref(), (&cases, &mut input)).await? {
+            match self.try_to_admit(&owner, &asked, (key.as_ref(), promise), (&cases, &mut input)).await? {
                 Ok(followed) => return Ok(followed),
                 Err(Obstacle::VolumeGone) => {}
                 Err(Obstacle::ImageMoved) => self.images.forget(&owner.tenant, asked.image.as_str()),
@@ -106,7 +112,7 @@ impl Engine {
         self: &Arc<Self>,
         owner: &Owner,
         asked: &NewSandbox,
-        key: Option<&HeldKey>,
+        (key, promise): (Option<&HeldKey>, Promise),
         (cases, input): (&[NewCase], &mut Option<Input>),
     ) -> Result<Result<Followed, Obstacle>, EngineError> {
         let created_at = self.clock.now();
@@ -167,11 +173,15 @@ impl Engine {
             && !self.has_queue()
             && let Some(mut reservation) = self.capacity.reserve(room)
         {
-            let answer = self.ask_store((&sandbox, wanted_node), lease, asked, key, (cases, input.as_ref().unwrap_or(&empty))).await?;
+            let answer =
+                self.ask_store((&sandbox, wanted_node), lease, asked, (key, promise), (cases, input.as_ref().unwrap_or(&empty))).await?;
             if let Admitted::Yes { weight } = answer {
                 fail_point::reached("service.admit.claimed");
                 reservation.count_for(owner, weight);
                 let live = self.live.insert(sandbox, lease, image_took);
+                if promise == Promise::Now {
+                    live.note_kept();
+                }
                 let input = input.take().unwrap_or_default();
                 tokio::spawn(Arc::clone(self).carry(Arc::clone(&live), input, reservation));
                 return Ok(Ok(Followed::new(live)));
@@ -187,11 +197,13 @@ impl Engine {
         // Known before it can be claimed, so that whoever claims it finds those who wait for it; and before that, that it has no row yet.
         self.undecided.insert(queued.id);
         let live = self.live.insert(queued.clone(), lease, image_took);
-        let answer = self.ask_store((&queued, wanted_node), lease, asked, key, (cases, input.as_ref().unwrap_or(&empty))).await;
+        let answer =
+            self.ask_store((&queued, wanted_node), lease, asked, (key, Promise::Now), (cases, input.as_ref().unwrap_or(&empty))).await;
         if !matches!(answer, Ok(Admitted::Yes { .. })) {
             self.live.remove(queued.id);
             return refuse(answer?, asked).map(Err);
         }
+        live.note_kept();
         fail_point::reached("service.admit.queued");
         self.note_queue();
         Ok(Ok(Followed::new(live)))
@@ -202,7 +214,7 @@ impl Engine {
         (sandbox, wanted_node): (&Sandbox, Option<NodeId>),
         lease: Lease,
         new: &NewSandbox,
-        key: Option<&HeldKey>,
+        (key, promise): (Option<&HeldKey>, Promise),
         (cases, input): (&[NewCase], &Input),
     ) -> Result<Admitted, EngineError> {
         let asked = match new.kind {
@@ -221,6 +233,7 @@ impl Engine {
             queue_max: self.tenancy.queue_max,
             wanted_node,
             key,
+            promise,
         };
         self.undecided.insert(sandbox.id);
         let answer = self.store.admit(admission).await;

@@ -1,6 +1,10 @@
 //! One sandbox from its claim to its stored outcome.
 
-use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{
+    os::fd::OwnedFd,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use sandbox_core::{
     fail_point,
@@ -441,10 +445,14 @@ impl Engine {
     fn mark_running(&self, live: &Live) {
         let Some(launched) = live.launched() else { return };
         let (store, id, hold, started_at) = (self.store.clone(), live.sandbox.id, live.hold(), at_us(launched.started_at_us));
+        let is_kept = live.keeping();
         // Not waited for: the end, should it come first, is guarded by the row's state.
         let marked = async move {
             match store.mark_running(id, hold, started_at, launched.fences).await {
-                Ok(()) => fail_point::reached("service.running.stored"),
+                Ok(is_marked) => {
+                    is_kept.fetch_or(is_marked, Ordering::Relaxed);
+                    fail_point::reached("service.running.stored");
+                }
                 Err(error) => tracing::warn!(sandbox.id = %id, %error, "noting that it runs failed"),
             }
         };

@@ -1,6 +1,11 @@
 //! Watching one sandbox: its progress, and its log to the end.
 
-use std::{collections::VecDeque, io, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    io,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use tokio::{sync::watch, time::Instant};
 
@@ -24,6 +29,11 @@ impl Followed {
 
     pub fn id(&self) -> SandboxId {
         self.live.sandbox.id
+    }
+
+    /// Whether its row is known to be there, and on disk.
+    pub(super) fn is_kept(&self) -> bool {
+        self.live.keeping().load(Ordering::Relaxed) && !matches!(self.live.progress(), Progress::Gone)
     }
 
     /// The sandbox as it is now.

@@ -70,6 +70,8 @@ pub(super) struct Live {
     pub(super) origin: Option<Origin>,
     /// Whether something of it was launched.
     was_launched: AtomicBool,
+    /// Whether its row is known to be on disk.
+    is_kept: Arc<AtomicBool>,
     /// What it was claimed by, or last taken over; of a queued one nothing.
     lease: Mutex<Lease>,
     progress: watch::Sender<Progress>,
@@ -133,6 +135,7 @@ impl Live {
             image_took,
             origin,
             was_launched: AtomicBool::new(false),
+            is_kept: Arc::default(),
             lease: Mutex::new(lease),
             progress,
             killed_for: Mutex::default(),
@@ -145,6 +148,16 @@ impl Live {
         let was_launched = self.was_launched.swap(true, Ordering::Relaxed);
         // What came before was another life, or another attempt.
         !was_launched && self.sandbox.starts == 1 && self.sandbox.attempt == 1
+    }
+
+    /// Its row is on disk.
+    pub(super) fn note_kept(&self) {
+        self.is_kept.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether its row is known to be on disk, for who writes it.
+    pub(super) fn keeping(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.is_kept)
     }
 
     pub(super) fn progress(&self) -> Progress {

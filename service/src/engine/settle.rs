@@ -193,6 +193,11 @@ impl Engine {
                 live.ended(Finished { sandbox, log_tail });
                 After::Nothing
             }
+            // Never promised to anybody, and lost by a crash of the database; or deleted through another node.
+            None if !self.until_heard(id, || self.store.absent_of(std::slice::from_ref(&live.sandbox.id))).await.is_empty() => {
+                self.live.remove_current(live);
+                After::Nothing
+            }
             None if self.live.give_back(live) => After::Waits,
             None => After::Nothing,
         }

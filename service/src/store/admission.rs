@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::{
     HeldKey, Input, Lease, NodeId, Store, StoreError, bigint, cases::Columns, damaged, queue::CHANNEL, sandboxes::policy_name, unsigned,
 };
-use crate::sandbox::{DefaultQuotas, Exceeded, NewCase, QuotaScope, Quotas, Sandbox, State};
+use crate::sandbox::{DefaultQuotas, Exceeded, NewCase, QuotaScope, Quotas, Sandbox, SandboxId, State};
 
 /// A sandbox that somebody wants, in the state that it is to have: claimed by this node, or queued.
 #[derive(Debug, Clone, Copy)]
@@ -33,6 +33,15 @@ pub struct Admission<'a> {
     pub wanted_node: Option<NodeId>,
     /// Where its request may be sent again: the key, which must be held.
     pub key: Option<&'a HeldKey>,
+    pub promise: Promise,
+}
+
+/// When somebody is told of what was admitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Promise {
+    Now,
+    /// Nobody before its end is stored, or [`Store::keep`] has said that it is kept: it is committed without waiting for the disk, and a crash of Postgres until then may lose it.
+    Later,
 }
 
 /// What became of it.
@@ -60,10 +69,21 @@ pub enum Admitted {
 }
 
 impl Store {
+    /// Has all that was written before come to disk, and says whether the row of this sandbox is among it.
+    pub async fn keep(&self, id: SandboxId) -> Result<bool, StoreError> {
+        // Something has to be in Postgres's log, or there is nothing that a commit waits for. What this statement sees stands before it there.
+        let kept = sqlx::query_scalar!(
+            r#"select exists (select 1 from sandboxes where id = $1) and pg_logical_emit_message(true, 'mayfly', '') is not null as "is_kept!""#,
+            id.0
+        );
+        Ok(kept.fetch_one(&self.pool).await?)
+    }
+
     /// Inserts the sandbox, or nothing. A row that is locked is read as it is now, not as it was when the statement began: what is counted
     /// in the tenant's and the principal's row is exact, however many ask at once.
     pub async fn admit(&self, admission: Admission<'_>) -> Result<Admitted, StoreError> {
-        let Admission { sandbox, lease, input, cases, asked, network, isolation, defaults, queue_max, wanted_node, key } = admission;
+        let Admission { sandbox, lease, input, cases, asked, network, isolation, defaults, queue_max, wanted_node, key, promise } =
+            admission;
         let volumes: BTreeSet<Uuid> = sandbox.program.volumes.iter().map(|mount| mount.volume.0).collect();
         let volumes: Vec<Uuid> = volumes.into_iter().collect();
         let claimed = sandbox.state != State::Queued;
@@ -223,7 +243,8 @@ impl Store {
                 case when first.quota is not null then (
                     select t.quotas || p.quotas from used t, used p where t.turn = 1 and p.turn = 2
                 ) end as "in_force: Json<Quotas>",
-                case when $5 = 'queued' then (select pg_notify($25, $26) from added)::text end as told
+                case when $5 = 'queued' then (select pg_notify($25, $26) from added)::text end as told,
+                case when $49 then set_config('synchronous_commit', 'off', true) end as not_flushed
             from (select 1) as one left join first on true"#,
             sandbox.id.0,
             sandbox.tenant.as_str(),
@@ -273,6 +294,7 @@ impl Store {
             cases.names as _,
             cases.stdins as _,
             cases.expecteds as _,
+            promise == Promise::Later,
         )
         .fetch_one(&self.pool)
         .await?;

@@ -7,7 +7,7 @@ use sqlx::{Connection as _, PgConnection};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{Store, StoreError, bigint, unsigned};
+use super::{Store, StoreError, bigint, pool::Transaction, unsigned};
 use crate::sandbox::{Owner, SandboxId, TenantId};
 
 /// Who does something, when, and what else is to be known of it.
@@ -146,29 +146,25 @@ impl Store {
             i64::from(filter.limit),
             filter.object.as_deref() as _,
         );
-        Ok(rows.fetch_all(&self.pool).await?.into_iter().map(Row::read).collect())
+        let mut reading = self.pool.begin().await?;
+        let events = rows.fetch_all(&mut *reading).await?.into_iter().map(Row::read).collect();
+        for_good(reading).await?;
+        Ok(events)
     }
 
     /// The end of all events that are there for good: whatever is read up to here, nothing will come before it.
     pub async fn event_horizon(&self) -> Result<Position, StoreError> {
-        Ok(self.horizons().await?.0)
-    }
-
-    /// The same, and what is ahead of everything that was written in this cluster.
-    async fn horizons(&self) -> Result<(Position, Position), StoreError> {
-        let row = sqlx::query!(
-            r#"select pg_snapshot_xmin(now)::text::bigint as "oldest!", pg_snapshot_xmax(now)::text::bigint as "next!"
-            from pg_current_snapshot() as now"#
-        )
-        .fetch_one(&self.pool)
-        .await?;
-        Ok((Position { xact: unsigned(row.oldest), id: 0 }, Position { xact: unsigned(row.next), id: 0 }))
+        let mut reading = self.pool.begin().await?;
+        let (horizon, _) = horizons(&mut reading).await?;
+        for_good(reading).await?;
+        Ok(horizon)
     }
 
     /// The tenant's events behind this position, in order, so many at the most. None is skipped, however late its transaction commits: those behind
     /// one that still runs are left for later.
     pub async fn follow_events(&self, tenant: &TenantId, after: Position, limit: u32) -> Result<Followed, StoreError> {
-        let (horizon, ahead) = self.horizons().await?;
+        let mut reading = self.pool.begin().await?;
+        let (horizon, ahead) = horizons(&mut reading).await?;
         // Given before this database was restored from another cluster's; see below.
         let after = if after < ahead { after } else { Position { xact: 0, id: after.id } };
         let rows = select_events!(
@@ -179,7 +175,8 @@ impl Store {
             bigint(horizon.xact),
             i64::from(limit),
         );
-        let events: Vec<_> = rows.fetch_all(&self.pool).await?.into_iter().map(Row::read).collect();
+        let events: Vec<_> = rows.fetch_all(&mut *reading).await?.into_iter().map(Row::read).collect();
+        for_good(reading).await?;
         let is_cut = events.len() >= usize::try_from(limit).unwrap_or(usize::MAX);
         let next = events.last().filter(|_| is_cut).map_or(horizon.max(after), |last| last.position);
         Ok(Followed { events, next, is_cut })
@@ -358,6 +355,24 @@ pub(super) async fn tell(
     .execute(connection)
     .await?;
     Ok(())
+}
+
+/// The end of all events that are there for good, and what is ahead of everything that was written in this cluster.
+async fn horizons(connection: &mut PgConnection) -> Result<(Position, Position), StoreError> {
+    let row = sqlx::query!(
+        r#"select pg_snapshot_xmin(now)::text::bigint as "oldest!", pg_snapshot_xmax(now)::text::bigint as "next!"
+        from pg_current_snapshot() as now"#
+    )
+    .fetch_one(connection)
+    .await?;
+    Ok((Position { xact: unsigned(row.oldest), id: 0 }, Position { xact: unsigned(row.next), id: 0 }))
+}
+
+/// Ends a reading when all that it saw is on disk. Whoever is told of an event, or of a position, counts on it: a crash of Postgres must not take it back, or give its number again. By the
+/// same connection: a crash in between breaks it.
+async fn for_good(mut reading: Transaction) -> Result<(), StoreError> {
+    sqlx::query!("select pg_logical_emit_message(true, 'mayfly', '')::text as flushed").fetch_one(&mut *reading).await?;
+    Ok(reading.commit_untold().await?)
 }
 
 #[cfg(test)]

@@ -218,11 +218,17 @@ pub(super) struct Transaction {
 }
 
 impl Transaction {
-    pub(super) async fn commit(mut self) -> Result<(), sqlx::Error> {
-        self.end("commit").await?;
+    pub(super) async fn commit(self) -> Result<(), sqlx::Error> {
+        let gate = Arc::clone(&self.gate);
+        self.commit_untold().await?;
         // Most tell of something, and a look too many costs little.
-        self.gate.bell.notify_one();
+        gate.bell.notify_one();
         Ok(())
+    }
+
+    /// Of one that has nothing to tell.
+    pub(super) async fn commit_untold(mut self) -> Result<(), sqlx::Error> {
+        self.end("commit").await
     }
 
     /// As by being dropped, but the connection is used again.

@@ -381,9 +381,9 @@ impl Store {
         Ok(rows.into_iter().filter_map(fault).collect())
     }
 
-    /// Notes that the payload runs. Nothing happens if the sandbox is not starting any more, or not for this claim.
-    pub async fn mark_running(&self, id: SandboxId, hold: Hold, started_at: OffsetDateTime, fences: Fences) -> Result<(), StoreError> {
-        sqlx::query!(
+    /// Notes that the payload runs. False, and nothing happens, if the sandbox is not starting any more, or not for this claim. With true its row is on disk.
+    pub async fn mark_running(&self, id: SandboxId, hold: Hold, started_at: OffsetDateTime, fences: Fences) -> Result<bool, StoreError> {
+        let marked = sqlx::query!(
             "update sandboxes set state = 'running', started_at = $2, fences = $3
             where id = $1 and state = 'starting' and node = $4 and epoch = $5 and claims = $6",
             id.0,
@@ -395,7 +395,7 @@ impl Store {
         )
         .execute(&self.pool)
         .await?;
-        Ok(())
+        Ok(marked.rows_affected() == 1)
     }
 
     /// Stores the end of a sandbox that is live, with its line in the ledger and its event: all or nothing. False if it is not the writer's to

@@ -280,7 +280,7 @@ mod tests {
     use sqlx::PgPool;
 
     use super::{
-        super::{Admission, Admitted, Input, Lease, sandboxes::tests::*},
+        super::{Admission, Admitted, Input, Lease, Promise, sandboxes::tests::*},
         *,
     };
     use crate::sandbox::{DefaultQuotas, Kind, Mount, Sandbox, State};
@@ -395,6 +395,7 @@ mod tests {
             queue_max: 10,
             wanted_node: Some(lease.node),
             key: None,
+            promise: Promise::Now,
         };
         assert!(matches!(store.admit(admission).await.unwrap(), Admitted::Yes { .. }));
 

@@ -35,7 +35,7 @@ use super::{
     wait,
 };
 use crate::{
-    engine::{Followed, Shown},
+    engine::{Followed, Promise, Shown},
     sandbox::{BatchRequest, Invalid, Kind, RUNS_MAX, RunRequest, Sandbox, SandboxId, TenantId},
     token::Scope,
 };
@@ -264,7 +264,7 @@ async fn accept_one(app: &App, caller: &Caller, keyed: &Keyed, place: usize, run
     let keyed = keyed.part(app, place, body).await?;
     Ok(match keyed.made {
         Some(id) => Accepted::Earlier(id),
-        None => match app.engine.create(caller.owner(), asked, keyed.key.clone()).await {
+        None => match app.engine.create(caller.owner(), asked, keyed.key.clone(), Promise::Now).await {
             Ok(run) => Accepted::New(run),
             Err(error) => {
                 if let Some(key) = &keyed.key {
@@ -290,7 +290,10 @@ async fn wait_for(app: &App, tenant: &TenantId, accepted: Result<Accepted, ApiEr
             // It may wait long for the others, and is stored: its output is read when there is room for it.
             Some(finished) if finished.log_tail.bytes.len() > HELD_BYTES_MAX => Told::Seen(finished.sandbox.clone()),
             Some(finished) => Told::Ended(finished),
-            None => Told::GoesOn(run.sandbox()),
+            None => {
+                app.engine.keep(&run).await?;
+                Told::GoesOn(run.sandbox())
+            }
         }),
         Accepted::Earlier(id) => {
             let run = app.engine.wait_until(tenant, id, patience, |run| run.state.is_final()).await?;

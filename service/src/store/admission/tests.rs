@@ -273,6 +273,7 @@ async fn the_queue_is_bounded(pool: PgPool) {
             queue_max: 1,
             wanted_node: None,
             key: None,
+            promise: Promise::Now,
         };
         store.admit(admission).await.unwrap()
     };

@@ -10,7 +10,7 @@ use crate::{
         CaseReader, Comparison, Content, DefaultQuotas, Finish, Judging, Kind, Limits, LogTail, Phases, Reason, RequestedLimits, Sandbox,
         TenantId,
     },
-    store::{Admission, Admitted, Ended, Lease, LogKept, Return, Writer},
+    store::{Admission, Admitted, Ended, Lease, LogKept, Promise, Return, Writer},
 };
 
 fn run() -> Sandbox {
@@ -37,6 +37,7 @@ async fn admit_cases(store: &Store, run: &Sandbox, lease: Lease, cases: &[NewCas
         queue_max: 1000,
         wanted_node: None,
         key: None,
+        promise: Promise::Now,
     };
     assert!(matches!(store.admit(admission).await.unwrap(), Admitted::Yes { .. }));
 }

@@ -8,7 +8,7 @@ use sqlx::PgPool;
 use super::*;
 use crate::{
     sandbox::{DefaultQuotas, Finish, Kind, LogTail, Phases, Sandbox, TenantId},
-    store::{Admission, Admitted, Ended, Hold, Input, Lease, LogKept, Who, Writer, sandboxes::tests::*},
+    store::{Admission, Admitted, Ended, Hold, Input, Lease, LogKept, Promise, Who, Writer, sandboxes::tests::*},
 };
 
 const TARGET: [u8; 32] = [1; 32];
@@ -52,6 +52,7 @@ async fn admit(store: &Store, sandbox: &Sandbox, lease: Lease, attempt: &HeldKey
         queue_max: 10,
         wanted_node: None,
         key: Some(attempt),
+        promise: Promise::Now,
     };
     store.admit(admission).await.unwrap()
 }

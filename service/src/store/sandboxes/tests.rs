@@ -7,7 +7,7 @@ use sqlx::PgPool;
 use super::*;
 use crate::{
     sandbox::{Compile, CompileEnd, DefaultQuotas, Limits, Owner, Phases, Quotas, RequestedLimits, asked},
-    store::{Admission, Admitted, Input, NewImage, NodeCapacity},
+    store::{Admission, Admitted, Input, NewImage, NodeCapacity, Promise},
 };
 
 pub(crate) fn sandbox(tenant: &str, kind: Kind, name: Option<&str>) -> Sandbox {
@@ -97,6 +97,7 @@ pub(in crate::store) async fn ask(store: &Store, sandbox: &Sandbox, lease: Lease
         queue_max: 1000,
         wanted_node: None,
         key: None,
+        promise: Promise::Now,
     };
     store.admit(admission).await.unwrap()
 }
@@ -124,6 +125,45 @@ async fn a_sandbox_reads_back_as_it_was_admitted(pool: PgPool) {
     assert!(admit(&store, &sandbox, lease).await);
     assert_eq!(store.find(&sandbox.tenant, sandbox.id).await.unwrap(), Some(sandbox.clone()));
     assert_eq!(store.live_of(lease.node).await.unwrap(), [sandbox]);
+}
+
+/// How far Postgres's log is on disk.
+async fn flushed(pool: &PgPool) -> i64 {
+    sqlx::query_scalar("select (pg_current_wal_flush_lsn() - '0/0')::bigint").fetch_one(pool).await.unwrap()
+}
+
+/// How far it is written.
+async fn written(pool: &PgPool) -> i64 {
+    sqlx::query_scalar("select (pg_current_wal_insert_lsn() - '0/0')::bigint").fetch_one(pool).await.unwrap()
+}
+
+#[sqlx::test(migrations = "../migrations")]
+async fn what_is_promised_later_is_on_disk_once_it_is_kept(pool: PgPool) {
+    let (store, lease) = store_with_node(pool.clone()).await;
+    let run = sandbox("acme", Kind::Run, None);
+    store.introduce(&owner(&run), run.created_at).await.unwrap();
+    let admission = Admission {
+        sandbox: &run,
+        lease,
+        input: &Input::default(),
+        cases: &[],
+        asked: &asked(&run.limits, None),
+        network: "none",
+        isolation: "container",
+        defaults: &DefaultQuotas { tenant: Quotas::default(), principal: Quotas::default() },
+        queue_max: 1000,
+        wanted_node: None,
+        key: None,
+        promise: Promise::Later,
+    };
+    assert!(matches!(store.admit(admission).await.unwrap(), Admitted::Yes { .. }));
+    let made = written(&pool).await;
+    assert!(store.keep(run.id).await.unwrap());
+    assert!(flushed(&pool).await >= made);
+
+    // As a crash does that comes before.
+    sqlx::query("delete from sandboxes where id = $1").bind(run.id.0).execute(&pool).await.unwrap();
+    assert!(!store.keep(run.id).await.unwrap());
 }
 
 /// A run that is compiled first, with more memory than it has itself.
@@ -200,6 +240,7 @@ async fn a_name_is_given_once_to_a_tenant_and_again_to_another(pool: PgPool) {
         queue_max: 1,
         wanted_node: None,
         key: None,
+        promise: Promise::Now,
     };
     assert!(matches!(store.admit(admission).await, Err(StoreError::NameTaken)));
     assert!(admit(&store, &sandbox("other", Kind::Sandbox, Some("box")), lease).await);
