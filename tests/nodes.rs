@@ -402,6 +402,29 @@ async fn what_does_not_end_within_the_grace_is_evicted() {
 }
 
 #[tokio::test]
+async fn a_service_that_drains_goes_on_to_answer_and_takes_no_more_work() {
+    let mut service = Service::start_with(&["--drain-s", "600", "--stop-grace-s", "1"]).unwrap();
+    service.import("busybox").unwrap();
+    let running = begin(&service, "sleep 4; exit 5", 0).await;
+    let client = client(&service);
+
+    signal(service.place().pid, Signal::SIGTERM);
+    while client.get("/readyz").await.status == 200 {}
+    let late = client.post("/v1/runs", &json!({ "image": "busybox", "command": ["sh", "-c", "exit 6"], "wait_ms": 0 })).await.expect(202);
+    let refused = client.post("/v1/runs", &json!({ "image": "busybox", "command": ["true"], "when_full": "refuse" })).await;
+    let listed = client.get("/v1/sandboxes?limit=1").await;
+    let status = service.wait().unwrap();
+    service.start_again().unwrap();
+
+    refused.problem(503, "no_capacity");
+    listed.expect(200);
+    assert!(status.success(), "{}", service.log());
+    // Long before the ten minutes were over.
+    assert_exit(&ended(&service, &running).await, 5);
+    assert_exit(&ended(&service, late["id"].as_str().unwrap()).await, 6);
+}
+
+#[tokio::test]
 async fn what_another_node_has_is_told_of_as_ended_by_nobody_who_cannot_end_it() {
     let database = Database::start();
     let (first, second) = (node(&database), node(&database));

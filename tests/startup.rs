@@ -81,6 +81,27 @@ async fn a_database_that_is_not_there_is_named_without_its_password() {
     assert_eq!(mayfly_tests::host::processes_with(&folder.path().display().to_string()), Vec::<u32>::new());
 }
 
+#[test]
+fn a_schema_is_brought_up_to_date_apart_from_any_service_and_once() {
+    let database = Database::start();
+    let migrate = |url: &str| finish(mayfly().args(["migrate", "--database-url", url]), SOON).unwrap();
+    let done = || database.ask("select string_agg(version || ' ' || installed_on, ', ' order by version) from _sqlx_migrations");
+
+    let (status, said) = migrate(&database.url);
+    let first = done();
+    let (again, _) = migrate(&database.url);
+    let second = done();
+    let (away, told) = migrate("postgres://someone:very-secret@127.0.0.1:9/none");
+    let (nowhere, which) = finish(mayfly().arg("migrate"), SOON).unwrap();
+
+    assert!(status.success() && again.success(), "{said}");
+    let files = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations")).unwrap().count();
+    assert_eq!(first.split(", ").count(), files);
+    assert_eq!(second, first);
+    assert!(!away.success() && told.contains("127.0.0.1:9") && !told.contains("very-secret"), "{told}");
+    assert!(!nowhere.success() && which.contains("--database-url"), "{which}");
+}
+
 #[tokio::test]
 async fn a_second_start_takes_over_all_that_there_is() {
     let mut service = Service::start();

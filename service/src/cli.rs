@@ -10,6 +10,7 @@ mod input;
 mod life;
 mod list;
 mod logs;
+mod migrate;
 mod node;
 mod output;
 mod packer;
@@ -66,6 +67,8 @@ enum Command {
     Pull(pull::Arguments),
     /// Serve the API until SIGTERM or SIGINT
     Serve(Box<Options>),
+    /// Bring the schema of a database up to this version, before services of it start
+    Migrate(migrate::Arguments),
     /// Make a token for the API and print it
     Token(Box<token::Arguments>),
     /// Work with images
@@ -126,6 +129,7 @@ pub fn run() -> ExitCode {
         Command::Images(arguments) => list::images(arguments),
         Command::Pull(arguments) => pull::run(arguments),
         Command::Serve(options) => options.settle().and_then(serve::run),
+        Command::Migrate(arguments) => migrate::run(arguments),
         Command::Token(arguments) => token::run(*arguments),
         Command::Image(ImageCommand::Import(arguments)) => image::run(*arguments),
         Command::Image(ImageCommand::Pull(arguments)) => image::pull::run(*arguments),

@@ -177,6 +177,10 @@ pub struct Options {
     /// How long requests and runs in progress may take to end by themselves when the service is told to stop, in seconds [default: 10]
     #[arg(long, env = "MAYFLY_STOP_GRACE_S", value_name = "SECONDS")]
     pub stop_grace_s: Option<u32>,
+    /// How long the service goes on for what lives here when it is told to stop, in seconds, 0 to 86400: it takes no more work, stops as soon as nothing lives here
+    /// any more, and evicts what does in the end. For a node whose keeper is stopped, too [default: 0]
+    #[arg(long, env = "MAYFLY_DRAIN_S", value_name = "SECONDS")]
+    pub drain_s: Option<u32>,
     /// Whether a tenant appears with its first valid token, or must be registered before [default: auto]
     #[arg(long, env = "MAYFLY_TENANTS", value_name = "HOW")]
     pub tenants: Option<Tenants>,
@@ -305,6 +309,8 @@ pub struct Settings {
     pub disk_reserve_percent: Option<u64>,
     pub node_lease: Duration,
     pub stop_grace: Duration,
+    /// Zero: what lives is left to the keeper, if that is somebody else's.
+    pub drain: Duration,
     pub languages: Languages,
     pub tenants: Tenants,
     pub quotas: DefaultQuotas,
@@ -388,6 +394,7 @@ impl Options {
             disk_reserve_percent: percent("disk-reserve-percent", self.disk_reserve_percent.or(file.disk_reserve_percent))?,
             node_lease: seconds(within("node-lease-s", self.node_lease_s.or(file.node_lease_s).unwrap_or(15), 2, 3600)?),
             stop_grace: seconds(within("stop-grace-s", self.stop_grace_s.or(file.stop_grace_s).unwrap_or(10), 0, 3600)?),
+            drain: seconds(within("drain-s", self.drain_s.or(file.drain_s).unwrap_or(0), 0, 86_400)?),
             languages,
             tenants: self.tenants.or(file.tenants).unwrap_or_default(),
             quotas: quotas(given(self.tenant_quotas).or(file.tenant_quotas), given(self.principal_quotas).or(file.principal_quotas))?,

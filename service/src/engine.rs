@@ -133,6 +133,8 @@ pub struct Engine {
     renewal: Notify,
     /// Whether something waits in the queue, as far as this node knows.
     has_queue: Arc<AtomicBool>,
+    /// Takes no more work, and serves on until what there is has come to its end.
+    is_draining: AtomicBool,
     /// Takes no more work, and lets what there is come to its end.
     closing: CancellationToken,
     /// What lives goes on without us.
@@ -247,6 +249,7 @@ impl Engine {
             wake,
             renewal: Notify::new(),
             has_queue,
+            is_draining: AtomicBool::new(false),
             closing: CancellationToken::new(),
             is_handed_over: AtomicBool::new(false),
             stopping: CancellationToken::new(),
@@ -429,7 +432,13 @@ impl Engine {
 
     /// Whether new sandboxes can be made here: the keeper is there, and nobody drains the node or stops the service.
     pub fn is_ready(&self) -> bool {
-        self.keeper.hello().is_some() && !self.stopping.is_cancelled() && !self.is_closing() && !self.tenure.orders().is_drained
+        let is_ending = self.is_draining() || self.is_closing() || self.stopping.is_cancelled();
+        self.keeper.hello().is_some() && !is_ending && !self.tenure.orders().is_drained
+    }
+
+    /// Whether this service will stop when nothing lives here any more.
+    fn is_draining(&self) -> bool {
+        self.is_draining.load(Ordering::SeqCst)
     }
 
     /// Whether this service is about to stop.
@@ -447,18 +456,27 @@ impl Engine {
         self.is_handed_over.load(Ordering::SeqCst)
     }
 
+    /// Takes no more work, and leaves everything else as it is. Returns when nothing lives here any more, or `deadline` is over.
+    pub async fn drain(&self, deadline: Duration) {
+        self.is_draining.store(true, Ordering::SeqCst);
+        // Who needs longer is treated as one that lives when a service stops.
+        drop(tokio::time::timeout(deadline, self.ended(|_| true)).await);
+    }
+
     /// Takes no more work. Returns when every run has ended, or `deadline` is over.
     pub async fn close(&self, deadline: Duration) {
         self.closing.cancel();
-        let ended = async {
-            while let Some(live) = self.carried().into_iter().find(|live| live.sandbox.kind == Kind::Run) {
-                Followed::new(live).until(|progress| matches!(progress, Progress::Ended(_) | Progress::Gone | Progress::Queued)).await;
-                // Its follower takes a moment to let go of it.
-                tokio::task::yield_now().await;
-            }
-        };
         // Who needs longer is ended, or left to the next service.
-        drop(tokio::time::timeout(deadline, ended).await);
+        drop(tokio::time::timeout(deadline, self.ended(|live| live.sandbox.kind == Kind::Run)).await);
+    }
+
+    /// Returns when none of these lives here any more.
+    async fn ended(&self, is_meant: impl Fn(&Live) -> bool) {
+        while let Some(live) = self.carried().into_iter().find(|live| is_meant(live)) {
+            Followed::new(live).until(|progress| matches!(progress, Progress::Ended(_) | Progress::Gone | Progress::Queued)).await;
+            // Its follower takes a moment to let go of it.
+            tokio::task::yield_now().await;
+        }
     }
 
     /// Makes no more sandboxes, ends those that live, and returns when their ends are stored or `deadline` is over.

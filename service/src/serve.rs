@@ -162,11 +162,13 @@ async fn serve(
         Ended::Told => {
             tracing::info!("stopping");
             let last = async {
+                // Whoever waits here hears how it ended, and whoever comes is told what there is.
+                app.engine.drain(settings.drain).await;
                 stopping.cancel();
                 let mut api = api;
                 let grace = settings.stop_grace;
-                if helpers.is_keeper_ours() {
-                    // Its sandboxes end with it.
+                if helpers.is_keeper_ours() || !settings.drain.is_zero() {
+                    // Sandboxes end with their keeper, which is ours, or will be stopped when we have.
                     let (_, answered) = tokio::join!(app.engine.close(grace), tokio::time::timeout(grace, &mut api));
                     app.engine.stop(END_SANDBOXES).await;
                     if answered.is_ok() {
@@ -338,6 +340,20 @@ fn open(
 fn connections_max(wanted: usize) -> usize {
     let descriptors = rustix::process::getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     usize::try_from(descriptors / 2).unwrap_or(usize::MAX).min(wanted)
+}
+
+/// Brings the schema of a database up to this program's version, and serves nobody.
+pub fn migrate(url: &str) -> anyhow::Result<()> {
+    /// The least that a pool has; what migrates has a connection of its own.
+    const CONNECTIONS: u32 = 2;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting a runtime")?;
+    runtime.block_on(async {
+        let statements = Metrics::new(0)?.statements();
+        let store = connect(url.parse().context("database-url")?, CONNECTIONS, statements).await?;
+        store.migrate().await.context("bringing the database's schema up to date")?;
+        store.close().await;
+        Ok(())
+    })
 }
 
 /// Tries once by hand: a pool would only say that it had to wait for too long.

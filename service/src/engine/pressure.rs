@@ -113,7 +113,7 @@ impl Engine {
 
     /// Why this node takes no work now; `None` if it does.
     pub(super) fn hindrance(&self) -> Option<String> {
-        if self.is_closing() {
+        if self.is_draining() || self.is_closing() {
             return Some("this node is stopping".to_owned());
         }
         if self.tenure.orders().is_drained {
