@@ -63,6 +63,11 @@ images: ## build the starter images that are not built yet, and print where they
 	@tools/setup.sh images
 	@for recipe in images/*/build.sh; do "$$recipe"; done
 
+.PHONY: image
+image: ## build the image of a node from the Dockerfile, without a registry or a daemon, and print where it is (DEBIAN=bookworm, BASE_IMAGE=, OUT=)
+	@tools/setup.sh image
+	@tools/image.sh
+
 .PHONY: fuzz
 fuzz: ## have cargo-fuzz, which needs a nightly compiler, work on the unpacker of layers (ARGS=-max_total_time=3600)
 	cargo +nightly fuzz run unpack -- $(or $(ARGS),-max_total_time=600)

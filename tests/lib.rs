@@ -12,6 +12,8 @@ pub mod host;
 pub mod image;
 #[path = "harness/keeper.rs"]
 pub mod keeper;
+#[path = "harness/node_image.rs"]
+pub mod node_image;
 #[path = "harness/outcome.rs"]
 pub mod outcome;
 #[path = "harness/postgres.rs"]

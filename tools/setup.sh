@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what this machine lacks for one purpose: build, images, run, check, test, vm or bench. Does nothing when all is there.
+# Installs what this machine lacks for one purpose: build, images, image, run, check, test, vm or bench. Does nothing when all is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,6 +21,12 @@ for_images() {
     file_is_static "$(command -v busybox || echo /none)" || missing+=(busybox-static)
 }
 file_is_static() { [[ -e $1 ]] && ! ldd "$1" >/dev/null 2>&1; }
+for_image() {
+    for_build
+    need mmdebstrap mmdebstrap
+    need buildah buildah
+    need strip binutils
+}
 for_run() {
     for_images
     need curl curl
@@ -37,7 +43,7 @@ for_test() {
     for_run
     need skopeo skopeo
     need docker-registry docker-registry
-    need buildah buildah
+    for_image
     need setsid util-linux
     need pgrep procps
     need prometheus prometheus
@@ -148,10 +154,11 @@ rust
 case ${1:-} in
 build) for_build; install_packages ;;
 images) for_images; install_packages ;;
+image) for_image; install_packages ;;
 run) for_run; install_packages; service_user ;;
 check) for_check; install_packages; cargo_deny ;;
 test) for_test; install_packages; service_user; from_pypi schemathesis fuzz; from_pypi openapi-python-client sdk; from_pypi docs-python docs; from_npm ;;
 vm) for_vm; install_packages ;;
 bench) for_bench; install_packages; service_user ;;
-*) fail "usage: setup.sh build|images|run|check|test|vm|bench" ;;
+*) fail "usage: setup.sh build|images|image|run|check|test|vm|bench" ;;
 esac
