@@ -10,7 +10,7 @@ use std::path::Path;
 
 use block::{Block, EXAMPLES, blocks, is_shown};
 use mayfly_tests::{
-    Client, Service,
+    Client, Service, chart,
     service::{Place, shared},
 };
 use tool::Desk;
@@ -73,15 +73,23 @@ fn nothing_between_fences_of_the_examples_is_left_untried() {
 }
 
 /// What is not typed here: how it begins, and what shows that it works.
-const ELSEWHERE: [(&str, &str); 4] = [
+const ELSEWHERE: [(&str, &str); 5] = [
     ("make run", "its recipe is run with `make -n` below; a build and a service of the whole machine are nothing for a test"),
+    (
+        "make image",
+        "tests/container.rs: the same script, with the programs of this build; and the second line asks a registry of the world",
+    ),
     ("install -m 755", "tests/units.rs: what systemd says of the units"),
     ("curl -sS http://127.0.0.1:8080/v1/images/pull", "tests/pull.rs: this asks a registry of the world"),
     ("pip install openapi-python-client", "tests/sdk.rs: the generator in the version that is pinned"),
 ];
 
 /// Commands at a terminal get one, what never ends gets an end; of what serves or asks registries of the world only the flags are looked at. What the API refuses is a failure of curl's, too.
+/// There is no cluster: what helm is told is rendered by its engine, and what kubectl names must be in that.
 const STAND_INS: &str = r#"
+DATABASE_URL=postgres://somebody@127.0.0.1/none
+helm() { "$TYPED_PYTHON" "$TYPED" helm "$@"; }
+kubectl() { "$TYPED_PYTHON" "$TYPED" kubectl "$@"; }
 curl() { command curl --fail-with-body "$@"; }
 mayfly() {
     case "$*" in
@@ -93,10 +101,17 @@ mayfly() {
 }
 "#;
 
+/// The file of values that `docs/operations.md` shows.
+fn values() -> String {
+    let blocks = document("docs/operations.md");
+    blocks.into_iter().find(|block| block.text.starts_with("# mayfly.yaml\n")).unwrap().text
+}
+
 /// What a reader has at hand who comes to this block.
 fn prepared(block: &Block, place: &Place, desk: &Desk) -> String {
     desk.put("main.py", "print(int(input()) ** 2)");
     desk.put("page.html", "<p>hello\n");
+    desk.put("mayfly.yaml", &values());
     let mut before = STAND_INS.to_owned();
     if block.text.contains("$ID") {
         before += "ID=$(command mayfly run -d python sleep 1000)\n";
@@ -121,9 +136,16 @@ fn type_all(name: &str, service: &Service) {
         if block.language != "sh" || ELSEWHERE.iter().any(|(begin, _)| block.text.starts_with(begin)) {
             continue;
         }
-        let is_for_operators = ["mayfly tenant", "mayfly node"].iter().any(|command| block.text.starts_with(command));
+        let is_for_operators = ["mayfly tenant", "mayfly node"].iter().any(|command| block.text.contains(command));
         let token = if is_for_operators { admin.token() } else { user.token() };
-        let desk = Desk::new(&[("MAYFLY_URL", place.url.as_str()), ("MAYFLY_TOKEN", token.unwrap())]);
+        let typed = Path::new(env!("CARGO_MANIFEST_DIR")).join("helm/typed.py");
+        let (typed, python) = (typed.display().to_string(), chart::python().display().to_string());
+        let desk = Desk::new(&[
+            ("MAYFLY_URL", place.url.as_str()),
+            ("MAYFLY_TOKEN", token.unwrap()),
+            ("TYPED", typed.as_str()),
+            ("TYPED_PYTHON", python.as_str()),
+        ]);
         let said = desk.run("sh", &prepared(&block, place, &desk));
         match (&said, &block.output) {
             (Err(failure), _) => faults.push(format!("{name}:{}: {failure}", block.line)),

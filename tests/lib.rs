@@ -1,5 +1,7 @@
 //! What the tests share: a running service, a client that holds every answer against the contract, and a look at the host.
 
+#[path = "harness/chart.rs"]
+pub mod chart;
 #[path = "harness/client.rs"]
 pub mod client;
 #[path = "harness/contract.rs"]
@@ -16,6 +18,8 @@ pub mod keeper;
 pub mod node_image;
 #[path = "harness/outcome.rs"]
 pub mod outcome;
+#[path = "harness/pod.rs"]
+pub mod pod;
 #[path = "harness/postgres.rs"]
 pub mod postgres;
 #[path = "harness/prometheus.rs"]

