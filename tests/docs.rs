@@ -73,13 +73,14 @@ fn nothing_between_fences_of_the_examples_is_left_untried() {
 }
 
 /// What is not typed here: how it begins, and what shows that it works.
-const ELSEWHERE: [(&str, &str); 5] = [
+const ELSEWHERE: [(&str, &str); 6] = [
     ("make run", "its recipe is run with `make -n` below; a build and a service of the whole machine are nothing for a test"),
     (
         "make image",
         "tests/container.rs: the same script, with the programs of this build; and the second line asks a registry of the world",
     ),
     ("make dashboard", "tests/dashboard.rs: all that its recipe does"),
+    ("runuser -u mayfly -- pg_", "tests/backup.rs: on a machine that is gone afterwards, and on another one"),
     ("install -m 755", "tests/units.rs: what systemd says of the units"),
     ("curl -sS http://127.0.0.1:8080/v1/images/pull", "tests/pull.rs: this asks a registry of the world"),
     ("pip install openapi-python-client", "tests/sdk.rs: the generator in the version that is pinned"),
