@@ -3,12 +3,15 @@
 
 #[path = "docs/block.rs"]
 mod block;
+#[path = "documents/markdown.rs"]
+mod markdown;
 #[path = "docs/tool.rs"]
 mod tool;
 
 use std::path::Path;
 
 use block::{Block, EXAMPLES, blocks, is_shown};
+use markdown::Page;
 use mayfly_tests::{
     Client, Service, chart,
     service::{Place, shared},
@@ -172,6 +175,35 @@ fn what_the_readme_has_for_a_shell_works() {
 #[test]
 fn what_operators_are_told_to_type_works() {
     type_all("docs/operations.md", &Service::start());
+}
+
+#[test]
+fn what_runbooks_ask_of_other_programs_is_answered() {
+    /// What begins so is asked of another program than ours; `iostat` of Debian's sysstat goes on until it is interrupted.
+    const OTHERS: [&str; 4] = ["curl ", "promtool ", "select ", "ss "];
+    let place = shared().place;
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let page = Page::of(&std::fs::read_to_string(root.join("docs/operations.md")).unwrap());
+    let asked: Vec<_> = page.code.into_iter().filter(|(_, code)| OTHERS.iter().any(|other| code.starts_with(other))).collect();
+    assert!(asked.len() >= OTHERS.len(), "{asked:?}");
+    let mut faults = Vec::new();
+    for (line, code) in asked {
+        let typed = if code.starts_with("select ") {
+            let postgres = place.data_dir.join("postgres/run");
+            format!("cd / && runuser -u mayfly -- psql -h {} -d mayfly -c \"{code}\"", postgres.display())
+        } else {
+            let boards = root.join("helm/dashboards");
+            format!(
+                "cd {} && {}",
+                boards.display(),
+                code.replace("http://NODE:9464", &place.metrics_url).replace("curl ", "curl -sS --fail ")
+            )
+        };
+        if let Err(failure) = Desk::new(&[]).run("sh", &typed) {
+            faults.push(format!("docs/operations.md:{line}: {code}: {failure}"));
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
 #[test]
