@@ -1,4 +1,4 @@
-//! A backup as docs/operations.md has it, restored as it says, brings back what the service knew.
+//! A backup as docs/operations.md has it, restored as it says, brings back what the service knew; and without one there is no way back over a migration.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 #[path = "docs/block.rs"]
@@ -6,7 +6,7 @@ mod block;
 
 use std::{path::Path, process::Command, time::Duration};
 
-use mayfly_tests::{Client, Service, service};
+use mayfly_tests::{Client, Service, postgres::Database, service};
 use serde_json::json;
 
 /// How long a loaded machine may take to pack, or to unpack.
@@ -72,4 +72,24 @@ async fn without_its_images_a_restored_service_runs_what_is_imported_again() {
     second.import("busybox").unwrap();
 
     assert_eq!(second.client().shell("echo again").await["stdout"], "again\n");
+}
+
+#[tokio::test]
+async fn a_service_leaves_a_schema_alone_that_is_newer_than_it_knows() {
+    let postgres = Database::start();
+    let mut service = Service::start_with(&["--database-url", &postgres.url]).unwrap();
+    service.stop().unwrap();
+    // What the next release would have written.
+    postgres.ask(
+        "insert into _sqlx_migrations (version, description, success, checksum, execution_time) \
+         select max(version) + 1, 'of the next release', true, ''::bytea, 0 from _sqlx_migrations",
+    );
+    let tables = "select count(*), md5(string_agg(table_name || column_name, ',' order by table_name, column_name)) \
+                  from information_schema.columns where table_schema = 'public'";
+    let before = postgres.ask(tables);
+
+    let refusal = service.start_again().unwrap_err().to_string();
+
+    assert!(refusal.contains("migration"), "{refusal}");
+    assert_eq!(postgres.ask(tables), before);
 }
