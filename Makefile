@@ -54,9 +54,13 @@ check: ## format, lints, licences, sources and (where their database can be had)
 	@tools/advisories.sh
 	shellcheck -x .ci/run tools/*.sh images/*.sh images/*/build.sh
 
+.PHONY: load
+load: ## put load on a service that is started for it: report, JSON and pictures in target/load (ARGS='burst sustained --at-once 16' for some shapes, ARGS=--help for all)
+	@tools/load.sh $(ARGS)
+
 .PHONY: bench
-bench: ## measure runs beside bubblewrap, crun and runc; writes docs/performance.md
-	@tools/bench.sh
+bench: ## measure what we promise, and runs beside bubblewrap, crun, runc, gVisor and Docker; writes docs/performance.md (RUNS=50 for a short look)
+	@tools/bench.sh $(ARGS)
 
 .PHONY: bench-unpack
 bench-unpack: ## measure the unpacking of a layer of 500 MB beside tar, and fail if it takes more than half as long again

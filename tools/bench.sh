@@ -1,55 +1,63 @@
 #!/usr/bin/env bash
-# Measures the service beside bubblewrap, crun and runc on this machine, and writes docs/performance.md. RUNS=200 by default.
+# Measures the service beside bubblewrap, crun, runc, runsc and Docker Engine on this machine, and beside what it promises; renews docs/performance.md.
+# RUNS=400 ROWS=1000000 SANDBOXES=1000 PAGE=docs/performance.md by default; pictures go to OUT.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-((EUID == 0)) || { echo 'bench: sandboxes need root' >&2; exit 1; }
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}
 export SQLX_OFFLINE=true
 tools/setup.sh bench
-cargo build --workspace --release --locked
-busybox=$(images/busybox/build.sh)
-python=$(images/python/build.sh)
-
-# On a disk, and reachable by the service's own user.
-folder=$(mktemp -d /var/tmp/mayfly-bench.XXXXXX)
-chmod 755 "$folder"
-service=
+# shellcheck source=tools/measured-service.sh
+source tools/measured-service.sh
+engine=
+# shellcheck disable=SC2329 # the trap calls it
 stop() {
-    [[ -z $service ]] || { kill -TERM "$service" && wait "$service"; } || true
-    rm -rf --one-file-system "$folder"
+    if [[ -n $engine ]]; then
+        { kill -TERM "$engine" && wait "$engine"; } || true
+        rmdir /sys/fs/cgroup/{.,*}/"$groups" 2>/dev/null || true
+    fi
+    measured_stop
 }
 trap stop EXIT
+measured_start busybox python
 
-mayfly=$CARGO_TARGET_DIR/release/mayfly
-setsid "$mayfly" serve --data-dir "$folder/data" --listen 127.0.0.1:0 --metrics-listen 127.0.0.1:0 >"$folder/said" 2>"$folder/log" &
-service=$!
+unpack() {
+    mkdir "$measured_folder/$1"
+    tar -C "$measured_folder/$1" -xf "$("images/$1/build.sh" 2>/dev/null)"
+    umoci raw unpack --image "$measured_folder/$1:latest" "$measured_folder/$1-root" >/dev/null
+}
+unpack busybox
+unpack python
+
+# crun 1.8 and Docker 20.10 take a hybrid host's nearly empty cgroup2 for the whole: they must not see it. Only a mount namespace of their own changes.
+without_cgroup2() {
+    # shellcheck disable=SC2016 # the inner shell fills in its arguments
+    exec unshare --mount --propagation private sh -c '
+        if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
+        exec "$@"
+    ' sh "$@"
+}
+
+# A Docker Engine of our own with its own containerd, without any network and with nothing of one that may run here already.
+groups=mayfly-bench-$$
+docker=$measured_folder/docker
+mkdir "$docker"
+echo '{}' >"$docker/config.json"
+(without_cgroup2 setsid dockerd --config-file "$docker/config.json" --data-root "$docker/data" --exec-root "$docker/exec" --pidfile "$docker/pid" \
+    --host "unix://$docker/sock" --cgroup-parent "/$groups" --bridge=none --iptables=false --ip-forward=false --ip-masq=false \
+    --log-level error >"$docker/log" 2>&1) &
+engine=$!
 for ((tries = 0; ; tries++)); do
-    url=$(sed -nE 's/^mayfly is ready on (http:[^ ,]*).*/\1/p' "$folder/said")
-    [[ -z $url ]] || break
-    if ! kill -0 "$service" 2>/dev/null || ((tries == 600)); then
-        cat "$folder/log" >&2
+    ! curl -sf --unix-socket "$docker/sock" http://docker/_ping >/dev/null || break
+    if ! kill -0 "$engine" 2>/dev/null || ((tries == 300)); then
+        cat "$docker/log" >&2
         exit 1
     fi
     sleep 0.1
 done
-admin=$("$mayfly" token --data-dir "$folder/data" --tenant bench --sub bench --scope admin --ttl 2h)
-"$mayfly" image import "$busybox" --reference busybox --url "$url" --token "$admin" >/dev/null
-"$mayfly" image import "$python" --reference python --url "$url" --token "$admin" >/dev/null
 
-unpack() {
-    mkdir "$folder/$2"
-    tar -C "$folder/$2" -xf "$1"
-    umoci raw unpack --image "$folder/$2:latest" "$folder/$2-root"
-}
-unpack "$busybox" busybox
-unpack "$python" python
-
-about="$(nproc) cores ($(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -n 1)), Linux $(uname -r), $(date -I)"
-# crun 1.8 takes a hybrid host's nearly empty cgroup2 for the whole: it must not see it. Only our own mount namespace changes.
-# shellcheck disable=SC2016 # the inner shell fills in its arguments
-unshare --mount --propagation private sh -c '
-    if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
-    exec "$@"
-' sh "$CARGO_TARGET_DIR/release/loadtest" bench --url "$url" --token "$admin" --busybox-root "$folder/busybox-root" \
-    --python-root "$folder/python-root" --runs "${RUNS:-200}" --about "$about" --markdown docs/performance.md
+export MAYFLY_URL=$measured_url MAYFLY_TOKEN=$measured_token
+(without_cgroup2 "$CARGO_TARGET_DIR/release/loadtest" bench --data-dir "$measured_folder/data" --docker-socket "$docker/sock" \
+    --busybox-root "$measured_folder/busybox-root" --python-root "$measured_folder/python-root" \
+    --runs "${RUNS:-400}" --rows "${ROWS:-1000000}" --sandboxes "${SANDBOXES:-1000}" --about "$(measured_about)" \
+    --markdown "${PAGE:-docs/performance.md}" --out "${OUT:-$CARGO_TARGET_DIR/bench}" "$@")

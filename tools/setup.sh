@@ -82,6 +82,9 @@ for_bench() {
     need bwrap bubblewrap
     need crun crun
     need runc runc
+    need runsc runsc
+    need dockerd docker.io
+    need containerd containerd
 }
 
 install_packages() {
@@ -102,14 +105,15 @@ install_packages() {
         sed -i -E 's/^#?create_main_cluster.*/create_main_cluster = false/' /etc/postgresql-common/createcluster.conf
     fi
     apt-get install -y -q --no-install-recommends "${packages[@]}" >&2
-    # Nor these: the tests start their own. One that was not started is what we want.
-    local daemon
-    for daemon in prometheus docker-registry; do
-        [[ " ${packages[*]} " == *" $daemon "* ]] || continue
+    # Nor these: tests and benchmarks start their own. One that was not started is what we want.
+    local daemon package unit
+    for daemon in prometheus:prometheus docker-registry:docker-registry docker.io:docker.socket docker.io:docker containerd:containerd; do
+        package=${daemon%%:*} unit=${daemon##*:}
+        [[ " ${packages[*]} " == *" $package "* ]] || continue
         if [[ -d /run/systemd/system ]]; then
-            systemctl disable --quiet --now "$daemon" || true
+            systemctl disable --quiet --now "$unit" || true
         else
-            service "$daemon" stop >&2 || true
+            service "$unit" stop >&2 || true
         fi
     done
 }

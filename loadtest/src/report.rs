@@ -1,82 +1,164 @@
-//! What was measured, as a table for the terminal and as Markdown for the documents.
+//! What was measured, as JSON for programs and as text for people.
 
-use std::fmt::Write;
+use std::{collections::BTreeMap, fmt::Write as _};
 
-use crate::measure::Figures;
+use anyhow::Result;
+use hdrhistogram::serialization::{Serializer as _, V2DeflateSerializer};
+use serde::Serialize;
 
-/// All figures of one go.
-#[derive(Debug)]
+use crate::{
+    tally::{Errors, Tally, Times, at_ms},
+    target::{Targets, Verdict},
+};
+
+pub(crate) const OPEN: &str = "open";
+pub(crate) const CLOSED: &str = "closed";
+
+/// All shapes of one go.
+#[derive(Debug, Serialize)]
 pub(crate) struct Report {
-    about: String,
-    at_once: u32,
-    rows: Vec<Row>,
+    pub(crate) about: String,
+    pub(crate) url: String,
+    pub(crate) shapes: Vec<ShapeReport>,
+    /// Whether every shape met every target.
+    pub(crate) is_met: bool,
 }
 
-#[derive(Debug)]
-struct Row {
-    program: &'static str,
-    contender: &'static str,
-    figures: Figures,
+/// One shape.
+#[derive(Debug, Serialize)]
+pub(crate) struct ShapeReport {
+    pub(crate) shape: &'static str,
+    /// `open`: each request when it was due. `closed`: each after one before it.
+    #[serde(rename = "loop")]
+    pub(crate) kind: &'static str,
+    pub(crate) sent: u64,
+    pub(crate) succeeded: u64,
+    pub(crate) failed: u64,
+    pub(crate) errors: BTreeMap<String, ErrorReport>,
+    pub(crate) seconds: f64,
+    /// Requests that went well.
+    pub(crate) rate_per_s: f64,
+    /// Of requests that went well; in an open loop from when they were due.
+    pub(crate) latency_ms: Summary,
+    /// In an open loop: how long after they were due requests were sent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) late_ms: Option<Summary>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) by_label: BTreeMap<&'static str, Summary>,
+    /// From the keeper's receipt to the program's start, as the answers tell it.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) launch_ms: BTreeMap<String, Summary>,
+    /// What only this shape has.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) facts: BTreeMap<&'static str, f64>,
+    pub(crate) targets: Vec<Verdict>,
+    /// All latencies, in microseconds: an HDR histogram, version 2, compressed, in hexadecimal digits.
+    pub(crate) histogram_us: String,
 }
 
-impl Report {
-    pub(crate) fn new(about: &str, at_once: u32) -> Self {
-        Self { about: about.to_owned(), at_once, rows: Vec::new() }
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct ErrorReport {
+    count: u64,
+    example: String,
+}
+
+/// A distribution in the figures that people ask for.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct Summary {
+    pub(crate) count: u64,
+    pub(crate) min: f64,
+    pub(crate) mean: f64,
+    pub(crate) p50: f64,
+    pub(crate) p90: f64,
+    pub(crate) p99: f64,
+    pub(crate) p99_9: f64,
+    pub(crate) max: f64,
+}
+
+impl Summary {
+    pub(crate) fn of(times: &Times) -> Self {
+        let at = |quantile| at_ms(times, quantile);
+        let mean = if times.is_empty() { 0.0 } else { times.mean() / 1e3 };
+        Self { count: times.len(), min: at(0.0), mean, p50: at(0.5), p90: at(0.9), p99: at(0.99), p99_9: at(0.999), max: at(1.0) }
+    }
+}
+
+impl ShapeReport {
+    pub(crate) fn new(
+        shape: &'static str,
+        kind: &'static str,
+        tally: &Tally,
+        facts: BTreeMap<&'static str, f64>,
+        targets: &Targets,
+    ) -> Result<Self> {
+        let each = |times: &Times| Summary::of(times);
+        let mut histogram = Vec::new();
+        V2DeflateSerializer::new().serialize(&tally.latency, &mut histogram)?;
+        let errors = tally.errors.iter().map(|(code, errors)| {
+            let Errors { count, example } = errors;
+            (code.clone(), ErrorReport { count: *count, example: example.clone() })
+        });
+        let mut report = Self {
+            shape,
+            kind,
+            sent: tally.sent,
+            succeeded: tally.succeeded(),
+            failed: tally.failed(),
+            errors: errors.collect(),
+            seconds: tally.lasted.as_secs_f64(),
+            rate_per_s: tally.rate(),
+            latency_ms: each(&tally.latency),
+            late_ms: (kind == OPEN).then(|| each(&tally.late)),
+            by_label: tally.by_label.iter().map(|(label, times)| (*label, each(times))).collect(),
+            launch_ms: tally.launches.iter().map(|(launch, times)| (launch.clone(), each(times))).collect(),
+            facts,
+            targets: Vec::new(),
+            histogram_us: hex::encode(histogram),
+        };
+        report.targets = targets.judge(&report);
+        Ok(report)
     }
 
-    /// Adds a row. The first of a program is what the others are compared with.
-    pub(crate) fn add(&mut self, program: &'static str, contender: &'static str, figures: Figures) {
-        self.rows.push(Row { program, contender, figures });
+    pub(crate) fn is_met(&self) -> bool {
+        self.targets.iter().all(|verdict| verdict.is_met)
     }
 
-    /// Columns for a terminal.
-    pub(crate) fn table(&self) -> String {
-        let [program, contender, p50, p90, p99, ratio, rate, rate_ratio] = self.heads();
-        let mut text =
-            format!("\n{}\n{program:14} {contender:24} {p50:>8} {p90:>8} {p99:>8} {ratio:>7} {rate:>16} {rate_ratio:>7}\n", self.about);
-        for cells in self.cells() {
-            let [program, contender, p50, p90, p99, ratio, rate, rate_ratio] = cells;
-            // Writing to a string cannot fail.
-            writeln!(text, "{program:14} {contender:24} {p50:>8} {p90:>8} {p99:>8} {ratio:>7} {rate:>16} {rate_ratio:>7}").ok();
+    /// For a terminal.
+    pub(crate) fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let mut line = |words: String| writeln!(text, "{words}").ok();
+        line(format!(
+            "{} ({} loop): {} sent, {} well, {} failed, in {:.2} s: {:.1} a second",
+            self.shape, self.kind, self.sent, self.succeeded, self.failed, self.seconds, self.rate_per_s
+        ));
+        for (code, errors) in &self.errors {
+            line(format!("  failed: {} × {code}, as in: {}", errors.count, errors.example));
+        }
+        line(format!("  {:22} {:>8} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}", "ms", "count", "min", "p50", "p90", "p99", "p99.9", "max"));
+        let mut row = |name: &str, s: &Summary| {
+            line(format!(
+                "  {name:22} {:>8} {:>9.2} {:>9.2} {:>9.2} {:>9.2} {:>9.2} {:>9.2}",
+                s.count, s.min, s.p50, s.p90, s.p99, s.p99_9, s.max
+            ));
+        };
+        row("latency", &self.latency_ms);
+        for (label, summary) in &self.by_label {
+            row(&format!("  {label}"), summary);
+        }
+        for (launch, summary) in &self.launch_ms {
+            row(&format!("launch, {launch}"), summary);
+        }
+        if let Some(late) = &self.late_ms {
+            row("sent after it was due", late);
+        }
+        for (name, value) in &self.facts {
+            line(format!("  {} {value:.2}", name.replace('_', " ")));
+        }
+        for Verdict { target, measured, is_met } in &self.targets {
+            let measured = measured.map_or_else(|| "not measured".to_owned(), |measured| format!("{measured:.2}"));
+            line(format!("  {}: {target}: {measured}", if *is_met { "met" } else { "MISSED" }));
         }
         text
-    }
-
-    /// A page for `docs/`.
-    pub(crate) fn markdown(&self) -> String {
-        let mut text = format!(
-            "# Performance\n\nWritten by `make bench`. {}.\n\n\
-             Each program is run from outside to its end: by `POST /v1/runs` with everything that a caller gets (token, durable rows in\n\
-             Postgres, limits, output, usage), and by other runtimes as a plain process on the same root folder with the same limits for\n\
-             memory, processes and CPU. Bubblewrap has no such limits. The service, its Postgres and the measuring program share the\n\
-             machine. Ratios are to mayfly: above 1 is slower in time, and below 1 is fewer in runs per second.\n\n",
-            self.about
-        );
-        writeln!(text, "| {} |\n|---|---|---:|---:|---:|---:|---:|---:|", self.heads().join(" | ")).ok();
-        for cells in self.cells() {
-            writeln!(text, "| {} |", cells.join(" | ")).ok();
-        }
-        text
-    }
-
-    fn heads(&self) -> [String; 8] {
-        let rate = format!("runs/s, {} at once", self.at_once);
-        ["program", "runtime", "p50 ms", "p90 ms", "p99 ms", "ratio", &rate, "ratio"].map(ToOwned::to_owned)
-    }
-
-    fn cells(&self) -> impl Iterator<Item = [String; 8]> {
-        self.rows.iter().map(|Row { program, contender, figures: f }| {
-            let base = self.rows.iter().find(|row| row.program == *program).map_or(f, |row| &row.figures);
-            [
-                (*program).to_owned(),
-                (*contender).to_owned(),
-                format!("{:.2}", f.p50_ms),
-                format!("{:.2}", f.p90_ms),
-                format!("{:.2}", f.p99_ms),
-                format!("{:.2}", f.p50_ms / base.p50_ms),
-                format!("{:.0}", f.rate),
-                format!("{:.2}", f.rate / base.rate),
-            ]
-        })
     }
 }

@@ -11,31 +11,59 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::contender::{CPU_MILLIS, MEMORY_BYTES, PIDS};
+use super::contender::{CPU_MILLIS, MEMORY_BYTES, PIDS};
 
 /// A runtime to compare with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Peer {
+pub(super) enum Peer {
     /// Has no limits at all: a floor rather than an equal.
     Bubblewrap,
     Crun,
     Runc,
+    /// gVisor: a kernel of its own in between.
+    Runsc,
 }
 
 impl Peer {
-    pub(crate) const fn name(self) -> &'static str {
+    pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Bubblewrap => "bubblewrap (no limits)",
             Self::Crun => "crun",
             Self::Runc => "runc",
+            Self::Runsc => "runsc (gVisor)",
         }
+    }
+
+    const fn program(self) -> &'static str {
+        match self {
+            Self::Bubblewrap => "bwrap",
+            Self::Crun => "crun",
+            Self::Runc => "runc",
+            Self::Runsc => "runsc",
+        }
+    }
+
+    /// A slower one is run less often: one run in so many.
+    pub(super) const fn one_in(self) -> u32 {
+        match self {
+            Self::Bubblewrap | Self::Crun => 1,
+            Self::Runc => 2,
+            Self::Runsc => 8,
+        }
+    }
+
+    /// As it tells of itself, without its name.
+    pub(super) fn version(self) -> String {
+        let said = Command::new(self.program()).arg("--version").output().map(|output| output.stdout).unwrap_or_default();
+        let said = String::from_utf8_lossy(&said);
+        said.lines().next().and_then(|line| line.split(' ').next_back()).unwrap_or("unknown").to_owned()
     }
 }
 
 /// One program, ready to be run by one peer.
 #[derive(Debug)]
-pub(crate) struct Bundle {
-    pub(crate) peer: Peer,
+pub(super) struct Bundle {
+    pub(super) peer: Peer,
     folder: TempDir,
     root: PathBuf,
     command: Vec<String>,
@@ -43,7 +71,7 @@ pub(crate) struct Bundle {
 }
 
 impl Bundle {
-    pub(crate) fn new(peer: Peer, root: &Path, command: &[&str]) -> Result<Self> {
+    pub(super) fn new(peer: Peer, root: &Path, command: &[&str]) -> Result<Self> {
         let root = root.canonicalize().with_context(|| root.display().to_string())?;
         let folder = tempfile::Builder::new().prefix("mayfly-bench.").tempdir()?;
         let command = command.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
@@ -52,12 +80,13 @@ impl Bundle {
     }
 
     /// Runs the program once, to its end.
-    pub(crate) fn run(&self) -> Result<()> {
+    pub(super) fn run(&self) -> Result<()> {
         let name = format!("mayfly-bench-{}-{}", std::process::id(), self.started.fetch_add(1, Ordering::Relaxed));
         let mut command = match self.peer {
             Peer::Bubblewrap => self.bubblewrap(),
-            Peer::Crun => self.oci(&["crun", "--cgroup-manager=cgroupfs"], &name),
-            Peer::Runc => self.oci(&["runc"], &name),
+            Peer::Crun => self.oci(&["--cgroup-manager=cgroupfs"], &name),
+            Peer::Runc => self.oci(&[], &name),
+            Peer::Runsc => self.oci(&["--network=none"], &name),
         };
         let output =
             command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).output().with_context(|| format!("{command:?}"))?;
@@ -66,15 +95,22 @@ impl Bundle {
     }
 
     fn bubblewrap(&self) -> Command {
-        let mut command = Command::new("bwrap");
+        let mut command = Command::new(self.peer.program());
         command.args(["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--ro-bind"]).arg(&self.root).arg("/");
         command.args(["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--"]).args(&self.command);
         command
     }
 
-    fn oci(&self, runtime: &[&str], name: &str) -> Command {
-        let mut command = Command::new(runtime[0]);
-        command.args(&runtime[1..]).arg("run").arg("--bundle").arg(self.folder.path()).arg(name);
+    fn oci(&self, options: &[&str], name: &str) -> Command {
+        let mut command = Command::new(self.peer.program());
+        command
+            .args(options)
+            .arg("--root")
+            .arg(self.folder.path().join("state"))
+            .arg("run")
+            .arg("--bundle")
+            .arg(self.folder.path())
+            .arg(name);
         command
     }
 }
