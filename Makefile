@@ -62,6 +62,10 @@ load: ## put load on a service that is started for it: report, JSON and pictures
 bench: ## measure what we promise, and runs beside bubblewrap, crun, runc, gVisor and Docker; writes docs/performance.md (RUNS=50 for a short look)
 	@tools/bench.sh $(ARGS)
 
+.PHONY: bench-micro
+bench-micro: ## measure parts by themselves: launch phases, log records, unpacking, admission (ARGS=launch for some)
+	@tools/bench-micro.sh $(ARGS)
+
 .PHONY: bench-unpack
 bench-unpack: ## measure the unpacking of a layer of 500 MB beside tar, and fail if it takes more than half as long again
 	cargo run --release --locked --package sandbox-core --example unpack_beside_tar
