@@ -52,7 +52,9 @@ fn the_image_is_the_same_to_the_byte_when_it_is_built_again() {
 fn every_program_of_a_node_starts_from_it_as_whoever_the_container_is() {
     let root = node_image::root().unwrap();
     let run = |user: &str, words: &[&str]| {
-        let mut command = Command::new("chroot");
+        // A keeper looks for its other programs beside its own, which /proc knows.
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--pid", "--fork"]).arg(format!("--mount-proc={}", root.join("proc").display())).arg("chroot");
         command
             .arg(&root)
             .args(["setpriv", user, "--regid=10001", "--clear-groups", "--bounding-set=-all", "--no-new-privs", "--"])

@@ -76,7 +76,7 @@ fn nothing_between_fences_of_the_examples_is_left_untried() {
 }
 
 /// What is not typed here: how it begins, and what shows that it works.
-const ELSEWHERE: [(&str, &str); 6] = [
+const ELSEWHERE: [(&str, &str); 7] = [
     ("make run", "its recipe is run with `make -n` below; a build and a service of the whole machine are nothing for a test"),
     (
         "make image",
