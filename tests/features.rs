@@ -9,6 +9,7 @@ use std::{
 use mayfly_tests::{
     Client, Service, image,
     outcome::{assert_exit, assert_limits_hit, assert_reason, stdout, usage},
+    postgres::Database,
     sdk::Sdk,
     service::shared,
 };
@@ -498,6 +499,23 @@ async fn a_tenant_has_as_much_as_its_quota_and_is_told_so() {
     assert_eq!((&refused["quota"], &refused["limit"], &refused["used"]), (&json!("sandboxes"), &json!(1), &json!(1)));
     assert_eq!(quota["tenant"]["used"]["sandboxes"], 1);
     gone(&client, &sandbox).await;
+}
+
+#[tokio::test]
+async fn any_node_answers_for_a_sandbox_of_another() {
+    let database = Database::start();
+    let first = Service::start_node(&database.url, None, &[]);
+    let second = Service::start_node(&database.url, Some(&first), &[]);
+    let tenant = "traveller";
+    let path = running(&Client::of(first.place(), tenant), "echo begun; exec sleep 1000").await;
+    let elsewhere = Client::of(second.place(), tenant);
+
+    let ran = elsewhere.post(&format!("{path}/execs"), &json!({ "command": ["echo", "by way of the other"] })).await.expect(200);
+    let log = elsewhere.get(&format!("{path}/logs?follow=false")).await.text;
+
+    assert_eq!(stdout(&ran), "by way of the other\n");
+    assert!(log.contains("begun"), "{log}");
+    gone(&elsewhere, &path).await;
 }
 
 #[tokio::test]

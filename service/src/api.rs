@@ -13,6 +13,7 @@ pub mod error;
 mod events;
 mod execs;
 mod files;
+mod hops;
 mod idempotency;
 pub mod images;
 pub mod json;
@@ -23,6 +24,7 @@ mod logs;
 mod nodes;
 mod observe;
 mod operations;
+mod pass;
 pub mod ports;
 pub mod query;
 mod registries;
@@ -47,6 +49,7 @@ use axum::{
 pub use contract::openapi;
 use error::ApiError;
 pub use idempotency::Idempotency;
+pub use pass::Courier;
 use tower_http::{
     catch_panic::CatchPanicLayer, sensitive_headers::SetSensitiveRequestHeadersLayer, set_header::SetResponseHeaderLayer,
     timeout::TimeoutLayer,
@@ -90,6 +93,8 @@ pub struct App {
     pub languages: Languages,
     pub outbox: Arc<Outbox>,
     pub webhooks: Arc<Webhooks>,
+    /// `None`: this node reaches no other.
+    pub courier: Option<Courier>,
 }
 
 /// The whole API.
@@ -100,9 +105,11 @@ pub fn router(app: Arc<App>, door: &DoorSettings) -> Router {
         .layer(contained())
         // Around every operation, that of panics included: what one leaves behind is known to nobody else.
         .layer(middleware::from_fn_with_state(Arc::clone(&app), idempotency::once))
+        // Around that: of what goes to another node, that one takes the key.
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), pass::pass))
         .layer(middleware::from_fn_with_state(door.body_deadline, bounds::bound_body))
         // What goes into a sandbox is neither read nor kept, and is as slow as its ends like.
-        .merge(ports::router().layer(contained()))
+        .merge(ports::router().layer(contained()).layer(middleware::from_fn_with_state(Arc::clone(&app), pass::pass)))
         .layer(middleware::from_fn(bounds::bound_head))
         .layer(middleware::from_fn_with_state(Arc::clone(&app), observe::observe))
         .layer(SetSensitiveRequestHeadersLayer::new([header::AUTHORIZATION, header::SEC_WEBSOCKET_PROTOCOL]));

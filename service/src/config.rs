@@ -3,6 +3,7 @@
 mod account;
 mod door;
 mod keys;
+mod peers;
 mod registry;
 mod traces;
 mod webhooks;
@@ -20,6 +21,7 @@ use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 pub use door::{DoorSettings, TlsFiles};
 pub use keys::KeySettings;
+pub use peers::PeerSettings;
 use sandbox_core::{
     fence::{Fence, Fences},
     selinux::Labels,
@@ -174,6 +176,18 @@ pub struct Options {
     /// How long this node counts as alive without being heard of by the others, in seconds; then what it runs is settled by them [default: 15]
     #[arg(long, env = "MAYFLY_NODE_LEASE_S", value_name = "SECONDS")]
     pub node_lease_s: Option<u32>,
+    /// URL at which the other nodes on the same database reach this one's API, as in `https://10.0.0.1:8080`. With it, whatever node is asked for a sandbox of another has that one answer [default: none, and each node answers for its own]
+    #[arg(long, env = "MAYFLY_PEER_ADDRESS", value_name = "URL")]
+    pub peer_address: Option<String>,
+    /// Whether requests, and the tokens in them, may go from node to node by plain HTTP [default: false]
+    #[arg(long, env = "MAYFLY_PEER_HTTP", value_name = "BOOL")]
+    pub peer_http: Option<bool>,
+    /// PEM file with the only authorities that may vouch for other nodes [default: the system's]
+    #[arg(long, env = "MAYFLY_PEER_CA_FILE", value_name = "PATH")]
+    pub peer_ca_file: Option<PathBuf>,
+    /// Name that the certificate of every node bears [default: the host of its address]
+    #[arg(long, env = "MAYFLY_PEER_TLS_NAME", value_name = "NAME")]
+    pub peer_tls_name: Option<String>,
     /// How long requests and runs in progress may take to end by themselves when the service is told to stop, in seconds [default: 10]
     #[arg(long, env = "MAYFLY_STOP_GRACE_S", value_name = "SECONDS")]
     pub stop_grace_s: Option<u32>,
@@ -308,6 +322,8 @@ pub struct Settings {
     pub memory_reserve_percent: u64,
     pub disk_reserve_percent: Option<u64>,
     pub node_lease: Duration,
+    /// `None`: this node reaches no other, and is not reached.
+    pub peers: Option<PeerSettings>,
     pub stop_grace: Duration,
     /// Zero: what lives is left to the keeper, if that is somebody else's.
     pub drain: Duration,
@@ -343,6 +359,7 @@ impl Options {
         let registries = registry::settle(&self, &file, &data_dir)?;
         let collecting = registry::collecting(&self, &file)?;
         let traces = traces::settle(&self, &file)?;
+        let peers = peers::settle(&self, &file)?;
         let nearer = self.database_url.or(self.usual_database_url);
         let languages = languages(self.languages.or(file.languages).as_deref())?;
         let database_connections = self.database_connections.or(file.database_connections).unwrap_or(16);
@@ -393,6 +410,7 @@ impl Options {
                 .unwrap_or(5),
             disk_reserve_percent: percent("disk-reserve-percent", self.disk_reserve_percent.or(file.disk_reserve_percent))?,
             node_lease: seconds(within("node-lease-s", self.node_lease_s.or(file.node_lease_s).unwrap_or(15), 2, 3600)?),
+            peers,
             stop_grace: seconds(within("stop-grace-s", self.stop_grace_s.or(file.stop_grace_s).unwrap_or(10), 0, 3600)?),
             drain: seconds(within("drain-s", self.drain_s.or(file.drain_s).unwrap_or(0), 0, 86_400)?),
             languages,

@@ -16,6 +16,7 @@ mod lease;
 mod life;
 mod live;
 mod output;
+mod peers;
 mod pressure;
 mod queue;
 mod recovery;
@@ -38,6 +39,7 @@ use std::{
 };
 
 pub use crate::{sandbox::Owner, store::Promise};
+pub use admit::Making;
 use anyhow::Context as _;
 use capacity::{Capacity, Room};
 pub use exec::{ExecFinished, ExecProgress, FollowedExec};
@@ -63,7 +65,7 @@ use crate::{
     metrics::Metrics,
     runtime::{CallError, Keeper},
     sandbox::{DefaultQuotas, Event, Exceeded, Invalid, Kind, NewSandbox, Sandbox, SandboxId, State, TenantId},
-    store::{Act, Filter, HeldKey, NodeCapacity, NodeId, Store, StoreError},
+    store::{Act, Filter, NodeCapacity, NodeId, PeerDoor, Store, StoreError},
 };
 
 /// How long a new sandbox is waited for before its creator hears that it is still starting.
@@ -78,6 +80,8 @@ pub struct Settings {
     pub node_name: String,
     /// How long this node counts as alive without being heard of.
     pub lease: Duration,
+    /// Where other nodes reach it; `None`: nowhere, and it reaches none.
+    pub peer_address: Option<String>,
     /// Whether a keeper that went away may come back: it is not ours.
     pub does_keeper_return: bool,
     pub data_dir: PathBuf,
@@ -143,6 +147,7 @@ pub struct Engine {
     /// The lease is let go.
     over: CancellationToken,
     tenancy: Tenancy,
+    peers: peers::Peers,
     images: admit::KnownImages,
     undecided: admit::Undecided,
 }
@@ -186,6 +191,12 @@ pub enum EngineError {
     /// Another attempt at the same request goes on with it.
     #[error("the key of this request is held by another attempt")]
     KeyLost,
+    /// Another node made it, which was thought not to have.
+    #[error("it is made already")]
+    MadeAlready,
+    /// Another node offered it, and this one does not take it.
+    #[error("{0}")]
+    Declined(String),
     /// It must not be done twice, and may have been done.
     #[error("nobody heard whether it was done")]
     OutcomeUnknown,
@@ -199,6 +210,7 @@ impl From<StoreError> for EngineError {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::NameTaken => Self::NameTaken,
+            StoreError::MadeAlready => Self::MadeAlready,
             StoreError::Unreached(_)
             | StoreError::Unavailable(_)
             | StoreError::ZeroByte
@@ -213,9 +225,10 @@ impl Engine {
     pub async fn start(store: Store, keeper: Keeper, settings: Settings) -> anyhow::Result<Arc<Self>> {
         let Settings { node, node_name, lease, data_dir, logs_dir, capacity_memory_bytes, capacity_cpu_millis, clock, metrics, .. } =
             settings;
+        let door = settings.peer_address.map(|address| PeerDoor { address, key: peers::new_key() });
         let hello = keeper.connected().await;
         let capacity = NodeCapacity { memory_bytes: capacity_memory_bytes, cpu_millis: capacity_cpu_millis };
-        let identity = Identity { node, name: node_name, capacity, held_for: lease };
+        let identity = Identity { node, name: node_name, capacity, held_for: lease, door };
         let tenure = Tenure::begin(&store, identity, clock.now()).await.context("taking this node's lease failed")?;
         let total =
             Room { memory_bytes: capacity_memory_bytes, cpu_millis: capacity_cpu_millis, sandboxes: u64::from(hello.sandboxes_max) };
@@ -255,6 +268,7 @@ impl Engine {
             stopping: CancellationToken::new(),
             over: CancellationToken::new(),
             tenancy: settings.tenancy,
+            peers: peers::Peers::default(),
             images: admit::KnownImages::default(),
             undecided: admit::Undecided::default(),
         });
@@ -270,16 +284,10 @@ impl Engine {
     /// Makes a sandbox and starts it, now or when there is room. What was promised by the answer is in Postgres; a caller who goes away
     /// changes nothing. With a key it is made only if that is still held, and is tied to it from then on. What is promised later is told of only with its stored end, or behind
     /// [`Engine::keep`].
-    pub async fn create(
-        self: &Arc<Self>,
-        owner: Owner,
-        asked: NewSandbox,
-        key: Option<HeldKey>,
-        promise: Promise,
-    ) -> Result<Followed, EngineError> {
+    pub async fn create(self: &Arc<Self>, owner: Owner, asked: NewSandbox, how: Making) -> Result<Followed, EngineError> {
         let engine = Arc::clone(self);
         // In a task of its own: a request that is given up between commit and launch would leave a sandbox that nobody starts.
-        let created = tokio::spawn(async move { engine.admit(owner, asked, key, promise).await }.in_current_span());
+        let created = tokio::spawn(async move { engine.admit(owner, asked, how).await }.in_current_span());
         match created.await {
             Ok(created) => created,
             Err(panic) => Err(EngineError::Store(StoreError::Other(panic.into()))),
@@ -311,8 +319,8 @@ impl Engine {
     }
 
     /// [`Engine::create`], and then the sandbox as it is when it runs, has failed to, or has kept its creator waiting for long enough.
-    pub async fn create_and_start(self: &Arc<Self>, owner: Owner, asked: NewSandbox, key: Option<HeldKey>) -> Result<Sandbox, EngineError> {
-        let mut followed = self.create(owner, asked, key, Promise::Now).await?;
+    pub async fn create_and_start(self: &Arc<Self>, owner: Owner, asked: NewSandbox, how: Making) -> Result<Sandbox, EngineError> {
+        let mut followed = self.create(owner, asked, how).await?;
         let started = followed.until(|progress| !matches!(progress, Progress::Starting));
         // Too late is an answer too: the state says so.
         drop(tokio::time::timeout(START_PATIENCE, started).await);

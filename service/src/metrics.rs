@@ -73,6 +73,7 @@ pub struct Metrics {
     image_transfer_bytes: IntCounterVec,
     images_collected: IntCounter,
     spans: IntCounterVec,
+    forwarded: IntCounterVec,
 }
 
 /// Which way an image goes.
@@ -190,6 +191,11 @@ impl Metrics {
                 &["direction"],
             )?,
             images_collected: shelf.counter("mayfly_images_collected_total", "Pulled images that were given up for room")?,
+            forwarded: shelf.counters(
+                "mayfly_forwarded_requests_total",
+                "Requests that were another node's to answer, by what came of them; answers that broke off count as `cut`, too",
+                &["outcome"],
+            )?,
             spans: shelf.counters("mayfly_spans_total", "Spans for the collector of traces", &["result"])?,
             shelf,
         };
@@ -232,11 +238,16 @@ impl Metrics {
                 self.image_transfers.with_label_values(&[direction, result]);
             }
         }
+        for outcome in ["answered", "declined", "unreached", "broken", "away", "cut"] {
+            self.forwarded.with_label_values(&[outcome]);
+        }
         for result in ["sent", "failed", "dropped"] {
             self.spans.with_label_values(&[result]);
         }
         // Those that somebody is woken for.
-        for code in ["internal", "no_capacity", "database_unavailable", "keeper_unavailable", "quota_exceeded", "rate_limited"] {
+        for code in
+            ["internal", "no_capacity", "database_unavailable", "keeper_unavailable", "node_unavailable", "quota_exceeded", "rate_limited"]
+        {
             self.problems.with_label_values(&[code]);
         }
     }
@@ -358,6 +369,11 @@ impl Metrics {
     /// A pulled image was given up for room.
     pub(crate) fn image_collected(&self) {
         self.images_collected.inc();
+    }
+
+    /// A request was another node's to answer.
+    pub(crate) fn forwarded(&self, outcome: &'static str) {
+        self.forwarded.with_label_values(&[outcome]).inc();
     }
 
     /// So many spans were sent to the collector, or not.

@@ -244,6 +244,7 @@ async fn start(
         node: identity.node,
         node_name: node_name(&settings.data_dir),
         lease: settings.node_lease,
+        peer_address: settings.peers.as_ref().map(|peers| peers.address.clone()),
         does_keeper_return: !helpers.is_keeper_ours(),
         data_dir: settings.data_dir.clone(),
         reserves: Reserves { memory_percent: settings.memory_reserve_percent, disk_percent: settings.disk_reserve_percent },
@@ -295,6 +296,7 @@ async fn start(
         Arc::clone(&figures),
         api::webhook_body,
     )?;
+    let courier = settings.peers.as_ref().map(api::Courier::new).transpose()?;
     let app = Arc::new(api::App {
         engine,
         store,
@@ -308,6 +310,7 @@ async fn start(
         languages: settings.languages.clone(),
         outbox,
         webhooks,
+        courier,
     });
     if let (None, Some(cluster)) = (&settings.database_url, helpers.cluster()) {
         let (cluster, store) = (cluster.clone(), app.store.clone());

@@ -11,6 +11,7 @@ mod idempotency;
 mod images;
 mod life;
 mod nodes;
+mod peers;
 mod pool;
 mod queue;
 mod registries;
@@ -31,6 +32,7 @@ pub use idempotency::{Fingerprint, HeldKey, Kept, KeyName, KeyState, Left, Takin
 pub use images::{Image, NewImage, Origin, Recorded};
 pub use life::{Changing, StartedAgain};
 pub use nodes::{Abandoned, Capacity as NodeCapacity, Hold, Lease, Node, NodeId, Orders, Renewed, Renewer};
+pub use peers::{Home, HomeNode, Peer, PeerDoor};
 use pool::Pool;
 pub use queue::{Candidate, Input, Return};
 pub use registries::{LOGINS_MAX, RegistryLogin};
@@ -63,6 +65,9 @@ pub enum StoreError {
     /// The tenant has a sandbox of this name.
     #[error("the name is taken")]
     NameTaken,
+    /// There is a sandbox of this id.
+    #[error("it is made already")]
+    MadeAlready,
     /// What was given has a zero byte, which no text of Postgres can hold, nor its `jsonb`. Nothing was done.
     #[error("no text can hold a zero byte")]
     ZeroByte,
@@ -144,6 +149,11 @@ impl From<sqlx::Error> for StoreError {
             && database.constraint() == Some("sandboxes_name")
         {
             return Self::NameTaken;
+        }
+        if let sqlx::Error::Database(database) = &error
+            && database.constraint() == Some("sandboxes_pkey")
+        {
+            return Self::MadeAlready;
         }
         // 22021: a character that is none of its encoding's; 22P05: one that `jsonb` cannot hold.
         if error.as_database_error().and_then(sqlx::error::DatabaseError::code).is_some_and(|code| code == "22021" || code == "22P05") {

@@ -9,7 +9,7 @@ use std::{
 
 use opentelemetry::{
     Context,
-    propagation::{Extractor, TextMapPropagator as _},
+    propagation::{Extractor, Injector, TextMapPropagator as _},
     trace::{Span as _, SpanContext, TraceContextExt as _, Tracer as _, TracerProvider as _},
 };
 use opentelemetry_sdk::{propagation::TraceContextPropagator, trace::SdkTracerProvider};
@@ -101,6 +101,21 @@ pub(crate) fn join(span: &Span, headers: &axum::http::HeaderMap) {
         set_parent(span, given);
     }
     name_trace(span);
+}
+
+/// Has whoever is asked by these headers go on with the trace that the present span belongs to. Without a collector the caller's `traceparent` is left as it is.
+pub(crate) fn continue_in(headers: &mut axum::http::HeaderMap) {
+    struct Told<'a>(&'a mut axum::http::HeaderMap);
+    impl Injector for Told<'_> {
+        fn set(&mut self, key: &str, value: String) {
+            if let (true, Ok(value)) = (key == "traceparent", value.parse()) {
+                self.0.insert("traceparent", value);
+            }
+        }
+    }
+    if is_collected() {
+        TraceContextPropagator::new().inject_context(&Span::current().context(), &mut Told(headers));
+    }
 }
 
 /// Where the present span is; `None` if nobody collects it.

@@ -135,6 +135,17 @@ pub fn mayfly() -> Command {
     command
 }
 
+/// A port of 127.0.0.1 that nobody has, and that the kernel gives to nobody who does not ask for it.
+///
+/// # Panics
+/// There is none.
+#[must_use]
+pub fn free_port() -> u16 {
+    // Below those that connections have from the kernel (ip(7), `ip_local_port_range`).
+    let begin = 20_000 + u16::try_from(uuid::Uuid::new_v4().as_u128() % 10_000).expect("less than 10000");
+    (begin..32_000).find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("a free port")
+}
+
 /// A folder that the service's own user can reach, on a disk: an image store on tmpfs is refused on older kernels.
 ///
 /// # Errors
@@ -210,6 +221,36 @@ impl Service {
         service
     }
 
+    /// Starts one that shares a database with others, which reach it, and imports the `busybox` image. It takes the tokens of `tokens_of`, or else its own.
+    ///
+    /// # Panics
+    /// It did not come to serve.
+    #[must_use]
+    pub fn start_node(database_url: &str, tokens_of: Option<&Self>, more: &[&str]) -> Self {
+        let address = format!("127.0.0.1:{}", free_port());
+        let url = format!("http://{address}");
+        let secret = tokens_of.map(|other| other.place().secret_file().display().to_string());
+        let mut args = vec!["--database-url", database_url, "--listen", &address, "--peer-address", &url, "--peer-http", "true"];
+        args.extend(secret.iter().flat_map(|secret| ["--jwt-secret-file", secret]));
+        args.extend(more);
+        Self::start_as(&args, tokens_of)
+    }
+
+    /// Starts one that was told to take the tokens of `tokens_of`, and imports the `busybox` image.
+    ///
+    /// # Panics
+    /// It did not come to serve.
+    #[must_use]
+    pub fn start_as(args: &[&str], tokens_of: Option<&Self>) -> Self {
+        let service = Self::start_with(args).expect("the service starts");
+        if let Some(other) = tokens_of {
+            // Where those look for it who sign tokens for this service.
+            fs::copy(other.place().secret_file(), service.place().secret_file()).expect("both are ours");
+        }
+        service.import("busybox").expect("the image is imported");
+        service
+    }
+
     fn launch(args: &[&str], load: Option<File>) -> Result<Self> {
         ensure!(nix::unistd::geteuid().is_root(), "these tests start sandboxes: they need root");
         let folder = folder()?;
@@ -242,8 +283,12 @@ impl Service {
     pub fn start_again(&mut self) -> Result<()> {
         let log_path = self.log_path();
         let log = File::options().create(true).append(true).open(&log_path)?;
+        // At any free port, but where somebody else must know it beforehand.
+        let listen: &[&str] = if self.args.iter().any(|arg| arg == "--listen") { &[] } else { &["--listen", "127.0.0.1:0"] };
         let mut child = mayfly()
-            .args(["serve", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--data-dir"])
+            .arg("serve")
+            .args(listen)
+            .args(["--metrics-listen", "127.0.0.1:0", "--data-dir"])
             .arg(&self.place.data_dir)
             .args(&self.args)
             .env("RUST_LOG", &self.log_filter)

@@ -12,7 +12,7 @@ use utoipa::{
     openapi::{RefOr, Schema},
 };
 
-use super::ports::PortFault;
+use super::{observe, ports::PortFault};
 use crate::{
     engine::EngineError,
     metrics::Metrics,
@@ -86,6 +86,12 @@ pub enum ApiError {
     /// There is no room now.
     #[error("{0}")]
     Busy(String),
+    /// Another node asked, and does it itself.
+    #[error("{0}")]
+    Declined(String),
+    /// Of an image that has a name. Another node may have it.
+    #[error("{0}")]
+    ContentMissing(String),
     /// The registry wants other credentials.
     #[error("{0}")]
     RegistryDenied(String),
@@ -99,12 +105,19 @@ pub enum ApiError {
     DatabaseUnavailable,
     #[error("the keeper of this node is not available")]
     KeeperUnavailable,
+    /// What is asked for is on another node, of which no answer came.
+    #[error("the node that it is on does not answer")]
+    NodeUnavailable,
     #[error("the request took too long")]
     Timeout,
     /// The cause is logged, never sent.
     #[error("something went wrong on our side")]
     Internal(#[source] anyhow::Error),
 }
+
+/// An answer of this node that may be another one's to give.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NotHere;
 
 /// What went wrong, for programs. A promise: new ones may come, none changes its meaning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
@@ -147,6 +160,7 @@ pub enum Code {
     PortTimeout,
     DatabaseUnavailable,
     KeeperUnavailable,
+    NodeUnavailable,
     Internal,
 }
 
@@ -234,7 +248,7 @@ impl ApiError {
             Self::NotFound => (StatusCode::NOT_FOUND, Code::NotFound, "Not found"),
             Self::ImageNotFound(_) => (StatusCode::NOT_FOUND, Code::ImageNotFound, "Image not found"),
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, Code::MethodNotAllowed, "Method not allowed"),
-            Self::Conflict(_) => (StatusCode::CONFLICT, Code::Conflict, "Conflict"),
+            Self::Conflict(_) | Self::ContentMissing(_) => (StatusCode::CONFLICT, Code::Conflict, "Conflict"),
             Self::WrongState(_) => (StatusCode::CONFLICT, Code::WrongState, "Wrong state"),
             Self::LayerLost => (StatusCode::CONFLICT, Code::LayerLost, "Layer lost"),
             Self::VolumeNotFound(_) => (StatusCode::NOT_FOUND, Code::VolumeNotFound, "Volume not found"),
@@ -253,7 +267,7 @@ impl ApiError {
             Self::QuotaExceeded(_) => (StatusCode::TOO_MANY_REQUESTS, Code::QuotaExceeded, "Quota exceeded"),
             Self::Suspended => (StatusCode::FORBIDDEN, Code::Suspended, "Suspended"),
             Self::UnknownTenant => (StatusCode::FORBIDDEN, Code::UnknownTenant, "Unknown tenant"),
-            Self::NoCapacity(_) | Self::Busy(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::NoCapacity, "No capacity"),
+            Self::NoCapacity(_) | Self::Busy(_) | Self::Declined(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::NoCapacity, "No capacity"),
             Self::RegistryDenied(_) => (StatusCode::FORBIDDEN, Code::RegistryDenied, "Refused by the registry"),
             Self::RegistryFailed(_) => (StatusCode::BAD_GATEWAY, Code::RegistryFailed, "Registry failed"),
             Self::Port(PortFault::Closed(_)) => (StatusCode::BAD_GATEWAY, Code::PortClosed, "Nothing listens"),
@@ -261,6 +275,7 @@ impl ApiError {
             Self::Port(PortFault::Late(_)) => (StatusCode::GATEWAY_TIMEOUT, Code::PortTimeout, "No answer in time"),
             Self::DatabaseUnavailable => (StatusCode::SERVICE_UNAVAILABLE, Code::DatabaseUnavailable, "Database unavailable"),
             Self::KeeperUnavailable => (StatusCode::SERVICE_UNAVAILABLE, Code::KeeperUnavailable, "Keeper unavailable"),
+            Self::NodeUnavailable => (StatusCode::SERVICE_UNAVAILABLE, Code::NodeUnavailable, "Node unavailable"),
             Self::Timeout => (StatusCode::GATEWAY_TIMEOUT, Code::Timeout, "Timeout"),
             Self::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, Code::Internal, "Internal error"),
         }
@@ -270,9 +285,11 @@ impl ApiError {
     fn is_retryable(&self) -> bool {
         match self {
             Self::Busy(_)
+            | Self::Declined(_)
             | Self::KeyInUse
             | Self::DatabaseUnavailable
             | Self::KeeperUnavailable
+            | Self::NodeUnavailable
             | Self::SlowBody
             | Self::Timeout
             | Self::RegistryFailed(_)
@@ -287,6 +304,7 @@ impl ApiError {
             | Self::ImageNotFound(_)
             | Self::MethodNotAllowed
             | Self::Conflict(_)
+            | Self::ContentMissing(_)
             | Self::WrongState(_)
             | Self::LayerLost
             | Self::VolumeNotFound(_)
@@ -415,6 +433,10 @@ impl IntoResponse for ApiError {
         let mut response = self.parts().0.into_response();
         response.headers_mut().extend(self.headers());
         response.extensions_mut().insert(self.problem(String::new()));
+        if matches!(self, Self::Declined(_) | Self::ContentMissing(_)) {
+            response.extensions_mut().insert(NotHere);
+            observe::mark_as_passing(&mut response);
+        }
         response
     }
 }
@@ -452,6 +474,7 @@ impl From<StoreError> for ApiError {
                 Self::DatabaseUnavailable
             }
             StoreError::NameTaken => Self::Conflict("the name is taken".to_owned()),
+            StoreError::MadeAlready => Self::Conflict(error.to_string()),
             StoreError::ZeroByte => Self::Invalid(Invalid::new("", error.to_string())),
             StoreError::Damaged(_) => Self::Internal(error.into()),
             StoreError::Other(cause) => Self::Internal(cause),
@@ -477,6 +500,8 @@ impl From<EngineError> for ApiError {
             EngineError::VolumeElsewhere(why) => Self::VolumeElsewhere(why),
             EngineError::Refused(why) => Self::Conflict(why),
             EngineError::KeyLost => Self::KeyInUse,
+            EngineError::MadeAlready => StoreError::MadeAlready.into(),
+            EngineError::Declined(why) => Self::Declined(why),
             EngineError::OutcomeUnknown => Self::OutcomeUnknown,
             EngineError::KeeperUnavailable => Self::KeeperUnavailable,
             EngineError::Store(error) => error.into(),

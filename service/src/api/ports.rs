@@ -4,7 +4,7 @@
 //! answers must not become a page of our origin.
 
 mod headers;
-mod relay;
+pub(super) mod relay;
 
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream as StdTcpStream},
@@ -31,7 +31,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{App, caller::Caller, error::ApiError, observe, query};
+use super::{App, caller::Caller, error::ApiError, hops, observe, query};
 use crate::{
     runtime::CallError,
     sandbox::{Invalid, Kind, Sandbox, State as SandboxState},
@@ -131,7 +131,7 @@ async fn join(socket: OwnedFd, address: SocketAddr) -> std::io::Result<TcpStream
 /// Sends the request over the connection and brings its answer, bodies as they come.
 async fn pass_on(app: Arc<App>, place: Place, stream: TcpStream, mut request: Request) -> Result<Response, ApiError> {
     let peer = request.extensions().get::<Peer>().copied();
-    let is_tunnel = headers::wants_websocket(request.headers());
+    let is_tunnel = hops::wants_websocket(request.headers());
     let offers_ours = headers::offers_our_subprotocol(request.headers());
     let client = is_tunnel.then(|| hyper::upgrade::on(&mut request));
     let activity = Activity::new(IDLE_DEADLINE, move || app.engine.touch(place.id));

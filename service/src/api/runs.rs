@@ -22,11 +22,13 @@ use super::{
     error::ApiError,
     idempotency::Keyed,
     images::pull_for,
-    json, observe, query,
+    json, observe,
+    pass::Bid,
+    query,
     view::RunView,
 };
 use crate::{
-    engine::{Finished, Followed, Progress, Promise, Shown},
+    engine::{EngineError, Finished, Followed, Progress, Promise, Shown},
     sandbox::{Kind, RunRequest, Sandbox, SandboxId, TenantId},
     token::Scope,
 };
@@ -86,23 +88,32 @@ const STOP_PATIENCE: Duration = Duration::from_secs(5);
         refusal::OfRegistries,
     ),
 )]
-pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator, keyed: Keyed, body: Body) -> Result<Response, ApiError> {
+pub(super) async fn create(
+    State(app): State<Arc<App>>,
+    Creator(caller): Creator,
+    keyed: Keyed,
+    bid: Bid,
+    body: Body,
+) -> Result<Response, ApiError> {
     caller.require(Scope::Runs)?;
     let times = Times::begin();
     let (asked, wait_ms) = json::read::<RunRequest>(body).await?.parse(&app.languages)?;
-    if let Some(id) = keyed.made {
-        // As the earlier attempt would have waited for it that made it.
-        let patience = times.patience(wait_ms);
-        let run = app.engine.wait_until(&caller.tenant, id, patience, |run| run.state.is_final()).await?.ok_or(ApiError::NotFound)?;
-        return answer(&app, &caller.tenant, Told::Seen(run), times).await;
+    // By an earlier attempt, or by another node.
+    if let Some(id) = bid.made(&app, &caller, &keyed).await? {
+        return waited(&app, &caller, id, (times, wait_ms)).await;
     }
-    pull_for(&app, &caller, &asked).await?;
+    pull_for(&app, &caller, &asked, &bid).await?;
     let patience = times.patience(wait_ms);
     let tenant = caller.tenant.clone();
+    let mut how = bid.making(keyed);
     // Whoever waits for the end, and could not ask again for the same, hears of nothing before. What it leaves in a volume is not to be by nobody.
-    let is_later = keyed.key.is_none() && !patience.is_zero() && asked.volumes.is_empty();
-    let promise = if is_later { Promise::Later } else { Promise::Now };
-    let mut run = app.engine.create(caller.owner(), asked, keyed.key, promise).await?;
+    if how.key.is_none() && how.id.is_none() && !patience.is_zero() && asked.volumes.is_empty() {
+        how.promise = Promise::Later;
+    }
+    let mut run = match (app.engine.create(caller.owner(), asked, how).await, bid.id()) {
+        (Err(EngineError::MadeAlready), Some(id)) => return waited(&app, &caller, id, (times, wait_ms)).await,
+        (created, _) => created?,
+    };
     observe::note_sandbox(run.id());
     let told = match wait(&app, &mut run, patience).await {
         Some(finished) => Told::Ended(finished),
@@ -112,6 +123,13 @@ pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator
         }
     };
     answer(&app, &tenant, told, times).await
+}
+
+/// The same of a run that somebody else made, waited for as they would have.
+async fn waited(app: &Arc<App>, caller: &Caller, id: SandboxId, (times, wait_ms): (Times, u64)) -> Result<Response, ApiError> {
+    let patience = times.patience(wait_ms);
+    let run = app.engine.wait_until(&caller.tenant, id, patience, |run| run.state.is_final()).await?.ok_or(ApiError::NotFound)?;
+    answer(app, &caller.tenant, Told::Seen(run), times).await
 }
 
 /// The answer to who had it made: of what was made, whatever fails.

@@ -21,11 +21,13 @@ use super::{
     error::ApiError,
     idempotency::Keyed,
     images::pull_for,
-    json, observe, query,
+    json, observe,
+    pass::Bid,
+    query,
     view::SandboxView,
 };
 use crate::{
-    engine::START_PATIENCE,
+    engine::{EngineError, START_PATIENCE},
     sandbox::{
         ChangeRequest, ImageReference, Invalid, Kind, LIST_LIMIT, LabelFault, Sandbox, SandboxId, SandboxRequest, State as SandboxState,
         TenantId, check_label, check_name_prefix, words,
@@ -68,23 +70,35 @@ pub(super) struct Page {
         refusal::Conflict,
     ),
 )]
-pub(super) async fn create(State(app): State<Arc<App>>, Creator(caller): Creator, keyed: Keyed, body: Body) -> Result<Response, ApiError> {
+pub(super) async fn create(
+    State(app): State<Arc<App>>,
+    Creator(caller): Creator,
+    keyed: Keyed,
+    bid: Bid,
+    body: Body,
+) -> Result<Response, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
     let asked = json::read::<SandboxRequest>(body).await?.parse()?;
-    let sandbox = match keyed.made {
+    let sandbox = match bid.made(&app, &caller, &keyed).await? {
         None => {
-            pull_for(&app, &caller, &asked).await?;
-            app.engine.create_and_start(caller.owner(), asked, keyed.key).await?
+            pull_for(&app, &caller, &asked, &bid).await?;
+            match (app.engine.create_and_start(caller.owner(), asked, bid.making(keyed)).await, bid.id()) {
+                (Err(EngineError::MadeAlready), Some(id)) => started(&app, &caller, id).await?,
+                (created, _) => created?,
+            }
         }
-        // By an earlier attempt at the same request.
-        Some(id) => {
-            let has_started = |sandbox: &Sandbox| sandbox.state != SandboxState::Starting;
-            app.engine.wait_until(&caller.tenant, id, START_PATIENCE, has_started).await?.ok_or(ApiError::NotFound)?
-        }
+        // By an earlier attempt at the same request, or by another node.
+        Some(id) => started(&app, &caller, id).await?,
     };
     observe::note_sandbox(sandbox.id);
     let location = format!("/v1/sandboxes/{}", sandbox.id);
     Ok((StatusCode::CREATED, [(header::LOCATION, location)], view(&app, sandbox).await).into_response())
+}
+
+/// One that somebody else made, once it has started.
+async fn started(app: &App, caller: &Caller, id: SandboxId) -> Result<Sandbox, ApiError> {
+    let has_started = |sandbox: &Sandbox| sandbox.state != SandboxState::Starting;
+    app.engine.wait_until(&caller.tenant, id, START_PATIENCE, has_started).await?.ok_or(ApiError::NotFound)
 }
 
 /// The answer of which nothing but its sandbox was kept.

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use sandbox_core::fail_point;
+use sandbox_core::{fail_point, protocol::Hello};
 use uuid::Uuid;
 
 use super::{Engine, EngineError, Followed, Owner, capacity::Room, input};
@@ -73,6 +73,25 @@ impl Undecided {
     }
 }
 
+/// How a sandbox is to be made.
+#[derive(Debug, Clone, Default)]
+pub struct Making {
+    /// The key of its request, which must be held.
+    pub key: Option<HeldKey>,
+    /// What it is called, where another node may have made it under that already.
+    pub id: Option<SandboxId>,
+    /// At once, or not at all: another node offers it, and sees to it otherwise.
+    pub is_offered: bool,
+    /// When it is told of.
+    pub promise: Promise,
+}
+
+impl From<Option<HeldKey>> for Making {
+    fn from(key: Option<HeldKey>) -> Self {
+        Self { key, ..Self::default() }
+    }
+}
+
 /// What is in the way of a sandbox, and may be out of it at the next attempt.
 enum Obstacle {
     ImageMoved,
@@ -84,20 +103,14 @@ enum Obstacle {
 }
 
 impl Engine {
-    pub(super) async fn admit(
-        self: Arc<Self>,
-        owner: Owner,
-        mut asked: NewSandbox,
-        key: Option<HeldKey>,
-        promise: Promise,
-    ) -> Result<Followed, EngineError> {
+    pub(super) async fn admit(self: Arc<Self>, owner: Owner, mut asked: NewSandbox, how: Making) -> Result<Followed, EngineError> {
         /// Each obstacle may be met once, and once more if others move images at the same time.
         const ATTEMPTS: u32 = 6;
         let cases = std::mem::take(&mut asked.cases);
         let input = input::encode(&std::mem::take(&mut asked.files), asked.stdin.take());
         let mut input = Some(input);
         for _ in 0..ATTEMPTS {
-            match self.try_to_admit(&owner, &asked, (key.as_ref(), promise), (&cases, &mut input)).await? {
+            match self.try_to_admit(&owner, &asked, &how, (&cases, &mut input)).await? {
                 Ok(followed) => return Ok(followed),
                 Err(Obstacle::VolumeGone) => {}
                 Err(Obstacle::ImageMoved) => self.images.forget(&owner.tenant, asked.image.as_str()),
@@ -112,15 +125,19 @@ impl Engine {
         self: &Arc<Self>,
         owner: &Owner,
         asked: &NewSandbox,
-        (key, promise): (Option<&HeldKey>, Promise),
+        how: &Making,
         (cases, input): (&[NewCase], &mut Option<Input>),
     ) -> Result<Result<Followed, Obstacle>, EngineError> {
+        let key = how.key.as_ref();
         let created_at = self.clock.now();
         let image = self.image(&owner.tenant, asked.image.as_str()).await?;
         let image_found_at = self.clock.now();
         // One that is upgraded is away for a moment.
         let keeper = tokio::time::timeout(KEEPER_PATIENCE, self.keeper.connected()).await.ok();
         let keeper = keeper.filter(|_| !self.stopping.is_cancelled()).ok_or(EngineError::KeeperUnavailable)?;
+        if how.is_offered {
+            self.check_offer(&image, &keeper, asked).await?;
+        }
         if !keeper.isolation.contains(&asked.isolation) {
             return Err(Invalid::new("isolation", "this node does not offer it: `mayfly doctor` there says what is missing").into());
         }
@@ -130,7 +147,7 @@ impl Engine {
             Ok::<_, Invalid>(Box::new(Compile { program, limits: step.limits, end: None }))
         });
         let sandbox = Sandbox {
-            id: SandboxId(Uuid::now_v7()),
+            id: how.id.unwrap_or_else(|| SandboxId(Uuid::now_v7())),
             tenant: owner.tenant.clone(),
             principal: owner.principal.clone(),
             kind: asked.kind,
@@ -161,7 +178,7 @@ impl Engine {
             keeps_input: true,
         };
         let room = Room { memory_bytes: sandbox.memory_bytes(), cpu_millis: sandbox.cpu_millis(), sandboxes: 1 };
-        self.capacity.could_hold(room).map_err(EngineError::NoCapacity)?;
+        self.capacity.could_hold(room).map_err(if how.is_offered { EngineError::Declined } else { EngineError::NoCapacity })?;
         let image_took = (image_found_at - created_at).unsigned_abs();
 
         let empty = Input::default();
@@ -173,13 +190,14 @@ impl Engine {
             && !self.has_queue()
             && let Some(mut reservation) = self.capacity.reserve(room)
         {
-            let answer =
-                self.ask_store((&sandbox, wanted_node), lease, asked, (key, promise), (cases, input.as_ref().unwrap_or(&empty))).await?;
+            let answer = self
+                .ask_store((&sandbox, wanted_node), lease, asked, (key, how.promise), (cases, input.as_ref().unwrap_or(&empty)))
+                .await?;
             if let Admitted::Yes { weight } = answer {
                 fail_point::reached("service.admit.claimed");
                 reservation.count_for(owner, weight);
                 let live = self.live.insert(sandbox, lease, image_took);
-                if promise == Promise::Now {
+                if how.promise == Promise::Now {
                     live.note_kept();
                 }
                 let input = input.take().unwrap_or_default();
@@ -189,6 +207,9 @@ impl Engine {
             if answer != Admitted::Behind {
                 return refuse(answer, asked).map(Err);
             }
+        }
+        if how.is_offered {
+            return Err(EngineError::Declined("it would have to wait here".to_owned()));
         }
         if asked.when_full == WhenFull::Refuse {
             return Err(EngineError::Busy(hindrance.unwrap_or_else(|| "there is no room now, and it is not to wait".to_owned())));
@@ -244,6 +265,18 @@ impl Engine {
             self.undecided.remove(sandbox.id);
         }
         Ok(answer?)
+    }
+
+    /// Whether this node could begin at once what another one offers it: else that one does it, and nothing is lost by the offer.
+    async fn check_offer(&self, image: &Image, keeper: &Hello, asked: &NewSandbox) -> Result<(), EngineError> {
+        if !keeper.isolation.contains(&asked.isolation) {
+            return Err(EngineError::Declined("this isolation is not offered here".to_owned()));
+        }
+        let roots = tokio::time::timeout(KEEPER_PATIENCE, self.keeper.images()).await;
+        match roots {
+            Ok(Ok(roots)) if roots.contains(&image.root) => Ok(()),
+            Ok(_) | Err(_) => Err(EngineError::Declined("the image is not here".to_owned())),
+        }
     }
 
     /// What the tenant means by this reference; the same as at the last time unless [`KnownImages::forget`] was told otherwise.

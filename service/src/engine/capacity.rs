@@ -121,6 +121,11 @@ impl Capacity {
         Reservation { room, held: None, counts_for: None, capacity: Arc::clone(self) }
     }
 
+    /// What the node has, and what of it is promised.
+    pub(super) fn use_now(&self) -> (Room, Room) {
+        (self.total, self.lock().committed)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Promised> {
         self.promised.lock().unwrap_or_else(PoisonError::into_inner)
     }

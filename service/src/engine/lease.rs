@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::{Engine, Progress};
 use crate::{
     sandbox::{Finish, Kind, LogTail, Phases},
-    store::{Abandoned, Ended, Lease, LogKept, NodeCapacity, NodeId, Orders, Renewed, Return, Store, StoreError, Writer},
+    store::{Abandoned, Ended, Lease, LogKept, NodeCapacity, NodeId, Orders, PeerDoor, Renewed, Return, Store, StoreError, Writer},
 };
 
 /// How often a lease is renewed before it would end, at the least, and after what time at the most.
@@ -34,6 +34,8 @@ pub(super) struct Identity {
     pub(super) capacity: NodeCapacity,
     /// How long it counts as alive without being heard of.
     pub(super) held_for: Duration,
+    /// Where other nodes reach it.
+    pub(super) door: Option<PeerDoor>,
 }
 
 /// The lease and what came with its last renewal.
@@ -57,6 +59,7 @@ impl Tenure {
         let lease = store.take_node(identity.node, &identity.name, identity.capacity, now, identity.held_for).await?;
         // Not before the first renewal is it known what is wanted of it, so that is done at once.
         let orders = store.renew(lease, identity.held_for).await?.unwrap_or_default();
+        store.open_to_peers(lease, identity.door.as_ref()).await?;
         Ok(Self { identity, now: Mutex::new(Now { lease, orders, steady_since: Instant::now() }) })
     }
 
@@ -113,7 +116,9 @@ impl Engine {
                 self.tenure.doubt();
                 self.metrics.lease_failures.inc();
                 tracing::warn!(%error, "renewing the lease of this node failed");
+                continue;
             }
+            self.meet_peers(&mut renewer, period).await;
         }
     }
 
@@ -126,7 +131,7 @@ impl Engine {
 
     /// The lease was lost: others took this node for dead. What nobody took meanwhile stays its own; what was given to others is ended here.
     async fn rejoin(&self) -> Result<(), StoreError> {
-        let Identity { node, name, capacity, held_for } = &self.tenure.identity;
+        let Identity { node, name, capacity, held_for, .. } = &self.tenure.identity;
         let lease = self.store.take_node(*node, name, *capacity, self.clock.now(), *held_for).await?;
         // First: who has something to store finds out whether it is still its own.
         self.tenure.lock().lease = lease;

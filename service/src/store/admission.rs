@@ -37,8 +37,9 @@ pub struct Admission<'a> {
 }
 
 /// When somebody is told of what was admitted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Promise {
+    #[default]
     Now,
     /// Nobody before its end is stored, or [`Store::keep`] has said that it is kept: it is committed without waiting for the disk, and a crash of Postgres until then may lose it.
     Later,

@@ -103,7 +103,10 @@ impl Store {
                     or held.status is null and held.target = excluded.target
                         and coalesce(held.body = excluded.body, true)
                         and (held.holder is null or held.taken_at < $11
-                            or held.node = excluded.node and held.process <> excluded.process)
+                            or held.node = excluded.node and held.process <> excluded.process
+                            -- whoever held it is not heard of any more, unless it is this process
+                            or $11::timestamptz is not null
+                                and exists (select 1 from nodes where nodes.id = held.node and lease_until < now()))
                 returning sandbox, begun_by
             ), standing as (
                 select tenants.suspended_at is not null or principals.suspended_at is not null as is_suspended

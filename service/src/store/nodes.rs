@@ -296,13 +296,22 @@ pub struct Renewer {
 impl Renewer {
     /// [`Store::renew`]. One that is given up begins with a new connection the next time.
     pub async fn renew(&mut self, lease: Lease, held_for: Duration) -> Result<Option<Orders>, StoreError> {
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => PgConnection::connect_with(&self.options).await?,
-        };
+        let mut connection = self.take_connection().await?;
         let renewed = renew(&mut connection, lease, held_for).await?;
-        self.connection = Some(connection);
+        self.give_connection(connection);
         Ok(renewed)
+    }
+
+    /// The connection, to be given back by whoever was answered over it.
+    pub(super) async fn take_connection(&mut self) -> Result<PgConnection, StoreError> {
+        match self.connection.take() {
+            Some(connection) => Ok(connection),
+            None => Ok(PgConnection::connect_with(&self.options).await?),
+        }
+    }
+
+    pub(super) fn give_connection(&mut self, connection: PgConnection) {
+        self.connection = Some(connection);
     }
 }
 

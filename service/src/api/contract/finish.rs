@@ -10,6 +10,7 @@ use utoipa::{IntoResponses, openapi::OpenApi};
 use yaml_serde::{Mapping, Value};
 
 use super::{
+    super::pass,
     answers::{Around, Refusals, headers_around},
     examples, refusal,
 };
@@ -167,6 +168,9 @@ fn settle_operation(path: &str, method: &str, operation: &mut Mapping, refusals:
     }
     if !scopes.is_empty() {
         promise::<refusal::Forbidden>(answers);
+    }
+    if pass::may_lack_node(method, path) {
+        promise::<refusal::NodeUnavailable>(answers);
     }
     if has_body {
         promise::<refusal::SlowBody>(answers);

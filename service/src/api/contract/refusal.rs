@@ -140,8 +140,11 @@ refusals! {
     ];
     /// The database is not available now.
     DatabaseUnavailable = [ApiError::DatabaseUnavailable];
-    /// What is asked for is on a node that is out of reach now, or whose keeper is.
+    /// The keeper of the node that it is on is not available; or it is on another node, and this one reaches no others.
     KeeperUnavailable = [ApiError::KeeperUnavailable];
+    /// What is asked for is on another node, of which no answer came: it is out of reach, or died meanwhile. What changes something may have been done, or not: with an `Idempotency-Key` it is not
+    /// done twice.
+    NodeUnavailable = [ApiError::NodeUnavailable];
     /// The request took too long.
     Timeout = [ApiError::Timeout];
     /// The sandbox's writable layer has no room or no inodes left.

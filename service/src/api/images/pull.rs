@@ -20,6 +20,7 @@ use super::{
         error::{ApiError, Problem},
         idempotency::Keyed,
         json, observe,
+        pass::Bid,
         stream::{self, EVENTS, Form, Frame, Frames, LINES},
     },
     ImageView,
@@ -218,7 +219,7 @@ pub(in crate::api) async fn pull(
 }
 
 /// Sees to it that the image is here that a sandbox is to be made of, as far as its creator asks for that.
-pub(in crate::api) async fn pull_for(app: &App, caller: &Caller, asked: &NewSandbox) -> Result<(), ApiError> {
+pub(in crate::api) async fn pull_for(app: &App, caller: &Caller, asked: &NewSandbox, bid: &Bid) -> Result<(), ApiError> {
     let is_wanted = match asked.pull {
         PullPolicy::Never => false,
         PullPolicy::Missing => match app.store.find_image(&caller.tenant, asked.image.as_str()).await? {
@@ -233,6 +234,9 @@ pub(in crate::api) async fn pull_for(app: &App, caller: &Caller, asked: &NewSand
     };
     if !is_wanted {
         return Ok(());
+    }
+    if bid.is_offered() {
+        return Err(ApiError::Declined("the image would have to be pulled".to_owned()));
     }
     caller.require(Scope::ImagesWrite)?;
     // Else it is looked at when the sandbox is admitted, which is too late.
@@ -331,7 +335,7 @@ impl From<&ImportError> for ApiError {
             ImportError::NotAtRegistry(what) => Self::ImageNotFound(what.clone()),
             ImportError::RegistryDenied(why) => Self::RegistryDenied(why.clone()),
             ImportError::RegistryFailed(why) => Self::RegistryFailed(why.clone()),
-            ImportError::PartMissing => Self::Conflict(error.to_string()),
+            ImportError::PartMissing => Self::ContentMissing(error.to_string()),
             ImportError::KeeperUnavailable => Self::KeeperUnavailable,
             ImportError::Store(error) if error.is_unavailable() => Self::DatabaseUnavailable,
             ImportError::Tree(_) | ImportError::Store(_) | ImportError::Internal(_) => Self::Internal(anyhow::anyhow!("{error:#}")),

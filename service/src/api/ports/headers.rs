@@ -4,26 +4,16 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 
 use super::Peer;
 use crate::{
-    api::caller::{SUBPROTOCOL, TOKEN_SUBPROTOCOL},
+    api::{
+        caller::{SUBPROTOCOL, TOKEN_SUBPROTOCOL},
+        hops::{set, without_hops, words},
+    },
     sandbox::SandboxId,
 };
 
 /// What stands before the name of a sandbox's cookie at the client. The host has other cookies, of whatever else it serves: a sandbox hears of none of
 /// them, and can set none of them.
 const COOKIE_PREFIX: &str = "mayfly-port-";
-
-/// Of one connection alone (RFC 9110, 7.6.1), beside what `Connection` names. `Expect` is answered by us.
-const HOP_BY_HOP: [HeaderName; 9] = [
-    header::CONNECTION,
-    HeaderName::from_static("keep-alive"),
-    HeaderName::from_static("proxy-connection"),
-    header::PROXY_AUTHENTICATE,
-    header::PROXY_AUTHORIZATION,
-    header::TE,
-    header::TRAILER,
-    header::TRANSFER_ENCODING,
-    header::UPGRADE,
-];
 
 /// What would say something of our whole origin, or to a proxy before us: not for a sandbox to say. `Set-Cookie` and `Location` are rewritten.
 const NOT_FROM_INSIDE: [&str; 22] = [
@@ -66,11 +56,6 @@ impl Place {
     pub(super) fn prefix(self) -> String {
         format!("/v1/sandboxes/{}/ports/{}", self.id, self.port)
     }
-}
-
-pub(super) fn wants_websocket(headers: &HeaderMap) -> bool {
-    let upgrades = words(headers, &header::CONNECTION).any(|word| word.eq_ignore_ascii_case("upgrade"));
-    upgrades && words(headers, &header::UPGRADE).any(|word| word.eq_ignore_ascii_case("websocket"))
 }
 
 /// Whether the client would take our own subprotocol, as browsers offer it beside their token.
@@ -144,17 +129,6 @@ pub(super) fn outward(given: &HeaderMap, place: Place, is_tunnel: bool, offers_o
     headers
 }
 
-fn without_hops(given: &HeaderMap) -> HeaderMap {
-    let mut headers = given.clone();
-    for name in words(given, &header::CONNECTION) {
-        headers.remove(name);
-    }
-    for name in HOP_BY_HOP {
-        headers.remove(name);
-    }
-    headers
-}
-
 /// A cookie under a name that is the sandbox's own, for its own paths.
 fn cookie_outward(value: &HeaderValue, place: Place) -> Option<HeaderValue> {
     let mut parts = value.to_str().ok()?.split(';');
@@ -175,21 +149,6 @@ fn location_outward(inner: &str, place: Place) -> String {
         "" => format!("{}/", place.prefix()),
         path if path.starts_with('/') && !path.starts_with("//") => format!("{}{path}", place.prefix()),
         other => other.to_owned(),
-    }
-}
-
-/// The members of a header that is a list.
-fn words<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
-    let lists = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
-    lists.flat_map(|list| list.split(',')).map(str::trim).filter(|word| !word.is_empty())
-}
-
-/// Sets it, if there is something to say.
-fn set(headers: &mut HeaderMap, name: HeaderName, text: &str) {
-    if let Ok(value) = HeaderValue::from_str(text)
-        && !text.is_empty()
-    {
-        headers.insert(name, value);
     }
 }
 

@@ -20,7 +20,7 @@ const CHUNK_BYTES: usize = 16 * 1024;
 
 /// When something came last, in either direction. Cheap to clone.
 #[derive(Clone)]
-pub(super) struct Activity(Arc<Inner>);
+pub(in crate::api) struct Activity(Arc<Inner>);
 
 struct Inner {
     last: Mutex<Instant>,
@@ -30,7 +30,7 @@ struct Inner {
 
 impl Activity {
     /// `tell` is called with every sign of life.
-    pub(super) fn new(idle_deadline: Duration, tell: impl Fn() + Send + Sync + 'static) -> Self {
+    pub(in crate::api) fn new(idle_deadline: Duration, tell: impl Fn() + Send + Sync + 'static) -> Self {
         tell();
         Self(Arc::new(Inner { last: Mutex::new(Instant::now()), idle_deadline, tell: Box::new(tell) }))
     }
@@ -100,7 +100,7 @@ impl HttpBody for Patient {
 }
 
 /// Copies until both have ended, one breaks, or nothing comes for too long. One that ends its half may go on reading.
-pub(super) async fn both_ways(one: impl AsyncRead + AsyncWrite, other: impl AsyncRead + AsyncWrite, activity: Activity) {
+pub(in crate::api) async fn both_ways(one: impl AsyncRead + AsyncWrite, other: impl AsyncRead + AsyncWrite, activity: Activity) {
     let (from_one, to_one) = tokio::io::split(one);
     let (from_other, to_other) = tokio::io::split(other);
     let pumps = async { tokio::try_join!(pump(from_one, to_other, &activity), pump(from_other, to_one, &activity)) };

@@ -35,7 +35,7 @@ use super::{
     wait,
 };
 use crate::{
-    engine::{Followed, Promise, Shown},
+    engine::{Followed, Shown},
     sandbox::{BatchRequest, Invalid, Kind, RUNS_MAX, RunRequest, Sandbox, SandboxId, TenantId},
     token::Scope,
 };
@@ -264,7 +264,7 @@ async fn accept_one(app: &App, caller: &Caller, keyed: &Keyed, place: usize, run
     let keyed = keyed.part(app, place, body).await?;
     Ok(match keyed.made {
         Some(id) => Accepted::Earlier(id),
-        None => match app.engine.create(caller.owner(), asked, keyed.key.clone(), Promise::Now).await {
+        None => match app.engine.create(caller.owner(), asked, keyed.key.clone().into()).await {
             Ok(run) => Accepted::New(run),
             Err(error) => {
                 if let Some(key) = &keyed.key {

@@ -79,6 +79,22 @@ async fn a_key_is_taken_once_and_answered_for_good(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "../migrations")]
+async fn a_key_whose_node_is_not_heard_of_any_more_is_taken_with_what_it_made(pool: PgPool) {
+    let (store, lease, sandbox) = with_sandbox(pool).await;
+    let other = take_node(&store, NodeId(Uuid::now_v7())).await;
+    let (first, second) = (attempt("acme", "k"), attempt("acme", "k"));
+    let by = |lease: Lease| Taking { node: lease.node, ..taking(0) };
+    assert_eq!(take(&store, &first, &by(lease)).await, OURS);
+    assert!(matches!(admit(&store, &sandbox, lease, &first).await, Admitted::Yes { .. }));
+
+    assert_eq!(take(&store, &second, &by(other)).await, KeyState::Theirs, "its lease holds");
+    store.release(lease).await.unwrap();
+    let own = Taking { orphaned_before: None, ..by(other) };
+    assert_eq!(take(&store, &second, &own).await, KeyState::Theirs, "this process is at it");
+    assert_eq!(take(&store, &second, &by(other)).await, KeyState::Ours { made: Some(sandbox.id), is_begun: false });
+}
+
+#[sqlx::test(migrations = "../migrations")]
 async fn a_key_of_another_tenant_or_principal_is_another_key(pool: PgPool) {
     let (store, _) = store_with_node(pool).await;
     let (acme, other) = (attempt("acme", "k"), attempt("other", "k"));
