@@ -323,6 +323,9 @@ impl There {
         }
         match operation.template.as_str() {
             "/v1/admin/tenants" if field.member() != "id" => body["id"] = json!(format!("bounds-{}", uuid::Uuid::new_v4().simple())),
+            "/v1/pools" if body["template"]["image"].is_string() && field.member() != "image" => {
+                body["template"]["image"] = json!("no-such-image");
+            }
             "/v1/volumes" if field.member() != "name" => body["name"] = json!(format!("bounds-{}", uuid::Uuid::new_v4().simple())),
             _ => {}
         }

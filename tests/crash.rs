@@ -90,11 +90,19 @@ fn is_of_images(step: &str) -> bool {
     step.starts_with("service.import.") || step.starts_with("service.image.")
 }
 
-/// What the load does not do: `tests/webhooks.rs`, `tests/volumes.rs`, `tests/batch.rs`, `tests/pull.rs`, `tests/recovery.rs` and `tests/idempotency.rs` die there.
+/// What the load does not do: `tests/webhooks.rs`, `tests/volumes.rs`, `tests/pools.rs`, `tests/batch.rs`, `tests/pull.rs`, `tests/recovery.rs` and `tests/idempotency.rs` die there.
 fn is_of_others(step: &str) -> bool {
-    ["service.commit.", "service.webhook.", "service.volume.", "service.batch.", "service.pull.", "service.idempotency.begun"]
-        .iter()
-        .any(|of| step.starts_with(of))
+    [
+        "service.commit.",
+        "service.webhook.",
+        "service.volume.",
+        "service.pool.",
+        "service.batch.",
+        "service.pull.",
+        "service.idempotency.begun",
+    ]
+    .iter()
+    .any(|of| step.starts_with(of))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

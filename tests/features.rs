@@ -227,6 +227,21 @@ async fn a_paused_sandbox_goes_on_when_it_is_resumed() {
 }
 
 #[tokio::test]
+async fn a_sandbox_of_a_pool_ran_before_it_was_asked_for() {
+    let client = shared().client();
+    let template = json!({ "image": "busybox", "command": ["sh", "-c", "echo warm; exec sleep 1000"] });
+    let pool = json!({ "name": "warm", "size": 1, "template": template, "ready_output": "warm" });
+    client.post("/v1/pools", &pool).await.expect(201);
+    client.until("/v1/pools/warm", |pool| pool["ready"] == 1).await;
+
+    let taken = client.post("/v1/sandboxes", &template).await.expect(201);
+
+    assert_eq!((&taken["from_pool"]["name"], &taken["state"]), (&json!("warm"), &json!("running")));
+    assert_eq!(client.delete("/v1/pools/warm").await.status, 204);
+    gone(&client, &format!("/v1/sandboxes/{}", taken["id"].as_str().unwrap())).await;
+}
+
+#[tokio::test]
 async fn a_volume_outlives_the_sandbox_that_wrote_to_it() {
     let client = shared().client();
     client.post("/v1/volumes", &json!({ "name": "kept", "size_bytes": 4 << 20 })).await.expect(201);
@@ -600,7 +615,7 @@ fn the_page_of_features_says_what_the_tests_here_show() {
 }
 
 /// By what services of this kind are compared, in the words of the comparison: what is not here yet has a row, too.
-const COMPARED: [&str; 33] = [
+const COMPARED: [&str; 34] = [
     "run-once call",
     "long-lived sandbox",
     "exec in running",
@@ -614,6 +629,7 @@ const COMPARED: [&str; 33] = [
     "port exposure / proxy",
     "pause / resume",
     "snapshot / fork",
+    "warm pools",
     "volumes",
     "images",
     "network policy",

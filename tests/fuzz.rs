@@ -79,7 +79,7 @@ impl Bench {
         let token = token::sign(&claims, &place.secret_file());
         // What is refused for a quota tries nothing.
         let admin = Client::with_token(place, Some(token.clone()));
-        let quotas = json!({ "sandboxes": null, "queued": null, "kept_layers": null, "log_bytes": null, "volumes": null, "volume_bytes": 256_u64 << 20, "image_bytes": null, "webhooks": null });
+        let quotas = json!({ "sandboxes": null, "queued": null, "kept_layers": null, "log_bytes": null, "volumes": null, "volume_bytes": 256_u64 << 20, "image_bytes": null, "webhooks": null, "pools": null, "pool_sandboxes": null });
         admin.get("/v1/quota").await.expect(200);
         admin.patch(&format!("/v1/admin/tenants/{tenant}"), &json!({ "quotas": quotas })).await.expect(200);
         // A tenant and its principal, `tester`, are there from their first request on.

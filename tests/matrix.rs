@@ -97,6 +97,13 @@ async fn make(owner: &Client, part: &str, before: &[Made], template: &str) -> Ma
             owner.post("/v1/registries", &request).await.expect(201);
             made
         }
+        ("/v1/pools/{name}", []) => {
+            let name = || format!("p-{}", uuid::Uuid::new_v4());
+            let pool = Made { id: name(), absent: name() };
+            let template = json!({ "image": "busybox", "command": ["sleep", "60"], "labels": { "mark": mark(owner) } });
+            owner.post("/v1/pools", &json!({ "name": pool.id, "size": 0, "template": template })).await.expect(201);
+            pool
+        }
         ("/v1/volumes/{name}", []) => {
             // What never was has a name of the same length.
             let name = || format!("v-{}", uuid::Uuid::new_v4());

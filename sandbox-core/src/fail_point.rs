@@ -119,6 +119,9 @@ pub const STEPS: &[&str] = &[
     "service.volume.stored",
     "service.volume.ended",
     "service.volume.removed",
+    // A sandbox of a pool: it has its row, and is not launched yet; it is somebody's, and only its row says so.
+    "service.pool.admitted",
+    "service.pool.taken",
     // A request with an idempotency key: it is noted that what must not be done twice is begun; what it asks for is done, and its answer is not
     // kept yet.
     "service.idempotency.begun",

@@ -25,6 +25,7 @@ mod nodes;
 mod observe;
 mod operations;
 mod pass;
+mod pools;
 pub mod ports;
 pub mod query;
 mod registries;
@@ -162,6 +163,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(events::read))
         .merge(admin::router())
         .merge(nodes::router())
+        .merge(pools::router())
         .merge(volumes::router())
         .merge(webhooks::router())
         .merge(registries::router())

@@ -14,6 +14,7 @@ mod migrate;
 mod node;
 mod output;
 mod packer;
+mod pool;
 mod progress;
 mod pull;
 mod quantity;
@@ -77,6 +78,9 @@ enum Command {
     /// Work with tenants, their quotas and their principals
     #[command(subcommand)]
     Tenant(Box<tenant::Command>),
+    /// Work with pools: sandboxes that are ready before they are asked for
+    #[command(subcommand)]
+    Pool(Box<pool::Command>),
     /// Work with the machines that run sandboxes
     #[command(subcommand)]
     Node(Box<node::Command>),
@@ -136,6 +140,7 @@ pub fn run() -> ExitCode {
         Command::Image(ImageCommand::Push(arguments)) => image::push::run(*arguments),
         Command::Image(ImageCommand::Kept(command)) => image::kept::run(*command),
         Command::Tenant(command) => tenant::run(*command),
+        Command::Pool(command) => pool::run(*command),
         Command::Node(command) => node::run(*command),
         Command::Doctor { json, no_color, options } => match examine(*options, json, no_color.is_empty() && io::stdout().is_terminal()) {
             Ok(true) => Ok(()),

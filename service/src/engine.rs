@@ -17,6 +17,7 @@ mod life;
 mod live;
 mod output;
 mod peers;
+mod pool;
 mod pressure;
 mod queue;
 mod recovery;
@@ -131,6 +132,8 @@ pub struct Engine {
     kept: kept::KeptRooms,
     /// Volumes that are being made.
     making: volume::Making,
+    /// What is kept ready, and what of it waits here.
+    pools: pool::Pools,
     /// Wakes the scheduler.
     wake: Arc<Notify>,
     /// Wakes who renews the lease: what is wanted of this node has changed.
@@ -173,6 +176,8 @@ pub enum EngineError {
     UnknownTenant,
     #[error("the name is taken")]
     NameTaken,
+    #[error("there is a pool {0}")]
+    PoolExists(String),
     /// It is in this state, in which that cannot be done to it.
     #[error("it is {}", .0.as_str())]
     WrongState(State),
@@ -251,6 +256,7 @@ impl Engine {
             watches: watch::Watches::default(),
             kept: kept::KeptRooms::default(),
             making: volume::Making::default(),
+            pools: pool::Pools::default(),
             store,
             keeper,
             clock,
@@ -278,6 +284,7 @@ impl Engine {
         engine.recover().await?;
         tokio::spawn(Arc::clone(&engine).schedule());
         tokio::spawn(Arc::clone(&engine).keep_house());
+        tokio::spawn(Arc::clone(&engine).tend_pools());
         Ok(engine)
     }
 
@@ -332,15 +339,15 @@ impl Engine {
         Ok(self.find_any(tenant, id).await?.filter(|sandbox| sandbox.kind == kind))
     }
 
-    /// The tenant's sandbox of whatever kind as it is now. What this node knows of a live one is newer than its row.
+    /// The tenant's sandbox or run as it is now, not what waits in a pool. What this node knows of a live one is newer than its row.
     pub async fn find_any(&self, tenant: &TenantId, id: SandboxId) -> Result<Option<Sandbox>, EngineError> {
         if let Some(live) = self.live.get(id)
             && live.sandbox.tenant == *tenant
             && !matches!(live.progress(), Progress::Queued)
         {
-            return Ok(Some(live.now()));
+            return Ok(Some(live.now()).filter(is_somebodys));
         }
-        Ok(self.store.find(tenant, id).await?)
+        Ok(self.store.find(tenant, id).await?.filter(is_somebodys))
     }
 
     /// Those of these that are runs of the tenant's, as they are now, in no order.
@@ -584,6 +591,11 @@ fn is_done(id: SandboxId, answer: Result<(), CallError>) -> bool {
             false
         }
     }
+}
+
+/// Whether it does not wait in a pool.
+fn is_somebodys(sandbox: &Sandbox) -> bool {
+    sandbox.kind != Kind::Pooled
 }
 
 /// Unix time in whole microseconds.

@@ -74,6 +74,10 @@ pub struct Metrics {
     images_collected: IntCounter,
     spans: IntCounterVec,
     forwarded: IntCounterVec,
+    pool_takes: IntCounterVec,
+    pool_starts: IntCounterVec,
+    pool_members: IntGaugeVec,
+    pool_given_up: IntCounter,
 }
 
 /// Which way an image goes.
@@ -197,6 +201,10 @@ impl Metrics {
                 &["outcome"],
             )?,
             spans: shelf.counters("mayfly_spans_total", "Spans for the collector of traces", &["result"])?,
+            pool_takes: shelf.counters("sandbox_pool_takes_total", "Requests for what a pool keeps ready, by whether it had it here", &["result"])?,
+            pool_starts: shelf.counters("sandbox_pool_starts_total", "Sandboxes of pools by what came of their start", &["result"])?,
+            pool_members: shelf.gauges("sandbox_pool_members_count", "Sandboxes that wait in pools of this node", &["state"])?,
+            pool_given_up: shelf.counter("sandbox_pool_given_up_total", "Sandboxes of pools that were given up for the room of somebody's request")?,
             shelf,
         };
         this.begin_at_zero();
@@ -205,7 +213,7 @@ impl Metrics {
 
     /// A rate is known from the second value on: what will be counted is there before it happens, where it is known what that can be.
     fn begin_at_zero(&self) {
-        for kind in [Kind::Run, Kind::Sandbox] {
+        for kind in Kind::ALL {
             for reason in Reason::ALL {
                 self.runs.with_label_values(&[kind.as_str(), reason.as_str()]);
             }
@@ -241,6 +249,13 @@ impl Metrics {
         for outcome in ["answered", "declined", "unreached", "broken", "away", "cut"] {
             self.forwarded.with_label_values(&[outcome]);
         }
+        for result in ["hit", "miss"] {
+            self.pool_takes.with_label_values(&[result]);
+        }
+        for result in ["ready", "failed"] {
+            self.pool_starts.with_label_values(&[result]);
+        }
+        self.pool_members(0, 0);
         for result in ["sent", "failed", "dropped"] {
             self.spans.with_label_values(&[result]);
         }
@@ -374,6 +389,26 @@ impl Metrics {
     /// A request was another node's to answer.
     pub(crate) fn forwarded(&self, outcome: &'static str) {
         self.forwarded.with_label_values(&[outcome]).inc();
+    /// Somebody asked for what a pool keeps ready, and got it, or had to be given one of their own.
+    pub(crate) fn pool_asked(&self, was_ready: bool) {
+        self.pool_takes.with_label_values(&[if was_ready { "hit" } else { "miss" }]).inc();
+    }
+
+    /// One of a pool's is ready, or came to nothing.
+    pub(crate) fn pool_started(&self, result: &'static str) {
+        self.pool_starts.with_label_values(&[result]).inc();
+    }
+
+    /// So many wait here, ready or about to be.
+    pub(crate) fn pool_members(&self, ready: usize, starting: usize) {
+        for (state, count) in [("ready", ready), ("starting", starting)] {
+            self.pool_members.with_label_values(&[state]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// One that waited was given up for room.
+    pub(crate) fn pool_given_up(&self) {
+        self.pool_given_up.inc();
     }
 
     /// So many spans were sent to the collector, or not.

@@ -11,6 +11,7 @@ mod language;
 mod limits;
 mod log_tail;
 mod outcome;
+mod pool;
 mod program;
 mod quota;
 mod request;
@@ -32,6 +33,10 @@ pub use language::{Language, Languages};
 pub use limits::{Bound, Limits, RequestedCompileLimits, RequestedLimits, bound_of, bounds};
 pub use log_tail::{LogTail, Records, TailCollector};
 pub use outcome::{Finish, Outcome, Phases, Reason, Truncated, Usage};
+pub use pool::{
+    FromPool, NewPool, POOL_SIZE, Personal, Pool, PoolFailure, PoolId, PoolRequest, PoolSizeRequest, READY_WITHIN_MS, Readiness, Template,
+    Wanted, in_template,
+};
 pub use program::{Capabilities, Program, StopOrder, User, spec};
 pub use quota::{
     DefaultQuotas, Exceeded, PrincipalQuotaChanges, QuotaChanges, QuotaScope, Quotas, WAITS, WAITS_MAX, WATCHES, WATCHES_IN_SANDBOX_MAX,
@@ -84,19 +89,28 @@ pub struct Owner {
     pub principal: String,
 }
 
-/// Whether a sandbox came from `POST /v1/runs` or from `POST /v1/sandboxes`.
+/// Whether a sandbox came from `POST /v1/runs` or from `POST /v1/sandboxes`, or waits in a pool until somebody takes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
     Run,
     Sandbox,
+    Pooled,
 }
 
 impl Kind {
+    pub const ALL: [Self; 3] = [Self::Run, Self::Sandbox, Self::Pooled];
+
+    /// The kind of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == name)
+    }
+
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Run => "run",
             Self::Sandbox => "sandbox",
+            Self::Pooled => "pooled",
         }
     }
 }
@@ -154,9 +168,16 @@ pub struct Sandbox {
     pub claims: u64,
     /// Whether Postgres has what it is to be given, should it have to be begun anew.
     pub keeps_input: bool,
+    /// Where it waited before it was asked for, if it did.
+    pub from_pool: Option<FromPool>,
 }
 
 impl Sandbox {
+    /// For how long its program had run when it was asked for, in milliseconds.
+    pub fn waited_ms(&self) -> u64 {
+        self.from_pool.as_ref().map_or(0, |from| from.waited_ms)
+    }
+
     /// The memory that it may take up at any time of its life. Of a run with a compile step: what either needs, and beside the program what the step left in memory.
     pub fn memory_bytes(&self) -> u64 {
         let own = self.limits.memory_bytes();

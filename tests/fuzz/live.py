@@ -148,6 +148,13 @@ def volume():
     return kept("volume", lambda: made("POST", "/v1/volumes", [201], {"name": f"fuzzed-{time.monotonic_ns()}", "size_bytes": 4 << 20})["name"], is_fit)
 
 
+def pool():
+    """The name of one that keeps nothing."""
+    is_fit = lambda name: ask("GET", f"/v1/pools/{name}", [200]) is not None
+    request = {"name": f"fuzzed-{time.monotonic_ns()}", "size": 0, "template": {"image": IMAGE, "command": ["true"]}}
+    return kept("pool", lambda: made("POST", "/v1/pools", [201], request)["name"], is_fit)
+
+
 def archive():
     """A tar of a folder with a file in it."""
     packed = io.BytesIO()

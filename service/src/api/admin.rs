@@ -475,8 +475,8 @@ async fn list_sandboxes(State(app): State<Arc<App>>, _admin: Admin, uri: Uri) ->
             "tenant" => filter.tenant = Some(TenantId::proven(text)),
             "principal" => filter.principal = Some(text),
             "kind" => {
-                let kind = [Kind::Run, Kind::Sandbox].into_iter().find(|kind| kind.as_str() == text);
-                filter.kind = Some(kind.ok_or_else(|| Invalid::new("kind", "a kind is run or sandbox"))?);
+                let kind = Kind::named(&text);
+                filter.kind = Some(kind.ok_or_else(|| Invalid::new("kind", "a kind is run, sandbox or pooled"))?);
             }
             "state" => {
                 let state = SandboxState::named(&text);

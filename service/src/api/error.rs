@@ -46,6 +46,10 @@ pub enum ApiError {
     LayerLost,
     #[error("there is no volume {0}")]
     VolumeNotFound(String),
+    #[error("there is no pool {0}")]
+    PoolNotFound(String),
+    #[error("there is a pool {0}")]
+    PoolExists(String),
     /// A sandbox has it.
     #[error("{0}")]
     VolumeInUse(String),
@@ -133,6 +137,8 @@ pub enum Code {
     WrongState,
     LayerLost,
     VolumeNotFound,
+    PoolNotFound,
+    PoolExists,
     VolumeInUse,
     VolumeElsewhere,
     IdempotencyKeyReused,
@@ -252,6 +258,8 @@ impl ApiError {
             Self::WrongState(_) => (StatusCode::CONFLICT, Code::WrongState, "Wrong state"),
             Self::LayerLost => (StatusCode::CONFLICT, Code::LayerLost, "Layer lost"),
             Self::VolumeNotFound(_) => (StatusCode::NOT_FOUND, Code::VolumeNotFound, "Volume not found"),
+            Self::PoolNotFound(_) => (StatusCode::NOT_FOUND, Code::PoolNotFound, "Pool not found"),
+            Self::PoolExists(_) => (StatusCode::CONFLICT, Code::PoolExists, "Pool exists"),
             Self::VolumeInUse(_) => (StatusCode::CONFLICT, Code::VolumeInUse, "Volume in use"),
             Self::VolumeElsewhere(_) => (StatusCode::CONFLICT, Code::VolumeElsewhere, "Volume elsewhere"),
             Self::KeyReused => (StatusCode::CONFLICT, Code::IdempotencyKeyReused, "Key reused"),
@@ -308,6 +316,8 @@ impl ApiError {
             | Self::WrongState(_)
             | Self::LayerLost
             | Self::VolumeNotFound(_)
+            | Self::PoolNotFound(_)
+            | Self::PoolExists(_)
             | Self::VolumeInUse(_)
             | Self::VolumeElsewhere(_)
             | Self::KeyReused
@@ -493,6 +503,7 @@ impl From<EngineError> for ApiError {
             EngineError::Suspended => Self::Suspended,
             EngineError::UnknownTenant => Self::UnknownTenant,
             EngineError::NameTaken => StoreError::NameTaken.into(),
+            EngineError::PoolExists(name) => Self::PoolExists(name),
             EngineError::WrongState(state) => Self::WrongState(state),
             EngineError::LayerLost => Self::LayerLost,
             EngineError::VolumeNotFound(name) => Self::VolumeNotFound(name),

@@ -54,7 +54,7 @@ pub(super) struct EventPage {
 #[schema(as = Event)]
 pub(super) struct EventView {
     id: String,
-    /// As in `sandbox.created`, `sandbox.killed`, `sandbox.ended`, `sandbox.deleted`, `image.imported`, `image.pulled`, `image.committed`, `image.tagged`, `image.removed`, `registry.login_kept`, `registry.login_removed`, `volume.created`, `volume.removed`, `tenant.created`, `tenant.changed`,
+    /// As in `sandbox.created`, `sandbox.killed`, `sandbox.ended`, `sandbox.deleted`, `image.imported`, `image.pulled`, `image.committed`, `image.tagged`, `image.removed`, `registry.login_kept`, `registry.login_removed`, `volume.created`, `volume.removed`, `pool.created`, `pool.changed`, `pool.removed`, `tenant.created`, `tenant.changed`,
     /// `tenant.suspended`, `tenant.resumed`, `principal.changed`, `principal.suspended`, `principal.resumed`, `webhook.created`, `webhook.changed`, `webhook.rotated`,
     /// `webhook.disabled`, `webhook.deleted`; new ones may come.
     #[schema(pattern = "^[a-z]+\\.[a-z_]+$")]

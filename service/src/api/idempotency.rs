@@ -160,7 +160,7 @@ impl Route {
             // Its answers tell of images.
             () if self.0.as_str() == COMMIT => Scope::ImagesWrite,
             () if below("/v1/runs") => Scope::Runs,
-            () if below("/v1/sandboxes") => Scope::SandboxesWrite,
+            () if below("/v1/sandboxes") || below("/v1/pools") => Scope::SandboxesWrite,
             () if below("/v1/images") || below("/v1/registries") => Scope::ImagesWrite,
             () if below("/v1/volumes") => Scope::Volumes,
             () if below("/v1/webhooks") => Scope::Webhooks,
@@ -212,7 +212,7 @@ impl Route {
     fn looks_for_image(&self) -> bool {
         matches!(
             self.0.as_str(),
-            "/v1/runs" | "/v1/sandboxes" | "/v1/images/pull" | "/v1/images/push" | "/v1/images/tag" | "/v1/images/verify"
+            "/v1/runs" | "/v1/sandboxes" | "/v1/pools" | "/v1/images/pull" | "/v1/images/push" | "/v1/images/tag" | "/v1/images/verify"
         )
     }
 

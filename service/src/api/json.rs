@@ -64,7 +64,7 @@ pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Invalid> {
 }
 
 /// Has numbers without a fraction be written as whole ones, as far as a double is exact; says whether there were any.
-fn make_whole(value: &mut Value) -> bool {
+pub(super) fn make_whole(value: &mut Value) -> bool {
     match value {
         Value::Number(number) => {
             let Some(whole) = whole(number).filter(|_| number.is_f64()) else { return false };
@@ -112,7 +112,7 @@ fn missing_field(detail: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sandbox::{Languages, RunRequest, SandboxRequest};
+    use crate::sandbox::{Languages, PoolRequest, RunRequest};
 
     fn fault(body: &str) -> Invalid {
         parse::<RunRequest>(body.as_bytes()).unwrap_err()
@@ -127,7 +127,7 @@ mod tests {
 
     #[test]
     fn a_missing_field_is_named() {
-        assert_eq!(parse::<SandboxRequest>(b"{}").unwrap_err().field, "image");
+        assert_eq!(parse::<PoolRequest>(br#"{"name":"a","size":1}"#).unwrap_err().field, "template");
         assert_eq!(fault(r#"{"image":"a","files":[{"path":"a"}]}"#).field, "files[0].content");
     }
 

@@ -30,7 +30,7 @@ use crate::{
     engine::{EngineError, START_PATIENCE},
     sandbox::{
         ChangeRequest, ImageReference, Invalid, Kind, LIST_LIMIT, LabelFault, Sandbox, SandboxId, SandboxRequest, State as SandboxState,
-        TenantId, check_label, check_name_prefix, words,
+        TenantId, Wanted, check_label, check_name_prefix, words,
     },
     store::{Filter, Order},
     token::Scope,
@@ -48,7 +48,8 @@ pub(super) struct Page {
 
 /// Make and start a sandbox
 ///
-/// Answers when the program runs, has failed to start, or waits for room: `state` says which. The sandbox stays, also after its end, until it is deleted.
+/// Answers when the program runs, has failed to start, or waits for room: `state` says which. The sandbox stays, also after its end, until it is deleted. Where the tenant has a pool of such sandboxes, one
+/// that is ready is taken from there: `from_pool`.
 #[utoipa::path(
     post,
     path = "/v1/sandboxes",
@@ -67,6 +68,7 @@ pub(super) struct Page {
         (status = 201, description = "The sandbox was made.", body = SandboxView, headers(("Location" = String, description = "Where the sandbox is found."))),
         refusal::OfCreation,
         refusal::OfRegistries,
+        refusal::PoolNotFound,
         refusal::Conflict,
     ),
 )]
@@ -78,14 +80,9 @@ pub(super) async fn create(
     body: Body,
 ) -> Result<Response, ApiError> {
     caller.require(Scope::SandboxesWrite)?;
-    let asked = json::read::<SandboxRequest>(body).await?.parse()?;
+    let wanted = json::read::<SandboxRequest>(body).await?.parse()?;
     let sandbox = match bid.made(&app, &caller, &keyed).await? {
-        None => {
-            pull_for(&app, &caller, &asked, &bid).await?;
-            match (app.engine.create_and_start(caller.owner(), asked, bid.making(keyed)).await, bid.id()) {
-                (Err(EngineError::MadeAlready), Some(id)) => started(&app, &caller, id).await?,
-                (created, _) => created?,
-            }
+        None => make(&app, &caller, wanted, keyed, bid).await?,
         }
         // By an earlier attempt at the same request, or by another node.
         Some(id) => started(&app, &caller, id).await?,
@@ -99,6 +96,36 @@ pub(super) async fn create(
 async fn started(app: &App, caller: &Caller, id: SandboxId) -> Result<Sandbox, ApiError> {
     let has_started = |sandbox: &Sandbox| sandbox.state != SandboxState::Starting;
     app.engine.wait_until(&caller.tenant, id, START_PATIENCE, has_started).await?.ok_or(ApiError::NotFound)
+}
+
+async fn make(app: &App, caller: &Caller, wanted: Wanted, keyed: Keyed, bid: Bid) -> Result<Sandbox, ApiError> {
+    let made = match wanted {
+        Wanted::Like(asked) => {
+            pull_for(app, caller, &asked, &bid).await?;
+            // What waits has its name already. Where another name was given, nothing else may be made of the request.
+            if bid.id().is_none()
+                && let Some(ready) = app.engine.take_like(&caller.owner(), &asked, keyed.key.as_ref()).await?
+            {
+                return Ok(ready);
+            }
+            app.engine.create_and_start(caller.owner(), *asked, bid.making(keyed)).await
+        }
+        Wanted::OfPool { pool, personal, when_full } => {
+            match app.engine.take_or_create(caller.owner(), &pool, (personal, when_full), bid.making(keyed)).await {
+                Ok(Some(made)) => Ok(made),
+                Ok(None) => {
+                    // Who may do nothing hears that first.
+                    app.engine.check_standing(&caller.owner(), caller.scopes.allow(Scope::Admin)).await?;
+                    return Err(ApiError::PoolNotFound(pool));
+                }
+                Err(error) => Err(error),
+            }
+        }
+    };
+    match (made, bid.id()) {
+        (Err(EngineError::MadeAlready), Some(id)) => started(app, caller, id).await,
+        (made, _) => Ok(made?),
+    }
 }
 
 /// The answer of which nothing but its sandbox was kept.

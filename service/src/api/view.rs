@@ -14,8 +14,8 @@ use utoipa::ToSchema;
 use crate::{
     engine::Output,
     sandbox::{
-        Capabilities, CaseOutput, Compile, Encoding, Kind, Limits, Mount, MountRequest, Network, Outcome, Sandbox, SandboxId, Signal,
-        State, ToldCase, Verdict, words,
+        Capabilities, CaseOutput, Compile, Encoding, FromPool, Kind, Limits, Mount, MountRequest, Network, Outcome, Sandbox, SandboxId,
+        Signal, State, ToldCase, Verdict, words,
     },
 };
 
@@ -191,6 +191,10 @@ pub(super) struct SandboxView {
     stop_grace_ms: u64,
     /// The volumes that stand in it.
     volumes: Vec<MountRequest>,
+    /// The pool in which it waited until it was asked for; `started_at` is then before `created_at`, what its program wrote until then is in its log, and `launch` in its outcome tells of its start. Null: it
+    /// was started because it was asked for.
+    #[schema(required)]
+    from_pool: Option<FromPool>,
 }
 
 /// What the program of a run wrote and was kept. There once it ended.
@@ -288,6 +292,7 @@ impl From<Sandbox> for SandboxView {
             stop_signal: sandbox.program.stop.signal,
             stop_grace_ms: sandbox.program.stop.grace_ms,
             volumes: sandbox.program.volumes.iter().map(Mount::request).collect(),
+            from_pool: sandbox.from_pool,
         }
     }
 }

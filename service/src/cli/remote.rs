@@ -227,6 +227,7 @@ fn hint(code: &str) -> &'static str {
         "image_not_found" => "; `mayfly images` lists what there is, `mayfly pull` and `mayfly image import` bring others in",
         "quota_exceeded" => "; `mayfly ps` lists what takes it up",
         "payload_too_large" => "; what is large goes in by `mayfly cp` or a volume",
+        "pool_not_found" => "; `mayfly pool list` lists what there is",
         "volume_not_found" => "; volumes are made by POST /v1/volumes",
         _ => "",
     }

@@ -176,6 +176,7 @@ impl Engine {
             retries_left: asked.retries,
             claims: 1,
             keeps_input: true,
+            from_pool: None,
         };
         let room = Room { memory_bytes: sandbox.memory_bytes(), cpu_millis: sandbox.cpu_millis(), sandboxes: 1 };
         self.capacity.could_hold(room).map_err(if how.is_offered { EngineError::Declined } else { EngineError::NoCapacity })?;
@@ -188,7 +189,7 @@ impl Engine {
         if is_for_here
             && hindrance.is_none()
             && !self.has_queue()
-            && let Some(mut reservation) = self.capacity.reserve(room)
+            && let Some(mut reservation) = self.reserve(room).await
         {
             let answer = self
                 .ask_store((&sandbox, wanted_node), lease, asked, (key, how.promise), (cases, input.as_ref().unwrap_or(&empty)))
@@ -240,7 +241,7 @@ impl Engine {
     ) -> Result<Admitted, EngineError> {
         let asked = match new.kind {
             Kind::Run => asked_of_steps(&sandbox.limits, sandbox.compile.as_ref().map(|step| &step.limits)),
-            Kind::Sandbox => asked(&sandbox.limits, Some(new.ttl_ms)),
+            Kind::Sandbox | Kind::Pooled => asked(&sandbox.limits, Some(new.ttl_ms)),
         };
         let admission = Admission {
             sandbox,
@@ -303,7 +304,7 @@ impl Engine {
         }
     }
 
-    async fn introduce(&self, owner: &Owner) -> Result<(), EngineError> {
+    pub(super) async fn introduce(&self, owner: &Owner) -> Result<(), EngineError> {
         if self.tenancy.is_registered_only && self.store.standing(owner).await? == Standing::Unknown {
             return Err(EngineError::UnknownTenant);
         }
@@ -340,7 +341,7 @@ fn with_defaults_within(asked: &NewSandbox, quotas: &Quotas) -> Option<NewSandbo
     });
     let (limits, step_limits) = match asked.kind {
         Kind::Run => Limits::of_steps(less.requested.or(less.defaults), step).ok()?,
-        Kind::Sandbox => (Limits::of(asked.kind, less.requested.or(less.defaults)).ok()?, None),
+        Kind::Sandbox | Kind::Pooled => (Limits::of(asked.kind, less.requested.or(less.defaults)).ok()?, None),
     };
     less.limits = limits;
     if let Some((step, limits)) = less.compile.as_mut().zip(step_limits) {

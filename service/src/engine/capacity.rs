@@ -88,6 +88,11 @@ impl Capacity {
             .ok_or_else(|| format!("no node can hold it: this one gives {memory_bytes} bytes of memory and {cpu_millis} cpu_millis in all"))
     }
 
+    /// Whether there would be room for it, were so much given back.
+    pub(super) fn would_hold(&self, room: Room, freed: Room) -> bool {
+        self.lock().committed.minus(freed).plus(room).fits_in(self.total)
+    }
+
     /// Promises the room, if it is free. It counts for nobody yet.
     pub(super) fn reserve(self: &Arc<Self>, room: Room) -> Option<Reservation> {
         let mut promised = self.lock();

@@ -11,11 +11,11 @@ use sandbox_core::{
     protocol::{Cause, Ending, FailureKind, KillReason, Launch, Launched, Layering, OutputPolicy, Supervision},
 };
 use time::OffsetDateTime;
-use tokio::time::Instant;
+use tokio::{sync::MutexGuard, time::Instant};
 use tracing::{Instrument as _, Span, field::Empty};
 
 use super::{
-    Engine,
+    Engine, Progress,
     capacity::Reservation,
     input,
     lease::LEFT_TO_OTHERS,
@@ -95,7 +95,7 @@ impl Engine {
             let known = self.live.known(Arc::clone(&live));
             let input = Arc::new(input);
             live.give_room(reservation);
-            let course = self.launch_and_follow(&live, &input).await;
+            let Some((course, _turn)) = self.while_it_waits(&live, self.launch_and_follow(&live, &input)).await else { return };
             let after = self.conclude(&live, course, &input).await;
             if after == After::Waits {
                 known.keep();
@@ -112,6 +112,11 @@ impl Engine {
                 self.leave_to_others(live).await
             }
             Course::Ended(ending) => self.free_and_settle(live, &ending).await,
+            // Its pool begins another.
+            Course::NotBegun(ending) if live.sandbox.kind == Kind::Pooled => {
+                let ending = ending.unwrap_or_else(|| self.infra_error("its node could not start it".to_owned()));
+                self.free_and_settle(live, &ending).await
+            }
             // It belongs here, and to no queue.
             Course::NotBegun(_) if live.sandbox.starts > 1 => {
                 let ending = self.infra_error("its node could not start it again".to_owned());
@@ -147,10 +152,38 @@ impl Engine {
             live.paused(live.sandbox.state == State::Paused);
             self.hold_to_row_later(&live);
         }
-        let ending = self.follow(&live, live.sandbox.id, None::<std::future::Pending<_>>).await;
+        let followed = self.follow(&live, live.sandbox.id, None::<std::future::Pending<_>>);
+        let Some((ending, _turn)) = self.while_it_waits(&live, followed).await else { return };
         if self.free_and_settle(&live, &ending).await == After::Waits {
             known.keep();
         }
+    }
+
+    /// Follows a sandbox to its end that was taken from its pool.
+    pub(super) async fn follow_taken(self: Arc<Self>, live: Arc<Live>) {
+        let span = span_of(&live);
+        let followed = async {
+            let _known = self.live.known(Arc::clone(&live));
+            let ending = self.follow(&live, live.sandbox.id, None::<std::future::Pending<_>>).await;
+            self.free_and_settle(&live, &ending).await
+        };
+        followed.instrument(span).await;
+    }
+
+    /// What comes of following it; of one that waits in a pool, with its turn. `None`: it was taken from there meanwhile, and is followed as somebody's.
+    async fn while_it_waits<'a, T>(&self, live: &'a Arc<Live>, work: impl Future<Output = T>) -> Option<(T, Option<MutexGuard<'a, ()>>)> {
+        if live.sandbox.kind != Kind::Pooled {
+            return Some((work.await, None));
+        }
+        let mut progress = live.subscribe();
+        let done = tokio::select! {
+            biased;
+            _ = progress.wait_for(|progress| matches!(progress, Progress::Gone)) => return None,
+            done = work => done,
+        };
+        // Whoever takes it just now has it first, and finds its end at the keeper.
+        let turn = live.turn().await;
+        self.live.is_current(live).then_some((done, Some(turn)))
     }
 
     /// Gives its room back, but for that of a layer that is kept, and stores its end.
@@ -353,7 +386,7 @@ impl Engine {
         let mut ending = std::pin::pin!(self.wait_for_end(live, id, first));
         let mark_after = match live.sandbox.kind {
             Kind::Run => MARK_RUNNING_AFTER,
-            Kind::Sandbox => Duration::ZERO,
+            Kind::Sandbox | Kind::Pooled => Duration::ZERO,
         };
         let mut mark = std::pin::pin!(tokio::time::sleep(mark_after));
         let mut changes = live.changes();
@@ -496,12 +529,17 @@ impl Engine {
 fn launch_of(live: &Live, has_stdin: bool, has_files: bool) -> Launch {
     let sandbox = &live.sandbox;
     let limits = &sandbox.limits;
+    let mut supervision = supervision(limits, sandbox.output_policy);
+    if sandbox.kind == Kind::Pooled {
+        // It begins when it is taken.
+        supervision.wall_ms = None;
+    }
     Launch {
         id: sandbox.id,
         image: sandbox.image.root.clone(),
         spec: sandbox::spec(sandbox.id, &sandbox.image.root, &sandbox.program, limits),
         isolation: sandbox.program.isolation,
-        supervision: supervision(limits, sandbox.output_policy),
+        supervision,
         stdin: sandbox.program.stdin(has_stdin),
         has_files,
         terminal: sandbox.program.terminal,

@@ -319,7 +319,7 @@ impl Engine {
         }
         let id = row.id;
         let is_paused = row.state == State::Paused;
-        let limits = new_limits(&row.limits, row.program.isolation);
+        let limits = new_limits(&row.limits, row.program.isolation, row.waited_ms());
         let mut limited = self.in_time(self.keeper.update(id, limits)).await;
         if matches!(&limited, Err(CallError::Failed(failure)) if failure.kind == FailureKind::Refused) {
             // As what it was given more of is in use by now. What ends it by its time is taken back all the same.

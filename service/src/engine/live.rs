@@ -331,6 +331,11 @@ impl Live {
         });
     }
 
+    /// It is somebody's: who followed it while it waited in its pool follows it no more.
+    pub(super) fn release(&self) {
+        self.progress.send_replace(Progress::Gone);
+    }
+
     /// It is to end, for this reason, whether or not the keeper knows of it yet.
     pub(super) fn order_kill(&self, reason: KillReason) {
         self.killed_for.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
@@ -409,6 +414,17 @@ impl Registry {
             live.order_kill(reason);
         }
         all.insert(id, Arc::clone(&live));
+        live
+    }
+
+    /// One that waited in a pool is somebody's, as this sandbox says; it was launched like this.
+    pub(super) fn taken(&self, before: &Live, sandbox: Sandbox, launched: Launched) -> Arc<Live> {
+        let id = sandbox.id;
+        let progress = watch::channel(Progress::Running(launched)).0;
+        let live =
+            Arc::new(Live::new(sandbox, (Duration::ZERO, telemetry::here()), before.hold().lease, progress, Arc::clone(&self.metrics)));
+        live.was_launched.store(true, Ordering::Relaxed);
+        self.lock().insert(id, Arc::clone(&live));
         live
     }
 

@@ -108,6 +108,10 @@ impl Engine {
             }
             let heads = lines.heads(self.clock.now());
             let Some((next, reservation)) = self.capacity.grant(&heads) else {
+                if let Some(first) = heads.iter().max_by(|one, other| one.waited_s.total_cmp(&other.waited_s)) {
+                    // The room that it leaves wakes us.
+                    self.make_room_for(first.room).await;
+                }
                 if lines.lines.is_empty() {
                     // Whoever comes from now on says so.
                     lines.looked_at = None;

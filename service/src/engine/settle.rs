@@ -69,8 +69,13 @@ impl Engine {
 
     async fn store_and_tell(self: &Arc<Self>, live: &Arc<Live>, ending: &Ending) -> After {
         // What was known before its keeper was lost is true all the same.
-        let ending = Ending { launched: ending.launched.or_else(|| live.launched()), ..ending.clone() };
+        let mut ending = Ending { launched: ending.launched.or_else(|| live.launched()), ..ending.clone() };
+        // What it did before it was asked for is its pool's.
+        ending.usage.wall_us = ending.usage.wall_us.saturating_sub(live.sandbox.waited_ms().saturating_mul(1000));
         let mut finish = Finish::of(&ending, &live.limits(), phases(live, at_us(ending.ended_at_us)));
+        if live.sandbox.from_pool.is_some() {
+            finish.outcome.phases_ms.launch = 0.0;
+        }
         let judged = live.judged();
         if let Some(judged) = &judged {
             finish = finish.judged(judged);
@@ -86,11 +91,14 @@ impl Engine {
         fail_point::reached("service.settle.heard");
         let read = self.read_tail(id, Records::Numbered).await;
         let is_whole = read.as_ref().is_some_and(LogTail::is_complete);
-        let log_tail = read.unwrap_or_else(|| unread(&live.sandbox, &ending.usage));
+        let mut log_tail = read.unwrap_or_else(|| unread(&live.sandbox, &ending.usage));
+        let last_words = (live.sandbox.kind == Kind::Pooled).then(|| std::mem::take(&mut log_tail));
         let log_file = match live.sandbox.kind {
             _ if is_whole || live.sandbox.auto_remove => LogKept::No,
             Kind::Run => LogKept::Until(finish.finished_at + RUN_LOG_RETENTION),
             Kind::Sandbox => LogKept::UntilDeleted,
+            // Nobody could read it.
+            Kind::Pooled => LogKept::No,
         };
         let compile = compiled.as_ref().map(|(step, _)| step);
         let ended =
@@ -102,10 +110,13 @@ impl Engine {
         }
         fail_point::reached("service.settle.stored");
         self.metrics.ended(&live.sandbox, &finish.outcome);
+        let outcome = last_words.as_ref().map(|_| finish.outcome.clone());
         live.ended(finished(&live.now(), finish, log_tail));
         self.live.remove_current(live);
         fail_point::reached("service.settle.told");
-        if live.sandbox.auto_remove {
+        if let Some((last_words, outcome)) = last_words.zip(outcome) {
+            self.member_ended(live, &outcome, &last_words).await;
+        } else if live.sandbox.auto_remove {
             self.remove_ended(&live.sandbox.tenant, id).await;
             fail_point::reached("service.settle.removed");
         }

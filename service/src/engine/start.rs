@@ -87,7 +87,7 @@ impl Engine {
         let kept = turn.take(keeper).or_else(|| (!is_fresh).then(|| self.capacity.reserve_for_live(room_of_layer(&sandbox.limits))));
         let mut room =
             RoomTaken { engine: self, turn: &turn, keeper, kept: kept.as_ref().map(|_| room_of_layer(&sandbox.limits)), reservation: kept };
-        room.grow(room_of(&sandbox.limits))?;
+        room.grow(room_of(&sandbox.limits)).await?;
         fail_point::reached("service.start.taken");
         let Some(mut changing) = self.store.begin_change(&owner.tenant, id).await? else { return Ok(None) };
         if !changing.sandbox.state.is_final() {
@@ -344,11 +344,11 @@ struct RoomTaken<'a> {
 }
 
 impl RoomTaken<'_> {
-    fn grow(&mut self, room: Room) -> Result<(), EngineError> {
+    async fn grow(&mut self, room: Room) -> Result<(), EngineError> {
         let has_grown = match &mut self.reservation {
             Some(reservation) => reservation.resize(room),
             None => {
-                self.reservation = self.engine.capacity.reserve(room);
+                self.reservation = self.engine.reserve(room).await;
                 self.reservation.is_some()
             }
         };

@@ -62,7 +62,7 @@ impl Engine {
         let (had, wanted) = (room_of(&before.limits), room_of(&next.limits));
         if let Some(live) = live
             && change.has_limits()
-            && let Err(error) = self.take_room(live, had, wanted)
+            && let Err(error) = self.take_room(live, had, wanted).await
         {
             changing.rollback().await?;
             return Err(error);
@@ -106,14 +106,18 @@ impl Engine {
     }
 
     /// Takes what it needs more. What it needs less it keeps until nothing can go wrong any more.
-    fn take_room(&self, live: &Live, had: Room, wanted: Room) -> Result<(), EngineError> {
+    async fn take_room(self: &Arc<Self>, live: &Live, had: Room, wanted: Room) -> Result<(), EngineError> {
         self.capacity.could_hold(wanted).map_err(EngineError::NoCapacity)?;
         let both = Room {
             memory_bytes: had.memory_bytes.max(wanted.memory_bytes),
             cpu_millis: had.cpu_millis.max(wanted.cpu_millis),
             sandboxes: had.sandboxes,
         };
-        let is_had = both == had || live.resize_room(both);
+        let mut is_had = both == had || live.resize_room(both);
+        if !is_had && let Some(more) = self.reserve(both.minus(had)).await {
+            drop(more);
+            is_had = live.resize_room(both);
+        }
         is_had.then_some(()).ok_or_else(|| EngineError::Busy("its node has no room for that now".to_owned()))
     }
 
@@ -129,7 +133,7 @@ impl Engine {
         written.map_err(EngineError::QuotaExceeded)?;
         let Some(live) = live.filter(|live| change.has_limits() && live.launched().is_some()) else { return Ok(()) };
         let id = next.id;
-        let told = tokio::time::timeout(HELD_DEADLINE, self.keeper.update(id, change.for_keeper(&next.limits))).await;
+        let told = tokio::time::timeout(HELD_DEADLINE, self.keeper.update(id, change.for_keeper(&next.limits, next.waited_ms()))).await;
         if let Err(error) = told.unwrap_or(Err(CallError::Lost)) {
             if matches!(error, CallError::Lost) {
                 // It may have been done.

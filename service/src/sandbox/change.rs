@@ -181,8 +181,8 @@ impl RequestedChange {
     }
 }
 
-/// These limits for a running sandbox, whatever others it may have been given, as far as they can be changed there.
-pub fn new_limits(limits: &Limits, isolation: Isolation) -> NewLimits {
+/// These limits for a running sandbox, whatever others it may have been given, as far as they can be changed there. It had run for so long when it was asked for.
+pub fn new_limits(limits: &Limits, isolation: Isolation, waited_ms: u64) -> NewLimits {
     let time = |ms: Option<u64>| ms.map_or(NewTime::Unlimited, NewTime::Ms);
     NewLimits {
         memory_bytes: Some(limits.memory_bytes()),
@@ -192,18 +192,19 @@ pub fn new_limits(limits: &Limits, isolation: Isolation) -> NewLimits {
             // It cannot be changed there, so it has not been.
             Isolation::Gvisor => None,
         },
-        wall_ms: time(limits.wall_ms()),
+        wall_ms: time(limits.wall_ms().map(|ms| ms.saturating_add(waited_ms))),
         cpu_ms: time(limits.cpu_ms()),
         io: Some(limits.io()),
     }
 }
 
 impl Change {
-    /// What the keeper is told of it: what was asked for, and of `limits` what goes with that.
-    pub fn for_keeper(&self, limits: &Limits) -> NewLimits {
+    /// What the keeper is told of it, which counts from the start: what was asked for, and of `limits` what goes with that. It had run for so long when it was asked for.
+    pub fn for_keeper(&self, limits: &Limits, waited_ms: u64) -> NewLimits {
         let RequestedChange { memory_bytes, cpu_millis, pids, wall_ms, cpu_ms, .. } = self.limits;
         let time = |ms: Option<u64>| ms.map_or(NewTime::Same, NewTime::Ms);
         let io = self.limits.io_is_changed().then(|| limits.io());
+        let wall_ms = wall_ms.map(|ms| ms.saturating_add(waited_ms));
         NewLimits { memory_bytes, cpu_millis, pids, wall_ms: time(wall_ms), cpu_ms: time(cpu_ms), io }
     }
 }
@@ -252,7 +253,8 @@ mod tests {
         assert_eq!(changed(json!({"limits": {"pids": 0}})).unwrap_err().field, "limits.pids");
         assert!(serde_json::from_value::<ChangeRequest>(json!({"limits": {"disk_bytes": 1 << 20}})).is_err());
         let asked = change(json!({"limits": {"pids": 3, "wall_ms": 7, "io_ops_per_s": 10}})).unwrap();
-        let told = asked.for_keeper(&limits);
+        assert_eq!(asked.for_keeper(&limits, 5).wall_ms, NewTime::Ms(12));
+        let told = asked.for_keeper(&limits, 0);
         assert_eq!((told.wall_ms, told.cpu_ms), (NewTime::Ms(7), NewTime::Same));
         assert_eq!((told.pids, told.memory_bytes, told.io), (Some(3), None, Some(limits.io())));
         assert_eq!(asked.asked(), json!({"pids": 3, "wall_ms": 7, "io_ops_per_s": 10}));
@@ -261,10 +263,10 @@ mod tests {
     #[test]
     fn what_a_row_has_no_limit_of_is_taken_from_a_sandbox_and_what_cannot_change_is_left_out() {
         let limits = sandbox_for_tests("acme", Kind::Sandbox, None).limits;
-        let (container, gvisor) = (new_limits(&limits, Isolation::Container), new_limits(&limits, Isolation::Gvisor));
+        let (container, gvisor) = (new_limits(&limits, Isolation::Container, 5), new_limits(&limits, Isolation::Gvisor, 5));
         assert_eq!((limits.wall_ms(), container.wall_ms, container.cpu_ms), (None, NewTime::Unlimited, NewTime::Unlimited));
         assert_eq!((container.pids, gvisor), (Some(limits.pids()), NewLimits { pids: None, ..container }));
         let walled = changed(json!({"limits": {"wall_ms": 7}})).unwrap().limits;
-        assert_eq!(new_limits(&walled, Isolation::Container).wall_ms, NewTime::Ms(7));
+        assert_eq!(new_limits(&walled, Isolation::Container, 5).wall_ms, NewTime::Ms(12));
     }
 }

@@ -4,7 +4,7 @@ use sandbox_core::protocol::{IoLimits, Medium};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Kind, LogTail, change::RequestedChange, request, request::Invalid, volume, words};
+use super::{Kind, LogTail, change::RequestedChange, pool, request, request::Invalid, volume, words};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -53,7 +53,7 @@ const COMPILE_OUTPUT_BYTES: Bound =
     Bound { field: "compile.limits.output_bytes", unit: "bytes", min: 0, default: Some(64 * KIB), max: LogTail::STORED_BYTES as u64 };
 
 /// Every bound that a request is held to.
-pub fn bounds() -> [&'static Bound; 28] {
+pub fn bounds() -> [&'static Bound; 30] {
     [
         &MEMORY_BYTES,
         &CPU_MILLIS,
@@ -83,6 +83,8 @@ pub fn bounds() -> [&'static Bound; 28] {
         &request::TAIL_LINES,
         &request::INTERVAL_MS,
         &volume::SIZE_BYTES,
+        &pool::POOL_SIZE,
+        &pool::READY_WITHIN_MS,
     ]
 }
 
@@ -293,7 +295,7 @@ impl Limits {
             pids: PIDS.check_or(asked.pids, 64)?,
             wall_ms: match kind {
                 Kind::Run => WALL_MS.check_or_default(asked.wall_ms)?,
-                Kind::Sandbox => asked.wall_ms.map(|ms| WALL_MS.check(ms)).transpose()?,
+                Kind::Sandbox | Kind::Pooled => asked.wall_ms.map(|ms| WALL_MS.check(ms)).transpose()?,
             },
             cpu_ms: CPU_MS.check_or_default(asked.cpu_ms)?,
             output_bytes: OUTPUT_BYTES.check_or(asked.output_bytes, MIB)?,

@@ -18,7 +18,7 @@ const LARGEST: &str = "largest_";
 const NUMBER_MAX: u64 = (1 << 53) - 1;
 
 /// Quotas by number that are counted, with what they count. Those from `execs` on are a tenant's alone.
-const COUNTED: [(&str, &str); 14] = [
+const COUNTED: [(&str, &str); 16] = [
     ("sandboxes", "sandboxes and runs that have not ended"),
     ("memory_bytes", "bytes of their memory limits together"),
     ("cpu_millis", "thousandths of a core of their CPU limits together"),
@@ -33,8 +33,10 @@ const COUNTED: [(&str, &str); 14] = [
     ("volumes", "volumes"),
     ("webhooks", "webhooks"),
     ("kept_layers", "sandboxes that keep their layers"),
+    ("pools", "pools"),
+    ("pool_sandboxes", "sandboxes that its pools are to keep ready"),
 ];
-const TENANT_ONLY: [&str; 6] = ["execs", "image_bytes", "volume_bytes", "volumes", "webhooks", "kept_layers"];
+const TENANT_ONLY: [&str; 8] = ["execs", "image_bytes", "volume_bytes", "volumes", "webhooks", "kept_layers", "pools", "pool_sandboxes"];
 
 /// Waits for sandboxes at one time, of one tenant, at one node: no quota, but a bound that is told like one.
 pub const WAITS: &str = "waits";
@@ -174,6 +176,8 @@ impl Default for DefaultQuotas {
             ("volumes", 256),
             ("webhooks", 16),
             ("kept_layers", 16),
+            ("pools", 16),
+            ("pool_sandboxes", 64),
         ];
         Self {
             tenant: Quotas(tenant.into_iter().map(|(name, number)| (name.to_owned(), number.into())).collect()),

@@ -15,7 +15,7 @@ use utoipa::ToSchema;
 
 use super::{
     Bound, Capabilities, Comparison, Judging, Kind, Languages, Limits, MountRequest, NewCase, NewCompile, RequestedCompileLimits,
-    RequestedLimits, SandboxId, Signal, SignalRequest, User, volume, words,
+    RequestedLimits, SandboxId, Signal, SignalRequest, Template, User, Wanted, volume, words,
 };
 
 /// How long `POST /v1/runs` waits for the end before it answers 202.
@@ -64,6 +64,8 @@ const REFERENCE_BYTES_MAX: usize = 256;
 /// What stands in the place of a reference in the paths of some routes.
 const ROUTES: [&str; 5] = ["import", "pull", "push", "tag", "verify"];
 const NAME_BYTES_MAX: usize = 63;
+/// Stands for an image where none is asked for.
+const NO_IMAGE: &str = "none";
 
 /// For the contract: what an operator may call a language.
 const LANGUAGE_PATTERN: &str = "^[a-z][a-z0-9+-]{0,31}$";
@@ -216,8 +218,14 @@ struct CaseRequest {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SandboxRequest {
-    #[schema(value_type = words::Reference)]
-    image: String,
+    /// Needed, unless a `pool` is named.
+    #[serde(default, deserialize_with = "given")]
+    #[schema(required = false, value_type = words::Reference)]
+    image: Option<String>,
+    /// Take a sandbox that is ready from the tenant's pool of this name; if none is, make one of its template. Beside it may stand `name`, `labels`, `ttl_ms`, `idle_timeout_ms` and `when_full`:
+    /// they go over what the template says.
+    #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    pool: Option<String>,
     /// Given once to a tenant.
     #[schema(pattern = "^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
     name: Option<String>,
@@ -293,6 +301,120 @@ pub struct SandboxRequest {
     /// How long it has after that signal before it is killed, in milliseconds.
     #[schema(extensions(("x-bound" = json!(STOP_GRACE_MS))))]
     stop_grace_ms: Option<u64>,
+}
+
+/// What each sandbox of a pool is: a request for a sandbox, without what only one of them can have, and without what depends on when it is asked for. `labels`, `ttl_ms` and `idle_timeout_ms` are for
+/// requests that name the pool and say nothing else; times count from the taking.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(as = PoolTemplate)]
+pub struct TemplateRequest {
+    #[schema(value_type = words::Reference)]
+    image: String,
+    /// In place of the image's; an empty list: none. Without one, what the image has.
+    #[schema(value_type = Option<words::Entrypoint>)]
+    entrypoint: Option<Vec<String>>,
+    /// Arguments of the entry point; without one, program and arguments. Without a command here, the image's, if the entry point is the image's, too.
+    #[schema(value_type = Option<words::Command>)]
+    command: Option<Vec<String>>,
+    /// Absolute path; absent, the image's. Made if it is missing.
+    #[schema(pattern = "^/[^\\u0000]*$", extensions(("x-schema" = json!({ "maxLength": PATH_BYTES_MAX }))))]
+    workdir: Option<String>,
+    /// As that of a sandbox.
+    #[schema(extensions(("x-schema" = json!({ "pattern": USER_PATTERN }))))]
+    user: Option<String>,
+    #[serde(default)]
+    capabilities: Capabilities,
+    #[serde(default = "container")]
+    #[schema(value_type = words::Isolation)]
+    isolation: Isolation,
+    /// Put into the sandbox before the start, as its user.
+    #[serde(default)]
+    #[schema(max_items = 1024)]
+    files: Vec<FileRequest>,
+    /// The program's standard input; absent, there is nothing to read.
+    #[schema(extensions(("x-schema" = json!({ "maxLength": BODY_BYTES_MAX }))))]
+    stdin: Option<String>,
+    #[serde(default)]
+    stdin_encoding: Encoding,
+    #[serde(default)]
+    #[schema(value_type = words::Env)]
+    env: BTreeMap<String, String>,
+    #[serde(default)]
+    #[schema(value_type = words::Labels)]
+    labels: BTreeMap<String, String>,
+    #[serde(default, deserialize_with = "object")]
+    limits: RequestedLimits,
+    #[serde(default = "truncate")]
+    #[schema(value_type = words::OutputPolicy)]
+    output_policy: OutputPolicy,
+    #[serde(default)]
+    network: Network,
+    /// From the taking on, in milliseconds.
+    #[schema(extensions(("x-bound" = json!(TTL_MS))))]
+    ttl_ms: Option<u64>,
+    /// Likewise.
+    #[schema(extensions(("x-bound" = json!(IDLE_TIMEOUT_MS))))]
+    idle_timeout_ms: Option<u64>,
+    /// Remove it, with its log, when it has ended.
+    #[serde(default)]
+    auto_remove: bool,
+    /// Keep its standard input open for whoever attaches.
+    #[serde(default)]
+    stdin_open: bool,
+    /// Give it a terminal: `true`, or with its size.
+    #[serde(default)]
+    tty: TtyRequest,
+    /// Instead of the image's, or SIGTERM.
+    #[schema(value_type = Option<words::SignalGiven>)]
+    stop_signal: Option<SignalRequest>,
+    /// How long it has after that signal before it is killed, in milliseconds.
+    #[schema(extensions(("x-bound" = json!(STOP_GRACE_MS))))]
+    stop_grace_ms: Option<u64>,
+}
+
+impl From<TemplateRequest> for SandboxRequest {
+    fn from(template: TemplateRequest) -> Self {
+        let TemplateRequest { image, entrypoint, command, workdir, user, capabilities, isolation, files, stdin, stdin_encoding, .. } =
+            template;
+        Self {
+            image: Some(image),
+            pool: None,
+            name: None,
+            entrypoint,
+            command,
+            workdir,
+            user,
+            capabilities,
+            isolation,
+            files,
+            stdin,
+            stdin_encoding,
+            env: template.env,
+            labels: template.labels,
+            limits: template.limits,
+            output_policy: template.output_policy,
+            network: template.network,
+            pull: PullPolicy::Never,
+            when_full: WhenFull::Queue,
+            volumes: Vec::new(),
+            ttl_ms: template.ttl_ms,
+            idle_timeout_ms: template.idle_timeout_ms,
+            auto_remove: template.auto_remove,
+            keep_layer: false,
+            stdin_open: template.stdin_open,
+            tty: template.tty,
+            stop_signal: template.stop_signal,
+            stop_grace_ms: template.stop_grace_ms,
+        }
+    }
+}
+
+impl TemplateRequest {
+    /// What each sandbox is, or the first field that is wrong.
+    pub fn parse(self) -> Result<NewSandbox, Invalid> {
+        SandboxRequest::from(self).parse_like()
+    }
 }
 
 /// Whether a program gets a terminal, and of which size.
@@ -626,12 +748,36 @@ impl RunRequest {
 }
 
 impl SandboxRequest {
-    /// The sandbox, or the first field that is wrong.
-    pub fn parse(self) -> Result<NewSandbox, Invalid> {
+    /// What is wanted, or the first field that is wrong.
+    pub fn parse(mut self) -> Result<Wanted, Invalid> {
+        let Some(pool) = self.pool.take() else { return self.parse_like().map(|asked| Wanted::Like(Box::new(asked))) };
+        let pool = check_name(pool).map_err(|invalid| Invalid { field: "pool".to_owned(), ..invalid })?;
+        if self.image.is_some() {
+            return Err(Invalid::new("image", "a sandbox of a pool has that of its template"));
+        }
+        let when_full = self.when_full;
+        let asked = Self { image: Some(NO_IMAGE.to_owned()), ..self }.parse_like()?;
+        // Clients that were generated say every default.
+        if asked.pull != PullPolicy::Never || Template::of(&asked) != Template::of(&Self::bare().parse_like()?) {
+            return Err(Invalid::new(
+                "pool",
+                "beside a pool stand only name, labels, ttl_ms, idle_timeout_ms and when_full: all else is its template's",
+            ));
+        }
+        Ok(Wanted::OfPool { pool, personal: asked.personal(), when_full })
+    }
+
+    /// Nothing but an image.
+    fn bare() -> Self {
+        serde_json::from_value(serde_json::json!({ "image": NO_IMAGE })).expect("an image is all that is needed")
+    }
+
+    fn parse_like(self) -> Result<NewSandbox, Invalid> {
         let Network::None = self.network;
+        let image = self.image.ok_or_else(|| Invalid::new("image", "this field is missing, or `pool` in its place"))?;
         let sandbox = NewSandbox {
             kind: Kind::Sandbox,
-            image: ImageReference::parse("image", self.image)?,
+            image: ImageReference::parse("image", image)?,
             name: self.name.map(check_name).transpose()?,
             entrypoint: entrypoint(self.entrypoint)?,
             command: command(self.command)?,

@@ -10,7 +10,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::{Hold, Lease, NodeId, Store, StoreError, admission::day_of, bigint, bytes_at_most, damaged, events::Act, unsigned};
-use crate::sandbox::{Compile, CompileEnd, Finish, ImageUsed, Kind, LogTail, Sandbox, SandboxId, State, TenantId};
+use crate::sandbox::{Compile, CompileEnd, Finish, FromPool, ImageUsed, Kind, LogTail, Sandbox, SandboxId, State, TenantId};
 
 /// Which sandboxes of a tenant to list.
 #[derive(Debug, Clone, Default)]
@@ -150,6 +150,8 @@ pub(super) struct Row {
     pub(super) retries_left: i32,
     pub(super) claims: i64,
     pub(super) keeps_input: bool,
+    pub(super) from_pool: Option<String>,
+    pub(super) waited_ms: i64,
 }
 
 /// Reads whole rows; the condition and what follows it are the caller's.
@@ -160,7 +162,7 @@ macro_rules! select_sandboxes {
             r#"select id, tenant, principal, kind, state, name, image_reference, image_digest, image_root,
                 program, limits, output_policy, labels, created_at, claimed_at, started_at, finished_at, expires_at, outcome, fences, attempt, retries_left,
                 claims, keeps_input, ttl_ms, idle_timeout_ms, auto_remove, keep_layer, starts, compile, compile_outcome, compile_log_tail,
-                compile_stdout_omitted_bytes, compile_stderr_omitted_bytes, judging
+                compile_stdout_omitted_bytes, compile_stderr_omitted_bytes, judging, from_pool, waited_ms
             from sandboxes
             where "# + $condition
             $(, $argument)*
@@ -176,11 +178,7 @@ impl Row {
             id: SandboxId(self.id),
             tenant: TenantId::proven(self.tenant),
             principal: self.principal,
-            kind: match self.kind.as_str() {
-                "run" => Kind::Run,
-                "sandbox" => Kind::Sandbox,
-                other => return Err(damaged(format_args!("the kind {other}"))),
-            },
+            kind: Kind::named(&self.kind).ok_or_else(|| damaged(format_args!("the kind {}", self.kind)))?,
             state: state_of(&self.state)?,
             name: self.name,
             image: ImageUsed {
@@ -215,6 +213,7 @@ impl Row {
             retries_left: self.retries_left.unsigned_abs(),
             claims: unsigned(self.claims),
             keeps_input: self.keeps_input,
+            from_pool: self.from_pool.map(|name| FromPool { name, waited_ms: unsigned(self.waited_ms) }),
         })
     }
 }
@@ -235,8 +234,11 @@ impl Row {
     }
 }
 
-/// How far an id's time may be from the time of creation that its row has.
-const IDS_APART: time::Duration = time::Duration::minutes(10);
+/// How far an id's time may be from the time of creation that its row has: one from a pool was begun before somebody made it his.
+const IDS_APART: time::Duration = POOLED_FOR_MAX.saturating_add(time::Duration::minutes(10));
+
+/// Nobody waits in a pool for longer.
+pub const POOLED_FOR_MAX: time::Duration = time::Duration::hours(1);
 
 /// The least id that can be made at this time.
 pub(super) fn id_at(at: OffsetDateTime) -> Uuid {
@@ -465,6 +467,8 @@ impl Store {
                 select tenant, id, 'sandbox.ended', $7,
                     jsonb_build_object('kind', kind, 'state', $3::text, 'labels', labels, 'outcome', $4::jsonb)
                 from ended
+                -- nobody was told that it lived
+                where kind <> 'pooled'
             ), dropped as (
                 delete from inputs using ended where inputs.sandbox = ended.id
             ), emptied as (

@@ -66,6 +66,14 @@ pub struct Used {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = u64)]
     pub webhooks: Option<u64>,
+    /// A tenant's alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64)]
+    pub pools: Option<u64>,
+    /// A tenant's alone: what the sizes of its pools come to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = u64)]
+    pub pool_sandboxes: Option<u64>,
 }
 
 /// What is to be changed of a tenant or a principal, with the names of quotas checked.
@@ -119,6 +127,8 @@ struct Row {
     volume_bytes: Option<i64>,
     volumes: Option<i64>,
     webhooks: Option<i64>,
+    pools: Option<i64>,
+    pool_sandboxes: Option<i64>,
 }
 
 impl Row {
@@ -145,6 +155,8 @@ impl Row {
                 volume_bytes: self.volume_bytes.map(unsigned),
                 volumes: self.volumes.map(unsigned),
                 webhooks: self.webhooks.map(unsigned),
+                pools: self.pools.map(unsigned),
+                pool_sandboxes: self.pool_sandboxes.map(unsigned),
             },
             quotas,
             of_tenant: self
@@ -253,7 +265,9 @@ impl Store {
                 bucket_at, day, day_runs, day_cpu_us, log_bytes, image_bytes as "image_bytes?",
                 (select coalesce(sum(size_bytes), 0)::bigint from volumes where tenant = tenants.id) as "volume_bytes?",
                 (select count(*) from volumes where tenant = tenants.id) as "volumes?",
-                (select count(*) from webhooks where tenant = tenants.id) as "webhooks?"
+                (select count(*) from webhooks where tenant = tenants.id) as "webhooks?",
+                (select count(*) from pools where tenant = tenants.id) as "pools?",
+                (select coalesce(sum(size), 0)::bigint from pools where tenant = tenants.id) as "pool_sandboxes?"
             from tenants where id > $1 order by id limit $2"#,
             after,
             i64::from(limit),
@@ -277,7 +291,7 @@ impl Store {
             r#"select name, created_at, suspended_at, quotas as "quotas: Json<Quotas>", null::integer as weight,
                 null::jsonb as "principal_quotas: Json<Quotas>", live, live_memory_bytes, live_cpu_millis, queued, bucket_micros,
                 bucket_at, day, day_runs, day_cpu_us, log_bytes, null::bigint as image_bytes,
-                null::bigint as volume_bytes, null::bigint as volumes, null::bigint as webhooks
+                null::bigint as volume_bytes, null::bigint as volumes, null::bigint as webhooks, null::bigint as pools, null::bigint as pool_sandboxes
             from principals where tenant = $1 and name > $2 order by name limit $3"#,
             tenant.as_str(),
             after,
@@ -350,7 +364,7 @@ impl Store {
             select sandboxes.id, sandboxes.tenant
             from stopped join sandboxes on sandboxes.tenant = stopped.tenant
                 and sandboxes.principal = coalesce(stopped.principal, sandboxes.principal)
-            where state = 'queued' or (state in ('starting', 'running', 'paused') and node = $1)",
+            where state = 'queued' or (state in ('starting', 'running', 'paused') and node = $1 and kind <> 'pooled')",
             node.0,
         )
         .fetch_all(&self.pool)
@@ -453,7 +467,9 @@ async fn row_of(connection: &mut PgConnection, who: Who<'_>) -> Result<Option<Ro
                     bucket_at, day, day_runs, day_cpu_us, log_bytes, image_bytes as "image_bytes?",
                 (select coalesce(sum(size_bytes), 0)::bigint from volumes where tenant = tenants.id) as "volume_bytes?",
                 (select count(*) from volumes where tenant = tenants.id) as "volumes?",
-                (select count(*) from webhooks where tenant = tenants.id) as "webhooks?"
+                (select count(*) from webhooks where tenant = tenants.id) as "webhooks?",
+                (select count(*) from pools where tenant = tenants.id) as "pools?",
+                (select coalesce(sum(size), 0)::bigint from pools where tenant = tenants.id) as "pool_sandboxes?"
                 from tenants where id = $1"#,
                 who.tenant.as_str(),
             )
@@ -466,7 +482,7 @@ async fn row_of(connection: &mut PgConnection, who: Who<'_>) -> Result<Option<Ro
                 r#"select name, created_at, suspended_at, quotas as "quotas: Json<Quotas>", null::integer as weight,
                     null::jsonb as "principal_quotas: Json<Quotas>", live, live_memory_bytes, live_cpu_millis, queued, bucket_micros,
                     bucket_at, day, day_runs, day_cpu_us, log_bytes, null::bigint as image_bytes,
-                null::bigint as volume_bytes, null::bigint as volumes, null::bigint as webhooks
+                null::bigint as volume_bytes, null::bigint as volumes, null::bigint as webhooks, null::bigint as pools, null::bigint as pool_sandboxes
                 from principals where tenant = $1 and name = $2"#,
                 who.tenant.as_str(),
                 name,

@@ -90,6 +90,8 @@ parameters! {
     Registry = [path("registry", "Its host as images are named by it, with its port if that is not the usual one.")];
     /// The name of a volume.
     Volume = [path("name", "What names no volume is not found.")];
+    /// The name of a pool.
+    Pool = [path("name", "What names no pool is not found.")];
     /// Which of the tenant's volumes.
     VolumeFilter = [query(
         "label",

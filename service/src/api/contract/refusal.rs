@@ -90,6 +90,8 @@ refusals! {
     ImageNotFound = [ApiError::ImageNotFound("python:4".to_owned())];
     /// There is no volume of that name.
     VolumeNotFound = [ApiError::VolumeNotFound("data".to_owned())];
+    /// There is no pool of that name.
+    PoolNotFound = [ApiError::PoolNotFound("notebooks".to_owned())];
     /// There is no such file or folder in the sandbox.
     FileNotFound = [file(FaultKind::NotFound, "/work/a: No such file or directory")];
     /// The body came too slowly.
@@ -100,6 +102,8 @@ refusals! {
     WrongState = [ApiError::WrongState(State::Paused)];
     /// What the sandbox wrote is not kept any more.
     LayerLost = [ApiError::LayerLost];
+    /// There is a pool of that name.
+    PoolExists = [ApiError::PoolExists("notebooks".to_owned())];
     /// A sandbox has the volume.
     VolumeInUse = [ApiError::VolumeInUse("the volume data stands in 0190b5a4-5f3e-7000-8000-3c2f5b1f9d10".to_owned())];
     /// The volume is on a node that is away, or on another one than the other volumes or the sandbox's layer.

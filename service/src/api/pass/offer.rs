@@ -85,6 +85,11 @@ pub(super) async fn spread(app: &Arc<App>, courier: &Courier, request: Request, 
     let (mut parts, body) = request.into_parts();
     // Their own refusal says more.
     let Ok(caller) = Caller::verified(&parts, app).await else { return next.run(Request::from_parts(parts, body)).await };
+    if parts.uri.path() == "/v1/sandboxes" && app.engine.has_ready_of(&caller.tenant) {
+        // What it asks for may wait here.
+        parts.extensions.insert(caller);
+        return next.run(Request::from_parts(parts, body)).await;
+    }
     parts.extensions.insert(caller);
     // Its reader holds it anyway.
     let body: Bytes = match json::bytes(body).await {

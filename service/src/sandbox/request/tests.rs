@@ -195,7 +195,30 @@ fn a_debug_print_shows_no_content() {
 }
 
 fn sandbox(body: Value) -> Result<NewSandbox, Invalid> {
-    serde_json::from_value::<SandboxRequest>(body).unwrap().parse()
+    serde_json::from_value::<SandboxRequest>(body).unwrap().parse().map(|wanted| match wanted {
+        Wanted::Like(asked) => *asked,
+        Wanted::OfPool { pool, .. } => panic!("it names the pool {pool}"),
+    })
+}
+
+#[test]
+fn beside_a_pool_stands_only_what_is_ones_own() {
+    let parse = |body: Value| serde_json::from_value::<SandboxRequest>(body).unwrap().parse();
+    let own = json!({"pool": "p", "name": "n", "labels": {"a": "b"}, "ttl_ms": 5000, "idle_timeout_ms": 6000, "when_full": "refuse", "limits": {}, "tty": false});
+    let Ok(Wanted::OfPool { pool, personal, when_full }) = parse(own) else { panic!("it is a pool's") };
+    assert_eq!((pool.as_str(), personal.name.as_deref(), personal.ttl_ms), ("p", Some("n"), Some(5000)));
+    assert_eq!((personal.idle_timeout_ms, when_full), (Some(6000), WhenFull::Refuse));
+    for (field, body) in [
+        ("image", json!({"pool": "p", "image": "a"})),
+        ("pool", json!({"pool": "p", "command": ["a"]})),
+        ("pool", json!({"pool": "p", "limits": {"pids": 5}})),
+        ("pool", json!({"pool": "p", "pull": "always"})),
+        ("pool", json!({"pool": "no name"})),
+        ("ttl_ms", json!({"pool": "p", "ttl_ms": 1})),
+        ("image", json!({})),
+    ] {
+        assert_eq!(parse(body.clone()).unwrap_err().field, field, "{body}");
+    }
 }
 
 #[test]

@@ -43,6 +43,7 @@ pub(crate) fn sandbox(tenant: &str, kind: Kind, name: Option<&str>) -> Sandbox {
         retries_left: 0,
         claims: 1,
         keeps_input: true,
+        from_pool: None,
     }
 }
 
