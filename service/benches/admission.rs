@@ -12,7 +12,7 @@ use mayfly::{
         DefaultQuotas, Finish, ImageUsed, Kind, Limits, LogTail, Owner, Phases, Quotas, RequestedLimits, Sandbox, SandboxId, State,
         TenantId, asked,
     },
-    store::{Act, Admission, Admitted, Ended, Hold, Input, Lease, LogKept, NewImage, NodeCapacity, NodeId, Origin, Store, Writer},
+    store::{Act, Admission, Admitted, Ended, Hold, Input, Lease, LogKept, NewImage, NodeCapacity, NodeId, Origin, Promise, Store, Writer},
 };
 use sandbox_core::protocol::{Cause, OutputPolicy};
 use serde_json::json;
@@ -108,6 +108,7 @@ async fn admit(store: &Store, run: &Sandbox, lease: Lease) {
         queue_max: 1000,
         wanted_node: None,
         key: None,
+        promise: Promise::Later,
     };
     let admitted = store.admit(admission).await.expect("the database answers");
     assert!(matches!(admitted, Admitted::Yes { .. }), "{admitted:?}");
