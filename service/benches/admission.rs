@@ -159,6 +159,7 @@ fn run() -> Sandbox {
         retries_left: 0,
         claims: 1,
         keeps_input: true,
+        from_pool: None,
     }
 }
 

@@ -389,6 +389,8 @@ impl Metrics {
     /// A request was another node's to answer.
     pub(crate) fn forwarded(&self, outcome: &'static str) {
         self.forwarded.with_label_values(&[outcome]).inc();
+    }
+
     /// Somebody asked for what a pool keeps ready, and got it, or had to be given one of their own.
     pub(crate) fn pool_asked(&self, was_ready: bool) {
         self.pool_takes.with_label_values(&[if was_ready { "hit" } else { "miss" }]).inc();

@@ -83,7 +83,6 @@ pub(super) async fn create(
     let wanted = json::read::<SandboxRequest>(body).await?.parse()?;
     let sandbox = match bid.made(&app, &caller, &keyed).await? {
         None => make(&app, &caller, wanted, keyed, bid).await?,
-        }
         // By an earlier attempt at the same request, or by another node.
         Some(id) => started(&app, &caller, id).await?,
     };

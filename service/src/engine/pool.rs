@@ -18,7 +18,7 @@ use time::OffsetDateTime;
 use tokio::time::Instant;
 
 use super::{
-    Engine, EngineError, Followed, Owner, Progress,
+    Engine, EngineError, Followed, Making, Owner, Progress,
     capacity::{Reservation, Room},
     life::{detached, room_of},
     live::Live,
