@@ -236,7 +236,8 @@ fn whatever_the_chart_tells_a_program_the_program_knows() {
         }
     }
     assert!(variables(&migrate).contains("MAYFLY_DATABASE_URL"), "{migrate}");
-    let strange: Vec<_> = made.iter().filter(|name| !known.contains(name.as_str())).collect();
+    // POD_IP is Kubernetes' own, for the address below it.
+    let strange: Vec<_> = made.iter().filter(|name| !known.contains(name.as_str()) && *name != "POD_IP").collect();
     assert!(strange.is_empty(), "{strange:?}");
     // What `settings` may not say is what the chart says itself, or what makes no sense in a pod; each is there.
     let schema = schema();
@@ -249,7 +250,7 @@ fn whatever_the_chart_tells_a_program_the_program_knows() {
     assert!(kept.is_subset(&known), "{:?}", kept.difference(&known));
     let mut open: Vec<_> = made.iter().filter(|name| !kept.contains(name.as_str())).collect();
     // The one that everything() sets.
-    open.retain(|name| *name != "MAYFLY_TENANTS");
+    open.retain(|name| *name != "MAYFLY_TENANTS" && *name != "POD_IP");
     assert!(open.is_empty(), "settings could say otherwise: {open:?}");
 }
 
@@ -308,6 +309,27 @@ fn the_privileges_of_the_pod_are_those_of_the_table_and_each_is_explained() {
         (&service["runAsNonRoot"], &service["runAsUser"], &service["capabilities"]),
         (&json!(true), &json!(10001), &json!({ "drop": ["ALL"] }))
     );
+}
+
+#[test]
+fn nodes_know_each_other_by_the_address_of_their_pod_and_by_https_where_there_is_a_certificate() {
+    let told = |values: Value| {
+        let answer = render(values);
+        let env = container(pod(&answer), "service")["env"].as_array().unwrap().clone();
+        let names = |variable: &&Value| variable["name"].as_str().unwrap().starts_with("MAYFLY_PEER_");
+        env.iter()
+            .filter(names)
+            .map(|variable| (variable["name"].as_str().unwrap().to_owned(), variable["value"].as_str().unwrap().to_owned()))
+            .collect::<Vec<_>>()
+    };
+    let expect =
+        |pairs: &[(&str, &str)]| pairs.iter().map(|(name, value)| (format!("MAYFLY_PEER_{name}"), (*value).to_owned())).collect::<Vec<_>>();
+
+    assert_eq!(told(json!({})), expect(&[("ADDRESS", "http://$(POD_IP):8080"), ("HTTP", "true")]));
+    let tls = json!({ "tls": { "existingSecret": "a" }, "peers": { "family": "IPv6", "tlsName": "nodes.example", "caKey": "ca.crt" } });
+    let by_https = [("ADDRESS", "https://[$(POD_IP)]:8080"), ("TLS_NAME", "nodes.example"), ("CA_FILE", "/etc/mayfly/tls/ca.crt")];
+    assert_eq!(told(tls), expect(&by_https));
+    assert_eq!(told(json!({ "peers": { "enabled": false } })), []);
 }
 
 #[test]
@@ -459,7 +481,9 @@ fn the_network_lets_in_what_is_asked_for_and_never_out_to_a_machines_metadata() 
     assert_eq!(ingress[0], json!({ "ports": [{ "port": "api", "protocol": "TCP" }] }));
     let monitoring = json!([{ "namespaceSelector": { "matchLabels": { "kubernetes.io/metadata.name": "monitoring" } } }]);
     assert_eq!((&ingress[1]["ports"][0]["port"], &ingress[1]["from"], ingress.len()), (&json!("metrics"), &monitoring, 2));
-    assert_eq!(rules(&open, "ingress")[0]["from"], json!([{ "podSelector": { "matchLabels": { "app": "shop" } } }]));
+    let nodes = &open.only("DaemonSet")["spec"]["selector"];
+    let from = json!([{ "podSelector": { "matchLabels": { "app": "shop" } } }, { "podSelector": nodes }]);
+    assert_eq!(rules(&open, "ingress")[0]["from"], from, "nodes reach each other, whoever else may not");
     let world = rules(&plain, "egress").into_iter().find(|rule| rule["to"].to_string().contains("0.0.0.0/0")).unwrap();
     assert_eq!(world["to"][0]["ipBlock"]["except"], json!(["169.254.0.0/16"]));
     assert_eq!(world["ports"], json!([{ "port": 443, "protocol": "TCP" }]));

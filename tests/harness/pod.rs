@@ -28,6 +28,9 @@ use crate::{host, node_image, service};
 const START_DEADLINE: Duration = Duration::from_secs(60);
 const STOP_DEADLINE: Duration = Duration::from_secs(60);
 
+/// The address of every pod here.
+const LOOPBACK: &str = "127.0.0.1";
+
 /// A machine's part of an installation: the folders behind the volumes of its pods.
 #[derive(Debug)]
 pub struct Machine {
@@ -139,10 +142,10 @@ impl Machine {
             return Ok("127.0.0.1:0".to_owned());
         }
         if let Some(text) = variable["value"].as_str() {
-            return Ok(text.to_owned());
+            return Ok(text.replace("$(POD_IP)", LOOPBACK));
         }
         if variable["valueFrom"]["fieldRef"]["fieldPath"] == "status.podIP" {
-            return Ok("127.0.0.1".to_owned());
+            return Ok(LOOPBACK.to_owned());
         }
         let reference = &variable["valueFrom"]["secretKeyRef"];
         let (name, key) = (reference["name"].as_str().unwrap_or_default(), reference["key"].as_str().unwrap_or_default());

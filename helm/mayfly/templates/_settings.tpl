@@ -7,6 +7,23 @@ chown dac_override fowner fsetid kill setgid setuid net_admin sys_ptrace sys_adm
 {{ ternary "HTTPS" "HTTP" (not (empty .Values.tls.existingSecret)) }}
 {{- end -}}
 
+{{/* Where other nodes reach this one, and how it knows them. */}}
+{{- define "mayfly.peers" -}}
+- { name: POD_IP, valueFrom: { fieldRef: { fieldPath: status.podIP } } }
+{{- $host := ternary "[$(POD_IP)]" "$(POD_IP)" (eq .Values.peers.family "IPv6") }}
+- { name: MAYFLY_PEER_ADDRESS, value: '{{ include "mayfly.scheme" . | lower }}://{{ $host }}:8080' }
+{{- if .Values.tls.existingSecret }}
+{{- with .Values.peers.tlsName }}
+- { name: MAYFLY_PEER_TLS_NAME, value: {{ . }} }
+{{- end }}
+{{- with .Values.peers.caKey }}
+- { name: MAYFLY_PEER_CA_FILE, value: /etc/mayfly/tls/{{ . }} }
+{{- end }}
+{{- else }}
+- { name: MAYFLY_PEER_HTTP, value: 'true' }
+{{- end }}
+{{- end -}}
+
 {{/* Whose tokens are believed. */}}
 {{- define "mayfly.authentication" -}}
 {{- with .Values.auth -}}
