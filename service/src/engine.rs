@@ -202,6 +202,9 @@ pub enum EngineError {
     /// Another node offered it, and this one does not take it.
     #[error("{0}")]
     Declined(String),
+    /// It was offered by another node, and there is no room for it here now.
+    #[error("{0}")]
+    Engaged(String),
     /// It must not be done twice, and may have been done.
     #[error("nobody heard whether it was done")]
     OutcomeUnknown,

@@ -175,7 +175,8 @@ pub struct Sandbox {
 impl Sandbox {
     /// For how long its program had run when it was asked for, in milliseconds.
     pub fn waited_ms(&self) -> u64 {
-        self.from_pool.as_ref().map_or(0, |from| from.waited_ms)
+        // Another life begins with its start.
+        self.from_pool.as_ref().filter(|_| self.starts == 1).map_or(0, |from| from.waited_ms)
     }
 
     /// The memory that it may take up at any time of its life. Of a run with a compile step: what either needs, and beside the program what the step left in memory.

@@ -93,6 +93,9 @@ pub enum ApiError {
     /// Another node asked, and does it itself.
     #[error("{0}")]
     Declined(String),
+    /// The same, for want of room.
+    #[error("{0}")]
+    Engaged(String),
     /// Of an image that has a name. Another node may have it.
     #[error("{0}")]
     ContentMissing(String),
@@ -121,7 +124,10 @@ pub enum ApiError {
 
 /// An answer of this node that may be another one's to give.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct NotHere;
+pub(super) struct NotHere {
+    /// Nothing else of the kind would be taken here now.
+    pub(super) is_busy: bool,
+}
 
 /// What went wrong, for programs. A promise: new ones may come, none changes its meaning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
@@ -275,7 +281,9 @@ impl ApiError {
             Self::QuotaExceeded(_) => (StatusCode::TOO_MANY_REQUESTS, Code::QuotaExceeded, "Quota exceeded"),
             Self::Suspended => (StatusCode::FORBIDDEN, Code::Suspended, "Suspended"),
             Self::UnknownTenant => (StatusCode::FORBIDDEN, Code::UnknownTenant, "Unknown tenant"),
-            Self::NoCapacity(_) | Self::Busy(_) | Self::Declined(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::NoCapacity, "No capacity"),
+            Self::NoCapacity(_) | Self::Busy(_) | Self::Declined(_) | Self::Engaged(_) => {
+                (StatusCode::SERVICE_UNAVAILABLE, Code::NoCapacity, "No capacity")
+            }
             Self::RegistryDenied(_) => (StatusCode::FORBIDDEN, Code::RegistryDenied, "Refused by the registry"),
             Self::RegistryFailed(_) => (StatusCode::BAD_GATEWAY, Code::RegistryFailed, "Registry failed"),
             Self::Port(PortFault::Closed(_)) => (StatusCode::BAD_GATEWAY, Code::PortClosed, "Nothing listens"),
@@ -294,6 +302,7 @@ impl ApiError {
         match self {
             Self::Busy(_)
             | Self::Declined(_)
+            | Self::Engaged(_)
             | Self::KeyInUse
             | Self::DatabaseUnavailable
             | Self::KeeperUnavailable
@@ -443,8 +452,8 @@ impl IntoResponse for ApiError {
         let mut response = self.parts().0.into_response();
         response.headers_mut().extend(self.headers());
         response.extensions_mut().insert(self.problem(String::new()));
-        if matches!(self, Self::Declined(_) | Self::ContentMissing(_)) {
-            response.extensions_mut().insert(NotHere);
+        if matches!(self, Self::Declined(_) | Self::Engaged(_) | Self::ContentMissing(_)) {
+            response.extensions_mut().insert(NotHere { is_busy: matches!(self, Self::Engaged(_)) });
             observe::mark_as_passing(&mut response);
         }
         response
@@ -513,6 +522,7 @@ impl From<EngineError> for ApiError {
             EngineError::KeyLost => Self::KeyInUse,
             EngineError::MadeAlready => StoreError::MadeAlready.into(),
             EngineError::Declined(why) => Self::Declined(why),
+            EngineError::Engaged(why) => Self::Engaged(why),
             EngineError::OutcomeUnknown => Self::OutcomeUnknown,
             EngineError::KeeperUnavailable => Self::KeeperUnavailable,
             EngineError::Store(error) => error.into(),

@@ -25,7 +25,7 @@ use need::{Need, Whither, of as need_of};
 pub(super) use offer::Bid;
 use tokio::time::Instant;
 
-use super::{App, caller::Caller, error::ApiError, observe, query};
+use super::{App, caller::Caller, error::ApiError, observe, ports, query};
 
 /// How long something that waits for a node is waited for, where what it does is to be followed: only its node can tell.
 const QUEUE_PATIENCE: Duration = Duration::from_secs(10);
@@ -38,10 +38,17 @@ pub(super) async fn pass(State(app): State<Arc<App>>, mut request: Request, next
     let is_work = offer::is_work(request.method(), route.as_str());
     if notes::is_forwarded(request.headers()) {
         let offered = app.engine.own_door().filter(|_| is_work).and_then(|door| notes::offered(request.headers(), door));
-        if let Some(id) = offered {
-            request.extensions_mut().insert(Bid::offered(id));
-        }
-        let mut response = next.run(request).await;
+        let mut response = match offered {
+            // What is not believed is left to who offers it, who would do it as well.
+            None if is_work && notes::is_offer(request.headers()) => {
+                ApiError::Declined("this is offered to a process that is not here".to_owned()).into_response()
+            }
+            None => next.run(request).await,
+            Some(id) => {
+                request.extensions_mut().insert(Bid::offered(id));
+                next.run(request).await
+            }
+        };
         notes::tell_if_declined(&mut response);
         return response;
     }
@@ -66,7 +73,8 @@ pub(super) async fn pass(State(app): State<Arc<App>>, mut request: Request, next
             // What can be answered here after all is not kept from whoever asks.
             let spare = (may_stay && body.is_end_stream()).then(|| parts.clone());
             let addressee = Addressee { gone: app.engine.peer_gone(node.id), node };
-            let delivered = courier.deliver(&app, addressee, Request::from_parts(parts, body), need.patience()).await;
+            let patience = if route.as_str().contains("/ports/") { ports::PATIENCE } else { need.patience() };
+            let delivered = courier.deliver(&app, addressee, Request::from_parts(parts, body), patience).await;
             match (delivered, spare) {
                 (Ok(answer), _) => answer,
                 (Err(_told), Some(parts)) => next.run(Request::from_parts(parts, Body::empty())).await,

@@ -42,6 +42,9 @@ use crate::{
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// For the head of an answer, from the request's end. Long polls are answered within it.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(300);
+/// When the head of an answer is there at the latest, or the problem in its stead.
+pub(super) const PATIENCE: Duration =
+    CONNECT_DEADLINE.saturating_mul(2).saturating_add(ANSWER_DEADLINE).saturating_add(Duration::from_secs(10));
 /// How long a body or a tunnel may rest.
 const IDLE_DEADLINE: Duration = Duration::from_secs(600);
 /// What is read of an answer's head before it is given up.

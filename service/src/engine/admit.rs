@@ -132,6 +132,9 @@ impl Engine {
         let created_at = self.clock.now();
         let image = self.image(&owner.tenant, asked.image.as_str()).await?;
         let image_found_at = self.clock.now();
+        if let Some(why) = self.hindrance().filter(|_| how.is_offered) {
+            return Err(EngineError::Engaged(why));
+        }
         // One that is upgraded is away for a moment.
         let keeper = tokio::time::timeout(KEEPER_PATIENCE, self.keeper.connected()).await.ok();
         let keeper = keeper.filter(|_| !self.stopping.is_cancelled()).ok_or(EngineError::KeeperUnavailable)?;
@@ -210,7 +213,7 @@ impl Engine {
             }
         }
         if how.is_offered {
-            return Err(EngineError::Declined("it would have to wait here".to_owned()));
+            return Err(EngineError::Engaged("it would have to wait here".to_owned()));
         }
         if asked.when_full == WhenFull::Refuse {
             return Err(EngineError::Busy(hindrance.unwrap_or_else(|| "there is no room now, and it is not to wait".to_owned())));

@@ -152,6 +152,10 @@ impl Engine {
             live.paused(live.sandbox.state == State::Paused);
             self.hold_to_row_later(&live);
         }
+        if live.sandbox.kind == Kind::Pooled {
+            // Whoever was about to take it may have died over it.
+            self.end_wall(&live).await;
+        }
         let followed = self.follow(&live, live.sandbox.id, None::<std::future::Pending<_>>);
         let Some((ending, _turn)) = self.while_it_waits(&live, followed).await else { return };
         if self.free_and_settle(&live, &ending).await == After::Waits {

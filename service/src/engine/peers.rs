@@ -127,7 +127,9 @@ impl Engine {
         if self.own_door().is_none() {
             return;
         }
-        let (_, committed) = self.capacity.use_now();
+        let (total, committed) = self.capacity.use_now();
+        // Whoever can take nothing has no room.
+        let committed = if self.hindrance().is_some() { total } else { committed };
         let committed = NodeCapacity { memory_bytes: committed.memory_bytes, cpu_millis: committed.cpu_millis };
         match tokio::time::timeout(patience, renewer.meet(self.lease(), committed)).await {
             // Told each time: whoever counts the looks in which a node is missing hears of them all.

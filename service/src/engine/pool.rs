@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     clock::at_us,
+    runtime::CallError,
     sandbox::{
         FromPool, Kind, NewPool, NewSandbox, Personal, Pool, PoolId, Program, Sandbox, State, Template, TenantId, WhenFull, asked,
         in_template,
@@ -122,6 +123,9 @@ impl Engine {
         personal: Personal,
         key: Option<&HeldKey>,
     ) -> Result<Option<Sandbox>, EngineError> {
+        if self.is_draining() || self.is_closing() {
+            return Ok(None);
+        }
         let (engine, owner, key) = (Arc::clone(self), owner.clone(), key.cloned());
         // In a task of its own: who asked may go away between the commit and what follows it.
         let taken = detached(async move { engine.take(&owner, pool, &personal, key.as_ref()).await }).await?;
@@ -148,10 +152,19 @@ impl Engine {
             let started_at = at_us(launched.started_at_us);
             let now = self.clock.now();
             let waited_ms = u64::try_from((now - started_at).whole_milliseconds()).unwrap_or(0);
-            if !self.begin_wall(&live, waited_ms).await {
-                drop(turn);
-                self.give_up_member(&live).await;
-                continue;
+            match self.begin_wall(&live, waited_ms).await {
+                Ok(()) => {}
+                // Nobody is there to say it to; when somebody is, it is as it was.
+                Err(CallError::Lost) => {
+                    drop(turn);
+                    self.pools.put_back(pool, id);
+                    return Ok(None);
+                }
+                Err(CallError::Failed(_)) => {
+                    drop(turn);
+                    self.give_up_member(&live).await;
+                    continue;
+                }
             }
             let next = owned(&live.sandbox, owner, personal, (now, launched, waited_ms), self.pools.name_of(pool).unwrap_or_default());
             let took = self.ask_to_take(&live, pool, personal, &next, key).await;
@@ -162,6 +175,8 @@ impl Engine {
                     drop(turn);
                     return Ok(Some(sandbox));
                 }
+                // This node may have lost its lease and taken it again, and what waits here with it.
+                Ok(TakenOver::Gone) if attempts > 1 && self.is_ours_again(&live).await? => {}
                 Ok(TakenOver::Gone | TakenOver::ImageMoved) => {
                     drop(turn);
                     self.give_up_member(&live).await;
@@ -174,6 +189,7 @@ impl Engine {
             drop(turn);
             self.pools.put_back(pool, id);
             match took {
+                Ok(TakenOver::Gone) => attempts -= 1,
                 Ok(TakenOver::Unknown) if attempts > 1 => {
                     attempts -= 1;
                     self.introduce(owner).await?;
@@ -219,6 +235,8 @@ impl Engine {
             return took;
         }
         // The connection may have broken between the commit and its answer: the row tells, and nobody else changes it.
+        // The statement may be under way still.
+        self.until_heard(next.id, || self.store.settled(next.id)).await;
         let row = self.until_heard(next.id, || self.store.find(&next.tenant, next.id)).await;
         match row {
             Some(row) if row.kind == Kind::Sandbox && row.claims == next.claims => Ok(TakenOver::Yes { weight: 1 }),
@@ -238,15 +256,15 @@ impl Engine {
         }
     }
 
-    /// Its limit of real time begins now: the keeper counts from the start. False: it does not say that it does.
-    async fn begin_wall(&self, live: &Live, waited_ms: u64) -> bool {
-        let Some(wall_ms) = live.sandbox.limits.wall_ms() else { return true };
+    /// Its limit of real time begins now: the keeper counts from the start.
+    async fn begin_wall(&self, live: &Live, waited_ms: u64) -> Result<(), CallError> {
+        let Some(wall_ms) = live.sandbox.limits.wall_ms() else { return Ok(()) };
         let limits = NewLimits { wall_ms: NewTime::Ms(wall_ms.saturating_add(waited_ms)), ..NewLimits::default() };
-        self.in_time(self.keeper.update(live.sandbox.id, limits)).await.is_ok()
+        self.in_time(self.keeper.update(live.sandbox.id, limits)).await
     }
 
     /// It has none any more, or is not kept.
-    async fn end_wall(&self, live: &Live) {
+    pub(super) async fn end_wall(&self, live: &Live) {
         if live.sandbox.limits.wall_ms().is_none() {
             return;
         }
@@ -272,7 +290,8 @@ impl Engine {
 
     /// Ends one that waits, so that nobody takes it any more. One that is somebody's by now is left alone.
     pub(super) async fn give_up_member(&self, live: &Arc<Live>) {
-        let _turn = live.turn().await;
+        // Whoever has the turn for longer is about to take it, or stores its end.
+        let Ok(_turn) = tokio::time::timeout(ROOM_PATIENCE, live.turn()).await else { return };
         if self.live.is_current(live) && live.sandbox.kind == Kind::Pooled {
             self.pools.not_ready(live.sandbox.id);
             self.kill(live, KillReason::Evicted).await;
@@ -312,6 +331,11 @@ impl Engine {
             self.give_up_member(&victim).await;
             self.metrics.pool_given_up();
         }
+    }
+
+    /// Whether there is none for this, and would be without what waits.
+    pub(super) fn would_make_room_for(&self, room: Room) -> bool {
+        !self.capacity.would_hold(room, Room::default()) && self.can_make(room)
     }
 
     /// Whether there is room for this once all that waits is gone.

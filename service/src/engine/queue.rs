@@ -108,8 +108,10 @@ impl Engine {
             }
             let heads = lines.heads(self.clock.now());
             let Some((next, reservation)) = self.capacity.grant(&heads) else {
-                if let Some(first) = heads.iter().max_by(|one, other| one.waited_s.total_cmp(&other.waited_s)) {
-                    // The room that it leaves wakes us.
+                // The first that would find room so. The room that is left wakes us.
+                let mut by_age: Vec<_> = heads.iter().collect();
+                by_age.sort_by(|one, other| other.waited_s.total_cmp(&one.waited_s));
+                if let Some(first) = by_age.into_iter().find(|head| self.would_make_room_for(head.room)) {
                     self.make_room_for(first.room).await;
                 }
                 if lines.lines.is_empty() {

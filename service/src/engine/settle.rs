@@ -73,7 +73,7 @@ impl Engine {
         // What it did before it was asked for is its pool's.
         ending.usage.wall_us = ending.usage.wall_us.saturating_sub(live.sandbox.waited_ms().saturating_mul(1000));
         let mut finish = Finish::of(&ending, &live.limits(), phases(live, at_us(ending.ended_at_us)));
-        if live.sandbox.from_pool.is_some() {
+        if live.sandbox.from_pool.is_some() && live.sandbox.starts == 1 {
             finish.outcome.phases_ms.launch = 0.0;
         }
         let judged = live.judged();

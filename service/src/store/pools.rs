@@ -361,7 +361,7 @@ impl Store {
                 from sandboxes s join pool_members m on m.sandbox = s.id join pools p on p.id = m.pool
                 where s.id = $1 and s.tenant = $2 and s.kind = 'pooled' and s.state in ('starting', 'running')
                     and s.node = $4 and s.epoch = $5 and s.claims = $6 and p.id = $7
-                for update of s skip locked
+                for update of s
             ), tenant as (
                 select * from tenants where id = $2 and exists (select 1 from member) for no key update
             ), principal as (
@@ -511,6 +511,12 @@ impl Store {
         })
     }
 
+    /// Waits for whoever is about to change this row.
+    pub async fn settled(&self, id: SandboxId) -> Result<(), StoreError> {
+        sqlx::query!("select 1 as one from sandboxes where id = $1 for update", id.0).fetch_optional(&self.pool).await?;
+        Ok(())
+    }
+
     /// Removes the rows of what has ended while it waited, so many at the most.
     pub async fn remove_ended_members(&self, limit: u32) -> Result<u64, StoreError> {
         let gone = sqlx::query!(
@@ -578,19 +584,23 @@ async fn admit_member(connection: &mut PgConnection, new: &NewMember<'_>) -> Res
     let NewMember { sandbox, pool, lease, asked, network, isolation, defaults } = *new;
     let tenant = sqlx::query!(
         r#"select suspended_at, live, live_memory_bytes, live_cpu_millis, quotas as "quotas: Json<Quotas>",
+            log_bytes, case when day >= $2 then day_cpu_us else 0 end as "day_cpu_us!",
             principal_quotas as "principal_quotas: Json<Quotas>"
         from tenants where id = $1 for no key update"#,
-        sandbox.tenant.as_str()
+        sandbox.tenant.as_str(),
+        day_of(sandbox.created_at),
     )
     .fetch_optional(&mut *connection)
     .await?;
     let Some(tenant) = tenant else { return Ok(MemberAdmitted::Unknown) };
     // After the tenant, always.
     let principal = sqlx::query!(
-        r#"select suspended_at, live, live_memory_bytes, live_cpu_millis, quotas as "quotas: Json<Quotas>"
+        r#"select suspended_at, live, live_memory_bytes, live_cpu_millis, quotas as "quotas: Json<Quotas>",
+            log_bytes, case when day >= $3 then day_cpu_us else 0 end as "day_cpu_us!"
         from principals where tenant = $1 and name = $2 for no key update"#,
         sandbox.tenant.as_str(),
-        sandbox.principal
+        sandbox.principal,
+        day_of(sandbox.created_at),
     )
     .fetch_optional(&mut *connection)
     .await?;
@@ -627,8 +637,16 @@ async fn admit_member(connection: &mut PgConnection, new: &NewMember<'_>) -> Res
     let of_tenant = tenant.quotas.0.over(&defaults.tenant);
     let of_principal = principal.quotas.0.over(&tenant.principal_quotas.0.over(&defaults.principal));
     let scopes = [
-        (QuotaScope::Tenant, &of_tenant, [tenant.live, tenant.live_memory_bytes, tenant.live_cpu_millis]),
-        (QuotaScope::Principal, &of_principal, [principal.live, principal.live_memory_bytes, principal.live_cpu_millis]),
+        (
+            QuotaScope::Tenant,
+            &of_tenant,
+            [tenant.live, tenant.live_memory_bytes, tenant.live_cpu_millis, tenant.log_bytes, tenant.day_cpu_us],
+        ),
+        (
+            QuotaScope::Principal,
+            &of_principal,
+            [principal.live, principal.live_memory_bytes, principal.live_cpu_millis, principal.log_bytes, principal.day_cpu_us],
+        ),
     ];
     for (scope, quotas, used) in scopes {
         if let Some(exceeded) = beyond(scope, quotas, used, sandbox, asked, [("networks", network), ("isolations", isolation)]) {
@@ -643,7 +661,7 @@ async fn admit_member(connection: &mut PgConnection, new: &NewMember<'_>) -> Res
 fn beyond(
     scope: QuotaScope,
     quotas: &Quotas,
-    [live, memory_bytes, cpu_millis]: [i64; 3],
+    [live, memory_bytes, cpu_millis, log_bytes, day_cpu_us]: [i64; 5],
     sandbox: &Sandbox,
     asked: &Value,
     words: [(&str, &str); 2],
@@ -653,6 +671,13 @@ fn beyond(
     for (quota, used, more) in counted {
         let used = unsigned(used);
         if let Some(limit) = quotas.number(quota).filter(|limit| used.saturating_add(more) > *limit) {
+            return Some(of_number(scope, quota, limit.into(), used.into()));
+        }
+    }
+    // Used up, as for anybody else who would begin something.
+    for (quota, used) in [("log_bytes", log_bytes), ("cpu_seconds_per_day", day_cpu_us / 1_000_000)] {
+        let used = unsigned(used);
+        if let Some(limit) = quotas.number(quota).filter(|limit| used >= *limit) {
             return Some(of_number(scope, quota, limit.into(), used.into()));
         }
     }

@@ -51,6 +51,8 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(10);
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(5);
 const KEEPALIVES: u32 = 3;
+/// How long what was sent may go unacknowledged (`TCP_USER_TIMEOUT`, tcp(7)): while something is, nobody asks whether there is somebody.
+const UNHEARD_FOR: Duration = Duration::from_secs(60);
 /// How long a connection without a request is kept; shorter than the other side keeps it, which would break it under a request.
 const REST: Duration = Duration::from_millis(900);
 /// Of connections without a request, to each node.
@@ -105,6 +107,7 @@ impl Courier {
         http.set_keepalive(Some(KEEPALIVE_AFTER));
         http.set_keepalive_interval(Some(KEEPALIVE_EVERY));
         http.set_keepalive_retries(Some(KEEPALIVES));
+        http.set_tcp_user_timeout(Some(UNHEARD_FOR));
         let provider = Arc::new(aws_lc_rs::default_provider());
         let only = |roots: RootCertStore| -> anyhow::Result<_> {
             let config = ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
@@ -188,8 +191,9 @@ impl Courier {
             (_, None) => (head.status, Body::new(Passing { body, gone, metrics: Arc::clone(&app.metrics) })).into_response(),
         };
         *response.headers_mut() = headers;
-        if head.headers.contains_key(notes::DECLINED) {
-            response.extensions_mut().insert(Declined);
+        // What a program says there is for its client.
+        if let Some(why) = head.headers.get(notes::DECLINED).filter(|_| !is_programs) {
+            response.extensions_mut().insert(Declined { is_busy: why == notes::BUSY });
         }
         if is_programs {
             observe::mark_as_proxied(&mut response);

@@ -26,6 +26,8 @@ const OFFERED: HeaderName = HeaderName::from_static("mayfly-offered");
 const PEER_KEY: HeaderName = HeaderName::from_static("mayfly-peer-key");
 /// Stands in answers of who leaves it to the node that asked.
 pub(super) const DECLINED: HeaderName = HeaderName::from_static("mayfly-declined");
+/// There, where nothing else of the kind would be taken now.
+pub(super) const BUSY: &str = "busy";
 /// What all headers begin with that nodes alone have a use for.
 const OURS: &str = "mayfly-";
 /// Given to a request by the door that it came through.
@@ -47,6 +49,11 @@ struct Offer {
     key: String,
 }
 
+/// Whether somebody, perhaps a node that does not know the key of the process that is here now, offers something.
+pub(super) fn is_offer(headers: &HeaderMap) -> bool {
+    headers.contains_key(OFFERED) || headers.contains_key(PEER_KEY)
+}
+
 /// What a node offers with this request. Whoever does not know what nodes alone read offers nothing.
 pub(super) fn offered(headers: &HeaderMap, own: &PeerDoor) -> Option<SandboxId> {
     let given = headers.get(PEER_KEY)?.as_bytes();
@@ -57,8 +64,9 @@ pub(super) fn offered(headers: &HeaderMap, own: &PeerDoor) -> Option<SandboxId> 
 
 /// Has the node that asked know that this answer is not the only one there may be.
 pub(super) fn tell_if_declined(response: &mut Response) {
-    if response.extensions().get::<NotHere>().is_some() {
-        response.headers_mut().insert(DECLINED, HeaderValue::from_static("true"));
+    if let Some(NotHere { is_busy }) = response.extensions().get() {
+        let why = if *is_busy { BUSY } else { "other" };
+        response.headers_mut().insert(DECLINED, HeaderValue::from_static(why));
     }
 }
 

@@ -34,7 +34,10 @@ pub(in crate::api) struct Bid {
 
 /// An answer by which a node leaves it to the one that asked.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Declined;
+pub(super) struct Declined {
+    /// It takes nothing now.
+    pub(super) is_busy: bool,
+}
 
 impl Bid {
     /// Another node offers this, and sees to it otherwise.
@@ -81,7 +84,9 @@ pub(super) fn is_work(method: &Method, route: &str) -> bool {
 
 /// Has the freest node do it, or does it here.
 pub(super) async fn spread(app: &Arc<App>, courier: &Courier, request: Request, next: Next) -> Response {
-    let Some(peer) = app.engine.freer_peer() else { return next.run(request).await };
+    if app.engine.peers().is_empty() {
+        return next.run(request).await;
+    }
     let (mut parts, body) = request.into_parts();
     // Their own refusal says more.
     let Ok(caller) = Caller::verified(&parts, app).await else { return next.run(Request::from_parts(parts, body)).await };
@@ -98,6 +103,7 @@ pub(super) async fn spread(app: &Arc<App>, courier: &Courier, request: Request, 
     };
     // Whoever waited to be asked for it was.
     parts.headers.remove(header::EXPECT);
+    let Some(peer) = app.engine.freer_peer() else { return next.run(Request::from_parts(parts, Body::from(body))).await };
     let id = SandboxId(Uuid::now_v7());
     let mut offered = Request::from_parts(parts.clone(), Body::from(body.clone()));
     notes::offer(&mut offered, id, &peer.door);
@@ -105,8 +111,16 @@ pub(super) async fn spread(app: &Arc<App>, courier: &Courier, request: Request, 
     let addressee = Addressee { gone: app.engine.peer_gone(node.id), node };
     let mut here = Request::from_parts(parts, Body::from(body));
     match courier.deliver(app, addressee, offered, Need::End.patience()).await {
-        Ok(answer) if answer.extensions().get::<Declined>().is_none() => return answer,
-        Ok(_declined) => app.engine.note_declined(peer.id),
+        Ok(answer) => match answer.extensions().get() {
+            // Its own fault is not the request's. Whatever came of it has this name.
+            None if answer.status().is_server_error() => {
+                app.engine.note_declined(peer.id);
+                here.extensions_mut().insert(Bid { id: Some(id), is_offered: false });
+            }
+            None => return answer,
+            Some(Declined { is_busy: true }) => app.engine.note_declined(peer.id),
+            Some(Declined { is_busy: false }) => {}
+        },
         Err(fault) => {
             app.engine.note_declined(peer.id);
             if let Fault::Broken(..) = fault {

@@ -15,7 +15,7 @@ use super::{
     need::Node,
     offer::Declined,
 };
-use crate::api::{App, error::NotHere, json};
+use crate::api::{App, caller::Caller, error::NotHere, json};
 
 /// From the end of a request to the head of its answer: a push is waited for.
 const PATIENCE: Duration = Duration::from_secs(3600);
@@ -33,6 +33,9 @@ pub(super) fn is_of_content(method: &Method, route: &str) -> bool {
 /// Answers here, or where it can be answered; if nowhere, as here.
 pub(super) async fn search(app: &Arc<App>, courier: &Courier, request: Request, next: Next) -> Response {
     let (mut parts, body) = request.into_parts();
+    // Their own refusal says more; and nothing is read for a stranger.
+    let Ok(caller) = Caller::verified(&parts, app).await else { return next.run(Request::from_parts(parts, body)).await };
+    parts.extensions.insert(caller);
     // A name and credentials.
     let body: Bytes = match json::bytes(body).await {
         Ok(body) => body.into(),

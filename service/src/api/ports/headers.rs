@@ -69,6 +69,11 @@ pub(super) fn inward(given: &HeaderMap, place: Place, peer: Option<Peer>, is_tun
     for name in [header::AUTHORIZATION, header::COOKIE, header::EXPECT, header::SEC_WEBSOCKET_PROTOCOL, header::HOST] {
         headers.remove(name);
     }
+    // What nodes say to each other is nobody else's.
+    let ours: Vec<HeaderName> = headers.keys().filter(|name| name.as_str().starts_with("mayfly-")).cloned().collect();
+    for name in ours {
+        headers.remove(name);
+    }
     let protocols = words(given, &header::SEC_WEBSOCKET_PROTOCOL)
         .filter(|protocol| *protocol != SUBPROTOCOL && !protocol.starts_with(TOKEN_SUBPROTOCOL));
     set(&mut headers, header::SEC_WEBSOCKET_PROTOCOL, &protocols.collect::<Vec<_>>().join(", "));

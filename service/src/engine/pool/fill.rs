@@ -60,7 +60,9 @@ impl Engine {
     /// `is_thorough`: also where there seems to be nothing to do.
     async fn tend_pools_once(self: &Arc<Self>, is_thorough: bool) -> anyhow::Result<()> {
         for (pool, count) in self.pools.take_misses() {
-            self.store.note_pool_misses(pool, count).await?;
+            if let Err(error) = self.store.note_pool_misses(pool, count).await {
+                tracing::debug!(%error, "what a pool lacked is not counted");
+            }
         }
         let wanted = self.know_pools().await?;
         if wanted.is_empty() && !is_thorough {
@@ -70,7 +72,11 @@ impl Engine {
         self.give_up_unwanted(&wanted).await;
         while self.store.remove_ended_members(BATCH).await? == u64::from(BATCH) {}
         for pool in &wanted {
-            self.fill(pool).await?;
+            // One that cannot be filled holds up no other.
+            if let Err(error) = self.fill(pool).await {
+                self.pools.failed(pool.id);
+                tracing::warn!(error = format!("{error:#}"), "filling a pool failed");
+            }
         }
         Ok(())
     }
@@ -138,7 +144,11 @@ impl Engine {
             let mut here: Vec<Arc<Live>> = self.waiting_members();
             here.retain(|live| self.pools.pool_of(live.sandbox.id) == Some(pool.id));
             here.sort_by_key(|live| (self.pools.is_ready(live.sandbox.id), std::cmp::Reverse(live.sandbox.id)));
-            let surplus = usize::try_from(pool.members.saturating_sub(u64::from(pool.size))).unwrap_or(usize::MAX);
+            // Those that are told to end are rows until that is stored.
+            let mut ending = self.members();
+            ending.retain(|live| live.ordered_kill().is_some() && self.pools.pool_of(live.sandbox.id) == Some(pool.id));
+            let staying = pool.members.saturating_sub(ending.len() as u64);
+            let surplus = usize::try_from(staying.saturating_sub(u64::from(pool.size))).unwrap_or(usize::MAX);
             for live in here.into_iter().take(surplus) {
                 self.give_up_member(&live).await;
             }
