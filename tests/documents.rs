@@ -19,7 +19,7 @@ use mayfly_tests::service::program;
 const TYPED: [&str; 3] = ["README.md", "docs/api.md", "docs/operations.md"];
 
 /// Settings of `runsc`, gVisor's program, that are named.
-const FOREIGN_SETTINGS: [&str; 2] = ["--network", "--platform"];
+const FOREIGN_SETTINGS: [&str; 3] = ["--build-arg", "--network", "--platform"];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
@@ -117,7 +117,7 @@ fn every_command_of_make_that_is_named_is_in_the_makefile() {
 /// What a command of one of our programs says of itself, by its words: `mayfly image pull`.
 static HELP: LazyLock<BTreeMap<String, String>> = LazyLock::new(|| {
     let mut told = BTreeMap::new();
-    for name in ["mayfly", "sandbox-keeper"] {
+    for name in ["mayfly", "sandbox-keeper", "loadtest"] {
         read_help(vec![name.to_owned()], &mut told);
     }
     told

@@ -615,7 +615,7 @@ fn the_page_of_features_says_what_the_tests_here_show() {
 }
 
 /// By what services of this kind are compared, in the words of the comparison: what is not here yet has a row, too.
-const COMPARED: [&str; 34] = [
+const COMPARED: [&str; 35] = [
     "run-once call",
     "long-lived sandbox",
     "exec in running",
@@ -646,6 +646,7 @@ const COMPARED: [&str; 34] = [
     "pagination / filters",
     "tenancy / auth",
     "quotas",
+    "several machines behind one address",
     "audit log",
     "Prometheus / Grafana",
     "SDKs",
