@@ -210,7 +210,7 @@ fn memory(before: &Memory, after: &Memory, sandboxes: u32, to: &mut Promises) {
     let how = format!("`VmRSS` at {} sandboxes, pages of its program's file included", thousands(sandboxes));
     to.at_most("service, resident", 80.0, count(after.service) / 1e6, "MB", &how);
     to.at_most("keeper, resident", 16.0, count(after.keeper) / 1e6, "MB", &how);
-    let parts: [(&str, fn(&Memory) -> u64); 6] = [
+    let parts: [(&str, Part); 6] = [
         ("init and payload (PSS)", |memory| memory.sandboxes),
         ("kernel: slab, stacks, page tables, counters of each processor", |memory| memory.kernel),
         ("files in memory", |memory| memory.shared),
@@ -227,6 +227,9 @@ fn memory(before: &Memory, after: &Memory, sandboxes: u32, to: &mut Promises) {
 async fn closed<W: crate::work::Work>(what: &str, work: &Arc<W>, places: u32, number: u64) -> Result<Tally> {
     well(what, drive::closed(work, places, Until::Count(number), &bar(what, number)?).await?)
 }
+
+/// One of the parts that memory is in, in bytes.
+type Part = fn(&Memory) -> u64;
 
 fn median(of: &mut [f64]) -> f64 {
     of.sort_by(f64::total_cmp);
