@@ -247,11 +247,10 @@ async fn what_is_not_ready_is_not_taken() {
 
 #[tokio::test]
 async fn a_template_that_comes_to_nothing_says_why_and_is_tried_less_and_less_often() {
-    let client = shared().client();
+    let (client, begun) = (shared().client(), Instant::now());
     make(&client, "bad", 3, &template("echo no such module >&2; exit 7")).await;
     let slow = json!({ "name": "slow", "size": 1, "template": lasting(), "ready_output": "never written", "ready_within_ms": 300 });
     client.post("/v1/pools", &slow).await.expect(201);
-    let begun = Instant::now();
 
     let bad = until(&client, "bad", |pool| pool["failures"].as_u64() >= Some(3)).await;
     let slow = until(&client, "slow", |pool| pool["failures"].as_u64() >= Some(1)).await;
