@@ -24,6 +24,8 @@ use crate::{
 /// They go by themselves if this program cannot take them away.
 const TTL_MS: u64 = 1_800_000;
 const MEMORY_BYTES: u64 = 8 << 20;
+/// Less than that, so that it lies in memory: on disk the space of a thousand would be set aside.
+const DISK_BYTES: u64 = 4 << 20;
 const CPU_MILLIS: u64 = 100;
 const AT_ONCE: u32 = 8;
 /// From the end of what was asked to when the machine's memory is looked at: what is cleaned up off the reply path is gone by then.
@@ -81,7 +83,7 @@ pub(crate) struct Idle {
 impl Idle {
     /// Makes so many. Those that could not be made are counted.
     pub(crate) async fn create(service: &Service, image: &str, sandboxes: u32) -> Result<Self> {
-        let limits = json!({ "memory_bytes": MEMORY_BYTES, "cpu_millis": CPU_MILLIS, "pids": 4 });
+        let limits = json!({ "memory_bytes": MEMORY_BYTES, "disk_bytes": DISK_BYTES, "cpu_millis": CPU_MILLIS, "pids": 4 });
         let request = json!({ "image": image, "command": ["sleep", "1000000"], "ttl_ms": TTL_MS, "limits": limits });
         let work = Arc::new(Creates { service: service.clone(), request, ids: Mutex::default() });
         let bar = bar(Shape::Idle.name(), sandboxes.into())?;
