@@ -14,10 +14,10 @@ use anyhow::{Context as _, Result, ensure};
 const ROWS: &str = "
 insert into sandboxes
 select made.*
-from (select * from sandboxes where kind = 'run' and state = 'exited' limit 1) as model,
+from (select sandboxes as model from sandboxes where kind = 'run' and state = 'exited' limit 1) as known,
     generate_series(1, :rows) as n,
     lateral (select now() - n * (interval '20 days' / :rows) as at) as time,
-    lateral jsonb_populate_record(model, jsonb_build_object(
+    lateral jsonb_populate_record(known.model, jsonb_build_object(
         'id', lpad(to_hex((extract(epoch from at) * 1000)::bigint), 12, '0') || '7000' || '8000' || lpad(to_hex(n), 12, '0'),
         'created_at', at, 'claimed_at', at, 'started_at', at, 'finished_at', at + interval '3 ms'
     )) as made;
