@@ -525,20 +525,23 @@ async fn a_start_that_a_crash_interrupted_is_told_and_can_be_made_again() {
 #[tokio::test]
 async fn a_sandbox_that_was_still_being_started_is_told_to_run_by_the_next_service() {
     let mut service = Service::start();
-    service.kill();
+    let logs = service.place().data_dir.join("logs");
+    let count = move || std::fs::read_dir(&logs).unwrap().count();
+    let before = count();
     // So many files take their time at a fiftieth of a core: the next service finds that the keeper has it, and that it does not run yet.
     let files: Vec<Value> = (0..1024).map(|i| json!({ "path": format!("/work/{i}"), "content": "x".repeat(512) })).collect();
     let request = json!({ "image": "busybox", "command": ["sleep", "1000"], "files": files, "limits": { "cpu_millis": 20 } });
-    service.arm("service.launch.sent=return");
-    service.start_again().unwrap();
-    client(&service)
-        .request(reqwest::Method::POST, "/v1/sandboxes")
-        .json(&request)
-        .send()
-        .await
-        .expect_err("the service dies before it answers");
-    service.wait().unwrap();
-    service.arm("");
+    let asked = {
+        let client = client(&service);
+        tokio::spawn(async move { client.request(reqwest::Method::POST, "/v1/sandboxes").json(&request).send().await })
+    };
+    // A launch that lies unread when its sender dies is nobody's: only once it has a log is it the keeper's.
+    while count() == before {
+        assert!(!asked.is_finished(), "it was answered before the keeper had it");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    service.kill();
+    asked.await.unwrap().expect_err("the service dies before it answers");
     service.start_again().unwrap();
 
     let client = client(&service);
