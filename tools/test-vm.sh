@@ -86,7 +86,7 @@ cp "$kernel"/*.ko "$initial/modules/"
 # speed: string instructions (erms, fsrm) are emulated byte by byte under such a clock; a larger cache of translated code
 # (tb-size, in MiB) is searched longer than it saves; mitigations of processor errata switch page tables all the time.
 emulator=(
-    qemu-system-x86_64 -accel 'tcg,tb-size=256' -cpu 'max,erms=off,fsrm=off' -smp 1 -m 1024 -icount 'shift=1,sleep=off' -rtc clock=vm
+    qemu-system-x86_64 -accel 'tcg,tb-size=256' -cpu 'max,erms=off,fsrm=off' -smp 1 -m 2048 -icount 'shift=1,sleep=off' -rtc clock=vm
     -display none -vga none -monitor none -net none -serial stdio -no-reboot
     -kernel "$kernel/vmlinuz" -initrd "$work/initial.cpio"
     -append
