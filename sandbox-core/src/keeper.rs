@@ -406,9 +406,8 @@ impl Keeper {
                 return Ok(());
             }
             events.clear();
-            let idle = rustix::time::Timespec { tv_sec: 0, tv_nsec: IDLE_MS * 1_000_000 };
-            let timeout = may_refill.then_some(&idle);
-            rustix::io::retry_on_intr(|| epoll::wait(&self.epoll, spare_capacity(&mut events), timeout))?;
+            let timeout = may_refill.then(|| self.pause_before_preparing());
+            rustix::io::retry_on_intr(|| epoll::wait(&self.epoll, spare_capacity(&mut events), timeout.as_ref()))?;
             if events.is_empty() {
                 may_refill = self.shutdown.is_none() && self.prepare_ahead();
                 continue;
@@ -423,10 +422,15 @@ impl Keeper {
         }
     }
 
+    /// How long nothing must happen before something is made ahead: no time where little is left of it.
+    fn pause_before_preparing(&self) -> rustix::time::Timespec {
+        let is_urgent = self.lot.is_short(monotonic_ns()) && self.has_time_to_prepare();
+        rustix::time::Timespec { tv_sec: 0, tv_nsec: if is_urgent { 0 } else { IDLE_MS * 1_000_000 } }
+    }
+
     /// Makes one thing that will be needed. False: there is enough, or it cannot be made now; what needs it then says why.
     fn prepare_ahead(&mut self) -> bool {
-        // Making a network namespace can wait for the kernel to bury others; no limit in time waits with it.
-        if !self.timer.is_free_for(monotonic_ns(), PREPARING_NS) {
+        if !self.has_time_to_prepare() {
             return true;
         }
         let prepared = self.end_parked(|_| false).and_then(|()| {
@@ -442,6 +446,13 @@ impl Keeper {
                 false
             }
         }
+    }
+
+    /// Making a network namespace can wait for the kernel to bury others; no limit in time waits with it.
+    fn has_time_to_prepare(&self) -> bool {
+        let is_alive =
+            |serial| self.sandboxes.get(&serial).is_some_and(|sandbox| sandbox.ending.is_none()) || self.execs.contains_key(&serial);
+        self.timer.is_free_for(monotonic_ns(), PREPARING_NS, is_alive)
     }
 
     /// Keeps what went wrong with one sandbox or client from the others: it is ended, the keeper goes on.

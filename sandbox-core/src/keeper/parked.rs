@@ -72,12 +72,22 @@ impl Lot {
 
     /// A class of which too few stand ready.
     pub(super) fn wanted(&self, now_ns: u64) -> Option<Class> {
-        let missing = |(class, times): &(&Class, &VecDeque<u64>)| {
+        self.stock(now_ns).find(|(_, standing, recent)| *standing < *recent.max(&1)).map(|(class, ..)| class.clone())
+    }
+
+    /// Whether less than half of what was asked for lately stands ready of some class: where requests come one behind the other there is no pause in which nothing happens, and
+    /// soon each would have to wait until its own is built.
+    pub(super) fn is_short(&self, now_ns: u64) -> bool {
+        self.stock(now_ns).any(|(_, standing, recent)| standing < recent / 2)
+    }
+
+    /// Of each class how many stand ready or are being built, and how many were asked for lately.
+    fn stock(&self, now_ns: u64) -> impl Iterator<Item = (&Class, usize, usize)> {
+        self.demand.iter().map(move |(class, times)| {
             let recent = times.iter().filter(|time| now_ns.saturating_sub(**time) < RECENT_NS).count();
-            let standing = self.parked.values().filter(|parked| parked.class == **class && !parked.is_doomed).count();
-            standing < recent.max(1)
-        };
-        self.demand.iter().find(missing).map(|(class, _)| class.clone())
+            let standing = self.parked.values().filter(|parked| parked.class == *class && !parked.is_doomed).count();
+            (class, standing, recent)
+        })
     }
 
     /// Forgets classes that nobody asks for any more, and names what stands ready for them: it is to be killed.
@@ -139,5 +149,31 @@ mod pairs {
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Demand, D::Error> {
         Vec::<(Class, VecDeque<u64>)>::deserialize(from).map(|pairs| pairs.into_iter().collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_are_left_only_where_many_were_asked_for_lately() {
+        let class = |bytes| Class {
+            image: "0".repeat(64).parse().unwrap(),
+            disk_bytes: bytes,
+            inodes: 1,
+            capabilities: 0,
+            fences: Fences::everywhere(),
+        };
+        let mut lot = Lot::default();
+        assert!(lot.take(&class(1), 1000).is_none());
+        assert!(lot.wanted(1000).is_some());
+        assert!(!lot.is_short(1000), "one was asked for, and is made in the next pause");
+        assert!(lot.take(&class(2), 1000).is_none());
+        assert!(!lot.is_short(1000), "each was asked for once");
+        assert!(lot.take(&class(1), 1000).is_none());
+        assert!(lot.is_short(1000));
+        assert!(!lot.is_short(1000 + RECENT_NS), "that was long ago");
+        assert!(lot.wanted(1000 + RECENT_NS).is_some());
     }
 }

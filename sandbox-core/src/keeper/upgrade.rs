@@ -5,8 +5,7 @@
 //! connected comes again and asks, and has missed nothing.
 
 use std::{
-    cmp::Reverse,
-    collections::{BinaryHeap, HashMap},
+    collections::HashMap,
     ffi::CString,
     fs::File,
     io::{self, Write},
@@ -37,7 +36,7 @@ use super::{
     sandbox::{Body, Sandbox},
     slot::Slots,
     store::Store,
-    timer::{Due, Timer},
+    timer::{Deadlines, Due, Timer},
     volume::Volumes,
     warn,
 };
@@ -90,7 +89,7 @@ struct Given<'a> {
     #[serde(with = "given")]
     logs_lock: &'a OwnedFd,
     stage: &'a PathBuf,
-    deadlines: &'a BinaryHeap<Reverse<(u64, u64, Due)>>,
+    deadlines: &'a Deadlines,
     sandboxes: &'a HashMap<u64, Sandbox>,
     execs: &'a HashMap<u64, Exec>,
     records: &'a Records,
@@ -118,7 +117,7 @@ pub(super) struct Taken {
     #[serde(with = "crate::handover")]
     pub(super) logs_lock: OwnedFd,
     pub(super) stage: PathBuf,
-    pub(super) deadlines: BinaryHeap<Reverse<(u64, u64, Due)>>,
+    pub(super) deadlines: Deadlines,
     pub(super) sandboxes: HashMap<u64, Sandbox>,
     #[serde(default)]
     pub(super) execs: HashMap<u64, Exec>,

@@ -1,8 +1,13 @@
 //! Every limit: met by a program that wants more, exact, and truthfully told.
 
-use sandbox_core::protocol::{Cause, Limit, OutputPolicy};
+use std::time::{Duration, Instant};
 
-use crate::harness::{command, shell};
+use sandbox_core::protocol::{Cause, Limit, OutputPolicy, Start};
+
+use crate::{
+    harness::{Node, command, shell},
+    leaks::Snapshot,
+};
 
 /// What a limit in time may be overshot by, in microseconds (the design's bound).
 const OVERSHOOT_US: u64 = 10_000;
@@ -33,6 +38,59 @@ fn a_fork_bomb_is_held_to_its_pids_and_told() {
     assert!(matches!(done.ending.cause, Cause::Exited { .. }), "{:?}", done.ending.cause);
     assert_eq!(done.ending.limits_hit, [Limit::Pids]);
     assert_eq!(done.ending.usage.pids_peak, 32);
+}
+
+#[test]
+fn what_stood_ready_for_other_limits_is_held_to_its_own() {
+    let node = Node::start();
+    shell("true").run_on(&node);
+    let of_other_limits = |pids: u64, memory_bytes: u64| {
+        // One that stands ready is held to the limits of the launch before.
+        Snapshot::at_rest(&node);
+        let limits = |script: &str| {
+            let memory = serde_json::json!({ "limit": memory_bytes, "swap": memory_bytes });
+            shell(script).with("/linux/resources/pids/limit", pids).with("/linux/resources/memory", memory)
+        };
+        let bomb = limits("for i in $(seq 100); do sleep 1 & done; echo done").run_on(&node);
+        assert_eq!((bomb.ending.limits_hit, bomb.ending.usage.pids_peak), (vec![Limit::Pids], pids));
+        Snapshot::at_rest(&node);
+        let hog = limits("(dd if=/dev/zero of=/dev/null bs=200M count=1); echo survived; sleep 5").run_on(&node);
+        let peak = hog.ending.usage.memory_peak_bytes;
+        assert_eq!(hog.ending.cause, Cause::OomKilled, "{} {}", hog.stdout, hog.stderr);
+        assert!((memory_bytes - (4 << 20)..=memory_bytes).contains(&peak), "{peak}");
+        // All of it ends, also where the kernel kills one process alone.
+        assert!(hog.ending.usage.wall_us < 4_000_000, "{:?}", hog.ending);
+        [bomb.ending.launched, hog.ending.launched].map(|launched| launched.map(|launched| launched.start))
+    };
+    for (pids, memory_bytes) in [(32, 64 << 20), (8, 24 << 20), (40, 96 << 20)] {
+        assert_eq!(of_other_limits(pids, memory_bytes), [Some(Start::Warm); 2]);
+    }
+}
+
+#[test]
+fn launches_stay_warm_while_limits_in_time_come_up_of_what_ended_long_ago() {
+    const FIRST: Duration = Duration::from_secs(12);
+    const EVERY: Duration = Duration::from_millis(20);
+    const COUNT: u32 = 250;
+    let node = Node::start();
+    let begun = Instant::now();
+    for n in 0..COUNT {
+        let mut run = shell("true");
+        run.supervision.wall_ms = Some((FIRST + EVERY * n).saturating_sub(begun.elapsed()).as_millis().try_into().unwrap());
+        assert_eq!(run.run_on(&node).ending.cause, Cause::Exited { code: 0 });
+    }
+    assert!(begun.elapsed() < FIRST, "this machine is too slow for this: {:?}", begun.elapsed());
+    std::thread::sleep(FIRST - begun.elapsed());
+
+    let starts = (0..40).map(|_| {
+        std::thread::sleep(EVERY);
+        shell("true").run_on(&node).ending.launched.map(|launched| launched.start)
+    });
+    let warm = starts.filter(|start| *start == Some(Start::Warm)).count();
+
+    assert!(begun.elapsed() < FIRST + EVERY * COUNT, "this machine is too slow for this: {:?}", begun.elapsed());
+    // No more than eight of a kind stand ready at any time.
+    assert!(warm > 20, "only {warm} of 40 were warm");
 }
 
 #[test]
@@ -133,7 +191,7 @@ fn resource_limits_are_the_same_whatever_the_keeper_was_started_with() {
     ];
     let mut keeper = std::process::Command::new("prlimit");
     keeper.args(["--stack=1048576:", "--data=900000000:", crate::harness::KEEPER]);
-    let node = crate::harness::Node::start_as(keeper);
+    let node = Node::start_as(keeper);
     let limits = shell("cat /proc/self/limits").run_on(&node).stdout;
     for (name, soft, hard) in expected {
         let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
