@@ -79,6 +79,9 @@ pub(crate) struct Group {
     folders: Vec<OwnedFd>,
     /// How fast it may use every disk of the node, if that was set.
     io: Option<IoLimits>,
+    /// What it is held to, if that was set and nothing else since.
+    #[serde(default)]
+    limits: Option<Limits>,
     own_device: Option<Device>,
     /// The most memory that it had before its limit was lowered, in bytes.
     #[serde(default)]
@@ -178,6 +181,7 @@ impl Tree {
             places,
             folders: Vec::new(),
             io: None,
+            limits: None,
             own_device: None,
             peak_before: 0,
             shared_devices: Vec::new(),
@@ -320,8 +324,17 @@ impl Group {
         v1.map(|(_, folder)| Ok(openat(folder, "tasks", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?)).collect()
     }
 
-    /// Sets every limit and reads it back.
-    pub(crate) fn set_limits(&self, limits: Limits) -> io::Result<()> {
+    /// Sets every limit and reads it back, unless they are set.
+    pub(crate) fn set_limits(&mut self, limits: Limits) -> io::Result<()> {
+        if self.limits != Some(limits) {
+            let before = self.limits.take();
+            self.write_limits(limits, before)?;
+            self.limits = Some(limits);
+        }
+        Ok(())
+    }
+
+    fn write_limits(&self, limits: Limits, before: Option<Limits>) -> io::Result<()> {
         let Limits { memory_bytes, cpu_quota_us, cpu_period_us, pids } = limits;
         // The kernel counts whole pages and rounds down (cgroup-v1/memory; memory.max alike).
         let memory = (memory_bytes / PAGE_BYTES * PAGE_BYTES).to_string();
@@ -335,9 +348,15 @@ impl Group {
                 set(self.cpu(), "cpu.max", &format!("{cpu_quota_us} {cpu_period_us}"))
             }
             CgroupMode::V1 | CgroupMode::Hybrid => {
-                // First the smaller of the two, which may not exceed the other.
-                set(self.memory(), "memory.limit_in_bytes", &memory)?;
+                // The first of the two may never exceed the other.
+                let is_raised = before.is_some_and(|before| before.memory_bytes < memory_bytes);
+                if !is_raised {
+                    set(self.memory(), "memory.limit_in_bytes", &memory)?;
+                }
                 switch_swap_off(self.memory(), "memory.memsw.limit_in_bytes", &memory)?;
+                if is_raised {
+                    set(self.memory(), "memory.limit_in_bytes", &memory)?;
+                }
                 set(self.cpu(), "cpu.cfs_period_us", &cpu_period_us.to_string())?;
                 set(self.cpu(), "cpu.cfs_quota_us", &cpu_quota_us.to_string())
             }
@@ -356,7 +375,8 @@ impl Group {
     }
 
     /// Lets what is about to die run at full speed: a process that the CPU limit holds back would die that much later.
-    pub(crate) fn lift_cpu_limit(&self) -> io::Result<()> {
+    pub(crate) fn lift_cpu_limit(&mut self) -> io::Result<()> {
+        self.limits = None;
         match self.mode {
             CgroupMode::V2 => write(self.cpu(), "cpu.max", "max"),
             CgroupMode::V1 | CgroupMode::Hybrid => write(self.cpu(), "cpu.cfs_quota_us", "-1"),

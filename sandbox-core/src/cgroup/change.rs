@@ -44,6 +44,7 @@ impl Group {
     /// # Errors
     /// The kernel does not take one.
     pub(crate) fn change(&mut self, change: Change) -> io::Result<(Before, Option<Lowering>)> {
+        self.limits = None;
         let mut before = Before::default();
         match self.change_all(change, &mut before) {
             Ok(lowering) => Ok((before, lowering)),

@@ -306,7 +306,6 @@ impl Keeper {
         let launch_asker = match &purpose {
             Purpose::Payload { id } => {
                 self.records.accept(*id, serial);
-                self.slots.expect_io(supervision.io);
                 Some(asker)
             }
             // Only its end is told.
@@ -437,7 +436,9 @@ impl Keeper {
             // gVisor's kernel is up: what it took to start is not the payload's.
             sandbox.init_cpu_us = body.slot.group.cpu_us()?;
         }
-        let begun = begin_in(body, pending, sandbox.supervision.io, &self.own_uts);
+        let (limits, io, wall_ms) = (pending.limits, sandbox.supervision.io, sandbox.supervision.wall_ms);
+        let is_payload = matches!(sandbox.purpose, Purpose::Payload { .. });
+        let begun = begin_in(body, pending, io, &self.own_uts);
         let watched = match &body.oom_notice {
             Some(notice) => epoll::add(&self.epoll, notice, EventData::new_u64(Source::OutOfMemory.number(serial)), EventFlags::IN),
             None => Ok(()),
@@ -446,7 +447,14 @@ impl Keeper {
             self.end(serial, None, Some(Cause::InfraError { message: format!("starting the payload failed: {error}") }));
             return self.kill_by_force(serial);
         }
-        Ok(())
+        if is_payload {
+            self.slots.expect(io, limits);
+        }
+        match wall_ms {
+            // It ends no sooner than that. Until it is known when it began, nothing is to be begun here that lasts longer.
+            Some(wall_ms) => self.timer.set(monotonic_ns().saturating_add(wall_ms.saturating_mul(1_000_000)), serial, Due::Wall),
+            None => Ok(()),
+        }
     }
 
     /// Answers with a failure, leaving nothing of what was prepared.
@@ -469,7 +477,7 @@ fn begin_in(body: &mut Body, pending: Pending, io: IoLimits, own_uts: &OwnedFd) 
     body.slot.group.set_limits(pending.limits).map_err(at("setting the limits"))?;
     body.slot.group.limit_io(io).map_err(at("setting the limits of input and output"))?;
     reached("keeper.launch.limited");
-    body.oom_notice = body.slot.group.oom_notice().map_err(at("watching the memory limit"))?;
+    body.watch_memory()?;
     network::set_host_name(&body.init.child.pidfd, own_uts, &pending.hostname).map_err(at("setting the host name"))?;
     let descriptors: Vec<BorrowedFd<'_>> = pending.descriptors.iter().map(AsFd::as_fd).collect();
     body.init.control.send(&Order::Start(Box::new(pending.start)), &descriptors)?;

@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     cgroup::{Counters, Limits},
+    error::at,
     fence::Fences,
     log::Kind,
     protocol::{
@@ -158,6 +159,20 @@ pub(super) struct Body {
 }
 
 impl Body {
+    /// Sets what the next launch probably wants. One that wants something else sets that.
+    pub(super) fn expect(&mut self, limits: Limits) -> io::Result<()> {
+        self.slot.group.set_limits(limits).map_err(at("setting the limits"))?;
+        self.watch_memory()
+    }
+
+    /// Has the kernel tell when the group is out of memory.
+    pub(super) fn watch_memory(&mut self) -> io::Result<()> {
+        if self.oom_notice.is_none() {
+            self.oom_notice = self.slot.group.oom_notice().map_err(at("watching the memory limit"))?;
+        }
+        Ok(())
+    }
+
     /// By what its own layer is known, if it is on disk.
     pub(super) const fn project(&self) -> u32 {
         project(self.slot.id_base, self.is_over)

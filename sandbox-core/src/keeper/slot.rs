@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::layer::Held;
 use crate::{
-    cgroup::{Group, Tree},
+    cgroup::{Group, Limits, Tree},
     ids::{self, Ranges},
     network::Networks,
     protocol::IoLimits,
@@ -35,6 +35,8 @@ pub(super) struct Slots {
     held: Held,
     /// What the latest request wanted: the next one probably wants the same.
     io: Option<IoLimits>,
+    #[serde(default)]
+    limits: Option<Limits>,
 }
 
 /// How many are kept ready.
@@ -42,7 +44,7 @@ const READY_MAX: usize = 16;
 
 impl Slots {
     pub(super) fn new(ranges: Ranges) -> io::Result<Self> {
-        Ok(Self { ranges, networks: Networks::new()?, ready: VecDeque::new(), made: 0, held: Held::default(), io: None })
+        Ok(Self { ranges, networks: Networks::new()?, ready: VecDeque::new(), made: 0, held: Held::default(), io: None, limits: None })
     }
 
     /// One that was made ahead.
@@ -50,9 +52,20 @@ impl Slots {
         self.ready.pop_front()
     }
 
-    /// Has those that are made from now on hold what runs in them to `io`, which saves the writes at a launch that wants just that.
-    pub(super) fn expect_io(&mut self, io: IoLimits) {
-        self.io = Some(io);
+    /// Has those that are made from now on hold what runs in them to `io`, and what is built ahead in them to `limits` once it stands ready. That saves the writes at a launch
+    /// that wants just that.
+    pub(super) fn expect(&mut self, io: IoLimits, limits: Limits) {
+        (self.io, self.limits) = (Some(io), Some(limits));
+    }
+
+    /// These were none that can be set.
+    pub(super) fn expect_no_limits(&mut self) {
+        self.limits = None;
+    }
+
+    /// What the next launch probably wants.
+    pub(super) fn expected_limits(&self) -> Option<Limits> {
+        self.limits
     }
 
     /// A new one; `None` when every id range is in use.

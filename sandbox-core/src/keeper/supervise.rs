@@ -59,7 +59,13 @@ impl Keeper {
         match report {
             Report::Ready => match self.lot.get_mut(serial) {
                 Some(parked) => {
-                    parked.is_ready = true;
+                    let expected = self.slots.expected_limits().map_or(Ok(()), |limits| parked.body.expect(limits));
+                    parked.is_ready = expected.is_ok();
+                    if let Err(error) = expected {
+                        self.slots.expect_no_limits();
+                        self.lose_parked(serial, &error);
+                        return self.kill_by_force(serial);
+                    }
                     Ok(())
                 }
                 None => {
@@ -238,13 +244,13 @@ impl Keeper {
     }
 
     pub(super) fn on_oom_notice(&mut self, serial: u64) -> io::Result<()> {
-        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
-        let Some(notice) = sandbox.body.as_ref().and_then(|body| body.oom_notice.as_ref()) else { return Ok(()) };
+        let Some(notice) = self.body(serial).and_then(|body| body.oom_notice.as_ref()) else { return Ok(()) };
         // Read in any case: it stays readable otherwise.
         match rustix::io::read(notice, &mut [0; 8]) {
             Ok(_) | Err(rustix::io::Errno::AGAIN) => {}
             Err(error) => return Err(error.into()),
         }
+        let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
         let is_being_looked_for = std::mem::replace(&mut sandbox.oom_looks, OOM_LOOKS_MAX) > 0;
         if is_being_looked_for { Ok(()) } else { self.look_for_oom(serial) }
     }
@@ -376,7 +382,7 @@ impl Keeper {
         });
         self.thaw(serial, Thaw::Ending)?;
         let Some(sandbox) = self.sandboxes.get_mut(&serial) else { return Ok(()) };
-        let Some(body) = &sandbox.body else { return Ok(()) };
+        let Some(body) = &mut sandbox.body else { return Ok(()) };
         // The payload at once, from here, however busy its sandbox is; what it started by init, which then reports that all are dead:
         // sooner than its own death would, with all that hangs on its namespaces.
         if let Some(payload) = &body.payload {
