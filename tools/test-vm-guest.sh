@@ -43,7 +43,7 @@ fi
 set --
 while IFS= read -r word; do
     set -- "$@" "$word"
-done <"/etc/command.$lsm"
+done <"/etc/command.$(sed -n 's/.*machine=\([a-z0-9-]*\).*/\1/p' /proc/cmdline)"
 "$@"
 echo "test-vm: the tests ended with $?"
 poweroff -f

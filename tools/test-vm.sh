@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs the keeper's tests where cgroup v2 is the only one and AppArmor is on, then those of tests/selinux where SELinux is on: each in
-# a small emulated machine with Debian's kernel. LSMS (apparmor selinux) says in which. Arguments go to the tests, as in
-# `tools/test-vm.sh limits --exact …`. Only installing packages needs root. TIMEOUT_S (2400) bounds the life of each machine.
+# Runs the keeper's tests where cgroup v2 is the only one and AppArmor is on, and those of tests/selinux where SELinux is on, in small
+# emulated machines with Debian's kernel. Each has one processor, which takes one of ours: two of them share the keeper's tests.
+# LSMS (apparmor selinux) says in which. Arguments go to the tests, as in `tools/test-vm.sh limits --exact …`, and one machine after the
+# other then. Only installing packages needs root. TIMEOUT_S (2400) bounds the life of each machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,7 +17,13 @@ cache=${XDG_CACHE_HOME:+$XDG_CACHE_HOME/mayfly}
 cache=${cache:-$CARGO_TARGET_DIR}/vm
 mkdir -p "$cache"
 work=$(mktemp -d "$cache/.work.XXXXXX")
-trap 'rm -rf --one-file-system "$work"' EXIT
+beside=
+# shellcheck disable=SC2317,SC2329 # the trap calls it
+clean_up() {
+    [[ -z $beside ]] || kill -TERM -- "-$beside" 2>/dev/null || true
+    rm -rf --one-file-system "$work"
+}
+trap clean_up EXIT
 
 # A file system and RAM disks to run on, what layers on disk are made with; sockets that attacks try to make.
 modules=(overlay brd loop quota_tree quota_v2 af_alg vsock)
@@ -71,9 +78,16 @@ done <<<"$built"$'\n'"$(command -v setsid)"$'\n'"$(command -v prlimit)"$'\n'"$(c
 printf 'root:x:0:0:root:/root:/bin/sh\n' >"$root/etc/passwd"
 printf 'root:x:0:\n' >"$root/etc/group"
 echo machine >"$root/etc/hostname"
-printf '%s\n' "$keeper" "$@" >"$root/etc/command.apparmor"
+# command_of MACHINE WORD…: what its guest runs.
+command_of() { printf '%s\n' "${@:2}" >"$root/etc/command.$1"; }
+command_of apparmor "$keeper" "$@"
+names=$("$keeper" --list --format terse | sed -n 's/: test$//p')
+for half in 0 1; do
+    mapfile -t of_half < <(sed -n "$((half + 1))~2p" <<<"$names")
+    command_of "apparmor-$half" "$keeper" --exact "${of_half[@]}"
+done
 # One of them switches enforcing off for a moment.
-printf '%s\n' "$selinux" --test-threads=1 "$@" >"$root/etc/command.selinux"
+command_of selinux "$selinux" --test-threads=1 "$@"
 secilc -c 33 -o "$root/etc/policy.selinux" -f /dev/null sandbox-core/tests/selinux/policy.cil
 install -D tools/test-vm-guest.sh "$root/sbin/init"
 install tools/test-vm-boot.sh "$initial/init"
@@ -91,15 +105,31 @@ emulator=(
     -kernel "$kernel/vmlinuz" -initrd "$work/initial.cpio"
     -append
 )
-ended=0
-for lsm in ${LSMS:-apparmor selinux}; do
-    say "booting with $lsm"
-    options="console=ttyS0 loglevel=1 panic=-1 mitigations=off cgroup_no_v1=all security=$lsm selinux=1 enforcing=1"
+# boot MACHINE: runs what its guest is to run, and fails as that fails.
+boot() {
+    local console=$work/console.$1 status
+    local options="console=ttyS0 loglevel=1 panic=-1 mitigations=off cgroup_no_v1=all security=${1%-*} selinux=1 enforcing=1 machine=$1"
+    say "booting $1"
     timeout --foreground --kill-after=5 "${TIMEOUT_S:-2400}" "${emulator[@]}" "$options" </dev/null |
-        sed -uE 's/\r$//; /reboot: Power down$/d' | tee "$work/console" ||
-        fail 'the machine did not come to its end; what it said stands above'
-    status=$(sed -n 's/^test-vm: the tests ended with //p' "$work/console")
-    [[ -n $status ]] || fail 'the machine ended without a result; what it said stands above'
-    ((status == 0)) || ended=$status
-done
+        sed -uE 's/\r$//; /reboot: Power down$/d' | tee "$console" | sed -u "s/^/$1: /" ||
+        fail "$1 did not come to its end; what it said stands above"
+    status=$(sed -n 's/^test-vm: the tests ended with //p' "$console")
+    [[ -n $status ]] || fail "$1 ended without a result; what it said stands above"
+    return "$status"
+}
+ended=0
+read -ra machines <<<"${LSMS:-apparmor selinux}"
+if [[ $# == 0 && ${machines[0]} == apparmor ]]; then
+    # A process group of its own, which ends with us.
+    set -m
+    boot apparmor-0 &
+    beside=$!
+    set +m
+    machines[0]=apparmor-1
+fi
+for machine in "${machines[@]}"; do boot "$machine" || ended=$?; done
+if [[ -n $beside ]]; then
+    wait "$beside" || ended=$?
+    beside=
+fi
 exit "$ended"

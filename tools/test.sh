@@ -11,21 +11,9 @@ export SQLX_OFFLINE=true
 # The programs that the tests start are built first, as cargo builds tests: it builds a package's own programs for its tests, not another's.
 # The steps at which crash tests kill are in these programs, and in none that is installed.
 cargo build --workspace --all-targets --locked --features fail-points
-images/busybox/build.sh >/dev/null
-for image in python node gcc; do "images/$image/build.sh" >/dev/null; done
 
-# The other cgroup world, beside all other tests: its clock is its own, and it has only what time they leave. Whoever named some tests did not ask for it.
 outcome=0
 machines=
-if (($# == 0)); then
-    if [[ $(uname -m) == x86_64 ]]; then
-        said_by_machines=$(mktemp)
-        TIMEOUT_S=${TIMEOUT_S:-4800} setsid chrt --idle 0 tools/test-vm.sh >"$said_by_machines" 2>&1 &
-        machines=$!
-    else
-        echo 'test: not run on this machine: the keeper under pure cgroup v2 (tools/test-vm.sh boots an x86-64 machine)' >&2
-    fi
-fi
 # Every service of this run keeps its data below this folder, so that what an interrupted run leaves is known by it and ended.
 MAYFLY_TEST_FOLDER=$(mktemp -d /var/tmp/mayfly-tests.XXXXXX)
 export MAYFLY_TEST_FOLDER
@@ -54,6 +42,19 @@ clean_up() {
     scratch_postgres_stop
 }
 trap clean_up EXIT
+
+# The other cgroup world, beside all other tests: its clock is its own, and it has only what time they leave. Whoever named some tests did not ask for it.
+if (($# == 0)); then
+    if [[ $(uname -m) == x86_64 ]]; then
+        said_by_machines=$(mktemp)
+        TIMEOUT_S=${TIMEOUT_S:-4800} setsid chrt --idle 0 tools/test-vm.sh >"$said_by_machines" 2>&1 &
+        machines=$!
+    else
+        echo 'test: not run on this machine: the keeper under pure cgroup v2 (tools/test-vm.sh boots an x86-64 machine)' >&2
+    fi
+fi
+images/busybox/build.sh >/dev/null
+for image in python node gcc; do "images/$image/build.sh" >/dev/null; done
 scratch_postgres_start
 
 # One service for all tests that do not need their own. It lives as long as we hold its stdin, and Ctrl-C is not for it.
