@@ -130,20 +130,22 @@ rust() {
         fail "cargo is not installed: Rust comes from https://rustup.rs (the version in rust-toolchain.toml is then fetched by itself)"
 }
 
-# from_crates PROGRAM PACKAGE FOLDER ARGS…: builds a program of the tools from crates.io, to run once or twice: unoptimised is soonest done.
+# from_crates PACKAGE FOLDER ARGS…: builds programs of the tools from crates.io, to be run once or twice: unoptimised is soonest done.
 from_crates() {
-    local program=$1 package=$2 folder=$3 target
-    shift 3
-    [[ ! -e $folder/bin/$program ]] || return 0
-    say "building $package (once)"
+    say "building $1 (once)"
     # In a folder of its own: it shares nothing with this workspace and would only make its target folder larger.
-    target=$(mktemp -d)
-    CARGO_TARGET_DIR=$target cargo install "$package" --root "$folder" --locked --debug --quiet "$@"
-    rm -rf "$target"
+    CARGO_TARGET_DIR=$(mktemp -d)
+    export CARGO_TARGET_DIR
+    # shellcheck disable=SC2064 # this very folder
+    trap "rm -rf '$CARGO_TARGET_DIR'" EXIT
+    CARGO_PROFILE_DEV_DEBUG=0 cargo install "$1" --root "$2" --locked --debug --force --quiet "${@:3}"
 }
 
-cargo_deny() { cargo deny --version >/dev/null 2>&1 || from_crates cargo-deny cargo-deny "${CARGO_HOME:-$HOME/.cargo}"; }
-inferno() { from_crates inferno-flamegraph inferno "${CARGO_TARGET_DIR:-target}/inferno" --no-default-features --features cli; }
+cargo_deny() { cargo deny --version >/dev/null 2>&1 || (from_crates cargo-deny "${CARGO_HOME:-$HOME/.cargo}"); }
+inferno() {
+    local folder=${CARGO_TARGET_DIR:-target}/inferno
+    [[ -e $folder/bin/inferno-flamegraph ]] || (from_crates inferno "$folder" --version 0.12.8 --no-default-features --features cli)
+}
 
 # A program of the tests from PyPI, in an environment of its own beside what is built; renewed when what is pinned for it changes.
 from_pypi() {
