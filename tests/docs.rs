@@ -93,7 +93,7 @@ const ELSEWHERE: [(&str, &str); 7] = [
 ];
 
 /// Commands at a terminal get one, what never ends gets an end; of what serves or asks registries of the world only the flags are looked at. What the API refuses is a failure of curl's, too.
-/// What cargo would build for a measurement is there already, not optimised, and puts little load on. Of all services only ours is looked at, and not for long.
+/// What cargo would build for a measurement is there already, not optimised, and puts little load on. Of all services only ours is looked at, and not for long, while it has something to do.
 /// There is no cluster: what helm is told is rendered by its engine, and what kubectl names must be in that.
 const STAND_INS: &str = r#"
 DATABASE_URL=postgres://somebody@127.0.0.1/none
@@ -109,7 +109,16 @@ cargo() {
     loadtest "${words[@]}"
 }
 pgrep() { command pgrep "$1" "$2" "$MAYFLY_DATA_DIR"; }
-perf() { command perf "${@/#10/1}"; }
+perf() {
+    [[ $1 == record ]] || { command perf "$@"; return; }
+    local words=("$@") ended=0 load
+    words[-1]=1
+    while :; do command mayfly run busybox true; done >/dev/null &
+    load=$!
+    command perf "${words[@]}" || ended=$?
+    kill "$load"
+    return "$ended"
+}
 inferno-collapse-perf() { "$INFERNO/inferno-collapse-perf"; }
 inferno-flamegraph() { "$INFERNO/inferno-flamegraph"; }
 mayfly() {
