@@ -54,7 +54,13 @@ if (($# == 0)); then
     fi
 fi
 images/busybox/build.sh >/dev/null
-for image in python node gcc; do "images/$image/build.sh" >/dev/null; done
+# Each unpacks packages with one processor.
+builders=()
+for image in python node gcc; do
+    "images/$image/build.sh" >/dev/null &
+    builders+=($!)
+done
+for builder in "${builders[@]}"; do wait "$builder"; done
 scratch_postgres_start
 
 # One service for all tests that do not need their own. It lives as long as we hold its stdin, and Ctrl-C is not for it.
