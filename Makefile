@@ -40,7 +40,7 @@ test-crash: ## kill service, keeper and Postgres more than 200 times under load,
 	@tools/test-crash.sh $(ARGS)
 
 .PHONY: test-vm
-test-vm: ## the keeper's tests in emulated machines with Linux 6.1 and pure cgroup v2: one with AppArmor, one with SELinux (part of make test; ARGS=limits for some)
+test-vm: ## the keeper's tests in emulated machines with Linux 6.1 and pure cgroup v2, with AppArmor and with SELinux (part of make test; ARGS=limits for some)
 	@tools/test-vm.sh $(ARGS)
 
 .PHONY: check
