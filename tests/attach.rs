@@ -341,8 +341,9 @@ async fn a_terminal_is_typed_at() {
     socket.send(&json!({ "stdin": "stty -echo; stty size\n" })).await.unwrap();
     socket.until(|seen| seen.log.stdout_text().contains("5 60\r\n")).await;
     socket.send(&json!({ "resize": { "rows": 7, "columns": 70 } })).await.unwrap();
-    socket.send(&json!({ "stdin": "stty size; sleep 1000\n" })).await.unwrap();
-    socket.until(|seen| seen.log.stdout_text().contains("7 70\r\n")).await;
+    // It says that it is the one in the foreground before it sleeps: to one that is not yet, the key would mean nothing.
+    socket.send(&json!({ "stdin": "stty size; sh -c 'echo asleep; exec sleep 1000'\n" })).await.unwrap();
+    socket.until(|seen| seen.log.stdout_text().contains("7 70\r\nasleep\r\n")).await;
     // What Ctrl-C and Ctrl-D send.
     socket.send(&json!({ "stdin": "\u{3}" })).await.unwrap();
     socket.send(&json!({ "stdin": "echo still $((40 + 2))\n" })).await.unwrap();
