@@ -61,7 +61,6 @@ fn admission(criterion: &mut Criterion) {
         });
     });
     group.finish();
-    runtime.block_on(store.close());
 }
 
 async fn prepare() -> anyhow::Result<(Store, Lease)> {

@@ -3,7 +3,7 @@
 use std::{
     io,
     ops::{Deref, DerefMut},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -34,11 +34,6 @@ const WAITING_PER_CONNECTION: usize = 64;
 /// A connection that rested for longer is asked whether it still works before it is used.
 const TRUSTED_REST: Duration = Duration::from_secs(1);
 
-/// Of so many connections one is kept for whoever comes next.
-const CONNECTIONS_FOR_EACH_WARM: usize = 4;
-/// A connection that has been kept so for longer goes back to the pool, which knows when it is too old.
-const WARM_FOR: Duration = Duration::from_secs(60);
-
 /// After this time Postgres gives a statement up, and a transaction that does nothing.
 const SERVER_SETTINGS: &str = "set statement_timeout = '10s'; set idle_in_transaction_session_timeout = '30s'";
 /// After this time we do: it hangs, or is out of reach without anybody saying so.
@@ -61,62 +56,11 @@ struct Gate {
     bell: Notify,
     /// Rung when it was heard that events were written somewhere.
     came: Notify,
-    /// `None`: the pool is closed.
-    warm: Mutex<Option<Vec<Warm>>>,
-    warm_max: usize,
-}
-
-/// A connection that rests, and is used again before any other: the pool gives the one that has rested longest, and a server process that has just
-/// run a statement has it, its plan and its tables in the processor's caches.
-#[derive(Debug)]
-struct Warm {
-    connection: PoolConnection<Postgres>,
-    /// When the pool gave it.
-    taken_at: Instant,
-    rests_since: Instant,
 }
 
 impl Gate {
-    fn new(health: Arc<Health>, connections: u32, waiting: usize, statements: Statements) -> Self {
-        let connections = usize::try_from(connections).unwrap_or(1);
-        Self {
-            health,
-            waiting: Semaphore::new(waiting),
-            waiting_max: waiting,
-            statements,
-            bell: Notify::new(),
-            came: Notify::new(),
-            warm: Mutex::new(Some(Vec::new())),
-            warm_max: connections / CONNECTIONS_FOR_EACH_WARM,
-        }
-    }
-
-    /// The one that was used last, if there is no reason to ask whether it still works.
-    fn take_warm(&self) -> Option<Warm> {
-        let mut warm = self.warm.lock().unwrap_or_else(PoisonError::into_inner);
-        let warm = warm.as_mut()?;
-        // The longest rest lies below.
-        let is_trusted = |rest| rest < TRUSTED_REST && !self.health.was_away_within(rest);
-        let doubted = warm.iter().take_while(|connection| !is_trusted(connection.rests_since.elapsed())).count();
-        if doubted > 0 {
-            tokio::spawn(return_all(warm.drain(..doubted).map(|doubted| doubted.connection).collect()));
-        }
-        warm.pop()
-    }
-
-    /// Has one rest that was given by the pool at this time.
-    fn keep_warm(&self, connection: PoolConnection<Postgres>, taken_at: Instant) {
-        let mut warm = self.warm.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(warm) = warm.as_mut() else { return };
-        // Whoever waits has looked here before, or will be given one by the pool: nobody waits while one rests here.
-        let is_waited_for = self.waiting.available_permits() < self.waiting_max;
-        if warm.len() < self.warm_max && !is_waited_for && taken_at.elapsed() < WARM_FOR {
-            warm.push(Warm { connection, taken_at, rests_since: Instant::now() });
-        }
-    }
-
-    fn warm(&self) -> usize {
-        self.warm.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, Vec::len)
+    fn new(health: Arc<Health>, waiting: usize, statements: Statements) -> Self {
+        Self { health, waiting: Semaphore::new(waiting), waiting_max: waiting, statements, bell: Notify::new(), came: Notify::new() }
     }
 }
 
@@ -162,13 +106,7 @@ impl Pool {
             .await?;
         let waiting = WAITING_PER_CONNECTION * usize::try_from(connections).unwrap_or(1);
         tokio::spawn(Arc::clone(&health).watch(inner.clone()));
-        Ok(Self { inner, gate: Arc::new(Gate::new(health, connections, waiting, statements)) })
-    }
-
-    /// Closes every connection as soon as it is not used any more, and gives none out any more.
-    pub(super) async fn close(&self) {
-        drop(self.gate.warm.lock().unwrap_or_else(PoisonError::into_inner).take());
-        self.inner.close().await;
+        Ok(Self { inner, gate: Arc::new(Gate::new(health, waiting, statements)) })
     }
 
     /// Rung when events were written, heard by who tells the other nodes.
@@ -187,37 +125,20 @@ impl Pool {
 
     /// A connection. An error says that nothing was sent.
     pub(super) async fn acquire(&self) -> Result<PoolConnection<Postgres>, sqlx::Error> {
-        self.take().await.map(|(connection, _)| connection)
-    }
-
-    async fn in_use(&self) -> Result<InUse, sqlx::Error> {
-        let (connection, taken_at) = self.take().await?;
-        Ok(InUse { connection: Some(connection), taken_at, gate: Arc::clone(&self.gate) })
-    }
-
-    /// A connection, and when the pool gave it.
-    async fn take(&self) -> Result<(PoolConnection<Postgres>, Instant), sqlx::Error> {
         let Gate { health, waiting, statements, .. } = &*self.gate;
         let _place = waiting.try_acquire().map_err(|_| self.refused(NotSent::Crowded))?;
         let asked_at = Instant::now();
-        let taken = tokio::select! {
+        let connection = tokio::select! {
             biased;
             reason = health.away() => Err(NotSent::Away(reason)),
-            taken = self.warm_or_next() => taken.map_err(|error| {
+            connection = self.inner.acquire() => connection.map_err(|error| {
                 health.doubt();
                 NotSent::NoConnection(error)
             }),
         };
-        let taken = taken.map_err(|reason| self.refused(reason))?;
+        let connection = connection.map_err(|reason| self.refused(reason))?;
         statements.acquire_seconds.observe(asked_at.elapsed().as_secs_f64());
-        Ok(taken)
-    }
-
-    async fn warm_or_next(&self) -> Result<(PoolConnection<Postgres>, Instant), sqlx::Error> {
-        match self.gate.take_warm() {
-            Some(Warm { connection, taken_at, .. }) => Ok((connection, taken_at)),
-            None => Ok((self.inner.acquire().await?, Instant::now())),
-        }
+        Ok(connection)
     }
 
     fn refused(&self, reason: NotSent) -> sqlx::Error {
@@ -232,7 +153,7 @@ impl Pool {
     /// The connections as they are now.
     pub(super) fn connections(&self) -> Connections {
         let Gate { health, waiting, waiting_max, .. } = &*self.gate;
-        let (open, idle) = (u64::from(self.inner.size()), (self.inner.num_idle() + self.gate.warm()) as u64);
+        let (open, idle) = (u64::from(self.inner.size()), self.inner.num_idle() as u64);
         Connections {
             idle,
             // Asked one after the other: meanwhile one may have come to rest.
@@ -245,11 +166,11 @@ impl Pool {
 
     pub(super) async fn begin(&self) -> Result<Transaction, sqlx::Error> {
         let span = tracing::debug_span!(target: TRACE, "postgres transaction");
-        let mut connection = self.in_use().instrument(span.clone()).await?;
+        let mut connection = InUse(Some(self.acquire().instrument(span.clone()).await?));
         let began_at = Instant::now();
         let begun = tokio::time::timeout(STATEMENT_DEADLINE, connection.get().execute("begin")).await;
         self.heard(begun.unwrap_or_else(|_late| Err(late())))?;
-        Ok(Transaction { connection, began_at, _span: span })
+        Ok(Transaction { connection, gate: Arc::clone(&self.gate), began_at, _span: span })
     }
 
     /// Waits for a whole transaction no longer than for a statement: then it is given up, and may have been done or not.
@@ -263,11 +184,11 @@ impl Pool {
     /// Uses a connection for one statement, for as long as that may take.
     async fn use_one<T>(self, work: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>) -> Result<T, sqlx::Error> {
         let span = tracing::debug_span!(target: TRACE, "postgres statement");
-        let mut connection = self.in_use().instrument(span.clone()).await?;
+        let mut connection = InUse(Some(self.acquire().instrument(span.clone()).await?));
         let sent_at = Instant::now();
         let done = match tokio::time::timeout(STATEMENT_DEADLINE, work(connection.get())).instrument(span).await {
             Ok(done) => {
-                connection.rest_after(&done);
+                connection.rest();
                 done
             }
             Err(_late) => Err(late()),
@@ -287,18 +208,10 @@ impl Pool {
     }
 }
 
-/// Gives back what still answers. A server that is out of reach leaves such a question open for long, and the pool would wait for that.
-async fn return_all(connections: Vec<PoolConnection<Postgres>>) {
-    for mut connection in connections {
-        if !matches!(tokio::time::timeout(ACQUIRE_DEADLINE, connection.ping()).await, Ok(Ok(()))) {
-            drop(connection.detach());
-        }
-    }
-}
-
 /// A transaction; sqlx's own gives its connection back to the pool when it is given up, see [`InUse`].
 pub(super) struct Transaction {
     connection: InUse,
+    gate: Arc<Gate>,
     began_at: Instant,
     /// Ends with it.
     _span: Span,
@@ -306,7 +219,7 @@ pub(super) struct Transaction {
 
 impl Transaction {
     pub(super) async fn commit(self) -> Result<(), sqlx::Error> {
-        let gate = Arc::clone(&self.connection.gate);
+        let gate = Arc::clone(&self.gate);
         self.commit_untold().await?;
         // Most tell of something, and a look too many costs little.
         gate.bell.notify_one();
@@ -325,12 +238,10 @@ impl Transaction {
 
     async fn end(&mut self, how: &'static str) -> Result<(), sqlx::Error> {
         let ended = tokio::time::timeout(STATEMENT_DEADLINE, self.connection.get().execute(how)).await;
-        self.connection.gate.statements.transaction_seconds.observe(self.began_at.elapsed().as_secs_f64());
-        let ended = ended.unwrap_or_else(|_late| Err(late())).map(drop);
-        if ended.is_ok() {
-            self.connection.rest_after(&ended);
-        }
-        ended
+        self.gate.statements.transaction_seconds.observe(self.began_at.elapsed().as_secs_f64());
+        ended.unwrap_or_else(|_late| Err(late()))?;
+        self.connection.rest();
+        Ok(())
     }
 }
 
@@ -338,7 +249,7 @@ impl Deref for Transaction {
     type Target = PgConnection;
 
     fn deref(&self) -> &PgConnection {
-        self.connection.connection.as_ref().expect("it is given back at the end")
+        self.connection.0.as_ref().expect("it is given back at the end")
     }
 }
 
@@ -350,30 +261,22 @@ impl DerefMut for Transaction {
 
 /// A connection with a statement under way. One that is given up — its answer is late, or who asked for it went away — is closed: given back to the
 /// pool it would be asked whether it works, and might never answer.
-struct InUse {
-    connection: Option<PoolConnection<Postgres>>,
-    /// When the pool gave it.
-    taken_at: Instant,
-    gate: Arc<Gate>,
-}
+struct InUse(Option<PoolConnection<Postgres>>);
 
 impl InUse {
     fn get(&mut self) -> &mut PgConnection {
-        self.connection.as_mut().expect("it is given back at the end")
+        self.0.as_mut().expect("it is given back at the end")
     }
 
-    /// The answer is there. After a failure, which may be the connection's own, the pool asks whether it still works.
-    fn rest_after<T>(&mut self, done: &Result<T, sqlx::Error>) {
-        match self.connection.take() {
-            Some(connection) if done.is_ok() => self.gate.keep_warm(connection, self.taken_at),
-            failed => drop(failed),
-        }
+    /// The answer is there.
+    fn rest(&mut self) {
+        self.0 = None;
     }
 }
 
 impl Drop for InUse {
     fn drop(&mut self) {
-        if let Some(connection) = self.connection.take() {
+        if let Some(connection) = self.0.take() {
             drop(connection.detach());
         }
     }
@@ -396,7 +299,7 @@ impl Deref for Pool {
 impl From<PgPool> for Pool {
     /// One that nobody watches.
     fn from(inner: PgPool) -> Self {
-        Self { inner, gate: Arc::new(Gate::new(Arc::new(Health::new()), 0, 1000, Statements::unread())) }
+        Self { inner, gate: Arc::new(Gate::new(Arc::new(Health::new()), 1000, Statements::unread())) }
     }
 }
 
@@ -445,7 +348,7 @@ mod tests {
 
     async fn of_one(pool: &PgPool, waiting: usize) -> Pool {
         let inner = PgPoolOptions::new().max_connections(1).connect_with((*pool.connect_options()).clone()).await.unwrap();
-        Pool { inner, gate: Arc::new(Gate::new(Arc::new(Health::new()), 1, waiting, Statements::unread())) }
+        Pool { inner, gate: Arc::new(Gate::new(Arc::new(Health::new()), waiting, Statements::unread())) }
     }
 
     #[sqlx::test(migrations = false)]
@@ -496,97 +399,6 @@ mod tests {
         for waited in waiting {
             waited.await.unwrap().unwrap();
         }
-    }
-
-    /// Which server process answers.
-    async fn server(pool: &Pool) -> i32 {
-        sqlx::query_scalar("select pg_backend_pid()").fetch_one(pool).await.unwrap()
-    }
-
-    #[sqlx::test(migrations = false)]
-    async fn one_statement_after_the_other_has_the_same_server_process(pool: PgPool) {
-        let pool = Pool::connect((*pool.connect_options()).clone(), 4, Statements::unread()).await.unwrap();
-        // All four rest in sqlx's pool, which gives them in turn.
-        let mut all = Vec::new();
-        for _ in 0..4 {
-            all.push(pool.acquire().await.unwrap());
-        }
-        drop(all);
-
-        // On a machine that stands still for long, what rests is doubted in between.
-        loop {
-            let begun = Instant::now();
-            let mut servers = vec![server(&pool).await];
-            for _ in 0..8 {
-                servers.push(server(&pool).await);
-            }
-            pool.begin().await.unwrap().rollback().await.unwrap();
-            servers.push(server(&pool).await);
-            if begun.elapsed() < TRUSTED_REST {
-                assert!(servers.iter().all(|server| *server == servers[0]), "{servers:?}");
-                assert_eq!((pool.connections().busy, pool.gate.warm()), (0, 1));
-                break;
-            }
-        }
-        pool.close().await;
-        assert_eq!(pool.inner.size(), 0);
-    }
-
-    #[sqlx::test(migrations = false)]
-    async fn a_connection_that_failed_is_not_kept_warm(pool: PgPool) {
-        let other = pool.clone();
-        let pool = Pool::connect((*pool.connect_options()).clone(), 4, Statements::unread()).await.unwrap();
-        let ended = server(&pool).await;
-        let is_ended: bool = sqlx::query_scalar("select pg_terminate_backend($1, 5000)").bind(ended).fetch_one(&other).await.unwrap();
-        assert!(is_ended);
-
-        let failed = sqlx::query_scalar::<_, i32>("select pg_backend_pid()").fetch_one(&pool).await;
-        assert!(failed.is_err(), "{failed:?}");
-        for _ in 0..8 {
-            assert_ne!(server(&pool).await, ended);
-        }
-        pool.close().await;
-    }
-
-    #[sqlx::test(migrations = false)]
-    async fn whoever_waits_is_given_a_connection_before_it_is_kept_warm(pool: PgPool) {
-        let pool = Pool::connect((*pool.connect_options()).clone(), 4, Statements::unread()).await.unwrap();
-        let mut all = Vec::new();
-        for _ in 0..3 {
-            all.push(pool.acquire().await.unwrap());
-        }
-        let last = pool.begin().await.unwrap();
-        let waiting = tokio::spawn({
-            let pool = pool.clone();
-            async move { pool.acquire().await.map(drop) }
-        });
-        while pool.gate.waiting.available_permits() == pool.gate.waiting_max {
-            tokio::task::yield_now().await;
-        }
-
-        let ended_at = Instant::now();
-        last.rollback().await.unwrap();
-        waiting.await.unwrap().unwrap();
-
-        assert!(ended_at.elapsed() < AT_ONCE, "{:?}", ended_at.elapsed());
-        drop(all);
-        pool.close().await;
-    }
-
-    #[sqlx::test(migrations = false)]
-    async fn what_rests_warm_is_asked_for_nothing_once_the_database_was_away(pool: PgPool) {
-        let pool = Pool::connect((*pool.connect_options()).clone(), 4, Statements::unread()).await.unwrap();
-        server(&pool).await;
-        assert_eq!(pool.gate.warm(), 1);
-
-        pool.gate.health.note(Some("gone".into()));
-        pool.gate.health.note(None);
-
-        assert!(pool.gate.take_warm().is_none());
-        assert_eq!(pool.gate.warm(), 0);
-        server(&pool).await;
-        pool.close().await;
-        assert_eq!(pool.inner.size(), 0);
     }
 
     #[sqlx::test(migrations = false)]
