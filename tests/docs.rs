@@ -111,7 +111,7 @@ cargo() {
 pgrep() { command pgrep "$1" "$2" "$MAYFLY_DATA_DIR"; }
 perf() {
     [[ $1 == record ]] || { command perf "$@"; return; }
-    local words=("$@") ended=0 load
+    local words=("${@/%499/49}") ended=0 load
     words[-1]=1
     while :; do command mayfly run busybox true; done >/dev/null &
     load=$!
